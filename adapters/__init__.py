@@ -1,0 +1,13 @@
+"""The model families that come with kvpack, registered as any third party's."""
+
+from collections.abc import Callable
+from typing import Any
+
+from kvpack.adapters.wan import WanAdapter
+from kvpack.hookspecs import hookimpl
+
+
+@hookimpl
+def kvpack_register_adapters(register: Callable[[Any], None]) -> None:
+    """All built-in adapters."""
+    register(WanAdapter())

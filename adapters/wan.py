@@ -1,0 +1,87 @@
+"""Wan 2.1 and 2.2 text-to-video (`WanPipeline`) and everything trained from it in that format."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import WanPipeline
+
+from kvpack.adapter import Adapter
+from kvpack.adapters.wan_run import WanRun
+from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
+from kvpack.geometry import Geometry
+from kvpack.stack import Stack
+
+
+class WanAdapter(Adapter):
+    """Drives `WanPipeline` chunk by chunk."""
+
+    name = "wan"
+
+    def supports(self, pipeline: Any) -> bool:
+        """Any `WanPipeline`; image-to-video and VACE are pipelines of their own."""
+        return isinstance(pipeline, WanPipeline)
+
+    def check(self, pipeline: Any) -> None:
+        """Refuses what would silently give wrong keys."""
+        transformer = pipeline.transformer
+        if transformer is None or pipeline.transformer_2 is not None:
+            raise UnsupportedPipelineError(
+                "kvpack drives one causal transformer, but this pipeline has "
+                f"{'no transformer' if transformer is None else 'transformer_2 as well'}; load it with transformer only"
+            )
+        if transformer.is_cache_enabled:
+            raise UnsupportedPipelineError(
+                "a CacheMixin cache is enabled, which skips layers of the commit forward and leaves stale keys; "
+                "call pipe.transformer.disable_cache() first"
+            )
+        processors = [block.attn1.processor for block in transformer.blocks]
+        if any(getattr(each, "_parallel_config", None) is not None for each in (transformer, *processors)):
+            raise UnsupportedPipelineError(
+                "context parallelism is enabled, under which a rank sees a part of the tokens only; "
+                "load the pipeline without enable_parallelism()"
+            )
+        if transformer.gradient_checkpointing:
+            raise UnsupportedPipelineError(
+                "gradient checkpointing is enabled, which runs layers twice; "
+                "call pipe.transformer.disable_gradient_checkpointing() first"
+            )
+        if transformer.config.patch_size[0] != 1:
+            raise UnsupportedPipelineError(
+                f"kvpack needs one token grid a latent frame, but patch_size is {tuple(transformer.config.patch_size)}"
+            )
+
+    def geometry(
+        self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int, dtype: torch.dtype
+    ) -> Geometry:
+        """Geometry from `transformer/config.json` and `vae/config.json`."""
+        config, spatial = configs["transformer"], configs["vae"].get("scale_factor_spatial", 8)
+        rows, columns = (spatial * patch for patch in config["patch_size"][1:])
+        if height < rows or width < columns or height % rows or width % columns:
+            raise InvalidOptionError(
+                f"height and width must be multiples of {rows} and {columns} for this model, got {height}x{width}"
+            )
+        head_dim = config["attention_head_dim"]
+        side = 2 * (head_dim // 6)
+        return Geometry(
+            layers=config["num_layers"],
+            heads=config["num_attention_heads"],
+            head_dim=head_dim,
+            grid=(height // rows, width // columns),
+            rope_split=(head_dim - 2 * side, side, side),
+            dtype=dtype,
+        )
+
+    def forward_flops(self, configs: Mapping[str, Mapping[str, Any]], query_tokens: int, attended_tokens: int) -> int:
+        """Multiplications and additions of all layers: projections, both attentions and feed-forward."""
+        config = configs["transformer"]
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        text_tokens = 512
+        linear = query_tokens * (6 * width * width + 2 * width * config["ffn_dim"]) + text_tokens * 2 * width * width
+        attention = 2 * query_tokens * (attended_tokens + text_tokens) * width
+        return 2 * config["num_layers"] * (linear + attention)
+
+    def run(self, pipeline: Any, stack: Stack, arguments: dict[str, Any], *, streaming: bool) -> WanRun:
+        """Starts a generation; bad arguments are refused before anything is computed."""
+        self.check(pipeline)
+        return WanRun(self, pipeline, stack, arguments, streaming=streaming)

@@ -1,0 +1,330 @@
+"""One generation of a `WanPipeline`: the upstream call once a chunk, a commit forward after it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks.hooks import CacheContext
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.utils import logging
+from torch import Tensor
+
+from kvpack.adapter import Chunk, Run
+from kvpack.adapters.wan_attention import attached
+from kvpack.adapters.wan_vae import StreamingDecoder, embed, encode, forward_tokens
+from kvpack.blocks import LatentChunk
+from kvpack.errors import GradientError, InvalidOptionError, NonFiniteLatentsError, PolicyError
+from kvpack.layer import LayerMemory
+from kvpack.ledger import Piece
+from kvpack.roles import LatentCompressor
+from kvpack.session import Session
+from kvpack.stack import Stack
+
+if TYPE_CHECKING:
+    from kvpack.adapters.wan import WanAdapter
+
+logger = logging.get_logger(__name__)
+
+
+class WanRun(Run):
+    """Generates a video chunk by chunk.
+
+    Args:
+        adapter: the family's adapter.
+        pipeline: a `WanPipeline`.
+        stack: the memory policy.
+        arguments: all arguments of the pipeline's call; `num_frames` None is endless.
+        streaming: whether chunks are decoded as they come.
+
+    Raises:
+        InvalidOptionError: if an argument cannot work.
+        NonFiniteLatentsError: if `latents` hold NaN or infinity.
+    """
+
+    def __init__(
+        self, adapter: "WanAdapter", pipeline: Any, stack: Stack, arguments: dict[str, Any], *, streaming: bool
+    ) -> None:
+        self.pipeline, self.stack = pipeline, stack
+        self.arguments = dict(arguments)
+        self.transformer = pipeline.transformer
+        self.sessions: dict[str, Session] = {}
+        self.seconds = {"denoise": 0.0, "commit": 0.0, "compress": 0.0, "decode": 0.0}
+        self.compressor = stack.compressor if isinstance(stack.compressor, LatentCompressor) else None
+        self.decodes_in_loop = self.compressor is not None or (streaming and arguments["output_type"] != "latent")
+        self.decoder = StreamingDecoder(pipeline.vae) if arguments["output_type"] != "latent" or self.compressor else None
+        self.interrupted = False
+        self._phase: int | Piece = 0
+        self._bar: Any = None
+        self._check_arguments()
+        self.total_frames = self._latent_frames()
+        self.embeds = self._encode_prompts()
+        vae = pipeline.vae.config.scale_factor_spatial
+        shape = arguments["latents"].shape[-2:] if arguments["latents"] is not None else None
+        height, width = (side * vae for side in shape) if shape else (self.arguments["height"], self.arguments["width"])
+        configs = {"transformer": self.transformer.config, "vae": pipeline.vae.config}
+        self.geometry = adapter.geometry(configs, height, width, self.transformer.dtype)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Generates chunk after chunk; between two of them the pipeline is the stock one."""
+        frames, index = self.stack.chunk_frames, 0
+        steps = self.arguments["num_inference_steps"]
+        total = float("inf") if self.total_frames is None else -(-self.total_frames // frames) * steps
+        self._bar = DiffusionPipeline.progress_bar(self.pipeline, total=total)
+        self.pipeline._interrupt = False
+        while (self.total_frames is None or index * frames < self.total_frames) and not self.pipeline._interrupt:
+            yield self._generate(index)
+            index += 1
+
+    def close(self) -> None:
+        """Closes the progress bar and lets offloading free the models."""
+        if self._bar is not None:
+            self._bar.close()
+        self.pipeline.maybe_free_model_hooks()
+
+    def advance(self) -> None:
+        """One denoising step is done."""
+        self._bar.update()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels in [-1, 1] of the video's next latents."""
+        assert self.decoder is not None
+        with torch.no_grad(), self._timed("decode"):
+            return self.decoder(latents)
+
+    def postprocess(self, pixels: Tensor) -> Any:
+        """Frames in the call's `output_type`, batch first."""
+        return self.pipeline.video_processor.postprocess_video(pixels, output_type=self.arguments["output_type"])
+
+    def output(self, frames: Any) -> Any:
+        """What the pipeline's call returns."""
+        return WanPipelineOutput(frames=frames) if self.arguments["return_dict"] else (frames,)
+
+    def stats(self) -> dict[str, Any]:
+        """Tokens of one branch, bytes of all, and seconds of each phase."""
+        each = [session.stats() for session in self.sessions.values()]
+        if not each:
+            return {"stack": self.stack.name, "chunks": 0, "branches": [], "seconds": dict(self.seconds)}
+        total = {key: sum(stats[key] for stats in each) for key in each[0] if key.endswith("_bytes")}
+        return {**each[0], **total, "branches": list(self.sessions), "seconds": dict(self.seconds)}
+
+    @torch.no_grad()
+    def _generate(self, index: int) -> Chunk:
+        first = index * self.stack.chunk_frames
+        noise = self._noise(first)
+        with self._driving():
+            with self._timed("denoise"):
+                latents = self._call_upstream(noise)
+            pixels = None
+            if not self.pipeline._interrupt:
+                if not bool(latents.isfinite().all()):
+                    raise NonFiniteLatentsError(
+                        f"chunk {index} holds NaN or infinity after denoising; nothing of it was committed. "
+                        "Check the weights, the dtype and the callbacks"
+                    )
+                pixels = self.decode(latents) if self.decodes_in_loop else None
+                self._commit(latents, pixels)
+            elif self.decodes_in_loop:
+                pixels = self.decode(latents)
+        keep = latents.shape[2] if self.total_frames is None else min(latents.shape[2], self.total_frames - first)
+        if pixels is not None:
+            scale = self.pipeline.vae_scale_factor_temporal
+            pixels = pixels[:, :, : keep * scale - (scale - 1 if index == 0 else 0)]
+        return Chunk(index, latents[:, :, :keep], None if self.arguments["output_type"] == "latent" else pixels)
+
+    def _call_upstream(self, noise: Tensor) -> Tensor:
+        pipeline, call = self.pipeline, self.arguments
+        scale = pipeline.vae_scale_factor_temporal
+        changed = {
+            "prompt": None,
+            "negative_prompt": None,
+            "prompt_embeds": self.embeds["cond"],
+            "negative_prompt_embeds": self.embeds.get("uncond"),
+            "num_videos_per_prompt": 1,
+            "latents": noise,
+            "num_frames": scale * (self.stack.chunk_frames - 1) + 1,
+            "output_type": "latent",
+            "return_dict": False,
+            "callback_on_step_end": self._callback if call["callback_on_step_end"] is not None else None,
+        }
+        bind = getattr(pipeline.scheduler, "bound_generator", nullcontext)
+        self._phase = 0
+        with bind(call["generator"]) if bind is not nullcontext else nullcontext():
+            (latents,) = pipeline._kvpack_base.__call__(pipeline, **{**call, **changed})
+        return latents
+
+    def _callback(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The user's callback; embeddings that it replaces stay replaced for the chunks to come."""
+        outputs = self.arguments["callback_on_step_end"](pipeline, step, timestep, tensors)
+        for branch, name in (("cond", "prompt_embeds"), ("uncond", "negative_prompt_embeds")):
+            if outputs.get(name) is not None and branch in self.embeds:
+                self.embeds[branch] = outputs[name].to(self.transformer.dtype)
+        return outputs
+
+    def _commit(self, latents: Tensor, pixels: Tensor | None) -> None:
+        """The clean chunk at t = 0 through every branch: the only write to history."""
+        twins: dict[Piece, Tensor] = {}
+        with self._timed("compress"):
+            for piece in next(iter(self.sessions.values())).twins_due():
+                twins[piece] = self._hidden_tokens(piece, latents, pixels)
+        for branch, session in self.sessions.items():
+            with self._timed("commit"):
+                self._phase = -1
+                self._forward(branch, latents.to(self.transformer.dtype))
+            with self._timed("compress"):
+                for piece, tokens in twins.items():
+                    self._phase = piece
+                    forward_tokens(self.transformer, tokens, lambda dummy, name=branch: self._forward(name, dummy))
+        for session in self.sessions.values():
+            session.finish_commit()
+
+    def _forward(self, branch: str, latents: Tensor) -> None:
+        timesteps = torch.zeros(latents.shape[0], dtype=self.pipeline.scheduler.timesteps.dtype, device=latents.device)
+        with self.transformer.cache_context(branch):
+            self.transformer(
+                hidden_states=latents,
+                timestep=timesteps,
+                encoder_hidden_states=self.embeds[branch],
+                attention_kwargs=self.arguments["attention_kwargs"],
+                return_dict=False,
+            )
+
+    def _hidden_tokens(self, piece: Piece, latents: Tensor, pixels: Tensor | None) -> Tensor:
+        """A latent-space compressor's tokens for a piece of the chunk."""
+        assert self.compressor is not None and pixels is not None
+        first = next(iter(self.sessions.values())).frames
+        scale, vae = self.pipeline.vae_scale_factor_temporal, self.pipeline.vae
+
+        def pixel_index(frame: int) -> int:
+            """First pixel frame of a latent frame, counted from the chunk; the video's first latent is one pixel frame."""
+            return max(0, (frame - first) * scale - (scale - 1 if first == 0 else 0))
+
+        chunk = LatentChunk(
+            latents=latents[:, :, piece.first_frame - first : piece.stop - first],
+            first_frame=piece.first_frame,
+            grid=self.geometry.grid,
+            pixels=lambda: pixels[:, :, pixel_index(piece.first_frame) : pixel_index(piece.stop)],
+            encode=lambda frames: encode(vae, frames),
+            embed=lambda small: embed(self.transformer, small),
+            pixels_per_token=(pixels.shape[-2] // self.geometry.grid[0], pixels.shape[-1] // self.geometry.grid[1]),
+        )
+        tokens = self.compressor.tokens(chunk)
+        span = self.compressor.span(piece.first_frame, piece.frames, self.geometry.grid)
+        wanted = (latents.shape[0], span.tokens, self.geometry.heads * self.geometry.head_dim)
+        if tuple(tokens.shape) != wanted:
+            name = type(self.compressor).__name__
+            raise PolicyError(f"{name}.tokens returned {tuple(tokens.shape)}, but span() announces {wanted}")
+        return tokens
+
+    def _memory_for(self, context: CacheContext) -> list[LayerMemory]:
+        """Tells the branch's session what the coming forward is."""
+        if torch.is_grad_enabled():
+            raise GradientError(
+                "gradients are enabled inside generation, where recomputation would commit a chunk twice; "
+                "remove torch.enable_grad() and torch.set_grad_enabled(True) from callbacks and wrappers"
+            )
+        session = self.sessions.get(context.name)
+        if session is None:
+            session = self.sessions[context.name] = Session(self.stack, self.geometry)
+        if isinstance(self._phase, Piece):
+            session.compress(self._phase)
+        elif self._phase < 0:
+            session.commit()
+        else:
+            session.denoise(context.step_index or 0)
+        return session.layers
+
+    @contextmanager
+    def _driving(self) -> Iterator[None]:
+        """Kvpack's processors in the transformer, and the pipeline's own bar and freeing silenced, for one chunk."""
+        self.pipeline._kvpack.driving = self
+        try:
+            with attached(self.transformer, self._memory_for):
+                yield
+        finally:
+            self.pipeline._kvpack.driving = None
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+    def _noise(self, first: int) -> Tensor:
+        """Noise of one chunk; drawn a chunk at a time, so that a video's beginning does not depend on its length."""
+        call, frames, given = self.arguments, self.stack.chunk_frames, self.arguments["latents"]
+        part = given[:, :, first : first + frames] if given is not None else None
+        if part is not None and part.shape[2] == frames:
+            return part
+        pipeline = self.pipeline
+        noise = pipeline.prepare_latents(
+            self.embeds["cond"].shape[0],
+            self.transformer.config.in_channels,
+            self.geometry.grid[0] * self.transformer.config.patch_size[1] * pipeline.vae_scale_factor_spatial,
+            self.geometry.grid[1] * self.transformer.config.patch_size[2] * pipeline.vae_scale_factor_spatial,
+            pipeline.vae_scale_factor_temporal * (frames - 1) + 1,
+            torch.float32,
+            pipeline._execution_device,
+            call["generator"],
+            None,
+        )
+        return noise if part is None else torch.cat([part.to(noise), noise[:, :, part.shape[2] :]], dim=2)
+
+    def _encode_prompts(self) -> dict[str, Tensor]:
+        call, pipeline = self.arguments, self.pipeline
+        guided = call["guidance_scale"] > 1.0
+        with torch.no_grad():
+            cond, uncond = pipeline.encode_prompt(
+                prompt=call["prompt"],
+                negative_prompt=call["negative_prompt"],
+                do_classifier_free_guidance=guided,
+                num_videos_per_prompt=call["num_videos_per_prompt"],
+                prompt_embeds=call["prompt_embeds"],
+                negative_prompt_embeds=call["negative_prompt_embeds"],
+                max_sequence_length=call["max_sequence_length"],
+                device=pipeline._execution_device,
+            )
+        embeds = {"cond": cond, "uncond": uncond} if guided else {"cond": cond}
+        return {branch: each.to(self.transformer.dtype) for branch, each in embeds.items()}
+
+    def _latent_frames(self) -> int | None:
+        if self.arguments["latents"] is not None:
+            return int(self.arguments["latents"].shape[2])
+        frames, scale = self.arguments["num_frames"], self.pipeline.vae_scale_factor_temporal
+        if frames is None:
+            return None
+        if frames % scale != 1:
+            logger.warning(f"`num_frames - 1` has to be divisible by {scale}. Rounding to the nearest number.")
+        return max(frames // scale * scale + 1, 1) // scale + 1 if frames >= 1 else 1
+
+    def _check_arguments(self) -> None:
+        call, pipeline = self.arguments, self.pipeline
+        if hasattr(call["callback_on_step_end"], "tensor_inputs"):
+            call["callback_on_step_end_tensor_inputs"] = call["callback_on_step_end"].tensor_inputs
+        pipeline.check_inputs(
+            call["prompt"],
+            call["negative_prompt"],
+            call["height"],
+            call["width"],
+            call["prompt_embeds"],
+            call["negative_prompt_embeds"],
+            call["callback_on_step_end_tensor_inputs"],
+            call["guidance_scale_2"],
+        )
+        if isinstance(call["prompt"], list) and not call["prompt"]:
+            raise InvalidOptionError("prompt is an empty list; give at least one prompt")
+        if call["output_type"] not in ("latent", "np", "pt", "pil"):
+            raise InvalidOptionError(f"output_type must be latent, np, pt or pil, got {call['output_type']!r}")
+        patch = self.transformer.config.patch_size[1:]
+        for name, size in zip(("height", "width"), patch, strict=True):
+            multiple = pipeline.vae_scale_factor_spatial * size
+            call[name] = call[name] // multiple * multiple
+        if call["latents"] is not None:
+            if call["latents"].ndim != 5:
+                raise InvalidOptionError(
+                    f"latents must be [batch, channels, frames, height, width], got {tuple(call['latents'].shape)}"
+                )
+            if not bool(call["latents"].isfinite().all()):
+                raise NonFiniteLatentsError("latents hold NaN or infinity; give finite noise")

@@ -1,0 +1,92 @@
+"""One model family: where its attention is and how its pipeline is driven chunk by chunk."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvpack.geometry import Geometry
+from kvpack.session import Session
+from kvpack.stack import Stack
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """A generated chunk.
+
+    Args:
+        index: number of the chunk.
+        latents: clean latents, already trimmed to the frames asked for.
+        pixels: decoded frames in [-1, 1], or None if nobody needed them yet.
+    """
+
+    index: int
+    latents: Float[Tensor, "batch channels frames height width"]
+    pixels: Float[Tensor, "batch 3 pixel_frames pixel_height pixel_width"] | None
+
+
+class Run(ABC):
+    """One generation in progress; made by `Adapter.run`, which has checked the arguments and encoded the prompt."""
+
+    #: Memory of each guidance branch.
+    sessions: dict[str, Session]
+
+    @abstractmethod
+    def chunks(self) -> Iterator[Chunk]:
+        """Generates chunk by chunk. Between two chunks the pipeline is the stock one."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decodes the next latents of this video, bit-equal to decoding all at once; keeps its own feature cache."""
+
+    @abstractmethod
+    def postprocess(self, pixels: Tensor) -> Any:
+        """Pixels in the pipeline's `output_type`."""
+
+    @abstractmethod
+    def output(self, frames: Any) -> Any:
+        """What the pipeline's call returns around `frames`."""
+
+    @abstractmethod
+    def advance(self) -> None:
+        """Moves the progress bar by a denoising step."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Closes the bar and lets offloading free the models."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, Any]:
+        """Tokens, bytes, selections and seconds so far."""
+
+
+class Adapter(ABC):
+    """What kvpack must know of a model family."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def supports(self, pipeline: Any) -> bool:
+        """Whether this adapter drives this pipeline."""
+
+    @abstractmethod
+    def check(self, pipeline: Any) -> None:
+        """Raises `UnsupportedPipelineError` if something is switched on that cannot work."""
+
+    @abstractmethod
+    def geometry(
+        self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int, dtype: torch.dtype
+    ) -> Geometry:
+        """Geometry from the components' configs, for a video of `height` x `width` pixels."""
+
+    @abstractmethod
+    def forward_flops(self, configs: Mapping[str, Mapping[str, Any]], query_tokens: int, attended_tokens: int) -> int:
+        """Floating-point operations of one forward of `query_tokens` that attends `attended_tokens`."""
+
+    @abstractmethod
+    def run(self, pipeline: Any, stack: Stack, arguments: dict[str, Any], *, streaming: bool) -> Run:
+        """Starts a generation. `arguments` are those of the pipeline's own call; `num_frames` None is endless."""

@@ -1,0 +1,93 @@
+"""What is stored: where tokens come from (`Span`) and their keys and values (`KVBlock`)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """A run of latent frames and the place of every token that stands for it.
+
+    Args:
+        first_frame: index of the first latent frame in the video.
+        frames: latent frames covered.
+        coordinates: (t, y, x) of each token on the full-resolution grid, fractions allowed; t counts from `first_frame`.
+    """
+
+    first_frame: int
+    frames: int
+    coordinates: Float[Tensor, "tokens 3"]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.coordinates.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class KVBlock:
+    """Keys before RoPE and values of one layer for one span.
+
+    Args:
+        keys: keys after their norm and before RoPE.
+        values: values.
+        span: where the tokens come from.
+    """
+
+    keys: Float[Tensor, "batch tokens heads head_dim"]
+    values: Float[Tensor, "batch tokens heads head_dim"]
+    span: Span
+
+
+@dataclass(frozen=True, eq=False)
+class LatentChunk:
+    """A clean chunk as a latent-space compressor sees it.
+
+    Args:
+        latents: normalised clean latents.
+        first_frame: index of its first latent frame in the video.
+        grid: token rows and columns of one latent frame.
+        pixels: decodes the chunk with the stream's own decoder: `[batch, 3, frames, height, width]` in [-1, 1].
+        encode: VAE-encodes pixels to normalised latents.
+        embed: the model's own patch embedding, latents to `[batch, tokens, width]`.
+        pixels_per_token: height and width in pixels of one token.
+    """
+
+    latents: Float[Tensor, "batch channels frames height width"]
+    first_frame: int
+    grid: tuple[int, int]
+    pixels: Callable[[], Tensor]
+    encode: Callable[[Tensor], Tensor]
+    embed: Callable[[Tensor], Tensor]
+    pixels_per_token: tuple[int, int]
+
+
+def cell_centers(cells: int, pooled: int) -> Float[Tensor, " pooled"]:
+    """Centres of `pooled` adaptive-pooling windows over `cells` cells.
+
+    >>> cell_centers(4, 2).tolist(), cell_centers(5, 2).tolist()
+    ([0.5, 2.5], [1.0, 3.0])
+    """
+    index = torch.arange(pooled)
+    start = index * cells // pooled
+    stop = -(-(index + 1) * cells // pooled)
+    return (start + stop - 1).float() / 2
+
+
+@cache
+def grid_coordinates(
+    frames: int, grid: tuple[int, int], pooled: tuple[int, int, int] | None = None
+) -> Float[Tensor, "tokens 3"]:
+    """(t, y, x) of a token grid in row-major order; with `pooled`, of the centres of its pooling windows.
+
+    >>> grid_coordinates(1, (1, 2)).tolist()
+    [[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+    """
+    sizes = (frames, *grid)
+    axes = [cell_centers(size, cells) for size, cells in zip(sizes, pooled or sizes, strict=True)]
+    return torch.cartesian_prod(*axes).reshape(-1, 3)

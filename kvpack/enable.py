@@ -1,0 +1,80 @@
+"""Swap a pipeline's memory for a stack of policies, and give it back."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from diffusers import DiffusionPipeline
+
+from kvpack.adapter import Adapter
+from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
+from kvpack.pipeline import Enabled, PackForcingMixin, enabled_class
+from kvpack.registry import registry
+from kvpack.stack import Stack
+
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+
+
+def enable(pipeline: Pipeline, stack: str | Stack | Mapping[str, Any] = "packforcing", **options: Any) -> Pipeline:
+    """Lets a causal video pipeline generate any length in bounded memory (PackForcing, arXiv 2603.25730).
+
+    The pipeline keeps its class name, components and call; `num_frames` may now exceed what the model was trained with.
+    Enabling again replaces the stack.
+
+    Args:
+        pipeline: a diffusers pipeline that an installed adapter supports.
+        stack: name of an installed stack, a `Stack`, or what `Stack.to_dict` gave.
+        options: options of the named stack, e.g. `topk=16`.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        UnsupportedPipelineError: if no adapter drives this pipeline, or something is switched on that cannot work.
+        UnknownNameError: if a stack or policy is not installed.
+        InvalidOptionError: if an option is unknown or wrong.
+    """
+    resolved = resolve_stack(stack, options)
+    adapter = _adapter(pipeline)
+    adapter.check(pipeline)
+    if not isinstance(pipeline, PackForcingMixin):
+        pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
+    attach(pipeline, resolved)
+    return pipeline
+
+
+def disable(pipeline: Pipeline) -> Pipeline:
+    """Makes it the stock pipeline of before, bit for bit; does nothing to one that is not enabled."""
+    if isinstance(pipeline, PackForcingMixin):
+        pipeline.__dict__.pop("_kvpack", None)
+        pipeline.__class__ = pipeline._kvpack_base  # type: ignore[assignment]
+    return pipeline
+
+
+def resolve_stack(stack: str | Stack | Mapping[str, Any], options: Mapping[str, Any]) -> Stack:
+    """The stack that a name with options, a dict or a `Stack` stands for.
+
+    Raises:
+        InvalidOptionError: if options are given with anything but a name, or are wrong.
+    """
+    if isinstance(stack, str):
+        return registry().stack(stack, dict(options))
+    if options:
+        raise InvalidOptionError(f"options {sorted(options)} belong to a named stack; use dataclasses.replace on a Stack")
+    return stack if isinstance(stack, Stack) else Stack.from_dict(stack)
+
+
+def attach(pipeline: Any, stack: Stack) -> None:
+    """Puts the stack on a pipeline whose class is already the enabled one."""
+    # Past DiffusionPipeline.__setattr__, which looks into the pipeline's config.
+    object.__setattr__(pipeline, "_kvpack", Enabled(stack, _adapter(pipeline)))
+
+
+def _adapter(pipeline: Any) -> Adapter:
+    adapter = registry().adapter(pipeline)
+    if adapter is None:
+        model = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None) or pipeline
+        raise UnsupportedPipelineError(
+            f"kvpack has no adapter for {type(model).__name__} in {type(pipeline).__name__}. "
+            f'Installed: {", ".join(registry().names("adapter"))}. See README, "A new model"'
+        )
+    return adapter

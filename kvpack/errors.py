@@ -1,0 +1,68 @@
+"""Every error of kvpack: what is wrong, what was given, what would be right."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class KVPackError(Exception):
+    """Base of every error that kvpack raises on purpose."""
+
+
+class InvalidOptionError(KVPackError, ValueError):
+    """A number, name or combination of options that cannot work."""
+
+
+class UnknownNameError(InvalidOptionError):
+    """A policy, stack or preset that is not installed."""
+
+
+class UnsupportedPipelineError(KVPackError, TypeError):
+    """The pipeline, or a feature that is switched on in it, cannot run through kvpack."""
+
+
+class PolicyError(KVPackError, RuntimeError):
+    """A policy returned something that breaks its contract."""
+
+
+class NonFiniteLatentsError(KVPackError, ValueError):
+    """Latents hold NaN or infinity; they would poison the memory for the rest of the video."""
+
+
+class GradientError(KVPackError, RuntimeError):
+    """Generation ran with gradients enabled; recomputation would commit a chunk twice."""
+
+
+class OutputError(KVPackError, OSError):
+    """A file that cannot be written."""
+
+
+class PluginWarning(UserWarning):
+    """A third-party plugin was left out because it failed to load."""
+
+
+def unknown_name(kind: str, given: str, installed: Iterable[str]) -> UnknownNameError:
+    """Builds the error for a name that is not installed, with the nearest one.
+
+    >>> print(unknown_name("selector", "top_k", ["topk", "all"]))
+    no selector named 'top_k'; did you mean 'topk'? Installed: all, topk
+    """
+    names = sorted(installed)
+    near = get_close_matches(str(given), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return UnknownNameError(f"no {kind} named {given!r}{hint} Installed: {', '.join(names) or 'none'}")
+
+
+def require_int(name: str, given: object, *, minimum: int = 0) -> int:
+    """Returns `given` if it is a whole number of at least `minimum`.
+
+    Raises:
+        InvalidOptionError: if it is not.
+
+    >>> require_int("topk", 16)
+    16
+    """
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise InvalidOptionError(f"{name} must be a whole number >= {minimum}, got {given!r}")
+    if given < minimum:
+        raise InvalidOptionError(f"{name} must be >= {minimum}, got {given}")
+    return given

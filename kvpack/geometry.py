@@ -1,0 +1,54 @@
+"""What an adapter says of its model."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvpack.errors import InvalidOptionError, require_int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shape of a causal video transformer's self-attention memory.
+
+    Args:
+        layers: transformer layers that keep keys and values.
+        heads: attention heads of a layer.
+        head_dim: channels of a head.
+        grid: token rows and columns of one latent frame.
+        rope_split: channels of a head that turn with time, row and column; they sum to `head_dim`.
+        rope_theta: base of the rotary frequencies.
+        dtype: dtype of keys and values.
+
+    >>> wan = Geometry(30, 12, 128, (30, 52), (44, 42, 42), dtype=torch.bfloat16)
+    >>> wan.tokens_per_frame, wan.kv_bytes_per_token
+    (1560, 184320)
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    grid: tuple[int, int]
+    rope_split: tuple[int, int, int]
+    rope_theta: float = 10000.0
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "heads", "head_dim"):
+            require_int(name, getattr(self, name), minimum=1)
+        for side in self.grid:
+            require_int("grid", side, minimum=1)
+        if sum(self.rope_split) != self.head_dim or any(part % 2 for part in self.rope_split):
+            raise InvalidOptionError(
+                f"rope_split must be three even numbers that sum to head_dim {self.head_dim}, got {self.rope_split}"
+            )
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one latent frame at full resolution."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values over all layers."""
+        return 2 * self.layers * self.heads * self.head_dim * self.dtype.itemsize

@@ -1,0 +1,160 @@
+"""The memory of one transformer layer: what an attention processor talks to."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor
+
+from kvpack.errors import PolicyError
+from kvpack.packed import Archive, Attention, PackedBuffer
+from kvpack.roles import Candidates, Placement, Query
+
+if TYPE_CHECKING:
+    from kvpack.context import Context
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Turns:
+    """Rotations of a layer's context and of its current chunk, and the placement that they come from."""
+
+    placement: Placement
+    context: Complex[Tensor, "rows tokens 1 half"]
+    chunk: Complex[Tensor, "rows chunk 1 half"]
+
+
+class LayerMemory:
+    """Packed buffer, archive and choice of one layer.
+
+    Args:
+        index: index of the layer.
+        slot_tokens: most tokens of a compressed block.
+    """
+
+    def __init__(self, index: int, slot_tokens: int) -> None:
+        self.index = index
+        self.buffer = PackedBuffer()
+        self.archive = Archive(slot_tokens)
+        #: What is attended; told before a forward, the same for all layers. None once the buffer is filled from it.
+        self.pending: Context | None = None
+        #: Keys before RoPE and values are appended here if not None: only a commit listens.
+        self.capture: list[KeysValues] | None = None
+        #: Rotations of the current chunk, and of a twin's tokens while their forward runs.
+        self.chunk_turns: Complex[Tensor, "rows chunk 1 half"] | None = None
+        self.twin_turns: Complex[Tensor, "rows twin 1 half"] | None = None
+        self.placed: list[Turns] = []
+        self.chosen: Int[Tensor, "rows chosen"] | None = None
+
+    def attend(
+        self,
+        queries: Float[Tensor, "rows tokens heads head_dim"],
+        keys: Float[Tensor, "rows tokens heads head_dim"],
+        values: Float[Tensor, "rows tokens heads head_dim"],
+        attention: Attention,
+    ) -> Float[Tensor, "rows tokens heads head_dim"]:
+        """Attention of the current tokens to the memory and to themselves.
+
+        Args:
+            queries: queries after their norm and before RoPE.
+            keys: keys after their norm and before RoPE.
+            values: values.
+            attention: called with rotated queries, and with keys and values of history and current tokens.
+        """
+        if self.pending is not None:
+            self._fill(self.pending, queries)
+            self.pending = None
+        if self.capture is not None:
+            self.capture.append((keys, values))
+        turns = self.chunk_turns if self.twin_turns is None else self.twin_turns
+        assert turns is not None  # _fill has set them
+        return self.buffer.attend(queries, keys, values, turns, attention)
+
+    def _fill(self, context: "Context", queries: Tensor) -> None:
+        """Chooses, places and rotates the whole history into the buffer: once a chunk."""
+        rows = queries.shape[0]
+        self.chosen = self._select(context, queries)
+        self.buffer.clear(rows, context.capacity, queries)
+        if self.chosen is None or context.uniform:
+            self.placed = [self._fill_rows(context, slice(0, rows), self.chosen, queries)]
+        else:
+            # Chosen blocks of unequal size: rows differ in length, so each is filled by itself (its choice read by the host).
+            chosen = self.chosen.tolist()
+            self.placed = [self._fill_rows(context, slice(r, r + 1), chosen[r], queries) for r in range(rows)]
+        self.chunk_turns = joined([turns.chunk for turns in self.placed])
+
+    def _fill_rows(
+        self, context: "Context", rows: slice, chosen: Tensor | list[int] | None, queries: Tensor
+    ) -> Turns:
+        turns = context.turns(chosen, queries.device)
+        start = 0
+
+        def append(keys: Tensor, values: Tensor) -> None:
+            nonlocal start
+            stop = start + keys.shape[1]
+            self.buffer.append(rows, keys, values, turns.context[:, start:stop])
+            start = stop
+
+        for piece in context.sink:
+            keys, values = piece.layers[self.index]
+            append(keys[rows], values[rows])
+        if isinstance(chosen, Tensor):
+            slots = torch.tensor(context.slots, device=queries.device)[chosen]
+            append(*self.archive.gather(rows, slots, context.tokens[0]))
+        else:
+            for index in range(len(context.slots)) if chosen is None else chosen:
+                slot, tokens = context.slots[index], context.tokens[index]
+                append(self.archive.keys[rows, slot, :tokens], self.archive.values[rows, slot, :tokens])
+        for piece in context.recent:
+            keys, values = piece.layers[self.index]
+            append(keys[rows], values[rows])
+        return turns
+
+    def _select(self, context: "Context", queries: Tensor) -> Int[Tensor, "rows chosen"] | None:
+        """Sorted indices of the chosen mid blocks; None if all are attended or none."""
+        if context.takes_all:
+            return None
+        device = queries.device
+        slots = torch.tensor(context.slots, device=device)
+        candidates = Candidates(
+            first_frames=context.first_frames,
+            frames=context.frames,
+            tokens=torch.tensor(context.tokens, device=device),
+            key_sums=self.archive.key_sums.index_select(1, slots),
+            keys=lambda block: self.archive.keys[:, context.slots[block], : context.tokens[block]],
+        )
+        chosen = context.selector.select(Query(queries, self.index, context.chunk), candidates)
+        wanted = (queries.shape[0], context.chosen)
+        if not isinstance(chosen, Tensor) or chosen.dtype not in (torch.int64, torch.int32):
+            kind = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
+            raise self._broken(context, f"returned {kind} in layer {self.index}, but indices are int64")
+        if tuple(chosen.shape) != wanted:
+            raise self._broken(context, f"returned shape {tuple(chosen.shape)} in layer {self.index}, but it must be {wanted}")
+        return chosen.long().sort(dim=1).values
+
+    def check_choice(self, context: "Context") -> None:
+        """Raises `PolicyError` if the last choice or placement was wrong; once a chunk, since it waits for the device."""
+        for turns in self.placed:
+            if not bool(turns.context.isfinite().all() & turns.chunk.isfinite().all()):
+                name = type(context.reindexer).__name__
+                raise PolicyError(f"{name}.place returned positions for layer {self.index} that are not finite")
+        if self.chosen is None or self.chosen.numel() == 0:
+            return
+        count = len(context.slots)
+        bad = (self.chosen < 0) | (self.chosen >= count)
+        if bool(bad.any()):
+            index = int(self.chosen[bad][0])
+            raise self._broken(context, f"returned index {index}, but layer {self.index} has {count} candidates")
+        if bool((self.chosen[:, 1:] == self.chosen[:, :-1]).any()):
+            raise self._broken(context, f"returned an index twice in layer {self.index}, but a block is attended once")
+
+    @staticmethod
+    def _broken(context: "Context", what: str) -> PolicyError:
+        return PolicyError(f"{type(context.selector).__name__}.select {what}")
+
+
+def joined(turns: list[Tensor]) -> Tensor:
+    """Rotations of all rows, which may have been placed one by one."""
+    return turns[0] if len(turns) == 1 else torch.cat(turns)

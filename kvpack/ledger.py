@@ -1,0 +1,153 @@
+"""The history in Python ints: which frames are held whole, which compressed, and in which slot.
+
+One ledger serves all layers, and the planner, which runs it without a model. It is a value: `commit` returns the next one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from kvpack.errors import PolicyError
+from kvpack.roles import Part, Partitioner, Segment
+
+
+@dataclass(frozen=True)
+class Piece:
+    """History frames that always share one part, so that partitions are exact to the frame.
+
+    Args:
+        first_frame: index of the first frame.
+        frames: number of frames.
+        part: where the piece is now.
+        slot: archive slot of a compressed piece.
+    """
+
+    first_frame: int
+    frames: int
+    part: Part | Literal["dropped"] = "recent"
+    slot: int = -1
+
+    @property
+    def stop(self) -> int:
+        """Index behind the last frame."""
+        return self.first_frame + self.frames
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a commit does to the pieces that were whole, the new ones included.
+
+    Args:
+        ledger: the history after the commit.
+        kept: indices of whole pieces that stay whole.
+        leaving: indices of whole pieces that become compressed, with the archive slot of each.
+    """
+
+    ledger: "Ledger"
+    kept: tuple[int, ...]
+    leaving: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All bookkeeping of one generation.
+
+    Args:
+        partitioner: decides the part of every frame.
+        chunk_frames: latent frames of a chunk.
+        archive_blocks: most compressed blocks that are kept, the oldest go; None keeps all.
+        frames: committed latent frames.
+        whole: pieces held at full resolution, oldest first.
+        archive: compressed pieces, oldest first.
+    """
+
+    partitioner: Partitioner
+    chunk_frames: int
+    archive_blocks: int | None = None
+    frames: int = 0
+    whole: tuple[Piece, ...] = ()
+    archive: tuple[Piece, ...] = ()
+
+    @property
+    def chunks(self) -> int:
+        """Committed chunks."""
+        return self.frames // self.chunk_frames
+
+    def new_pieces(self) -> tuple[Piece, ...]:
+        """The coming chunk, cut wherever a part will ever begin or end."""
+        start, stop = self.frames, self.frames + self.chunk_frames
+        cuts = {start, stop}
+        for history in self._until_settled(stop):
+            for segment in self._partition(history):
+                cuts |= {cut for cut in (segment.frames.start, segment.frames.stop) if start < cut < stop}
+        edges = sorted(cuts)
+        return tuple(Piece(a, b - a) for a, b in zip(edges, edges[1:], strict=False))
+
+    def is_ever_compressed(self, piece: Piece) -> bool:
+        """Whether a new piece will become part of mid."""
+        return any(self._parts(history)(piece) == "mid" for history in self._until_settled(piece.stop))
+
+    def commit(self) -> Step:
+        """The history with the coming chunk in it.
+
+        Raises:
+            PolicyError: if the partitioner breaks its contract.
+        """
+        history = self.frames + self.chunk_frames
+        part_of = self._parts(history)
+        pieces = [replace(piece, part=part_of(piece) or "dropped") for piece in (*self.whole, *self.new_pieces())]
+        kept = tuple(index for index, piece in enumerate(pieces) if piece.part in ("sink", "recent"))
+        archive = list(self.archive)
+        while archive and part_of(archive[0]) is None:
+            del archive[0]
+        # The slots of the blocks that go are not free before the next commit: an interrupted commit has lost nothing.
+        taken = {piece.slot for piece in self.archive}
+        leaving = []
+        for index, piece in enumerate(pieces):
+            if piece.part == "mid":
+                slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
+                taken.add(slot)
+                leaving.append((index, slot))
+                archive.append(replace(piece, slot=slot))
+        if self.archive_blocks is not None:
+            archive = archive[max(0, len(archive) - self.archive_blocks) :]
+        ledger = replace(self, frames=history, whole=tuple(pieces[index] for index in kept), archive=tuple(archive))
+        ledger._check_whole()
+        return Step(ledger, kept, tuple(leaving))
+
+    def _until_settled(self, stop: int) -> range:
+        """History lengths, a chunk apart, from `stop` until no frame before `stop` changes its part any more."""
+        horizon = -(-self.partitioner.horizon_frames // self.chunk_frames) * self.chunk_frames
+        last = -(-stop // self.chunk_frames) * self.chunk_frames + horizon
+        return range(-(-stop // self.chunk_frames) * self.chunk_frames, last + 1, self.chunk_frames)
+
+    def _parts(self, history: int) -> Callable[[Piece], Part | None]:
+        segments = self._partition(history)
+
+        def part_of(piece: Piece) -> Part | None:
+            return next((segment.part for segment in segments if piece.first_frame in segment.frames), None)
+
+        return part_of
+
+    def _partition(self, history: int) -> tuple[Segment, ...]:
+        segments = self.partitioner.partition(history, self.chunk_frames)
+        position = 0
+        for segment in segments:
+            frames = segment.frames
+            if segment.part not in ("sink", "mid", "recent") or frames.step != 1:
+                raise self._broken(f"returned {segment}", "segments are sink, mid or recent, of consecutive frames")
+            if len(frames) and (frames.start < position or frames.stop > history):
+                raise self._broken(
+                    f"returned {segment.part} {frames} of {history} frames", "segments ascend and stay in the history"
+                )
+            position = max(position, frames.stop)
+        return segments
+
+    def _check_whole(self) -> None:
+        wanted = sum(len(segment.frames) for segment in self._partition(self.frames) if segment.part != "mid")
+        held = sum(piece.frames for piece in self.whole)
+        if held != wanted:
+            raise self._broken(f"wants {wanted} whole frames", f"{held} of them are still whole")
+
+    def _broken(self, what: str, rule: str) -> PolicyError:
+        return PolicyError(f"{type(self.partitioner).__name__}.partition {what}; {rule}")

@@ -1,0 +1,198 @@
+"""What an enabled pipeline can do more than a stock one; `enable` gives it this class under its own name."""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from kvpack.adapter import Adapter, Run
+from kvpack.session import Session
+from kvpack.stack import Stack
+
+
+@dataclass
+class Enabled:
+    """What `enable` leaves on a pipeline.
+
+    Args:
+        stack: the memory policy.
+        adapter: drives the pipeline.
+        run: the generation in progress.
+        driving: the same, while the upstream call runs inside it.
+        last: stats of the last generation.
+    """
+
+    stack: Stack
+    adapter: Adapter
+    run: Run | None = None
+    driving: Run | None = None
+    last: dict[str, Any] = field(default_factory=dict)
+
+
+class PackForcing:
+    """The attribute `packforcing` of an enabled pipeline."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+
+    @property
+    def stack(self) -> Stack:
+        """The memory policy."""
+        return self._pipeline._kvpack.stack
+
+    @property
+    def sessions(self) -> dict[str, Session]:
+        """Sessions of the generation in progress by guidance branch; empty when none is."""
+        run = self._pipeline._kvpack.run
+        return {} if run is None else run.sessions
+
+    def stats(self) -> dict[str, Any]:
+        """Tokens and bytes by partition, selections and seconds of the generation in progress, or of the last one."""
+        enabled = self._pipeline._kvpack
+        return enabled.last if enabled.run is None else enabled.run.stats()
+
+    def stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """Generates without end, or `num_frames`, and yields each chunk's frames as soon as they are decoded.
+
+        Takes the arguments of the pipeline's call. Between two chunks the pipeline is the stock one, and memory does not grow
+        but for the archive of compressed blocks (see `archive_blocks`).
+
+        Yields:
+            Frames in the call's `output_type`, batch first: `[batch, frames, height, width, 3]` for "np".
+        """
+        arguments = _bound(self._pipeline, args, {"num_frames": None, **kwargs})
+        return _frames(self._pipeline, _start(self._pipeline, arguments, streaming=True), arguments["output_type"])
+
+
+class PackForcingMixin:
+    """Generates chunk by chunk through the pipeline's own call."""
+
+    _kvpack_base: type[DiffusionPipeline]
+
+    @property
+    def packforcing(self) -> PackForcing:
+        """Streaming, stats and the stack of this pipeline."""
+        return PackForcing(self)
+
+    def maybe_free_model_hooks(self) -> None:
+        """Does nothing between the chunks of a generation, where weights must stay."""
+        enabled = self.__dict__.get("_kvpack")
+        if enabled is None or enabled.driving is None:
+            self._kvpack_base.maybe_free_model_hooks(self)  # type: ignore[arg-type]
+
+    def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
+        """One bar for the whole video."""
+        enabled = self.__dict__.get("_kvpack")
+        if enabled is None or enabled.driving is None:
+            return self._kvpack_base.progress_bar(self, iterable, total)  # type: ignore[arg-type]
+        return _StepBar(enabled.driving)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles as the stock class, enabled again on arrival."""
+        _, _, state, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        state = dict(state)
+        enabled = state.pop("_kvpack", None)
+        return (_rebuild, (self._kvpack_base, enabled and enabled.stack), state, *rest)
+
+
+class _StepBar:
+    """Stands in for the bar of one upstream call and moves the outer one."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __enter__(self) -> "_StepBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The outer bar goes on."""
+
+    def update(self, n: int = 1) -> None:
+        """A denoising step is done."""
+        self.run.advance()
+
+
+def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """A subclass of `base` that cannot be told from it by name, so that saving and reloading give the stock pipeline."""
+
+    @wraps(base.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "_kvpack" not in self.__dict__:  # made by from_pipe of the enabled class
+            return base.__call__(self, *args, **kwargs)
+        arguments = _bound(self, args, kwargs)
+        return _collect(self, _start(self, arguments, streaming=False), arguments["output_type"])
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (PackForcingMixin, base), {**names, "__call__": call, "_kvpack_base": base})
+
+
+def _rebuild(base: type[DiffusionPipeline], stack: Stack | None) -> Any:
+    from kvpack.enable import attach
+
+    cls = enabled_class(base)
+    pipeline = cls.__new__(cls)
+    if stack is not None:
+        attach(pipeline, stack)
+    return pipeline
+
+
+def _bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of the pipeline's own call, by name."""
+    bound = inspect.signature(pipeline._kvpack_base.__call__).bind(pipeline, *args, **kwargs)
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    del arguments["self"]
+    return arguments
+
+
+def _start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> Run:
+    enabled = pipeline._kvpack
+    return enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
+
+
+def _frames(pipeline: Any, run: Run, output_type: str) -> Iterator[Any]:
+    enabled = pipeline._kvpack
+    enabled.run = run
+    try:
+        for chunk in run.chunks():
+            yield chunk.latents if output_type == "latent" else run.postprocess(chunk.pixels)
+    finally:
+        _finish(enabled, run)
+
+
+def _collect(pipeline: Any, run: Run, output_type: str) -> Any:
+    enabled = pipeline._kvpack
+    enabled.run = run
+    try:
+        latents, frames = [], []
+        for chunk in run.chunks():
+            latents.append(chunk.latents)
+            if chunk.pixels is not None:
+                frames.append(run.postprocess(chunk.pixels))
+        if output_type == "latent":
+            return run.output(torch.cat(latents, dim=2))
+        # Decoded after the loop, when the transformer is done, unless the compressor needed the pixels anyway.
+        frames = frames or [run.postprocess(run.decode(each)) for each in latents]
+        return run.output(_joined(frames, output_type))
+    finally:
+        _finish(enabled, run)
+
+
+def _finish(enabled: Enabled, run: Run) -> None:
+    enabled.last = run.stats()
+    if enabled.run is run:
+        enabled.run = None
+    run.close()
+
+
+def _joined(parts: list[Any], output_type: str) -> Any:
+    if output_type == "pt":
+        return torch.cat(parts, dim=1)
+    if output_type == "np":
+        return np.concatenate(parts, axis=1)
+    return [sum(videos, []) for videos in zip(*parts, strict=True)]

@@ -1,0 +1,110 @@
+"""What is installed: policies, stacks and adapters, all found through the entry-point group `kvpack`."""
+
+import importlib.metadata
+import inspect
+import warnings
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
+import pluggy
+
+from kvpack import hookspecs
+from kvpack.adapter import Adapter
+from kvpack.errors import InvalidOptionError, PluginWarning, UnknownNameError, unknown_name
+from kvpack.roles import Policy
+from kvpack.stack import Stack
+
+
+class Registry:
+    """Names of one discovery.
+
+    Args:
+        entry_points: what to load; each in its own `try`, so that a broken plugin costs a warning only.
+    """
+
+    def __init__(self, entry_points: Iterable[importlib.metadata.EntryPoint]) -> None:
+        self.policies: dict[tuple[str, str], type[Policy]] = {}
+        self.stacks: dict[str, Callable[..., Stack]] = {}
+        self.adapters: dict[str, Adapter] = {}
+        #: Package that each (kind, name) came from.
+        self.origins: dict[tuple[str, str], str] = {}
+        for entry_point in entry_points:
+            try:
+                self._load(entry_point)
+            except Exception as error:  # any plugin's any failure
+                message = f"kvpack plugin {entry_point.name!r} ({entry_point.value}) was left out: {error!r}"
+                warnings.warn(message, PluginWarning, stacklevel=2)
+
+    def _load(self, entry_point: importlib.metadata.EntryPoint) -> None:
+        plugin = entry_point.load()
+        manager = pluggy.PluginManager("kvpack")
+        manager.add_hookspecs(hookspecs)
+        manager.register(plugin, name=entry_point.name)
+        manager.check_pending()
+        package = entry_point.dist.name if entry_point.dist else entry_point.value.split(".")[0]
+        found: list[tuple[str, str, Any]] = []
+        manager.hook.kvpack_register_policies(register=lambda cls: found.append((cls.role, cls.name, cls)))
+        manager.hook.kvpack_register_stacks(register=lambda name, factory: found.append(("stack", name, factory)))
+        manager.hook.kvpack_register_adapters(register=lambda adapter: found.append(("adapter", adapter.name, adapter)))
+        for kind, name, _ in found:
+            if (kind, name) in self.origins:
+                raise InvalidOptionError(f"{kind} {name!r} is already installed by {self.origins[kind, name]}")
+        for kind, name, thing in found:
+            self.origins[kind, name] = package
+            if kind == "stack":
+                self.stacks[name] = thing
+            elif kind == "adapter":
+                self.adapters[name] = thing
+            else:
+                self.policies[kind, name] = thing
+
+    def names(self, kind: str) -> list[str]:
+        """Installed names of a role, of "stack" or of "adapter", sorted."""
+        return sorted(name for each, name in self.origins if each == kind)
+
+    def policy(self, role: str, policy: object, options: dict[str, Any] | None = None) -> Any:
+        """A policy of `role` by name, with the options that it takes; an instance is returned as it is.
+
+        Raises:
+            UnknownNameError: if no policy of that name is installed.
+            InvalidOptionError: if an option is unknown or wrong.
+        """
+        if isinstance(policy, Policy):
+            return policy
+        if (role, str(policy)) not in self.policies:
+            raise unknown_name(role, str(policy), self.names(role))
+        return _call(f"{role} {policy}", self.policies[role, str(policy)], options or {})
+
+    def stack(self, name: str, options: dict[str, Any]) -> Stack:
+        """A stack by name, with its options as keywords.
+
+        Raises:
+            UnknownNameError: if no stack of that name is installed.
+            InvalidOptionError: if an option is unknown or wrong.
+        """
+        if name not in self.stacks:
+            raise unknown_name("stack", name, self.stacks)
+        return _call(f"stack {name}", self.stacks[name], options)
+
+    def adapter(self, pipeline: object) -> Adapter | None:
+        """The adapter that drives this pipeline, if one is installed."""
+        return next((adapter for adapter in self.adapters.values() if adapter.supports(pipeline)), None)
+
+
+def _call(what: str, factory: Callable[..., Any], options: dict[str, Any]) -> Any:
+    known = list(inspect.signature(factory).parameters)
+    for option in options:
+        if option not in known:
+            error: UnknownNameError = unknown_name(f"option of {what}", option, known)
+            raise InvalidOptionError(str(error))
+    try:
+        return factory(**options)
+    except TypeError as error:
+        raise InvalidOptionError(f"{what}: {error}; options: {', '.join(known)}") from error
+
+
+@cache
+def registry() -> Registry:
+    """What is installed in this interpreter, discovered once, at first use."""
+    return Registry(importlib.metadata.entry_points(group="kvpack"))

@@ -1,0 +1,51 @@
+"""Rotary position embedding (arXiv 2104.09864) at any position: fractional, negative or far beyond training.
+
+Angles come from theta, never from a table, in float64 where the device has it: a float32 angle is 2e-3 rad off at frame 40,000.
+"""
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from kvpack.geometry import Geometry
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Widest float that the device computes in."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def rotations(
+    positions: Float[Tensor, "rows tokens 3"], geometry: Geometry
+) -> Complex[Tensor, "rows tokens 1 half_head_dim"]:
+    """Unit complex numbers that turn a head's channel pairs to (t, y, x) `positions`.
+
+    >>> tiny = Geometry(1, 1, 6, (1, 1), (2, 2, 2))
+    >>> rotations(torch.zeros(1, 1, 3), tiny).flatten().tolist()
+    [(1+0j), (1+0j), (1+0j)]
+    """
+    wide = wide_dtype(positions.device)
+    parts = []
+    for axis, width in enumerate(geometry.rope_split):
+        exponents = torch.arange(0, width, 2, device=positions.device, dtype=wide) / width
+        parts.append(positions[..., axis, None].to(wide) * geometry.rope_theta**-exponents)
+    angles = torch.cat(parts, dim=-1).unsqueeze(2)
+    return torch.complex(angles.cos().float(), angles.sin().float())
+
+
+def rotate(
+    vectors: Float[Tensor, "batch tokens heads head_dim"],
+    turns: Complex[Tensor, "rows tokens 1 half_head_dim"],
+    out: Float[Tensor, "batch tokens heads head_dim"] | None = None,
+) -> Float[Tensor, "batch tokens heads head_dim"]:
+    """Rotates queries or keys (interleaved pairs) in float32 and rounds once; writes into `out` if given."""
+    out = torch.empty_like(vectors) if out is None else out
+    if out.dtype == vectors.dtype == torch.float32:
+        torch.mul(_as_complex(vectors), turns, out=_as_complex(out))
+    else:
+        out.copy_(torch.view_as_real(_as_complex(vectors.float()) * turns).flatten(-2))
+    return out
+
+
+def _as_complex(vectors: Tensor) -> Tensor:
+    return torch.view_as_complex(vectors.unflatten(-1, (-1, 2)))

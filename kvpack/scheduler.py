@@ -1,0 +1,75 @@
+"""The sampler of few-step distilled checkpoints."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import FlowMatchLCMScheduler
+from diffusers.configuration_utils import register_to_config
+
+from kvpack.errors import InvalidOptionError
+
+
+class FlowMatchFewStepScheduler(FlowMatchLCMScheduler):
+    """Fixed sigmas, predict x0, re-noise: the sampler of Self-Forcing (arXiv 2506.08009) and its descendants.
+
+    Differs from `FlowMatchLCMScheduler`: `set_timesteps(4)` gives the trained sigmas and not a linear ramp to 0, and the noise
+    comes from the call's generator, so that the same seed gives the same video.
+
+    Args:
+        sigmas: noise levels before the shift, falling; one denoising step each.
+        shift: time shift of the flow.
+        num_train_timesteps: scale of the timesteps.
+    """
+
+    @register_to_config
+    def __init__(
+        self, sigmas: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25), shift: float = 5.0, num_train_timesteps: int = 1000
+    ) -> None:
+        super().__init__(num_train_timesteps=num_train_timesteps, shift=shift)
+        # The parent registers its own view of the config; ours is what is saved.
+        self.register_to_config(sigmas=list(sigmas), shift=shift, num_train_timesteps=num_train_timesteps)
+        self._generator: torch.Generator | list[torch.Generator] | None = None
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """Uses the fixed sigmas unless others are given.
+
+        Raises:
+            InvalidOptionError: if a number of steps is asked for that the checkpoint was not distilled to.
+        """
+        if sigmas is None and timesteps is None:
+            sigmas = list(self.config.sigmas)
+            if num_inference_steps not in (None, len(sigmas)):
+                raise InvalidOptionError(
+                    f"this scheduler has {len(sigmas)} fixed sigmas {sigmas}; pass num_inference_steps={len(sigmas)}, "
+                    f"got {num_inference_steps}"
+                )
+        super().set_timesteps(num_inference_steps, device, sigmas=sigmas, mu=mu, timesteps=timesteps)
+
+    def step(
+        self,
+        model_output: Any,
+        timestep: Any,
+        sample: Any,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """As the parent, with noise from the bound generator where none is passed."""
+        return super().step(model_output, timestep, sample, generator or self._generator, return_dict)  # type: ignore[arg-type]
+
+    @contextmanager
+    def bound_generator(self, generator: torch.Generator | list[torch.Generator] | None) -> Iterator[None]:
+        """Draws noise from `generator` inside the block; pipelines do not pass theirs on."""
+        before, self._generator = self._generator, generator
+        try:
+            yield
+        finally:
+            self._generator = before

@@ -1,0 +1,213 @@
+"""The only mutable thing: all memory of one generation, one session for each guidance branch."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpack.blocks import KVBlock, Span, grid_coordinates
+from kvpack.context import Context, Held
+from kvpack.errors import PolicyError
+from kvpack.geometry import Geometry
+from kvpack.layer import KeysValues, LayerMemory, joined
+from kvpack.ledger import Ledger, Piece
+from kvpack.roles import Compressor, LatentCompressor
+from kvpack.stack import Stack
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """Everything committed so far; replaced as a whole, so that a commit is all or nothing."""
+
+    ledger: Ledger
+    held: tuple[Held, ...] = ()
+
+
+class Session:
+    """Memory of one generation.
+
+    A chunk is: `denoise(step)` before each denoising forward, `commit()` before the forward of the clean chunk, for a
+    latent-space compressor `compress(piece)` before the forward of each of `twins_due()`, and `finish_commit()`. Only the last
+    one writes history; until then the chunk can be done again.
+
+    Args:
+        stack: the policy.
+        geometry: the model.
+    """
+
+    def __init__(self, stack: Stack, geometry: Geometry) -> None:
+        self.stack = stack
+        self.geometry = geometry
+        self.history = History(Ledger(stack.partitioner, stack.chunk_frames, stack.archive_blocks))
+        spans = (stack.compressor.span(0, frames, geometry.grid) for frames in range(1, stack.chunk_frames + 1))
+        slot_tokens = max(span.tokens for span in spans)
+        self.layers = [LayerMemory(index, slot_tokens) for index in range(geometry.layers)]
+        self.current: Context | None = None
+        self._twins: list[Piece] = []
+
+    @property
+    def frames(self) -> int:
+        """Committed latent frames."""
+        return self.history.ledger.frames
+
+    def denoise(self, step: int) -> None:
+        """Announces a denoising forward; step 0 chooses and places the history anew. Never writes history."""
+        if step == 0 or self.current is None:
+            self._assemble()
+        self._listen(False)
+
+    def commit(self) -> None:
+        """Announces the forward of the clean chunk, whose keys and values become history."""
+        if self.current is None:
+            self._assemble()
+        self._listen(True)
+
+    def twins_due(self) -> tuple[Piece, ...]:
+        """Pieces of the coming chunk that a latent-space compressor must make twins of."""
+        if not isinstance(self.stack.compressor, LatentCompressor):
+            return ()
+        ledger = self.history.ledger
+        return tuple(piece for piece in ledger.new_pieces() if ledger.is_ever_compressed(piece))
+
+    def twin_span(self, piece: Piece) -> Span:
+        """Tokens that will stand for a piece; their times count from the chunk's first frame."""
+        span = self.stack.compressor.span(piece.first_frame, piece.frames, self.geometry.grid)
+        offset = torch.tensor([float(piece.first_frame - self.frames), 0.0, 0.0])
+        return replace(span, coordinates=span.coordinates + offset)
+
+    def compress(self, piece: Piece) -> None:
+        """Announces the forward of a twin's tokens, in the context that the commit saw. Follows the commit's forward."""
+        assert self.current is not None
+        coordinates = self.twin_span(piece).coordinates
+        for layer in self.layers:
+            layer.twin_turns = joined([self.current.chunk_turns(each.placement, coordinates) for each in layer.placed])
+        self._twins.append(piece)
+
+    def finish_commit(self) -> None:
+        """Writes the committed chunk into history, and moves what leaves the recent frames into the archive.
+
+        Raises:
+            PolicyError: if a policy broke its contract in this chunk; history is then as it was.
+        """
+        assert self.current is not None
+        for layer in self.layers:
+            layer.check_choice(self.current)
+        step = self.history.ledger.commit()
+        held = (*self.history.held, *self._new_pieces())
+        for index, slot in step.leaving:
+            self._archive(held[index], slot)
+        kept = tuple(replace(held[i], piece=piece) for i, piece in zip(step.kept, step.ledger.whole, strict=True))
+        self.history = History(step.ledger, kept)
+        self.current = None
+
+    def context(self, layer: int) -> KeysValues:
+        """Rotated keys and values of history that a layer attends for the chunk in progress, or attended last."""
+        buffer = self.layers[layer].buffer
+        longest = max(buffer.lengths, default=0)
+        return buffer.keys[:, :longest], buffer.values[:, :longest]
+
+    def snapshot(self) -> "Session":
+        """An independent copy at the last commit, to resume or to fork from."""
+        copy = Session(self.stack, self.geometry)
+        copy.history = self.history
+        for mine, theirs in zip(self.layers, copy.layers, strict=True):
+            theirs.archive = mine.archive.clone()
+        return copy
+
+    def stats(self) -> dict[str, Any]:
+        """Tokens and bytes of this session.
+
+        `attended_*` are those of the last chunk's history, without the chunk; `archive_*` all compressed blocks that are kept,
+        attended or not; `resident_bytes` all memory allocated: buffer, whole pieces and archive with its spare slots.
+        """
+        ledger, tokens_per_frame = self.history.ledger, self.geometry.tokens_per_frame
+        lengths = self.layers[0].buffer.lengths
+        views = [view for index in range(self.geometry.layers) for view in self._attended(index)]
+        whole = {
+            part: tokens_per_frame * sum(p.frames for p in ledger.whole if p.part == part) for part in ("sink", "recent")
+        }
+        blocks = [self._archived(layer, piece) for layer in self.layers for piece in ledger.archive]
+        stored = [t for held in self.history.held for layer in (held.layers, held.twin or ()) for kv in layer for t in kv]
+        slabs = [t for m in self.layers for t in (m.buffer.keys, m.buffer.values, m.archive.keys, m.archive.values)]
+        return {
+            "stack": self.stack.name,
+            "chunks": ledger.chunks,
+            "frames": ledger.frames,
+            "sink_tokens": whole["sink"],
+            "recent_tokens": whole["recent"],
+            "attended_tokens": max(lengths, default=0),
+            "attended_bytes": sum(view.nbytes for view in views),
+            "archive_blocks": len(ledger.archive),
+            "archive_bytes": sum(tensor.nbytes for block in blocks for tensor in block),
+            "resident_bytes": sum(tensor.nbytes for tensor in (*stored, *slabs)),
+            "selected": self._selected(),
+        }
+
+    def _selected(self) -> list[list[list[int]]] | None:
+        if self.layers[0].chosen is None:
+            return None
+        return [layer.chosen.tolist() for layer in self.layers if layer.chosen is not None]
+
+    def _attended(self, index: int) -> list[Tensor]:
+        buffer = self.layers[index].buffer
+        return [t[row, :length] for row, length in enumerate(buffer.lengths) for t in (buffer.keys, buffer.values)]
+
+    def _archived(self, layer: LayerMemory, piece: Piece) -> KeysValues:
+        tokens = self.stack.compressor.span(piece.first_frame, piece.frames, self.geometry.grid).tokens
+        return layer.archive.keys[:, piece.slot, :tokens], layer.archive.values[:, piece.slot, :tokens]
+
+    def _assemble(self) -> None:
+        self.current = Context(self.stack, self.geometry, self.history.ledger, self.history.held)
+        for layer in self.layers:
+            layer.pending = self.current
+
+    def _listen(self, capture: bool) -> None:
+        self._twins = []
+        for layer in self.layers:
+            layer.capture = [] if capture else None
+            layer.twin_turns = None
+
+    def _new_pieces(self) -> list[Held]:
+        first, per_frame = self.frames, self.geometry.tokens_per_frame
+        captured = [layer.capture or [] for layer in self.layers]
+        if {len(forwards) for forwards in captured} != {1 + len(self._twins)}:
+            raise RuntimeError("finish_commit() must follow commit() and one forward for the chunk and for each twin")
+        chunk = [forwards[0] for forwards in captured]
+        twins = {piece: tuple(f[index] for f in captured) for index, piece in enumerate(self._twins, start=1)}
+        pieces = []
+        for piece in self.history.ledger.new_pieces():
+            cut = slice((piece.first_frame - first) * per_frame, (piece.stop - first) * per_frame)
+            layers = tuple((_own(keys, cut), _own(values, cut)) for keys, values in chunk)
+            pieces.append(Held(piece, layers, twins.get(piece)))
+        return pieces
+
+    def _archive(self, held: Held, slot: int) -> None:
+        compressor, grid = self.stack.compressor, self.geometry.grid
+        span = compressor.span(held.piece.first_frame, held.piece.frames, grid)
+        whole = Span(held.piece.first_frame, held.piece.frames, grid_coordinates(held.piece.frames, grid))
+        for index, (keys, values) in enumerate(held.layers):
+            if held.twin is not None:
+                block = KVBlock(*held.twin[index], span)
+            else:
+                block = compressor.compress(KVBlock(keys, values, whole), grid)
+            _check_block(compressor, block, span, keys, index)
+            self.layers[index].archive.write(slot, block.keys, block.values)
+
+
+def _own(tensor: Tensor, cut: slice) -> Tensor:
+    """A part of a chunk that keeps no other part alive."""
+    part = tensor[:, cut]
+    return part.contiguous() if part.shape == tensor.shape else part.clone()
+
+
+def _check_block(compressor: Compressor, block: object, span: Span, like: Tensor, layer: int) -> None:
+    name = f"{type(compressor).__name__}.compress"
+    if not isinstance(block, KVBlock):
+        raise PolicyError(f"{name} returned {type(block).__name__} in layer {layer}, but it must be a KVBlock")
+    wanted = (like.shape[0], span.tokens, *like.shape[2:])
+    for what, tensor in (("keys", block.keys), ("values", block.values)):
+        if tuple(tensor.shape) != wanted:
+            raise PolicyError(f"{name} returned {what} {tuple(tensor.shape)} in layer {layer}, but span() announces {wanted}")
+        if tensor.dtype != like.dtype:
+            raise PolicyError(f"{name} returned {what} {tensor.dtype} in layer {layer}, but the model's dtype is {like.dtype}")

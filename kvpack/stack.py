@@ -1,0 +1,88 @@
+"""A memory policy: four roles and the chunk length, without state."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from kvpack.errors import InvalidOptionError, require_int
+from kvpack.roles import Compressor, Partitioner, Policy, Reindexer, Selector
+
+_ROLES: dict[str, type[Policy]] = {
+    "partitioner": Partitioner,
+    "compressor": Compressor,
+    "selector": Selector,
+    "reindexer": Reindexer,
+}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The four roles under a name.
+
+    Args:
+        name: what `stats()` and tables call it.
+        partitioner: what of the history is kept whole, compressed or dropped.
+        compressor: how mid blocks get smaller.
+        selector: which mid blocks a chunk attends.
+        reindexer: temporal positions of everything attended.
+        chunk_frames: latent frames generated together; the length that the model was trained with.
+        archive_blocks: most compressed blocks kept, the oldest go first; None keeps all.
+
+    Raises:
+        InvalidOptionError: if a size is wrong, a role is not filled by a policy of that role, or the roles do not fit together.
+    """
+
+    name: str
+    partitioner: Partitioner
+    compressor: Compressor
+    selector: Selector
+    reindexer: Reindexer
+    chunk_frames: int = 4
+    archive_blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        for role, base in _ROLES.items():
+            policy = getattr(self, role)
+            if not isinstance(policy, base):
+                raise InvalidOptionError(f"{role} must be a {base.__name__}, got {policy!r}")
+        require_int("chunk_frames", self.chunk_frames, minimum=1)
+        if self.archive_blocks is not None:
+            require_int("archive_blocks", self.archive_blocks)
+        self.partitioner.check(self.chunk_frames)
+        self.reindexer.check(self.partitioner, self.chunk_frames)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as JSON takes it; `from_dict` reads it back.
+
+        Raises:
+            InvalidOptionError: if a policy is not a dataclass.
+        """
+        roles = {role: _policy_dict(getattr(self, role)) for role in _ROLES}
+        return {"name": self.name, **roles, "chunk_frames": self.chunk_frames, "archive_blocks": self.archive_blocks}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Stack":
+        """A stack from what `to_dict` gave, its policies found by name.
+
+        Raises:
+            UnknownNameError: if a policy is not installed.
+            InvalidOptionError: if a field is missing or unknown.
+        """
+        from kvpack.registry import registry
+
+        unknown = set(data) - {field.name for field in fields(cls)}
+        missing = {"name", *_ROLES} - set(data)
+        if unknown or missing:
+            raise InvalidOptionError(f"a stack needs name, {', '.join(_ROLES)}; missing {sorted(missing)}, unknown {sorted(unknown)}")
+        policies = {}
+        for role in _ROLES:
+            options = dict(data[role])
+            name = options.pop("policy", None)
+            policies[role] = registry().policy(role, str(name), options)
+        return cls(**{**data, **policies})
+
+
+def _policy_dict(policy: Policy) -> dict[str, Any]:
+    if not is_dataclass(policy):
+        raise InvalidOptionError(f"{type(policy).__name__} must be a dataclass to be written as data")
+    return {"policy": policy.name, **{field.name: getattr(policy, field.name) for field in fields(policy)}}

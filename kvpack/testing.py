@@ -1,0 +1,239 @@
+"""For tests of policies and pipelines: tiny Wan pipelines made in code, and `check_policy` for a policy of one's own."""
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpack.blocks import KVBlock, LatentChunk, Span, grid_coordinates
+from kvpack.errors import PolicyError
+from kvpack.geometry import Geometry
+from kvpack.roles import (
+    Candidates,
+    Compressor,
+    LatentCompressor,
+    Partitioner,
+    Policy,
+    Query,
+    Reindexer,
+    Selector,
+)
+from kvpack.session import Session
+from kvpack.stack import Stack
+
+WORDS = "a the red green blue circle square triangle over on moving quickly slowly night day grass stripes".split()
+
+
+def tiny_tokenizer() -> Any:
+    """A word-level tokenizer of a few words, for text encoders of `vocab_size` 32."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def tiny_wan_transformer(seed: int = 0, **config: Any) -> Any:
+    """A `WanTransformer3DModel` of two layers with random weights whose output depends on history and text."""
+    from diffusers import WanTransformer3DModel
+
+    defaults = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 32,
+        "freq_dim": 32,
+        "ffn_dim": 32,
+        "num_layers": 2,
+        "cross_attn_norm": True,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = WanTransformer3DModel(**{**defaults, **config}).eval()
+        for parameter in transformer.parameters():
+            if parameter.ndim > 1:
+                parameter.data.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
+    return transformer
+
+
+def tiny_wan_pipeline(seed: int = 0, scheduler: Any = None, **config: Any) -> Any:
+    """A whole `WanPipeline` with random weights, made without files or network.
+
+    Args:
+        seed: of the weights; the process's random state is left alone.
+        scheduler: `FlowMatchEulerDiscreteScheduler(shift=3)` if None.
+        config: overrides of the transformer's config.
+    """
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        vae = AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        ).eval()
+        text = UMT5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        text_encoder = UMT5EncoderModel(text).eval()
+    return WanPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=text_encoder,
+        vae=vae,
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=tiny_wan_transformer(seed, **config),
+    )
+
+
+TINY = Geometry(layers=2, heads=2, head_dim=12, grid=(4, 5), rope_split=(4, 4, 4))
+
+
+@dataclass(frozen=True)
+class _Newest(Selector):
+    """A selector for checks of the other roles."""
+
+    topk: int = 3
+    name = "kvpack-testing-newest"
+
+    def limit(self, candidates: int) -> int:
+        return min(self.topk, candidates)
+
+    def select(self, query: Query, candidates: Candidates) -> Tensor:
+        count = candidates.count
+        return torch.arange(count - self.limit(count), count).expand(query.queries.shape[0], -1)
+
+
+@dataclass(frozen=True)
+class _Pairs(Compressor):
+    """A compressor for checks of the other roles: every second token."""
+
+    name = "kvpack-testing-pairs"
+
+    def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
+        return Span(first_frame, frames, grid_coordinates(frames, grid)[::2])
+
+    def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
+        span = self.span(block.span.first_frame, block.span.frames, grid)
+        return KVBlock(block.keys[:, ::2], block.values[:, ::2], span)
+
+
+def run_session(session: Session, chunks: int, batch: int = 1, seed: int = 0, steps: int = 2) -> list[Tensor]:
+    """Drives a session without a model, with random queries, keys and values; returns each chunk's last-layer output."""
+    geometry, stack = session.geometry, session.stack
+    generator = torch.Generator().manual_seed(seed)
+    tokens = stack.chunk_frames * geometry.tokens_per_frame
+
+    def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        heads_first = [each.transpose(1, 2) for each in (queries, keys, values)]
+        return torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+    def forward(count: int) -> Tensor:
+        out = torch.empty(0)
+        for layer in session.layers:
+            shape = (3, batch, count, geometry.heads, geometry.head_dim)
+            qkv = torch.randn(shape, generator=generator).to(geometry.dtype)
+            out = layer.attend(*qkv.unbind(), attention)
+        return out
+
+    outputs = []
+    for _ in range(chunks):
+        for step in range(steps):
+            session.denoise(step)
+            forward(tokens)
+        session.commit()
+        outputs.append(forward(tokens))
+        for piece in session.twins_due():
+            session.compress(piece)
+            forward(session.twin_span(piece).tokens)
+        session.finish_commit()
+    return outputs
+
+
+def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
+    """Tests a policy of one's own against its role's contract; the whole test of a plugin can be this one line.
+
+    Runs a dozen chunks of random keys through a stack with the policy in it, at sizes that are and that are not multiples of the
+    chunk, and checks that it is frozen data, deterministic, independent of the batch, and gives back what the role announces.
+
+    Args:
+        policy: the policy, with its options set.
+        chunk_frames: latent frames of a chunk.
+
+    Raises:
+        PolicyError: if the contract is broken; the message says how.
+
+    >>> from kvpack.policies import RecencySelector
+    >>> check_policy(RecencySelector(topk=2))
+    """
+    name = type(policy).__name__
+    if not is_dataclass(policy) or not policy.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise PolicyError(f"{name} must be a frozen dataclass: policies are shared between generations")
+    if replace(policy) != policy:  # type: ignore[type-var]
+        raise PolicyError(f"{name} does not equal its own copy; its fields must hold its whole state")
+    if not all(isinstance(getattr(policy, f.name), (int, float, str, bool, tuple, type(None))) for f in fields(policy)):
+        raise PolicyError(f"{name} has a field that cannot be written as data; use numbers, text and tuples")
+    for sizes in ((8, 4), (3, 5)):
+        stack = _stack_with(policy, sizes, chunk_frames)
+        whole = _outputs(stack, policy, batch=2)
+        if not all(torch.equal(a, b) for a, b in zip(whole, _outputs(stack, policy, batch=2), strict=True)):
+            raise PolicyError(f"{name} is not deterministic: the same run gave other bits")
+        if any(not bool(out.isfinite().all()) for out in whole):
+            raise PolicyError(f"{name} made the output of attention infinite or NaN")
+    if isinstance(policy, LatentCompressor):
+        _check_tokens(policy, chunk_frames)
+
+
+def _outputs(stack: Stack, policy: Policy, batch: int) -> list[Tensor]:
+    before = {f.name: getattr(policy, f.name) for f in fields(policy)}  # type: ignore[arg-type]
+    outputs = run_session(Session(stack, TINY), 12, batch=batch)
+    if before != {f.name: getattr(policy, f.name) for f in fields(policy)}:  # type: ignore[arg-type]
+        raise PolicyError(f"{type(policy).__name__} changed its own fields")
+    return outputs
+
+
+def _stack_with(policy: Policy, sizes: tuple[int, int], chunk_frames: int) -> Stack:
+    from kvpack.registry import registry
+
+    roles: dict[str, Any] = {
+        "partitioner": registry().policy(
+            "partitioner", "sink-mid-recent", {"sink_frames": sizes[0], "recent_frames": sizes[1]}
+        ),
+        "compressor": _Pairs(),
+        "selector": _Newest(),
+        "reindexer": registry().policy("reindexer", "contiguous"),
+    }
+    if not isinstance(policy, (Partitioner, Compressor, Selector, Reindexer)):
+        raise PolicyError(f"{type(policy).__name__} fills none of the roles {', '.join(roles)}")
+    return Stack("check", **{**roles, policy.role: policy}, chunk_frames=chunk_frames)
+
+
+def _check_tokens(policy: LatentCompressor, frames: int) -> None:
+    grid, pixels_per_token, width = (4, 6), (16, 16), 24
+    latents = torch.randn(2, 16, frames, 8, 12, generator=torch.Generator().manual_seed(0))
+
+    def encode(pixels: Tensor) -> Tensor:
+        latent_frames, height, pixel_width = (pixels.shape[2] - 1) // 4 + 1, pixels.shape[3] // 8, pixels.shape[4] // 8
+        return torch.nn.functional.adaptive_avg_pool3d(pixels, (latent_frames, height, pixel_width)).repeat(1, 6, 1, 1, 1)[:, :16]
+
+    def embed(small: Tensor) -> Tensor:
+        cells = torch.nn.functional.avg_pool3d(small, (1, 2, 2)).flatten(2).transpose(1, 2)
+        return cells.repeat(1, 1, 2)[..., :width]
+
+    chunk = LatentChunk(
+        latents, 8, grid, lambda: torch.rand(2, 3, 4 * frames, 64, 96) * 2 - 1, encode, embed, pixels_per_token
+    )
+    given, wanted = tuple(policy.tokens(chunk).shape), (2, policy.span(8, frames, grid).tokens, width)
+    if given != wanted:
+        raise PolicyError(f"{type(policy).__name__}.tokens returned {given}, but span() announces {wanted}")
+
+
+__all__ = ["TINY", "check_policy", "run_session", "tiny_tokenizer", "tiny_wan_pipeline", "tiny_wan_transformer"]

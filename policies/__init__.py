@@ -1,0 +1,50 @@
+"""The policies that come with kvpack, registered as any third party's."""
+
+from collections.abc import Callable
+from typing import Any
+
+from kvpack.hookspecs import hookimpl
+from kvpack.policies.absolute import AbsoluteReindexer
+from kvpack.policies.all_blocks import AllSelector
+from kvpack.policies.contiguous import ContiguousReindexer
+from kvpack.policies.fit import FitReindexer
+from kvpack.policies.full import FullPartitioner
+from kvpack.policies.identity import IdentityCompressor
+from kvpack.policies.lr import LowResolutionCompressor
+from kvpack.policies.pool import PoolCompressor
+from kvpack.policies.recency import RecencySelector
+from kvpack.policies.sink_mid_recent import SinkMidRecentPartitioner
+from kvpack.policies.sink_shift import SinkShiftReindexer
+from kvpack.policies.stacks import full, packforcing, packforcing_fit, self_forcing
+from kvpack.policies.topk import QueryTopK
+from kvpack.policies.window import WindowPartitioner
+
+
+@hookimpl
+def kvpack_register_policies(register: Callable[[Any], None]) -> None:
+    """All built-in policies."""
+    for policy in (
+        FullPartitioner,
+        WindowPartitioner,
+        SinkMidRecentPartitioner,
+        IdentityCompressor,
+        PoolCompressor,
+        LowResolutionCompressor,
+        AllSelector,
+        RecencySelector,
+        QueryTopK,
+        AbsoluteReindexer,
+        ContiguousReindexer,
+        FitReindexer,
+        SinkShiftReindexer,
+    ):
+        register(policy)
+
+
+@hookimpl
+def kvpack_register_stacks(register: Callable[[str, Any], None]) -> None:
+    """All built-in stacks."""
+    register("full", full)
+    register("self-forcing", self_forcing)
+    register("packforcing", packforcing)
+    register("packforcing-fit", packforcing_fit)

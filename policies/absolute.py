@@ -1,0 +1,17 @@
+"""Positions as generated (Self-Forcing, arXiv 2506.08009)."""
+
+from dataclasses import dataclass
+
+from kvpack.roles import Layout, Placement, Reindexer
+
+
+@dataclass(frozen=True)
+class AbsoluteReindexer(Reindexer):
+    """Leaves every frame at its index in the video; distances grow without bound."""
+
+    name = "absolute"
+
+    def place(self, layout: Layout) -> Placement:
+        """First frames as they are."""
+        chunk_start = layout.frames.new_full((layout.frames.shape[0],), float(layout.chunk_first_frame))
+        return Placement(layout.first_frames, layout.frames, chunk_start)

@@ -1,0 +1,49 @@
+"""Positions that never exceed those seen in training."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from kvpack.errors import InvalidOptionError, require_int
+from kvpack.roles import Layout, Partitioner, Placement, Reindexer
+
+
+@dataclass(frozen=True)
+class FitReindexer(Reindexer):
+    """As contiguous, but mid blocks share the positions that sink, recent and the current chunk leave free.
+
+    Without mid blocks all history shares them, so that even full history fits.
+
+    Args:
+        train_frames: latent frames that the model saw in training.
+
+    Raises:
+        InvalidOptionError: if sink, recent and the current chunk alone are longer.
+    """
+
+    train_frames: int = 20
+    name = "fit"
+    shared: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_int("train_frames", self.train_frames, minimum=2)
+
+    def place(self, layout: Layout) -> Placement:
+        """Blocks one behind the other, the elastic ones squeezed."""
+        elastic = layout.columns("mid") or list(range(len(layout.parts)))
+        lengths = layout.frames.clone()
+        wanted = lengths[:, elastic].sum(dim=1, keepdim=True)
+        room = self.train_frames - layout.chunk_frames - (lengths.sum(dim=1, keepdim=True) - wanted)
+        lengths[:, elastic] *= torch.clamp(room / wanted, max=1.0)
+        return Placement.consecutive(lengths)
+
+    def check(self, partitioner: Partitioner, chunk_frames: int) -> None:
+        """Mid blocks need positions of their own."""
+        segments = partitioner.partition(1000 * self.train_frames, chunk_frames)
+        has_mid = any(segment.part == "mid" for segment in segments)
+        rigid = chunk_frames + sum(len(s.frames) for s in segments if s.part != "mid") * has_mid
+        if rigid >= self.train_frames:
+            raise InvalidOptionError(
+                f"reindexer fit needs train_frames > {rigid} (sink, recent and the current chunk), got {self.train_frames}"
+            )

@@ -1,0 +1,25 @@
+"""No compression: mid blocks stay at full resolution."""
+
+from dataclasses import dataclass
+
+from kvpack.blocks import KVBlock, Span, grid_coordinates
+from kvpack.roles import Compressor
+
+
+@dataclass(frozen=True)
+class IdentityCompressor(Compressor):
+    """Keeps every token; the ceiling of any compressor.
+
+    >>> IdentityCompressor().span(4, 2, (4, 4)).tokens
+    32
+    """
+
+    name = "identity"
+
+    def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
+        """All tokens at their own places."""
+        return Span(first_frame, frames, grid_coordinates(frames, grid))
+
+    def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
+        """The block itself."""
+        return block

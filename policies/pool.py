@@ -1,0 +1,50 @@
+"""Average pooling of keys and values; no training, no VAE, any model."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool3d
+
+from kvpack.blocks import KVBlock, Span, grid_coordinates
+from kvpack.roles import Compressor
+
+
+def pooled_grid(frames: int, grid: tuple[int, int]) -> tuple[int, int, int]:
+    """Token grid of a compressed block: a half in time and a quarter in space, rounded down, at least 1.
+
+    PackForcing (arXiv 2603.25730), section 4.
+
+    >>> pooled_grid(4, (30, 52))
+    (2, 7, 13)
+    """
+    return max(1, frames // 2), max(1, grid[0] // 4), max(1, grid[1] // 4)
+
+
+@dataclass(frozen=True)
+class PoolCompressor(Compressor):
+    """Averages keys before RoPE, and values, over 2x4x4 windows that cover the whole grid, odd sizes included.
+
+    Each pooled token sits at the centre of the cells that it covers.
+
+    >>> PoolCompressor().span(8, 4, (4, 4)).coordinates.tolist()
+    [[0.5, 1.5, 1.5], [2.5, 1.5, 1.5]]
+    """
+
+    name = "pool"
+
+    def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
+        """A token at the centre of every window."""
+        return Span(first_frame, frames, grid_coordinates(frames, grid, pooled_grid(frames, grid)))
+
+    def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
+        """The average of every window."""
+        frames = block.span.frames
+        pooled = pooled_grid(frames, grid)
+
+        def pool(tokens: Float[Tensor, "b thw h d"]) -> Float[Tensor, "b n h d"]:
+            cells = tokens.flatten(2).unflatten(1, (frames, *grid)).movedim(-1, 1)  # (b, h*d, t, h, w)
+            means = adaptive_avg_pool3d(cells.float(), pooled).to(tokens.dtype)
+            return means.flatten(2).transpose(1, 2).unflatten(2, tokens.shape[2:])
+
+        return KVBlock(pool(block.keys), pool(block.values), self.span(block.span.first_frame, frames, grid))

@@ -1,0 +1,24 @@
+"""A sink that moves along (Deep Forcing, arXiv 2512.05081, section 4)."""
+
+from dataclasses import dataclass
+
+from kvpack.roles import Layout, Placement, Reindexer
+
+
+@dataclass(frozen=True)
+class SinkShiftReindexer(Reindexer):
+    """Moves the sink so that it ends where the oldest other kept frame begins; all else stays absolute."""
+
+    name = "sink-shift"
+
+    def place(self, layout: Layout) -> Placement:
+        """The sink abuts the oldest kept frame."""
+        chunk_start = layout.frames.new_full((layout.frames.shape[0],), float(layout.chunk_first_frame))
+        starts = layout.first_frames.clone()
+        sink = layout.columns("sink")
+        if sink:
+            others = starts[:, sink[-1] + 1 :]
+            oldest = others.amin(dim=1) if others.shape[1] else chunk_start
+            sink_stop = starts[:, sink[-1]] + layout.frames[:, sink[-1]]
+            starts[:, sink] += (oldest - sink_stop)[:, None]
+        return Placement(starts, layout.frames, chunk_start)

@@ -1,0 +1,49 @@
+"""Attend the archived blocks with the highest query-key affinity (PackForcing, arXiv 2603.25730, section 5)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvpack.errors import require_int
+from kvpack.roles import Candidates, Query, Selector
+
+
+@dataclass(frozen=True)
+class QueryTopK(Selector):
+    """Chooses the `topk` blocks whose keys agree most with the chunk's queries, for each layer and batch row.
+
+    The paper sums q . k over a subsample of queries and half of the heads. The score is bilinear, so summing each side
+    first gives it exactly, over all queries and heads, for one small product. It is divided by the block's token count; q and k
+    are taken before RoPE, which would favour near blocks. Ties go to the later block.
+
+    Args:
+        topk: blocks chosen.
+
+    >>> QueryTopK(topk=2).limit(5)
+    2
+    """
+
+    topk: int = 16
+    name = "topk"
+
+    def __post_init__(self) -> None:
+        require_int("topk", self.topk)
+
+    def limit(self, candidates: int) -> int:
+        """At most `topk`."""
+        return min(self.topk, candidates)
+
+    def scores(self, query: Query, candidates: Candidates) -> Float[Tensor, "batch blocks"]:
+        """Mean over queries, keys and heads of q . k / sqrt(head_dim), as many heads as there are."""
+        queries = query.queries.float().mean(dim=1)  # (b, h, d)
+        keys = candidates.key_sums / candidates.tokens[None, :, None, None]  # (b, m, h, d)
+        heads, head_dim = queries.shape[1:]
+        return torch.einsum("bhd,bmhd->bm", queries, keys) / (heads * head_dim**0.5)
+
+    def select(self, query: Query, candidates: Candidates) -> Int[Tensor, "batch chosen"]:
+        """Indices of the best scores."""
+        scores = self.scores(query, candidates)
+        newest_first = scores.flip(1).argsort(dim=1, descending=True, stable=True)
+        return candidates.count - 1 - newest_first[:, : self.topk]
