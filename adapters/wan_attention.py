@@ -82,7 +82,7 @@ def attached(transformer: Any, memory_for: Callable[[CacheContext], list[LayerMe
     replaced = [attention.processor for attention in attentions]
     processors = [PackedWanAttnProcessor(processor) for processor in replaced]
     branch = _BranchHook()
-    had_forward = "forward" in vars(transformer)
+    before = set(vars(transformer))
     hooks = HookRegistry.check_if_exists_or_initialize(transformer)
 
     def before_forward(module: Any, args: Any, kwargs: Any) -> None:
@@ -99,6 +99,6 @@ def attached(transformer: Any, memory_for: Callable[[CacheContext], list[LayerMe
         for attention, processor in zip(attentions, replaced, strict=True):
             attention.set_processor(processor)
         hooks.remove_hook(_HOOK_NAME, recurse=False)
-        if not had_forward:
-            vars(transformer).pop("forward", None)
         handle.remove()
+        for name in {"forward", "_diffusers_hook"} - before:
+            vars(transformer).pop(name, None)

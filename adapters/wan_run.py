@@ -54,7 +54,9 @@ class WanRun(Run):
         self.seconds = {"denoise": 0.0, "commit": 0.0, "compress": 0.0, "decode": 0.0}
         self.compressor = stack.compressor if isinstance(stack.compressor, LatentCompressor) else None
         self.decodes_in_loop = self.compressor is not None or (streaming and arguments["output_type"] != "latent")
-        self.decoder = StreamingDecoder(pipeline.vae) if arguments["output_type"] != "latent" or self.compressor else None
+        self.decoder = (
+            StreamingDecoder(pipeline.vae) if arguments["output_type"] != "latent" or self.compressor else None
+        )
         self.interrupted = False
         self._phase: int | Piece = 0
         self._bar: Any = None

@@ -16,7 +16,8 @@ class Span:
     Args:
         first_frame: index of the first latent frame in the video.
         frames: latent frames covered.
-        coordinates: (t, y, x) of each token on the full-resolution grid, fractions allowed; t counts from `first_frame`.
+        coordinates: (t, y, x) of each token on the full-resolution grid, fractions allowed; t counts from
+            `first_frame`.
     """
 
     first_frame: int

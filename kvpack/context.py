@@ -12,7 +12,7 @@ from kvpack.errors import PolicyError
 from kvpack.geometry import Geometry
 from kvpack.layer import KeysValues, Turns
 from kvpack.ledger import Ledger, Piece
-from kvpack.roles import Layout, Placement, Reindexer, Selector
+from kvpack.roles import Layout, Part, Placement, Reindexer, Selector
 from kvpack.rope import rotations, wide_dtype
 from kvpack.stack import Stack
 
@@ -49,24 +49,23 @@ class Context:
         self.chunk = self.ledger.chunks
         self.sink = [held for held in self.held if held.piece.part == "sink"]
         self.recent = [held for held in self.held if held.piece.part == "recent"]
-        archive = self.ledger.archive
+        self.chosen = self._limit(len(self.ledger.archive))
+        archive = self.ledger.archive if self.chosen else ()
         self.slots = [piece.slot for piece in archive]
         self.first_frames = tuple(piece.first_frame for piece in archive)
         self.frames = tuple(piece.frames for piece in archive)
-        self.tokens = [self.span_tokens(piece) for piece in archive]
-        self.chosen = self.selector.limit(len(archive))
-        if not isinstance(self.chosen, int) or not 0 <= self.chosen <= len(archive):
-            name = type(self.selector).__name__
-            raise PolicyError(f"{name}.limit returned {self.chosen!r}, but there are {len(archive)} candidates")
-        if self.chosen == 0:
-            self.slots, self.first_frames, self.frames, self.tokens = [], (), (), []
-        self.takes_all = self.chosen == len(self.slots)
+        self.spans = {frames: self.stack.compressor.span(0, frames, self.geometry.grid) for frames in set(self.frames)}
+        self.tokens = [self.spans[frames].tokens for frames in self.frames]
+        self.takes_all = self.chosen == len(archive)
         #: Mid blocks of one size: a choice is gathered on the device, whatever it is.
-        self.uniform = len(set(zip(self.frames, self.tokens, strict=True))) <= 1
+        self.uniform = len(self.spans) <= 1
 
-    def span_tokens(self, piece: Piece) -> int:
-        """Tokens that stand for a compressed piece."""
-        return self.stack.compressor.span(piece.first_frame, piece.frames, self.geometry.grid).tokens
+    def _limit(self, candidates: int) -> int:
+        chosen = self.selector.limit(candidates)
+        if not isinstance(chosen, int) or not 0 <= chosen <= candidates:
+            name = type(self.selector).__name__
+            raise PolicyError(f"{name}.limit returned {chosen!r}, but there are {candidates} candidates")
+        return chosen
 
     @cached_property
     def capacity(self) -> int:
@@ -75,54 +74,54 @@ class Context:
         return whole * self.geometry.tokens_per_frame + sum(sorted(self.tokens, reverse=True)[: self.chosen])
 
     def turns(self, chosen: Tensor | list[int] | None, device: torch.device) -> Turns:
-        """Rotations for a choice: a tensor of indices for all rows at once, the list of one row, or None for all blocks."""
-        independent = chosen is None or (isinstance(chosen, Tensor) and self.reindexer.shared)
-        if not independent:
-            return self._place(chosen, device)
+        """Rotations for a choice: indices of all rows at once, the list of one row, or None for all blocks."""
+        if isinstance(chosen, list) or (isinstance(chosen, Tensor) and not self.reindexer.shared):
+            return self._turns(chosen, device)
         if device not in self._shared:
-            self._shared[device] = self._place(range(self.chosen), device)
+            self._shared[device] = self._turns(list(range(self.chosen)), device)
         return self._shared[device]
 
-    def _place(self, chosen: Tensor | list[int] | range | None, device: torch.device) -> Turns:
-        wide = wide_dtype(device)
+    def _turns(self, chosen: Tensor | list[int], device: torch.device) -> Turns:
+        layout = self._layout(chosen, device)
+        placement = self._checked(layout, self.reindexer.place(layout))
+        ratios = placement.lengths / layout.frames
+        mid = [self.frames[0]] * self.chosen if isinstance(chosen, Tensor) else [self.frames[i] for i in chosen]
+        coordinates = [
+            *(grid_coordinates(held.piece.frames, self.geometry.grid) for held in self.sink),
+            *(self.spans[frames].coordinates for frames in mid),
+            *(grid_coordinates(held.piece.frames, self.geometry.grid) for held in self.recent),
+        ]
+        positions = [layout.frames.new_empty(layout.frames.shape[0], 0, 3)]
+        for block, each in enumerate(coordinates):
+            positions.append(_at(each.to(device), placement.starts[:, block], ratios[:, block]))
+        context = rotations(torch.cat(positions, dim=1), self.geometry)
+        return Turns(placement, context, self.chunk_turns(placement, self._chunk_coordinates))
 
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=wide, device=device)
+    @cached_property
+    def _chunk_coordinates(self) -> Float[Tensor, "tokens 3"]:
+        return grid_coordinates(self.stack.chunk_frames, self.geometry.grid)
 
-        mid_first, mid_frames = column([float(f) for f in self.first_frames]), column([float(f) for f in self.frames])
-        if isinstance(chosen, Tensor):
-            rows, index = chosen.shape[0], chosen.clamp(0, len(self.slots) - 1)
-            sizes = [(self.frames[0], self.tokens[0])] * self.chosen
-        else:
-            rows, index = 1, torch.tensor([list(chosen or [])], dtype=torch.long, device=device)
-            sizes = [(self.frames[i], self.tokens[i]) for i in chosen or []]
-        sink, recent = [h.piece for h in self.sink], [h.piece for h in self.recent]
+    def _layout(self, chosen: Tensor | list[int], device: torch.device) -> Layout:
+        """The attended blocks; rows differ only where a tensor has chosen."""
+        index = chosen if isinstance(chosen, Tensor) else torch.tensor([chosen], dtype=torch.long, device=device)
+        # A wrong index is reported at the end of the chunk; until then it must not crash the device.
+        index = index.clamp(0, max(0, len(self.slots) - 1))
 
-        def joined(before: list[int], mid: Tensor, after: list[int]) -> Float[Tensor, "rows blocks"]:
-            parts = (column([float(v) for v in before]), column([float(v) for v in after]))
-            return torch.cat([parts[0].expand(rows, -1), mid[index], parts[1].expand(rows, -1)], dim=1)
+        def column(sink: list[int], mid: tuple[int, ...], recent: list[int]) -> Float[Tensor, "rows blocks"]:
+            def row(values: list[int] | tuple[int, ...]) -> Tensor:
+                return torch.tensor(values, dtype=wide_dtype(device), device=device)
 
-        layout = Layout(
-            parts=("sink",) * len(sink) + ("mid",) * self.chosen + ("recent",) * len(recent),
-            first_frames=joined([p.first_frame for p in sink], mid_first, [p.first_frame for p in recent]),
-            frames=joined([p.frames for p in sink], mid_frames, [p.frames for p in recent]),
+            rows = index.shape[0]
+            return torch.cat([row(sink).expand(rows, -1), row(mid)[index], row(recent).expand(rows, -1)], dim=1)
+
+        sink, recent = [held.piece for held in self.sink], [held.piece for held in self.recent]
+        counts: tuple[tuple[Part, int], ...] = (("sink", len(sink)), ("mid", self.chosen), ("recent", len(recent)))
+        return Layout(
+            parts=tuple(part for part, count in counts for _ in range(count)),
+            first_frames=column([p.first_frame for p in sink], self.first_frames, [p.first_frame for p in recent]),
+            frames=column([p.frames for p in sink], self.frames, [p.frames for p in recent]),
             chunk_first_frame=self.ledger.frames,
             chunk_frames=self.stack.chunk_frames,
-        )
-        placement = self._checked(layout, self.reindexer.place(layout))
-        grid = self.geometry.grid
-        whole = [grid_coordinates(p.frames, grid) for p in sink], [grid_coordinates(p.frames, grid) for p in recent]
-        mids = [self.stack.compressor.span(0, frames, grid).coordinates for frames, _ in sizes]
-        coordinates = [each.to(device) for each in (*whole[0], *mids, *whole[1])]
-        ratios = placement.lengths / layout.frames
-        positions = [
-            _at(each, placement.starts[:, i], ratios[:, i]) for i, each in enumerate(coordinates)
-        ] or [torch.zeros(rows, 0, 3, dtype=wide, device=device)]
-        current = grid_coordinates(self.stack.chunk_frames, grid).to(device)
-        return Turns(
-            placement,
-            rotations(torch.cat(positions, dim=1), self.geometry),
-            self.chunk_turns(placement, current),
         )
 
     def chunk_turns(self, placement: Placement, coordinates: Float[Tensor, "tokens 3"]) -> Tensor:

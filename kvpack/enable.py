@@ -59,7 +59,9 @@ def resolve_stack(stack: str | Stack | Mapping[str, Any], options: Mapping[str, 
     if isinstance(stack, str):
         return registry().stack(stack, dict(options))
     if options:
-        raise InvalidOptionError(f"options {sorted(options)} belong to a named stack; use dataclasses.replace on a Stack")
+        raise InvalidOptionError(
+            f"options {sorted(options)} belong to a named stack; use dataclasses.replace on a Stack"
+        )
     return stack if isinstance(stack, Stack) else Stack.from_dict(stack)
 
 

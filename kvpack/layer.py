@@ -80,14 +80,12 @@ class LayerMemory:
         if self.chosen is None or context.uniform:
             self.placed = [self._fill_rows(context, slice(0, rows), self.chosen, queries)]
         else:
-            # Chosen blocks of unequal size: rows differ in length, so each is filled by itself (its choice read by the host).
+            # Chosen blocks of unequal size: rows differ in length; the host reads each one's choice and fills it.
             chosen = self.chosen.tolist()
             self.placed = [self._fill_rows(context, slice(r, r + 1), chosen[r], queries) for r in range(rows)]
         self.chunk_turns = joined([turns.chunk for turns in self.placed])
 
-    def _fill_rows(
-        self, context: "Context", rows: slice, chosen: Tensor | list[int] | None, queries: Tensor
-    ) -> Turns:
+    def _fill_rows(self, context: "Context", rows: slice, chosen: Tensor | list[int] | None, queries: Tensor) -> Turns:
         turns = context.turns(chosen, queries.device)
         start = 0
 
@@ -101,7 +99,7 @@ class LayerMemory:
             keys, values = piece.layers[self.index]
             append(keys[rows], values[rows])
         if isinstance(chosen, Tensor):
-            slots = torch.tensor(context.slots, device=queries.device)[chosen]
+            slots = torch.tensor(context.slots, device=queries.device)[chosen.clamp(0, len(context.slots) - 1)]
             append(*self.archive.gather(rows, slots, context.tokens[0]))
         else:
             for index in range(len(context.slots)) if chosen is None else chosen:
@@ -131,11 +129,13 @@ class LayerMemory:
             kind = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
             raise self._broken(context, f"returned {kind} in layer {self.index}, but indices are int64")
         if tuple(chosen.shape) != wanted:
-            raise self._broken(context, f"returned shape {tuple(chosen.shape)} in layer {self.index}, but it must be {wanted}")
+            raise self._broken(
+                context, f"returned shape {tuple(chosen.shape)} in layer {self.index}, but it must be {wanted}"
+            )
         return chosen.long().sort(dim=1).values
 
     def check_choice(self, context: "Context") -> None:
-        """Raises `PolicyError` if the last choice or placement was wrong; once a chunk, since it waits for the device."""
+        """Raises `PolicyError` if the choice or placement was wrong; once a chunk, since it waits for the device."""
         for turns in self.placed:
             if not bool(turns.context.isfinite().all() & turns.chunk.isfinite().all()):
                 name = type(context.reindexer).__name__

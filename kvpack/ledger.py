@@ -1,10 +1,12 @@
 """The history in Python ints: which frames are held whole, which compressed, and in which slot.
 
-One ledger serves all layers, and the planner, which runs it without a model. It is a value: `commit` returns the next one.
+One ledger serves all layers, and the planner, which runs it without a model. It is a value: `commit` returns the
+next one.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from kvpack.errors import PolicyError
@@ -81,7 +83,7 @@ class Ledger:
             for segment in self._partition(history):
                 cuts |= {cut for cut in (segment.frames.start, segment.frames.stop) if start < cut < stop}
         edges = sorted(cuts)
-        return tuple(Piece(a, b - a) for a, b in zip(edges, edges[1:], strict=False))
+        return tuple(Piece(a, b - a) for a, b in pairwise(edges))
 
     def is_ever_compressed(self, piece: Piece) -> bool:
         """Whether a new piece will become part of mid."""

@@ -184,10 +184,10 @@ def _collect(pipeline: Any, run: Run, output_type: str) -> Any:
 
 
 def _finish(enabled: Enabled, run: Run) -> None:
-    enabled.last = run.stats()
     if enabled.run is run:
         enabled.run = None
     run.close()
+    enabled.last = run.stats()
 
 
 def _joined(parts: list[Any], output_type: str) -> Any:

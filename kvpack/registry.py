@@ -11,7 +11,7 @@ import pluggy
 
 from kvpack import hookspecs
 from kvpack.adapter import Adapter
-from kvpack.errors import InvalidOptionError, PluginWarning, UnknownNameError, unknown_name
+from kvpack.errors import InvalidOptionError, PluginWarning, unknown_name
 from kvpack.roles import Policy
 from kvpack.stack import Stack
 
@@ -96,8 +96,7 @@ def _call(what: str, factory: Callable[..., Any], options: dict[str, Any]) -> An
     known = list(inspect.signature(factory).parameters)
     for option in options:
         if option not in known:
-            error: UnknownNameError = unknown_name(f"option of {what}", option, known)
-            raise InvalidOptionError(str(error))
+            raise unknown_name(f"option of {what}", option, known)
     try:
         return factory(**options)
     except TypeError as error:

@@ -174,7 +174,7 @@ class Reindexer(Policy, ABC):
     """Gives temporal positions to the chosen blocks and to the current chunk."""
 
     role: ClassVar[str] = "reindexer"
-    #: True if positions depend on how many blocks were chosen but not on which: they are then computed once for all layers.
+    #: True if positions depend on how many blocks were chosen, not on which: computed once for all layers then.
     shared: ClassVar[bool] = False
 
     @abstractmethod

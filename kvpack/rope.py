@@ -1,6 +1,7 @@
 """Rotary position embedding (arXiv 2104.09864) at any position: fractional, negative or far beyond training.
 
-Angles come from theta, never from a table, in float64 where the device has it: a float32 angle is 2e-3 rad off at frame 40,000.
+Angles come from theta, never from a table, in float64 where the device has it: a float32 angle is 2e-3 rad off at
+frame 40,000.
 """
 
 import torch

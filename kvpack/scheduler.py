@@ -5,10 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import FlowMatchLCMScheduler
+from diffusers import FlowMatchLCMScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 
 from kvpack.errors import InvalidOptionError
+
+# A pipeline that is loaded with a scheduler from here looks for SchedulerMixin beside it.
+__all__ = ["FlowMatchFewStepScheduler", "SchedulerMixin"]
 
 
 class FlowMatchFewStepScheduler(FlowMatchLCMScheduler):
@@ -31,6 +34,12 @@ class FlowMatchFewStepScheduler(FlowMatchLCMScheduler):
         # The parent registers its own view of the config; ours is what is saved.
         self.register_to_config(sigmas=list(sigmas), shift=shift, num_train_timesteps=num_train_timesteps)
         self._generator: torch.Generator | list[torch.Generator] | None = None
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Leaves out the parent's options, which a config holds but which have no effect here."""
+        own = {"sigmas", "shift", "num_train_timesteps"}
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k in own or k[0] == "_"}, **kwargs)
 
     def set_timesteps(
         self,

@@ -28,8 +28,8 @@ class Session:
     """Memory of one generation.
 
     A chunk is: `denoise(step)` before each denoising forward, `commit()` before the forward of the clean chunk, for a
-    latent-space compressor `compress(piece)` before the forward of each of `twins_due()`, and `finish_commit()`. Only the last
-    one writes history; until then the chunk can be done again.
+    latent-space compressor `compress(piece)` before the forward of each of `twins_due()`, and `finish_commit()`. Only
+    the last one writes history; until then the chunk can be done again.
 
     Args:
         stack: the policy.
@@ -77,7 +77,7 @@ class Session:
         return replace(span, coordinates=span.coordinates + offset)
 
     def compress(self, piece: Piece) -> None:
-        """Announces the forward of a twin's tokens, in the context that the commit saw. Follows the commit's forward."""
+        """Announces the forward of a twin's tokens, in the context that the commit saw; follows the commit's."""
         assert self.current is not None
         coordinates = self.twin_span(piece).coordinates
         for layer in self.layers:
@@ -118,17 +118,21 @@ class Session:
     def stats(self) -> dict[str, Any]:
         """Tokens and bytes of this session.
 
-        `attended_*` are those of the last chunk's history, without the chunk; `archive_*` all compressed blocks that are kept,
-        attended or not; `resident_bytes` all memory allocated: buffer, whole pieces and archive with its spare slots.
+        `attended_*` are those of the last chunk's history, without the chunk; `archive_*` all compressed blocks that
+        are kept, attended or not; `resident_bytes` all memory allocated: buffer, whole pieces and archive with its
+        spare slots.
         """
         ledger, tokens_per_frame = self.history.ledger, self.geometry.tokens_per_frame
         lengths = self.layers[0].buffer.lengths
         views = [view for index in range(self.geometry.layers) for view in self._attended(index)]
         whole = {
-            part: tokens_per_frame * sum(p.frames for p in ledger.whole if p.part == part) for part in ("sink", "recent")
+            part: tokens_per_frame * sum(p.frames for p in ledger.whole if p.part == part)
+            for part in ("sink", "recent")
         }
         blocks = [self._archived(layer, piece) for layer in self.layers for piece in ledger.archive]
-        stored = [t for held in self.history.held for layer in (held.layers, held.twin or ()) for kv in layer for t in kv]
+        stored = [
+            t for held in self.history.held for layer in (held.layers, held.twin or ()) for kv in layer for t in kv
+        ]
         slabs = [t for m in self.layers for t in (m.buffer.keys, m.buffer.values, m.archive.keys, m.archive.values)]
         return {
             "stack": self.stack.name,
@@ -208,6 +212,10 @@ def _check_block(compressor: Compressor, block: object, span: Span, like: Tensor
     wanted = (like.shape[0], span.tokens, *like.shape[2:])
     for what, tensor in (("keys", block.keys), ("values", block.values)):
         if tuple(tensor.shape) != wanted:
-            raise PolicyError(f"{name} returned {what} {tuple(tensor.shape)} in layer {layer}, but span() announces {wanted}")
+            raise PolicyError(
+                f"{name} returned {what} {tuple(tensor.shape)} in layer {layer}, but span() announces {wanted}"
+            )
         if tensor.dtype != like.dtype:
-            raise PolicyError(f"{name} returned {what} {tensor.dtype} in layer {layer}, but the model's dtype is {like.dtype}")
+            raise PolicyError(
+                f"{name} returned {what} {tensor.dtype} in layer {layer}, but the model's dtype is {like.dtype}"
+            )

@@ -29,7 +29,7 @@ class Stack:
         archive_blocks: most compressed blocks kept, the oldest go first; None keeps all.
 
     Raises:
-        InvalidOptionError: if a size is wrong, a role is not filled by a policy of that role, or the roles do not fit together.
+        InvalidOptionError: if a size is wrong, a policy is in the wrong role, or the roles do not fit together.
     """
 
     name: str
@@ -73,7 +73,9 @@ class Stack:
         unknown = set(data) - {field.name for field in fields(cls)}
         missing = {"name", *_ROLES} - set(data)
         if unknown or missing:
-            raise InvalidOptionError(f"a stack needs name, {', '.join(_ROLES)}; missing {sorted(missing)}, unknown {sorted(unknown)}")
+            raise InvalidOptionError(
+                f"a stack needs name, {', '.join(_ROLES)}; missing {sorted(missing)}, unknown {sorted(unknown)}"
+            )
         policies = {}
         for role in _ROLES:
             options = dict(data[role])

@@ -1,4 +1,4 @@
-"""For tests of policies and pipelines: tiny Wan pipelines made in code, and `check_policy` for a policy of one's own."""
+"""For tests: tiny Wan pipelines made in code, and `check_policy` for a policy of one's own."""
 
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from kvpack.roles import (
 from kvpack.session import Session
 from kvpack.stack import Stack
 
-WORDS = "a the red green blue circle square triangle over on moving quickly slowly night day grass stripes".split()
+WORDS = ("a", "the", "red", "green", "blue", "circle", "square", "triangle", "moving", "over", "night", "grass")
 
 
 def tiny_tokenizer() -> Any:
@@ -126,22 +126,36 @@ class _Pairs(Compressor):
         return KVBlock(block.keys[:, ::2], block.values[:, ::2], span)
 
 
-def run_session(session: Session, chunks: int, batch: int = 1, seed: int = 0, steps: int = 2) -> list[Tensor]:
-    """Drives a session without a model, with random queries, keys and values; returns each chunk's last-layer output."""
+def run_session(
+    session: Session, chunks: int, batch: int = 1, seed: int = 0, steps: int = 2, rows: slice = slice(None)
+) -> list[Tensor]:
+    """Drives a session without a model, with random queries, keys and values.
+
+    Args:
+        session: fresh, or a snapshot to go on from.
+        chunks: chunks to run.
+        batch: rows of the random tensors.
+        seed: of the random tensors.
+        steps: denoising steps a chunk.
+        rows: which rows the session sees.
+
+    Returns:
+        Each chunk's attention output in the last layer at its commit.
+    """
     geometry, stack = session.geometry, session.stack
     generator = torch.Generator().manual_seed(seed)
     tokens = stack.chunk_frames * geometry.tokens_per_frame
 
     def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        heads_first = [each.transpose(1, 2) for each in (queries, keys, values)]
-        return torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+        q, k, v = (each.transpose(1, 2) for each in (queries, keys, values))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     def forward(count: int) -> Tensor:
         out = torch.empty(0)
         for layer in session.layers:
             shape = (3, batch, count, geometry.heads, geometry.head_dim)
-            qkv = torch.randn(shape, generator=generator).to(geometry.dtype)
-            out = layer.attend(*qkv.unbind(), attention)
+            qkv = torch.randn(shape, generator=generator)[:, rows].to(geometry.dtype)
+            out = layer.attend(qkv[0], qkv[1], qkv[2], attention)
         return out
 
     outputs = []
@@ -161,8 +175,9 @@ def run_session(session: Session, chunks: int, batch: int = 1, seed: int = 0, st
 def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
     """Tests a policy of one's own against its role's contract; the whole test of a plugin can be this one line.
 
-    Runs a dozen chunks of random keys through a stack with the policy in it, at sizes that are and that are not multiples of the
-    chunk, and checks that it is frozen data, deterministic, independent of the batch, and gives back what the role announces.
+    Runs a dozen chunks of random keys through a stack with the policy in it, at sizes that are and that are not
+    multiples of the chunk, and checks that it is frozen data, deterministic, independent of the rest of
+    the batch, and gives back what its role announces.
 
     Args:
         policy: the policy, with its options set.
@@ -183,18 +198,21 @@ def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
         raise PolicyError(f"{name} has a field that cannot be written as data; use numbers, text and tuples")
     for sizes in ((8, 4), (3, 5)):
         stack = _stack_with(policy, sizes, chunk_frames)
-        whole = _outputs(stack, policy, batch=2)
-        if not all(torch.equal(a, b) for a, b in zip(whole, _outputs(stack, policy, batch=2), strict=True)):
+        whole, again = _outputs(stack, policy, slice(0, 2)), _outputs(stack, policy, slice(0, 2))
+        if not all(torch.equal(a, b) for a, b in zip(whole, again, strict=True)):
             raise PolicyError(f"{name} is not deterministic: the same run gave other bits")
+        row = _outputs(stack, policy, slice(1, 2))
+        if not all(torch.allclose(a[1:], b, atol=1e-5) for a, b in zip(whole, row, strict=True)):
+            raise PolicyError(f"{name} lets batch rows influence each other: a row alone gave another result")
         if any(not bool(out.isfinite().all()) for out in whole):
             raise PolicyError(f"{name} made the output of attention infinite or NaN")
     if isinstance(policy, LatentCompressor):
         _check_tokens(policy, chunk_frames)
 
 
-def _outputs(stack: Stack, policy: Policy, batch: int) -> list[Tensor]:
+def _outputs(stack: Stack, policy: Policy, rows: slice) -> list[Tensor]:
     before = {f.name: getattr(policy, f.name) for f in fields(policy)}  # type: ignore[arg-type]
-    outputs = run_session(Session(stack, TINY), 12, batch=batch)
+    outputs = run_session(Session(stack, TINY), 12, batch=2, rows=rows)
     if before != {f.name: getattr(policy, f.name) for f in fields(policy)}:  # type: ignore[arg-type]
         raise PolicyError(f"{type(policy).__name__} changed its own fields")
     return outputs
@@ -222,7 +240,9 @@ def _check_tokens(policy: LatentCompressor, frames: int) -> None:
 
     def encode(pixels: Tensor) -> Tensor:
         latent_frames, height, pixel_width = (pixels.shape[2] - 1) // 4 + 1, pixels.shape[3] // 8, pixels.shape[4] // 8
-        return torch.nn.functional.adaptive_avg_pool3d(pixels, (latent_frames, height, pixel_width)).repeat(1, 6, 1, 1, 1)[:, :16]
+        return torch.nn.functional.adaptive_avg_pool3d(pixels, (latent_frames, height, pixel_width)).repeat(
+            1, 6, 1, 1, 1
+        )[:, :16]
 
     def embed(small: Tensor) -> Tensor:
         cells = torch.nn.functional.avg_pool3d(small, (1, 2, 2)).flatten(2).transpose(1, 2)

@@ -15,8 +15,8 @@ from kvpack.roles import LatentCompressor
 class LowResolutionCompressor(LatentCompressor):
     """Decodes the chunk, shrinks its pixels 2x in time and 4x in space, and encodes it again.
 
-    Differs from the paper: pixels are pooled adaptively to the 1 + 4m frames that the causal VAE encodes, and over the whole
-    grid, so that no frame and no row is dropped.
+    Differs from the paper: pixels are pooled adaptively to the 1 + 4m frames that the causal VAE encodes, and over
+    the whole grid, so that no frame and no row is dropped.
 
     >>> LowResolutionCompressor().span(8, 4, (30, 52)).tokens
     182

@@ -15,8 +15,8 @@ class QueryTopK(Selector):
     """Chooses the `topk` blocks whose keys agree most with the chunk's queries, for each layer and batch row.
 
     The paper sums q . k over a subsample of queries and half of the heads. The score is bilinear, so summing each side
-    first gives it exactly, over all queries and heads, for one small product. It is divided by the block's token count; q and k
-    are taken before RoPE, which would favour near blocks. Ties go to the later block.
+    first gives it exactly, over all queries and heads, for one small product. It is divided by the block's token
+    count; q and k are taken before RoPE, which would favour near blocks. Ties go to the later block.
 
     Args:
         topk: blocks chosen.

@@ -46,6 +46,6 @@ class WindowPartitioner(Partitioner):
         if self.window_frames < self.sink_frames + chunk_frames or self.window_frames < 2 * chunk_frames:
             raise InvalidOptionError(
                 f"window_frames must be at least {max(self.sink_frames + chunk_frames, 2 * chunk_frames)} "
-                f"(the sink of {self.sink_frames}, the current chunk of {chunk_frames} frames, and no less than a chunk "
-                f"of history), got {self.window_frames}"
+                f"(the sink of {self.sink_frames}, the current chunk of {chunk_frames} frames, and at least "
+                f"a chunk of history), got {self.window_frames}"
             )

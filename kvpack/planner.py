@@ -1,0 +1,139 @@
+"""What a generation will hold and compute, from the ledger alone: no model, no weights."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvpack.errors import InvalidOptionError, require_int
+from kvpack.geometry import Geometry
+from kvpack.ledger import Ledger
+from kvpack.stack import Stack
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tokens are those of one video and one guidance branch; bytes and operations are those of all of them.
+
+    Args:
+        stack: name of the stack.
+        chunks: chunks generated; the last one is generated whole.
+        frames: latent frames asked for.
+        chunk_tokens: tokens of a chunk.
+        attended_tokens: what the last chunk attends, itself included.
+        attended_kv_bytes: keys and values of the history that the last chunk attends, itself not included.
+        archive_blocks: compressed blocks kept after the last chunk.
+        archive_kv_bytes: their keys and values, whether attended or not.
+        full_tokens: tokens of all chunks at full resolution.
+        full_kv_bytes: their keys and values, which full history would hold.
+        kv_bytes_per_token: keys and values of one token over all layers.
+        flops_per_chunk: the last chunk's denoising forwards and its commit forward; 0 if nobody counts them.
+    """
+
+    stack: str
+    chunks: int
+    frames: int
+    chunk_tokens: int
+    attended_tokens: int
+    attended_kv_bytes: int
+    archive_blocks: int
+    archive_kv_bytes: int
+    full_tokens: int
+    full_kv_bytes: int
+    kv_bytes_per_token: int
+    flops_per_chunk: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as JSON takes it."""
+        return asdict(self)
+
+
+def plan(
+    geometry: Geometry,
+    stack: Stack,
+    frames: int,
+    *,
+    batch: int = 1,
+    branches: int = 1,
+    steps: int = 4,
+    flops: Callable[[int, int], int] | None = None,
+) -> Plan:
+    """Plans a generation of `frames` latent frames.
+
+    The bytes are those that `pipe.packforcing.stats()` reports after it. If mid blocks differ in size, which of them a selector
+    will choose is not known; the plan takes the newest.
+
+    Args:
+        geometry: the model at the video's size.
+        stack: the memory policy.
+        frames: latent frames of the video.
+        batch: videos generated together.
+        branches: guidance branches, 2 with classifier-free guidance.
+        steps: denoising steps of a chunk.
+        flops: operations of one forward, given query tokens and attended tokens.
+
+    Raises:
+        InvalidOptionError: if a size is not positive.
+
+    >>> import torch
+    >>> from kvpack.registry import registry
+    >>> wan = Geometry(30, 12, 128, (30, 52), (44, 42, 42), dtype=torch.bfloat16)
+    >>> plan(wan, registry().stack("packforcing", {}), 480).attended_tokens
+    27872
+    """
+    for name, value in (("frames", frames), ("batch", batch), ("branches", branches), ("steps", steps)):
+        require_int(name, value, minimum=1)
+    chunks = -(-frames // stack.chunk_frames)
+    before = after = Ledger(stack.partitioner, stack.chunk_frames, stack.archive_blocks)
+    for _ in range(chunks):
+        before, after = after, after.commit().ledger
+    chunk_tokens = stack.chunk_frames * geometry.tokens_per_frame
+    history = _attended(geometry, stack, before)
+    token_bytes = geometry.kv_bytes_per_token * batch * branches
+    forward = flops(chunk_tokens, history + chunk_tokens) if flops else 0
+    return Plan(
+        stack=stack.name,
+        chunks=chunks,
+        frames=frames,
+        chunk_tokens=chunk_tokens,
+        attended_tokens=history + chunk_tokens,
+        attended_kv_bytes=history * token_bytes,
+        archive_blocks=len(after.archive),
+        archive_kv_bytes=sum(_mid_tokens(geometry, stack, after)) * token_bytes,
+        full_tokens=chunks * chunk_tokens,
+        full_kv_bytes=chunks * chunk_tokens * token_bytes,
+        kv_bytes_per_token=geometry.kv_bytes_per_token,
+        flops_per_chunk=(steps + 1) * forward * batch * branches,
+    )
+
+
+def video_frames(seconds: float, fps: float, scale: int = 4) -> tuple[int, int]:
+    """Pixel frames and latent frames of a video of at most `seconds`: the longest that a causal VAE of `scale` can decode.
+
+    Raises:
+        InvalidOptionError: if that is not even one frame.
+
+    >>> video_frames(120, 16)
+    (1917, 480)
+    """
+    for name, value in (("seconds", seconds), ("fps", fps)):
+        if not math.isfinite(value) or value <= 0:
+            raise InvalidOptionError(f"{name} must be a number > 0, got {value:g}")
+    whole = math.floor(seconds * fps + 1e-6)  # 0.1 s at 30 fps is 3 frames, whatever a float makes of it
+    if whole < 1:
+        raise InvalidOptionError(f"seconds must be at least {1 / fps:g}, one frame at {fps:g} fps, got {seconds:g}")
+    latent = (whole - 1) // scale + 1
+    return scale * (latent - 1) + 1, latent
+
+
+def _attended(geometry: Geometry, stack: Stack, ledger: Ledger) -> int:
+    """Tokens of history that the chunk after `ledger` attends."""
+    mid = _mid_tokens(geometry, stack, ledger)
+    chosen = min(stack.selector.limit(len(mid)), len(mid))
+    whole = sum(piece.frames for piece in ledger.whole)
+    return whole * geometry.tokens_per_frame + sum(mid[len(mid) - chosen :])
+
+
+def _mid_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> list[int]:
+    spans = (stack.compressor.span(piece.first_frame, piece.frames, geometry.grid) for piece in ledger.archive)
+    return [span.tokens for span in spans]

@@ -1,0 +1,118 @@
+"""Models that can be planned for: well-known ones by name, any other from its folder's configs."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, unknown_name
+
+Configs = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a plan needs of a model.
+
+    Args:
+        name: preset or folder.
+        pipeline_class: diffusers class that runs it.
+        configs: the configs of its transformer and its VAE.
+    """
+
+    name: str
+    pipeline_class: str
+    configs: Configs
+
+
+def _wan(layers: int, heads: int, ffn_dim: int, *, channels: int = 16, spatial: int = 8) -> Configs:
+    return {
+        "transformer": {
+            "patch_size": (1, 2, 2),
+            "num_layers": layers,
+            "num_attention_heads": heads,
+            "attention_head_dim": 128,
+            "ffn_dim": ffn_dim,
+            "in_channels": channels,
+        },
+        "vae": {"z_dim": channels, "scale_factor_temporal": 4, "scale_factor_spatial": spatial},
+    }
+
+
+PRESETS = {
+    "wan2.1-t2v-1.3b": ModelDescription("wan2.1-t2v-1.3b", "WanPipeline", _wan(30, 12, 8960)),
+    "wan2.1-t2v-14b": ModelDescription("wan2.1-t2v-14b", "WanPipeline", _wan(40, 40, 13824)),
+    "wan2.2-ti2v-5b": ModelDescription("wan2.2-ti2v-5b", "WanPipeline", _wan(30, 24, 14336, channels=48, spatial=16)),
+}
+
+
+def preset(name: str) -> ModelDescription:
+    """A model by name.
+
+    Raises:
+        UnknownNameError: if there is no preset of that name.
+    """
+    if name not in PRESETS:
+        raise unknown_name("preset", name, PRESETS)
+    return PRESETS[name]
+
+
+def require_model_folder(folder: Path) -> Path:
+    """Returns `folder` if it looks like a diffusers pipeline.
+
+    Raises:
+        InvalidOptionError: if it does not.
+    """
+    if not folder.is_dir():
+        raise InvalidOptionError(f"no model folder {folder}; give the folder of a diffusers pipeline, with its model_index.json")
+    if not (folder / "model_index.json").is_file():
+        raise InvalidOptionError(f"{folder} has no model_index.json; give the folder of a whole diffusers pipeline")
+    return folder
+
+
+def from_folder(folder: Path) -> ModelDescription:
+    """Reads a diffusers folder's configs; its weights need not be there.
+
+    Raises:
+        InvalidOptionError: if the folder, or a config in it, is missing or broken.
+        UnsupportedPipelineError: if the pipeline has two transformers.
+    """
+    index = _read(require_model_folder(folder) / "model_index.json")
+    if any(index.get("transformer_2") or ()):
+        raise UnsupportedPipelineError(f"kvpack drives one causal transformer, but {folder} has transformer_2 as well")
+    configs = {part: _read(folder / part / "config.json") for part in ("transformer", "vae")}
+    return ModelDescription(str(folder), str(index.get("_class_name")), configs)
+
+
+def adapter_for(model: ModelDescription) -> Any:
+    """The installed adapter that drives pipelines of the model's class.
+
+    Raises:
+        UnsupportedPipelineError: if there is none.
+    """
+    import diffusers
+
+    from kvpack.registry import registry
+
+    cls = getattr(diffusers, model.pipeline_class, None)
+    # An adapter recognises pipelines, not classes; this one is empty, for there are no weights to fill it with.
+    adapter = registry().adapter(cls.__new__(cls)) if isinstance(cls, type) else None
+    if adapter is None:
+        raise UnsupportedPipelineError(
+            f"kvpack has no adapter for {model.pipeline_class}, the pipeline of {model.name}. "
+            f'Installed: {", ".join(registry().names("adapter"))}. See README, "A new model"'
+        )
+    return adapter
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidOptionError(f"{path} cannot be read: {error.strerror}; give the folder of a diffusers pipeline") from error
+    except ValueError as error:
+        raise InvalidOptionError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise InvalidOptionError(f"{path} must hold a JSON object, got a {type(data).__name__}")
+    return data
