@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from kvpack.adapter import Adapter, Run
+from kvpack.errors import UnsupportedPipelineError
 from kvpack.session import Session
 from kvpack.stack import Stack
 
@@ -77,6 +78,8 @@ class PackForcingMixin:
     @property
     def packforcing(self) -> PackForcing:
         """Streaming, stats and the stack of this pipeline."""
+        if "_kvpack" not in self.__dict__:  # made by from_pipe of the enabled class
+            raise UnsupportedPipelineError("this pipeline has no memory stack yet; call enable_packforcing() first")
         return PackForcing(self)
 
     def maybe_free_model_hooks(self) -> None:
@@ -122,7 +125,7 @@ def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
 
     @wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "_kvpack" not in self.__dict__:  # made by from_pipe of the enabled class
+        if "_kvpack" not in self.__dict__:
             return base.__call__(self, *args, **kwargs)
         arguments = _bound(self, args, kwargs)
         return _collect(self, _start(self, arguments, streaming=False), arguments["output_type"])

@@ -60,8 +60,8 @@ def plan(
 ) -> Plan:
     """Plans a generation of `frames` latent frames.
 
-    The bytes are those that `pipe.packforcing.stats()` reports after it. If mid blocks differ in size, which of them a selector
-    will choose is not known; the plan takes the newest.
+    The bytes are those that `pipe.packforcing.stats()` reports after it. If mid blocks differ in size, which of them a
+    selector will choose is not known; the plan takes the newest.
 
     Args:
         geometry: the model at the video's size.
@@ -108,7 +108,7 @@ def plan(
 
 
 def video_frames(seconds: float, fps: float, scale: int = 4) -> tuple[int, int]:
-    """Pixel frames and latent frames of a video of at most `seconds`: the longest that a causal VAE of `scale` can decode.
+    """Pixel and latent frames of the longest video of at most `seconds` that a causal VAE of `scale` can decode.
 
     Raises:
         InvalidOptionError: if that is not even one frame.

@@ -65,7 +65,7 @@ def require_model_folder(folder: Path) -> Path:
         InvalidOptionError: if it does not.
     """
     if not folder.is_dir():
-        raise InvalidOptionError(f"no model folder {folder}; give the folder of a diffusers pipeline, with its model_index.json")
+        raise InvalidOptionError(f"no model folder {folder}; give the folder of a whole diffusers pipeline")
     if not (folder / "model_index.json").is_file():
         raise InvalidOptionError(f"{folder} has no model_index.json; give the folder of a whole diffusers pipeline")
     return folder
@@ -95,9 +95,9 @@ def adapter_for(model: ModelDescription) -> Any:
 
     from kvpack.registry import registry
 
-    cls = getattr(diffusers, model.pipeline_class, None)
+    cls: Any = getattr(diffusers, model.pipeline_class, None)
     # An adapter recognises pipelines, not classes; this one is empty, for there are no weights to fill it with.
-    adapter = registry().adapter(cls.__new__(cls)) if isinstance(cls, type) else None
+    adapter = registry().adapter(object.__new__(cls)) if isinstance(cls, type) else None
     if adapter is None:
         raise UnsupportedPipelineError(
             f"kvpack has no adapter for {model.pipeline_class}, the pipeline of {model.name}. "
@@ -110,7 +110,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InvalidOptionError(f"{path} cannot be read: {error.strerror}; give the folder of a diffusers pipeline") from error
+        raise InvalidOptionError(f"cannot read {path}: {error.strerror}; give a diffusers pipeline's folder") from error
     except ValueError as error:
         raise InvalidOptionError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):

@@ -40,6 +40,7 @@ def rotate(
     out: Float[Tensor, "batch tokens heads head_dim"] | None = None,
 ) -> Float[Tensor, "batch tokens heads head_dim"]:
     """Rotates queries or keys (interleaved pairs) in float32 and rounds once; writes into `out` if given."""
+    vectors = vectors if vectors.stride(-1) == 1 else vectors.contiguous()
     out = torch.empty_like(vectors) if out is None else out
     if out.dtype == vectors.dtype == torch.float32:
         torch.mul(_as_complex(vectors), turns, out=_as_complex(out))

@@ -1,21 +1,17 @@
-"""Videos and contact sheets on disk: written whole or not at all."""
+"""Files that are written whole or not at all, and the video among them, which is encoded while it is generated."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
-from io import BytesIO
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpack.errors import OutputError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 Frames = NDArray[np.uint8]
 
@@ -38,7 +34,7 @@ def require_writable(path: Path) -> Path:
         trial.touch()
         trial.unlink()
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; give a file in a directory that can be written") from error
+        raise OutputError(f"cannot write {path}: {error.strerror}; give a file in a writable directory") from error
     return path
 
 
@@ -168,57 +164,6 @@ class VideoWriter:
         else:
             stream.bit_rate = 8 * height * width
         return stream
-
-
-def contact_sheet(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Frames]]], side: int = 128) -> "Image":
-    """A table of labelled pictures, `side` pixels wide each.
-
-    Args:
-        title: line above all.
-        columns: label of each column.
-        rows: label of each row and its pictures, `[height, width, 3]`.
-        side: width of a picture on the sheet.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    head, body = ImageFont.load_default(size=18), ImageFont.load_default(size=14)
-    height = round(side * rows[0][1][0].shape[0] / rows[0][1][0].shape[1])
-    left = 24 + round(max(body.getlength(line) for label, _ in rows for line in label.split("\n")))
-    size = (left + len(columns) * (side + 4) + 8, 66 + len(rows) * (height + 4) + 8)
-    sheet = Image.new("RGB", (max(size[0], round(head.getlength(title)) + 24), size[1]), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((12, 10), title, "black", font=head)
-    for column, label in enumerate(columns):
-        draw.text((left + column * (side + 4) + side // 2, 52), label, "black", font=body, anchor="mm")
-    for row, (label, pictures) in enumerate(rows):
-        top = 66 + row * (height + 4)
-        draw.multiline_text((12, top + height // 2), label, "black", font=body, anchor="lm")
-        for column, picture in enumerate(pictures):
-            tile = Image.fromarray(picture).resize((side, height), Image.Resampling.NEAREST)
-            sheet.paste(tile, (left + column * (side + 4), top))
-    return sheet
-
-
-def banner(labels: Sequence[str], width: int, gap: int, height: int = 28) -> Frames:
-    """One line of centred labels, above panels of `width` pixels that stand `gap` apart."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    line = Image.new("RGB", (len(labels) * (width + gap) - gap, height), "white")
-    draw, font = ImageDraw.Draw(line), ImageFont.load_default(size=16)
-    for index, label in enumerate(labels):
-        draw.text((index * (width + gap) + width // 2, height // 2), label, "black", font=font, anchor="mm")
-    return np.asarray(line, dtype=np.uint8)
-
-
-def save_picture(picture: "Image", path: Path) -> None:
-    """Writes a PNG, whole or not at all.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
-    data = BytesIO()
-    picture.save(data, format="PNG")
-    save_bytes(data.getvalue(), path)
 
 
 def save_bytes(data: bytes, path: Path) -> None:

@@ -1,0 +1,226 @@
+"""The command `kvpack`: a demo, generation with any model, what is installed, and what a length would cost."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvpack.cli_support import (
+    DTYPES,
+    CommandGroup,
+    parse_dtype,
+    parse_options,
+    parse_size,
+    print_json,
+    print_table,
+    progress,
+    size_text,
+)
+from kvpack.errors import InvalidOptionError
+
+if TYPE_CHECKING:
+    from kvpack.presets import ModelDescription
+
+app = typer.Typer(
+    cls=CommandGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Packed key/value memory for causal video transformers on stock diffusers pipelines.",
+)
+
+Seconds = Annotated[float, typer.Option(help="Length of the video.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+StackName = Annotated[str, typer.Option("--stack", help="Memory; see 'kvpack policies' for what is installed.")]
+Options = Annotated[
+    list[str],
+    typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the stack, e.g. topk=8."),
+]
+Fps = Annotated[float, typer.Option(help="Frames a second.")]
+
+TRACK_COLUMNS = ("stack", "fps", "KV attended", "KV archive")
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Packed key/value memory for causal video transformers on stock diffusers pipelines."""
+    if version:
+        from kvpack import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    prompt: Annotated[
+        str | None, typer.Option(help="A COLOUR SHAPE bouncing over BACKGROUND.", show_default="a red circle ...")
+    ] = None,
+    seconds: Seconds = 120.0,
+    compare: Annotated[
+        str, typer.Option(metavar="STACK,STACK,...", help="Stacks, shown side by side if there are several.")
+    ] = "packforcing",
+    output: Annotated[Path, typer.Option(help="Directory for demo.mp4, demo.png and demo.json.")] = Path("demo-output"),
+    seed: Seed = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a chunk.")] = 4,
+    model: Annotated[Path | None, typer.Option(help="Another folder of the shipped pipeline's kind.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Generate a long video with the tiny pipeline that comes with kvpack.
+
+    It was trained on clips of five seconds. Writes the video while it is generated, a contact sheet and the figures.
+    """
+    from kvpack.demo import PROMPT, Demo, run
+
+    stacks = tuple(name.strip() for name in compare.split(",") if name.strip())
+    if not stacks:
+        raise InvalidOptionError("--compare names no stack; give one or several, e.g. full,self-forcing,packforcing")
+    with progress() as on_chunk:
+        result = run(Demo(PROMPT if prompt is None else prompt, seconds, stacks, output, seed, steps, model), on_chunk)
+    _print_tracks(result, result["stacks"], result["files"], as_json)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Option(help="Folder of a diffusers pipeline.")],
+    prompt: Annotated[str, typer.Option(help="What the video shows.")],
+    seconds: Seconds,
+    output: Annotated[Path, typer.Option(help="The mp4 to write.")],
+    stack: StackName = "packforcing",
+    option: Options = [],  # noqa: B006  # typer reads it, nobody changes it
+    height: Annotated[int | None, typer.Option(help="Pixels; the pipeline's own default if not given.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; the pipeline's own default if not given.")] = None,
+    fps: Fps = 16.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of a chunk.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What it does not show; needs guidance.")] = None,
+    seed: Seed = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help=", ".join(DTYPES), show_default="float32 on cpu, else bfloat16")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="E.g. cpu or cuda.", show_default="cuda if there is one")] = None,
+    call: Annotated[
+        list[str], typer.Option(metavar="NAME=VALUE", help="Further argument of the pipeline's call.")
+    ] = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Generate a video of any length with a model of your own, written while it is generated."""
+    import torch
+
+    from kvpack.enable import resolve_stack
+    from kvpack.generation import load_pipeline, started
+    from kvpack.planner import video_frames
+    from kvpack.video import VideoWriter
+
+    frames, _ = video_frames(seconds, fps)
+    policy = resolve_stack(stack, parse_options(option))
+    named = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+    }
+    arguments = {**{name: value for name, value in named.items() if value is not None}, **parse_options(call)}
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = parse_dtype(dtype or ("float32" if device == "cpu" else "bfloat16"))
+    writer = VideoWriter(output, fps)  # finds out now whether it can be written
+    pipeline = load_pipeline(model, precision, device)
+    with started(pipeline, policy, frames, seed, arguments) as track, writer, progress() as on_chunk:
+        while (chunk := track.next_frames()) is not None:
+            writer.write(chunk)
+            on_chunk(track)
+    result = {"output": str(output), "prompt": prompt, "seed": seed, "fps": fps, **track.report()}
+    _print_tracks(result, [result], [str(output)], as_json)
+
+
+@app.command()
+def policies(as_json: Json = False) -> None:
+    """List what is installed: policies by role, stacks and adapters, and the package of each."""
+    from kvpack.cli_tables import installed
+
+    rows = installed()
+    if as_json:
+        print_json({"policies": rows})
+    else:
+        print_table("installed", ("kind", "name", "package", "what it does"), [list(row.values()) for row in rows])
+
+
+@app.command()
+def plan(
+    preset: Annotated[str | None, typer.Option(help="A well-known model, e.g. wan2.1-t2v-1.3b.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a diffusers pipeline; no weights needed.")] = None,
+    size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels of the video.")] = "832x480",
+    seconds: Seconds = 120.0,
+    stack: StackName = "packforcing",
+    option: Options = [],  # noqa: B006
+    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bfloat16",
+    fps: Fps = 16.0,
+    steps: Annotated[int, typer.Option(help="Denoising steps of a chunk.")] = 4,
+    batch: Annotated[int, typer.Option(help="Videos generated together.")] = 1,
+    guidance: Annotated[bool, typer.Option("--guidance", help="Classifier-free guidance: two branches.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a video will cost: tokens, bytes of keys and values, operations. Needs no weights."""
+    from functools import partial
+
+    from kvpack import planner
+    from kvpack.cli_tables import plan_rows
+    from kvpack.enable import resolve_stack
+    from kvpack.presets import adapter_for
+
+    described = _described(preset, model)
+    width, height = parse_size(size)
+    configs = described.configs
+    scale = int(configs["vae"].get("scale_factor_temporal", 4))
+    pixel_frames, latent_frames = planner.video_frames(seconds, fps, scale)
+    adapter = adapter_for(described)
+    planned = planner.plan(
+        adapter.geometry(configs, height, width, parse_dtype(dtype)),
+        resolve_stack(stack, parse_options(option)),
+        latent_frames,
+        batch=batch,
+        branches=2 if guidance else 1,
+        steps=steps,
+        flops=partial(adapter.forward_flops, configs),
+    )
+    if as_json:
+        asked = {"model": described.name, "size": size, "dtype": dtype, "seconds": seconds}
+        print_json({**asked, "pixel_frames": pixel_frames, **planned.to_dict()})
+    else:
+        title = f"{described.name}, {size}, {pixel_frames:,} frames at {fps:g} fps, {dtype}"
+        print_table(title, ("", stack), plan_rows(planned))
+
+
+def _described(preset: str | None, model: Path | None) -> "ModelDescription":
+    from kvpack import presets
+
+    if preset is not None and model is None:
+        return presets.preset(preset)
+    if model is not None and preset is None:
+        return presets.from_folder(model)
+    given = "neither" if preset is None else "both"
+    raise InvalidOptionError(f"give either --preset or --model, got {given}; presets: {', '.join(presets.PRESETS)}")
+
+
+def _print_tracks(result: dict[str, Any], tracks: list[dict[str, Any]], files: list[str], as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+        return
+    rows = []
+    for track in tracks:
+        held = [size_text(track["stats"][key]) for key in ("attended_bytes", "archive_bytes")]
+        rows.append([track["stats"]["stack"], f"{track['frames_per_second']:.1f}", *held])
+    print_table(f"{tracks[0]['frames'] / result['fps']:g} s of video", TRACK_COLUMNS, rows)
+    typer.echo(f"wrote {', '.join(files)}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Rows of the tables that commands print."""
+
+import inspect
+
+from kvpack.cli_support import size_text
+from kvpack.planner import Plan
+from kvpack.registry import registry
+
+KINDS = ("stack", "partitioner", "compressor", "selector", "reindexer", "adapter")
+
+
+def installed() -> list[dict[str, str]]:
+    """Everything that is installed, by kind and name."""
+    found = registry()
+    things = {
+        **found.policies,
+        **{("stack", name): factory for name, factory in found.stacks.items()},
+        **{("adapter", name): type(adapter) for name, adapter in found.adapters.items()},
+    }
+    order = sorted(found.origins, key=lambda key: (KINDS.index(key[0]) if key[0] in KINDS else len(KINDS), key[1]))
+    return [
+        {
+            "kind": kind,
+            "name": name,
+            "package": found.origins[kind, name],
+            "summary": (inspect.getdoc(things[kind, name]) or "").split("\n")[0],
+        }
+        for kind, name in order
+    ]
+
+
+def plan_rows(plan: Plan) -> list[list[str]]:
+    """A plan for a reader."""
+    share = plan.attended_kv_bytes / plan.full_kv_bytes
+    return [
+        ["chunks", f"{plan.chunks:,} of {plan.chunk_tokens:,} tokens"],
+        ["attended by the last chunk", f"{plan.attended_tokens:,} tokens, itself included"],
+        ["KV attended", f"{size_text(plan.attended_kv_bytes)} ({plan.attended_kv_bytes:,} B)"],
+        ["KV archived", f"{size_text(plan.archive_kv_bytes)} in {plan.archive_blocks:,} blocks"],
+        ["full history", f"{plan.full_tokens:,} tokens, {size_text(plan.full_kv_bytes)}"],
+        ["attended of full history", f"{share:.2%}"],
+        ["transformer, per chunk", f"{plan.flops_per_chunk:.3g} FLOPs"],
+    ]
