@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check bench toyworld clean
 
 install: $(STAMP)
 
@@ -27,6 +27,11 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+toyworld: $(STAMP)
+	$(BIN)/python -m benchmarks.toyworld.train_vae
+	$(BIN)/python -m benchmarks.toyworld.train_transformer
+	$(BIN)/python -m benchmarks.toyworld.export
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

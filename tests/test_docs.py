@@ -1,0 +1,52 @@
+"""The code in the documents runs."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from kvpack.registry import registry
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(name, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+
+
+def test_the_policy_of_the_contributing_guide_keeps_the_contract():
+    from kvpack.testing import check_policy
+
+    names: dict = {}
+    exec(blocks("CONTRIBUTING.md", "python")[0], names)
+    check_policy(names["StrideSelector"](topk=3))
+
+
+def test_the_readme_has_the_two_commands_and_they_are_targets():
+    commands = "".join(blocks("README.md", "console"))
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in ("make demo", "make test"):
+        assert command in commands
+        assert command.split()[1] in targets
+
+
+def test_the_readme_names_every_stack():
+    text = (ROOT / "README.md").read_text()
+    assert all(f"`{name}`" in text for name in registry().stacks)
+
+
+def test_constraints_pin_every_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    assert {re.split(r"[\[<>=~!;]", each)[0] for each in wanted} <= pinned
+
+
+@pytest.mark.slow
+def test_the_readme_example_makes_a_video():
+    names: dict = {}
+    example = blocks("README.md", "python")[0].replace("num_frames=1917", "num_frames=141")
+    exec(example, names)
+    assert names["video"].shape == (141, 64, 64, 3)
+    assert 0 <= names["video"].min() < names["video"].max() <= 1

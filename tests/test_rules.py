@@ -1,0 +1,136 @@
+"""The rules that hold for the code as a whole; the others are tested where they live."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+CORE = sorted(path for path in (ROOT / "kvpack").glob("*.py"))
+#: Command line, demo and test helpers stand on top of the core and may know what is installed.
+ON_TOP = {"testing", "demo", "cli"}
+
+
+def python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in CORE if not any(p.stem.startswith(top) for top in ON_TOP)], ids=lambda p: p.stem
+)
+def test_core_imports_no_policy_and_no_model(path):
+    wrong = ("kvpack.policies", "kvpack.adapters", "diffusers.models", "diffusers.pipelines", "diffusers.WanPipeline")
+    assert not [name for name in imports(path) if name.startswith(wrong)]
+
+
+def test_importing_kvpack_loads_no_policy_and_no_model():
+    """Beyond what diffusers itself loads for its pipelines."""
+    loaded = python(
+        "import sys; from diffusers import DiffusionPipeline, FlowMatchLCMScheduler; before = set(sys.modules); import kvpack; "
+        "new = set(sys.modules) - before; "
+        "print([m for m in new if m.startswith(('kvpack.policies', 'kvpack.adapters', 'diffusers.models', 'diffusers.pipelines'))])"
+    )
+    assert loaded == "[]"
+
+
+def test_policies_and_adapters_import_only_public_core():
+    for path in [*(ROOT / "policies").glob("*.py"), *(ROOT / "adapters").glob("*.py")]:
+        wrong = [name for name in imports(path) if name.split(".")[-1].startswith("_") and name.startswith("kvpack")]
+        assert not wrong, path
+
+
+def test_import_enable_and_disable_change_nothing_for_the_process():
+    out = python(
+        """
+import torch, diffusers, sys, warnings
+from diffusers import DiffusionPipeline, WanPipeline
+from diffusers.models.transformers import transformer_wan
+import torch.nn.functional as F
+def state():
+    return (torch.get_default_dtype(), torch.get_num_threads(), torch.random.get_rng_state().tolist(), torch.is_grad_enabled(),
+            F.scaled_dot_product_attention, transformer_wan.dispatch_attention_fn, list(warnings.filters),
+            {n: v for n, v in vars(WanPipeline).items()}, {n: v for n, v in vars(transformer_wan.WanAttnProcessor).items()},
+            {n: v for n, v in vars(transformer_wan.WanTransformer3DModel).items()})
+before, methods = state(), set(vars(DiffusionPipeline))
+import kvpack
+from kvpack.testing import tiny_wan_pipeline
+pipe = tiny_wan_pipeline()
+pipe.enable_packforcing()
+pipe.disable_packforcing()
+after = state()
+assert before == after, [i for i, (a, b) in enumerate(zip(before, after)) if a != b]
+print(sorted(set(vars(DiffusionPipeline)) - methods))
+"""
+    )
+    assert out == "['disable_packforcing', 'enable_packforcing']"
+
+
+def test_packages_are_those_of_the_folders():
+    listed = PROJECT["tool"]["setuptools"]["packages"]
+    assert listed == ["kvpack", "kvpack.adapters", "kvpack.policies"]
+    for folder in (ROOT / "kvpack", ROOT / "adapters", ROOT / "policies"):
+        nested = [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink() and any(p.glob("*.py"))]
+        assert not nested, "a new package folder must be listed in pyproject.toml"
+
+
+@pytest.mark.parametrize("name", ["adapters", "policies"])
+def test_links_show_checkers_where_the_code_is(name):
+    assert (ROOT / "kvpack" / name).resolve() == ROOT / name
+
+
+def test_files_are_small():
+    long = {
+        p.name: n
+        for f in ("kvpack", "adapters", "policies")
+        for p in (ROOT / f).glob("*.py")
+        if (n := len(p.read_text().splitlines())) > 300
+    }
+    assert not long
+
+
+def test_no_pickle_and_no_network():
+    for folder in ("kvpack", "adapters", "policies", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text()
+            assert not {"pickle", "requests", "urllib", "socket"} & {n.split(".")[0] for n in imports(path)}, path
+            assert text.count("torch.load(") == text.count("weights_only=True"), path
+            assert not re.search(r"""\.cuda\(|device=["']cuda|\.to\(["']cuda""", text), path
+
+
+def test_public_names_are_few_and_documented():
+    import kvpack
+
+    assert len(kvpack.__all__) <= 20
+    assert all(getattr(kvpack, name).__doc__ for name in kvpack.__all__ if name != "hookimpl")
+
+
+def test_every_hook_is_in_the_docs():
+    text = (ROOT / "CONTRIBUTING.md").read_text() + (ROOT / "README.md").read_text()
+    from kvpack import hookspecs
+
+    hooks = [name for name in vars(hookspecs) if name.startswith("kvpack_")]
+    assert len(hooks) == 3
+    assert all(hook in text for hook in hooks)
+
+
+def test_every_policy_cites_its_paper_or_is_ours():
+    """A policy file says in its first lines where it comes from, or is one of the few that need no source."""
+    ours = {"__init__", "all_blocks", "fit", "identity", "pool", "recency", "stacks"}
+    for path in (ROOT / "policies").glob("*.py"):
+        assert path.stem in ours or "arXiv" in path.read_text().split('"""')[1], path
