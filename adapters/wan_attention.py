@@ -82,7 +82,7 @@ def attached(transformer: Any, memory_for: Callable[[CacheContext], list[LayerMe
     replaced = [attention.processor for attention in attentions]
     processors = [PackedWanAttnProcessor(processor) for processor in replaced]
     branch = _BranchHook()
-    before = set(vars(transformer))
+    had_forward = "forward" in vars(transformer)
     hooks = HookRegistry.check_if_exists_or_initialize(transformer)
 
     def before_forward(module: Any, args: Any, kwargs: Any) -> None:
@@ -100,5 +100,5 @@ def attached(transformer: Any, memory_for: Callable[[CacheContext], list[LayerMe
             attention.set_processor(processor)
         hooks.remove_hook(_HOOK_NAME, recurse=False)
         handle.remove()
-        for name in {"forward", "_diffusers_hook"} - before:
-            vars(transformer).pop(name, None)
+        if not had_forward:
+            vars(transformer).pop("forward", None)

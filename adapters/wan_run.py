@@ -9,14 +9,14 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks.hooks import CacheContext
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
-from diffusers.utils import logging
 from torch import Tensor
 
 from kvpack.adapter import Chunk, Run
 from kvpack.adapters.wan_attention import attached
+from kvpack.adapters.wan_call import checked, chunk_noise, encode_prompts, frame_size, latent_frames
 from kvpack.adapters.wan_vae import StreamingDecoder, embed, encode, forward_tokens
 from kvpack.blocks import LatentChunk
-from kvpack.errors import GradientError, InvalidOptionError, NonFiniteLatentsError, PolicyError
+from kvpack.errors import GradientError, NonFiniteLatentsError, PolicyError, UnsupportedPipelineError
 from kvpack.layer import LayerMemory
 from kvpack.ledger import Piece
 from kvpack.roles import LatentCompressor
@@ -25,8 +25,6 @@ from kvpack.stack import Stack
 
 if TYPE_CHECKING:
     from kvpack.adapters.wan import WanAdapter
-
-logger = logging.get_logger(__name__)
 
 
 class WanRun(Run):
@@ -47,27 +45,23 @@ class WanRun(Run):
     def __init__(
         self, adapter: "WanAdapter", pipeline: Any, stack: Stack, arguments: dict[str, Any], *, streaming: bool
     ) -> None:
-        self.pipeline, self.stack = pipeline, stack
-        self.arguments = dict(arguments)
+        self.adapter, self.pipeline, self.stack = adapter, pipeline, stack
+        self.arguments = checked(pipeline, arguments, streaming=streaming)
         self.transformer = pipeline.transformer
         self.sessions: dict[str, Session] = {}
         self.seconds = {"denoise": 0.0, "commit": 0.0, "compress": 0.0, "decode": 0.0}
         self.compressor = stack.compressor if isinstance(stack.compressor, LatentCompressor) else None
         self.decodes_in_loop = self.compressor is not None or (streaming and arguments["output_type"] != "latent")
-        self.decoder = (
-            StreamingDecoder(pipeline.vae) if arguments["output_type"] != "latent" or self.compressor else None
-        )
         self.interrupted = False
         self._phase: int | Piece = 0
         self._bar: Any = None
-        self._check_arguments()
-        self.total_frames = self._latent_frames()
-        self.embeds = self._encode_prompts()
-        vae = pipeline.vae.config.scale_factor_spatial
-        shape = arguments["latents"].shape[-2:] if arguments["latents"] is not None else None
-        height, width = (side * vae for side in shape) if shape else (self.arguments["height"], self.arguments["width"])
+        self.total_frames = latent_frames(pipeline, self.arguments)
+        height, width = frame_size(pipeline, self.arguments)
+        decodes = arguments["output_type"] != "latent" or self.compressor is not None
+        self.decoder = StreamingDecoder(pipeline.vae, height, width) if decodes else None
         configs = {"transformer": self.transformer.config, "vae": pipeline.vae.config}
         self.geometry = adapter.geometry(configs, height, width, self.transformer.dtype)
+        self.embeds = encode_prompts(pipeline, self.arguments)
 
     def chunks(self) -> Iterator[Chunk]:
         """Generates chunk after chunk; between two of them the pipeline is the stock one."""
@@ -75,8 +69,7 @@ class WanRun(Run):
         steps = self.arguments["num_inference_steps"]
         total = float("inf") if self.total_frames is None else -(-self.total_frames // frames) * steps
         self._bar = DiffusionPipeline.progress_bar(self.pipeline, total=total)
-        self.pipeline._interrupt = False
-        while (self.total_frames is None or index * frames < self.total_frames) and not self.pipeline._interrupt:
+        while (self.total_frames is None or index * frames < self.total_frames) and not self.interrupted:
             yield self._generate(index)
             index += 1
 
@@ -115,26 +108,30 @@ class WanRun(Run):
     @torch.no_grad()
     def _generate(self, index: int) -> Chunk:
         first = index * self.stack.chunk_frames
-        noise = self._noise(first)
+        rows = self.embeds["cond"].shape[0]
+        noise = chunk_noise(self.pipeline, self.arguments, rows, first, self.stack.chunk_frames)
         with self._driving():
             with self._timed("denoise"):
                 latents = self._call_upstream(noise)
-            pixels = None
+            self._check_finite(index, latents)
+            pixels = self.decode(latents) if self.decodes_in_loop else None
             if not self.pipeline._interrupt:
-                if not bool(latents.isfinite().all()):
-                    raise NonFiniteLatentsError(
-                        f"chunk {index} holds NaN or infinity after denoising; nothing of it was committed. "
-                        "Check the weights, the dtype and the callbacks"
-                    )
-                pixels = self.decode(latents) if self.decodes_in_loop else None
                 self._commit(latents, pixels)
-            elif self.decodes_in_loop:
-                pixels = self.decode(latents)
+            self.interrupted = self.pipeline._interrupt
         keep = latents.shape[2] if self.total_frames is None else min(latents.shape[2], self.total_frames - first)
         if pixels is not None:
             scale = self.pipeline.vae_scale_factor_temporal
             pixels = pixels[:, :, : keep * scale - (scale - 1 if index == 0 else 0)]
         return Chunk(index, latents[:, :, :keep], None if self.arguments["output_type"] == "latent" else pixels)
+
+    def _check_finite(self, index: int, latents: Tensor) -> None:
+        if not bool(latents.isfinite().all()):
+            for session in self.sessions.values():
+                session.check_policies()  # a policy is the likelier cause
+            raise NonFiniteLatentsError(
+                f"chunk {index} holds NaN or infinity after denoising; nothing of it was committed. "
+                "Check the weights, the dtype and the callbacks"
+            )
 
     def _call_upstream(self, noise: Tensor) -> Tensor:
         pipeline, call = self.pipeline, self.arguments
@@ -241,92 +238,19 @@ class WanRun(Run):
     @contextmanager
     def _driving(self) -> Iterator[None]:
         """Kvpack's processors in the transformer, and the pipeline's own bar and freeing silenced, for one chunk."""
-        self.pipeline._kvpack.driving = self
+        enabled = vars(self.pipeline).get("_kvpack")
+        if enabled is None:
+            raise UnsupportedPipelineError("packforcing was disabled while a stream was open; close the stream first")
+        self.adapter.check(self.pipeline)  # again for each chunk: anything may be switched on between two of them
+        enabled.driving = self
         try:
             with attached(self.transformer, self._memory_for):
                 yield
         finally:
-            self.pipeline._kvpack.driving = None
+            enabled.driving = None
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - start
-
-    def _noise(self, first: int) -> Tensor:
-        """Noise of one chunk; drawn a chunk at a time, so that a video's beginning does not depend on its length."""
-        call, frames, given = self.arguments, self.stack.chunk_frames, self.arguments["latents"]
-        part = given[:, :, first : first + frames] if given is not None else None
-        if part is not None and part.shape[2] == frames:
-            return part
-        pipeline = self.pipeline
-        noise = pipeline.prepare_latents(
-            self.embeds["cond"].shape[0],
-            self.transformer.config.in_channels,
-            self.geometry.grid[0] * self.transformer.config.patch_size[1] * pipeline.vae_scale_factor_spatial,
-            self.geometry.grid[1] * self.transformer.config.patch_size[2] * pipeline.vae_scale_factor_spatial,
-            pipeline.vae_scale_factor_temporal * (frames - 1) + 1,
-            torch.float32,
-            pipeline._execution_device,
-            call["generator"],
-            None,
-        )
-        return noise if part is None else torch.cat([part.to(noise), noise[:, :, part.shape[2] :]], dim=2)
-
-    def _encode_prompts(self) -> dict[str, Tensor]:
-        call, pipeline = self.arguments, self.pipeline
-        guided = call["guidance_scale"] > 1.0
-        with torch.no_grad():
-            cond, uncond = pipeline.encode_prompt(
-                prompt=call["prompt"],
-                negative_prompt=call["negative_prompt"],
-                do_classifier_free_guidance=guided,
-                num_videos_per_prompt=call["num_videos_per_prompt"],
-                prompt_embeds=call["prompt_embeds"],
-                negative_prompt_embeds=call["negative_prompt_embeds"],
-                max_sequence_length=call["max_sequence_length"],
-                device=pipeline._execution_device,
-            )
-        embeds = {"cond": cond, "uncond": uncond} if guided else {"cond": cond}
-        return {branch: each.to(self.transformer.dtype) for branch, each in embeds.items()}
-
-    def _latent_frames(self) -> int | None:
-        if self.arguments["latents"] is not None:
-            return int(self.arguments["latents"].shape[2])
-        frames, scale = self.arguments["num_frames"], self.pipeline.vae_scale_factor_temporal
-        if frames is None:
-            return None
-        if frames % scale != 1:
-            logger.warning(f"`num_frames - 1` has to be divisible by {scale}. Rounding to the nearest number.")
-        return max(frames // scale * scale + 1, 1) // scale + 1 if frames >= 1 else 1
-
-    def _check_arguments(self) -> None:
-        call, pipeline = self.arguments, self.pipeline
-        if hasattr(call["callback_on_step_end"], "tensor_inputs"):
-            call["callback_on_step_end_tensor_inputs"] = call["callback_on_step_end"].tensor_inputs
-        pipeline.check_inputs(
-            call["prompt"],
-            call["negative_prompt"],
-            call["height"],
-            call["width"],
-            call["prompt_embeds"],
-            call["negative_prompt_embeds"],
-            call["callback_on_step_end_tensor_inputs"],
-            call["guidance_scale_2"],
-        )
-        if isinstance(call["prompt"], list) and not call["prompt"]:
-            raise InvalidOptionError("prompt is an empty list; give at least one prompt")
-        if call["output_type"] not in ("latent", "np", "pt", "pil"):
-            raise InvalidOptionError(f"output_type must be latent, np, pt or pil, got {call['output_type']!r}")
-        patch = self.transformer.config.patch_size[1:]
-        for name, size in zip(("height", "width"), patch, strict=True):
-            multiple = pipeline.vae_scale_factor_spatial * size
-            call[name] = call[name] // multiple * multiple
-        if call["latents"] is not None:
-            if call["latents"].ndim != 5:
-                raise InvalidOptionError(
-                    f"latents must be [batch, channels, frames, height, width], got {tuple(call['latents'].shape)}"
-                )
-            if not bool(call["latents"].isfinite().all()):
-                raise NonFiniteLatentsError("latents hold NaN or infinity; give finite noise")

@@ -16,9 +16,19 @@ class StreamingDecoder:
 
     Args:
         vae: the pipeline's VAE.
+        height: pixels of a frame.
+        width: pixels of a frame.
+
+    Raises:
+        UnsupportedPipelineError: if the VAE would decode frames of this size in tiles.
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, height: int, width: int) -> None:
+        if vae.use_tiling and (height > vae.tile_sample_min_height or width > vae.tile_sample_min_width):
+            raise UnsupportedPipelineError(
+                "tiled decoding keeps every tile for all time and cannot stream; call pipe.vae.disable_tiling() first, "
+                'or generate with output_type="latent" and decode afterwards'
+            )
         self.vae = vae
         self.features: list[Any] = [None] * vae._cached_conv_counts["decoder"]
         self.first = True
@@ -30,7 +40,6 @@ class StreamingDecoder:
         latents = latents.to(vae.dtype)
         mean, std = _statistics(vae, latents)
         latents = latents / (1.0 / std) + mean  # the pipeline's own order of operations, for its very bits
-        self._refuse_tiling(latents)
         hidden = vae.post_quant_conv(latents)
         frames = []
         for frame in hidden.split(1, dim=2):
@@ -41,16 +50,6 @@ class StreamingDecoder:
         if vae.config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=vae.config.patch_size)
         return pixels.clamp(min=-1.0, max=1.0)
-
-    def _refuse_tiling(self, latents: Tensor) -> None:
-        vae = self.vae
-        ratio = vae.spatial_compression_ratio
-        limits = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
-        if vae.use_tiling and (latents.shape[-2] > limits[0] or latents.shape[-1] > limits[1]):
-            raise UnsupportedPipelineError(
-                "tiled decoding keeps every tile for all time and cannot stream; call pipe.vae.disable_tiling() first, "
-                'or generate with output_type="latent" and decode afterwards'
-            )
 
 
 def encode(vae: Any, pixels: Tensor) -> Tensor:

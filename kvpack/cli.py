@@ -55,7 +55,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 def demo(
     prompt: Annotated[
-        str | None, typer.Option(help="A COLOUR SHAPE bouncing over BACKGROUND.", show_default="a red circle ...")
+        str | None, typer.Option(help="What the video shows.", show_default="a red circle bouncing over dusk rings")
     ] = None,
     seconds: Seconds = 120.0,
     compare: Annotated[
@@ -70,6 +70,9 @@ def demo(
     """Generate a long video with the tiny pipeline that comes with kvpack.
 
     It was trained on clips of five seconds. Writes the video while it is generated, a contact sheet and the figures.
+
+    Colours: red, green, blue, yellow, magenta, cyan. Shapes: circle, square, triangle. Backgrounds: night stripes,
+    dark checks, dusk rings, plain slate.
     """
     from kvpack.demo import PROMPT, Demo, run
 

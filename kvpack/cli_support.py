@@ -140,17 +140,22 @@ def progress() -> Iterator[Callable[["Track"], None]]:
         TimeRemainingColumn(),
     )
     bars: dict[int, Any] = {}
-    with Progress(*columns, console=Console(file=sys.stderr)) as display:
+    display = Progress(*columns, console=Console(file=sys.stderr))
 
-        def advance(track: "Track") -> None:
-            stats = track.stats
-            held = f"{size_text(stats['attended_bytes'])} + {size_text(stats['archive_bytes'])}"
-            note = f"{track.frames_per_second:.1f} fps, KV {held}"
-            if id(track) not in bars:
-                bars[id(track)] = display.add_task(track.stack.name, total=track.chunks, note=note)
-            display.update(bars[id(track)], completed=len(track.chunk_seconds), note=note)
+    def advance(track: "Track") -> None:
+        stats = track.stats
+        held = f"{size_text(stats['attended_bytes'])} + {size_text(stats['archive_bytes'])}"
+        note = f"{track.frames_per_second:.1f} fps, KV {held}"
+        if id(track) not in bars:
+            display.start()  # not earlier: what fails before the first chunk prints its one line and nothing else
+            bars[id(track)] = display.add_task(track.stack.name, total=track.chunks, note=note)
+        display.update(bars[id(track)], completed=len(track.chunk_seconds), note=note)
 
+    try:
         yield advance
+    finally:
+        if bars:
+            display.stop()
 
 
 def _value(text: str) -> Any:

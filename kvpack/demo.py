@@ -80,13 +80,13 @@ class Samples:
                 if index == start:
                     self.stills[column] = frame.copy()
                 if (index - start) % TRAIL_STEP == 0:
-                    self.trails[column] = np.maximum(self.trails.get(column, frame), frame)
+                    self.trails[column] = np.maximum(self.trails.setdefault(column, frame), frame)
 
     def rows(self, label: str) -> list[Row]:
         """A row of stills and one of trails."""
         return [
             Row(label, [self.stills[column] for column in sorted(self.stills)]),
-            Row(f"its path, {self.trail / FPS:.2g} s", [self.trails[column] for column in sorted(self.trails)]),
+            Row(f"its path in the\nnext {self.trail / FPS:.2g} s", [self.trails[column] for column in sorted(self.trails)]),
         ]
 
 

@@ -84,15 +84,19 @@ class Session:
             layer.twin_turns = joined([self.current.chunk_turns(each.placement, coordinates) for each in layer.placed])
         self._twins.append(piece)
 
+    def check_policies(self) -> None:
+        """Raises `PolicyError` if a policy broke its contract in the chunk in progress; waits for the device."""
+        assert self.current is not None
+        for layer in self.layers:
+            layer.check_choice(self.current)
+
     def finish_commit(self) -> None:
         """Writes the committed chunk into history, and moves what leaves the recent frames into the archive.
 
         Raises:
             PolicyError: if a policy broke its contract in this chunk; history is then as it was.
         """
-        assert self.current is not None
-        for layer in self.layers:
-            layer.check_choice(self.current)
+        self.check_policies()
         step = self.history.ledger.commit()
         held = (*self.history.held, *self._new_pieces())
         for index, slot in step.leaving:

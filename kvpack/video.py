@@ -24,10 +24,10 @@ def require_writable(path: Path) -> Path:
     Raises:
         OutputError: if not.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, no error for names that are too long
         raise OutputError(f"cannot write {path}: it is a directory; give the name of a file in it")
-    if not path.parent.is_dir():
-        what = "is not a directory" if path.parent.exists() else "does not exist"
+    if not os.path.isdir(path.parent):
+        what = "is not a directory" if os.path.exists(path.parent) else "does not exist"
         raise OutputError(f"cannot write {path}: {path.parent} {what}; give a file in a directory that exists")
     trial = _partial(path)
     try:

@@ -1,0 +1,40 @@
+"""Runs every benchmark, each in a process of its own, and says which promises are kept.
+
+Ends with 0 if all ran, also where a promise is not kept.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from benchmarks import overhead, report, rotation, steady
+
+BENCHMARKS = {"rotation": rotation, "steady": steady, "overhead": overhead}
+
+
+def main() -> int:
+    """The number of benchmarks that failed to run."""
+    options = report.parser(__doc__ or "").parse_args()
+    folder = report.folder(options)
+    failed = [name for name in BENCHMARKS if not ran(name, options.small, str(folder))]
+    print("\nSummary" + (" (small: only what does not depend on the size)" if options.small else ""))
+    for name, module in BENCHMARKS.items():
+        if name in failed:
+            print(f"{name}: FAILED")
+            continue
+        rows = report.read(folder / f"{name}.json")
+        for bar in module.BARS:
+            if not (options.small and bar.timed):
+                print(f"{name}: {bar.verdict(rows)}")
+    return len(failed)
+
+
+def ran(name: str, small: bool, folder: str) -> bool:
+    """Whether a benchmark ran to its end."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--out", folder, *(["--small"] if small else [])]
+    return subprocess.run(command, cwd=report.ROOT, check=False).returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Checkpoints: written whole or not at all, read with weights_only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RUNS = Path("runs/toyworld")
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint beside the old one, then replace it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """The checkpoint, or None where there is none."""
+    if not path.exists():
+        return None
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state

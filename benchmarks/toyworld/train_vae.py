@@ -1,0 +1,167 @@
+"""Train the tiny VAE: mixed lengths from 5 to 81 frames, because a VAE drifts on lengths it never saw."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from benchmarks.toyworld import store, vae_full, world
+from benchmarks.toyworld.optim import Muon, anneal, set_rate
+from benchmarks.toyworld.parallel import average_gradients, launch
+
+LENGTHS = (5, 17, 41, 81)
+EARLY, LATE = (0.3, 0.3, 0.2, 0.2), (0.2, 0.2, 0.2, 0.4)
+KL = 5e-4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one training run is told."""
+
+    out: Path
+    minutes: float
+    seed: int = 0
+    rate: float = 6e-3
+    pixels: int = 90  # frames a step in each process
+    steps: int = 10**9
+    every: float = 120.0  # seconds between checkpoints
+
+
+def batch(rng: np.random.Generator, frames: int, clips: int) -> tuple[Tensor, Tensor]:
+    """A video batch [B, 3, T, H, W] in -1..1 and its masks [B, 1, T, H, W]."""
+    made = [
+        world.make_clip(world.TRAIN[rng.integers(len(world.TRAIN))], int(rng.integers(2**31)), frames)
+        for _ in range(clips)
+    ]
+    video = torch.from_numpy(np.stack([c.video for c in made])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    return video, torch.from_numpy(np.stack([c.mask for c in made]))[:, None].float()
+
+
+def loss_of(vae: AutoencoderKLWan, video: Tensor, mask: Tensor) -> Tensor:
+    """L1, four times as heavy on the object, and KL."""
+    mean, log_variance = vae_full.encode(vae, video)
+    latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+    error = (vae_full.decode(vae, latents) - video).abs()
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return (error * (1 + 3 * mask)).mean() + KL * kl
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKLWan, frames: int, clips: int, seed: int = 10**6) -> list[float]:
+    """PSNR in dB of stock encode and decode on held-out scenes: of the whole clips and of their last 17 frames."""
+    errors = []
+    for index in range(clips):
+        clip = world.make_clip(world.HELD_OUT[index % len(world.HELD_OUT)], seed + index, frames)
+        video = torch.from_numpy(clip.video).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        out = vae.decode(vae.encode(video).latent_dist.mode()).sample
+        errors.append(((out - video) / 2).square().mean(dim=(0, 1, 3, 4)))
+    error = torch.stack(errors)
+    return [float(-10 * e.mean().log10()) for e in (error, error[:, -17:])]
+
+
+@torch.no_grad()
+def moments(vae: AutoencoderKLWan, clips: int, seed: int = 2 * 10**6) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each latent channel; the posterior's variance counts, or empty channels are blown up."""
+    rng = np.random.default_rng(seed)
+    means, variances = [], []
+    for _ in range(clips):
+        mean, log_variance = vae_full.encode(vae, batch(rng, world.FRAMES, 1)[0])
+        means.append(mean.transpose(0, 1).flatten(1))
+        variances.append(log_variance.exp().transpose(0, 1).flatten(1))
+    mean, variance = torch.cat(means, 1), torch.cat(variances, 1)
+    return mean.mean(1).tolist(), (mean.var(1) + variance.mean(1)).sqrt().tolist()
+
+
+def finish(vae: AutoencoderKLWan, out: Path, clips: int) -> None:
+    """Write the VAE as diffusers does, with the moments that the pipeline needs, and print the gate."""
+    mean, std = moments(vae, clips)
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    vae.save_pretrained(out / "vae")
+    print("latents_std", [round(s, 2) for s in std], flush=True)
+    for frames, count in ((17, clips), (77, clips), (81, clips), (481, max(1, clips // 6))):
+        whole, last = psnr(vae, frames, count)
+        print(f"psnr {frames:4d} frames {whole:.2f} dB, last 17 {last:.2f} dB", flush=True)
+
+
+def train(rank: int, world_size: int, options: Options) -> None:
+    """One process of the training run."""
+    torch.manual_seed(options.seed)
+    vae = vae_full.build().train()
+    matrices = [p for p in vae.parameters() if p.ndim >= 4 and p.shape[0] > 1 and p.numel() > p.shape[0]]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in vae.parameters() if id(p) not in chosen]
+    params = matrices + rest
+    optimisers = [
+        Muon(matrices, options.rate),
+        torch.optim.AdamW(rest, options.rate / 2, (0.9, 0.98), weight_decay=0.0),
+    ]
+    step, elapsed, path = 0, 0.0, options.out / "vae.pt"
+    if (state := store.load(path)) is not None:
+        vae.load_state_dict(state["model"])
+        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        step, elapsed = state["step"], state["elapsed"]
+    torch.manual_seed(options.seed + 1000 * step + rank)
+    shared, own = np.random.default_rng([options.seed, step]), np.random.default_rng([options.seed, step, rank])
+    start, saved_at, recent = time.monotonic() - elapsed, time.monotonic(), 0.0
+    progress = elapsed / (60 * options.minutes)
+    while progress < 1 and step < options.steps:
+        set_rate(optimisers, anneal(progress))
+        frames = int(shared.choice(LENGTHS, p=EARLY if progress < 0.5 else LATE))
+        loss = loss_of(vae, *batch(own, frames, max(1, options.pixels // frames)))
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        loss.backward()
+        progress = average_gradients(params, (time.monotonic() - start) / (60 * options.minutes))
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+        step += 1
+        recent += 0.02 * (float(loss.detach()) - recent) if step > 1 else float(loss.detach())
+        if rank == 0 and step % 50 == 0:
+            print(f"step {step} progress {progress:.3f} loss {recent:.4f}", flush=True)
+        if rank == 0 and (time.monotonic() - saved_at > options.every):
+            _save(path, vae, optimisers, step, time.monotonic() - start)
+            saved_at = time.monotonic()
+    if rank == 0:
+        _save(path, vae, optimisers, step, time.monotonic() - start)
+
+
+def _save(
+    path: Path, vae: AutoencoderKLWan, optimisers: list[torch.optim.Optimizer], step: int, elapsed: float
+) -> None:
+    saved = [optimiser.state_dict() for optimiser in optimisers]
+    store.save(path, {"model": vae.state_dict(), "optimisers": saved, "step": step, "elapsed": elapsed})
+
+
+def main() -> None:
+    """Train, or go on from a checkpoint, then write the VAE and its gate."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=store.RUNS)
+    parser.add_argument("--minutes", type=float, default=26.0)
+    parser.add_argument("--rate", type=float, default=6e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=10**9)
+    parser.add_argument("--smoke", action="store_true", help="a few steps only")
+    args = parser.parse_args()
+    options = Options(args.out, args.minutes, args.seed, args.rate, steps=args.steps)
+    if args.smoke:
+        options = Options(args.out, 1.0, args.seed, args.rate, pixels=5, steps=2)
+    launch(train, (options,), 1 if args.smoke else args.processes)
+    vae = vae_full.build()
+    state = store.load(args.out / "vae.pt")
+    assert state is not None
+    vae.load_state_dict(state["model"])
+    finish(vae.eval(), args.out, 1 if args.smoke else 12)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""A plan says to the token and the byte what a generation will hold."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kvpack
+from kvpack import planner, presets
+from kvpack.demo import CALL, demo_stack
+from kvpack.errors import InvalidOptionError, UnknownNameError, UnsupportedPipelineError
+from kvpack.registry import registry
+from kvpack.stack import Stack
+from kvpack.testing import TINY, tiny_wan_pipeline
+
+SHIPPED = Path(kvpack.__file__).parent / "data" / "toyworld"
+
+
+def stack(name: str, **options: Any) -> Stack:
+    return registry().stack(name, options)
+
+
+def geometry(pipe: Any, height: int, width: int) -> kvpack.Geometry:
+    configs = {"transformer": pipe.transformer.config, "vae": pipe.vae.config}
+    return registry().adapters["wan"].geometry(configs, height, width, pipe.transformer.dtype)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny_wan_pipeline()
+
+
+@pytest.fixture
+def wan() -> kvpack.Geometry:
+    model = presets.preset("wan2.1-t2v-1.3b")
+    return presets.adapter_for(model).geometry(model.configs, 480, 832, torch.bfloat16)
+
+
+def test_two_minutes_of_wan_cost_what_the_paper_says(wan: kvpack.Geometry) -> None:
+    pixel_frames, frames = planner.video_frames(120, 16)
+    plan = planner.plan(wan, stack("packforcing"), frames)
+    assert (pixel_frames, frames, plan.chunks, plan.chunk_tokens) == (1917, 480, 120, 6240)
+    assert plan.attended_tokens == 8 * 1560 + 16 * 182 + 4 * 1560 + 4 * 1560 == 27_872
+    assert plan.attended_kv_bytes == 3_987_210_240
+    assert plan.archive_blocks == 117
+    assert plan.archive_kv_bytes == 117 * 182 * 184_320
+    assert plan.full_tokens == 748_800
+    assert plan.full_kv_bytes == 748_800 * 184_320
+    assert planner.plan(wan, stack("full"), frames).attended_tokens == 748_800
+
+
+def test_a_bounded_archive_is_bounded(wan: kvpack.Geometry) -> None:
+    plan = planner.plan(wan, stack("packforcing", archive_blocks=20), 480)
+    assert (plan.archive_blocks, plan.archive_kv_bytes) == (20, 20 * 182 * 184_320)
+    assert plan.attended_tokens == 27_872
+
+
+STACKS = {
+    "full": stack("full"),
+    "self-forcing": stack("self-forcing"),
+    "packforcing": stack("packforcing", topk=2, sink_frames=4),
+    "packforcing-fit": stack("packforcing-fit", topk=2, sink_frames=4),
+    "pool": stack("packforcing", topk=3, sink_frames=4, compressor="pool"),
+    "bounded": stack("packforcing", topk=1, sink_frames=4, compressor="pool", archive_blocks=2),
+    "nothing selected": stack("packforcing", topk=0, sink_frames=4, compressor="pool"),
+    "no multiples": stack("packforcing", topk=2, sink_frames=3, recent_frames=5, compressor="pool", selector="recency"),
+    "identity": stack("packforcing", topk=2, compressor="identity", selector="recency", chunk_frames=3),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("frames", [1, 18])
+def test_planned_bytes_are_the_measured_bytes(pipe: Any, name: str, frames: int) -> None:
+    planned = planner.plan(geometry(pipe, 64, 64), STACKS[name], frames)
+    kvpack.enable(pipe, STACKS[name])
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": 64, "width": 64, "num_inference_steps": 1, "guidance_scale": 1.0, "max_sequence_length": 8}
+    pipe("a red circle", num_frames=4 * frames - 3, output_type="latent", **call)
+    measured = pipe.packforcing.stats()
+    assert planned.attended_kv_bytes == measured["attended_bytes"]
+    assert planned.archive_kv_bytes == measured["archive_bytes"]
+    assert planned.archive_blocks == measured["archive_blocks"]
+    assert planned.attended_tokens == measured["attended_tokens"] + planned.chunk_tokens
+    assert planned.chunks == measured["chunks"]
+
+
+def test_batch_and_guidance_multiply_bytes_and_not_tokens(pipe: Any) -> None:
+    policy = STACKS["pool"]
+    planned = planner.plan(geometry(pipe, 64, 64), policy, 20, batch=2, branches=2)
+    kvpack.enable(pipe, policy)
+    call = {"height": 64, "width": 64, "num_inference_steps": 1, "guidance_scale": 2.0, "max_sequence_length": 8}
+    pipe(["a red circle", "a blue square"], num_frames=77, output_type="latent", **call)
+    measured = pipe.packforcing.stats()
+    assert planned.attended_kv_bytes == measured["attended_bytes"]
+    assert planned.archive_kv_bytes == measured["archive_bytes"]
+    assert planned.attended_tokens == measured["attended_tokens"] + planned.chunk_tokens
+
+
+@pytest.mark.skipif(not SHIPPED.exists(), reason="the shipped pipeline is not built yet")
+@pytest.mark.parametrize("name", registry().names("stack"))
+def test_planned_bytes_are_the_measured_bytes_of_the_shipped_pipeline(name: str) -> None:
+    from diffusers import WanPipeline
+
+    shipped = WanPipeline.from_pretrained(SHIPPED)
+    shipped.set_progress_bar_config(disable=True)
+    kvpack.enable(shipped, demo_stack(name))
+    shipped(
+        "a red circle bouncing over dusk rings", num_frames=109, num_inference_steps=1, output_type="latent", **CALL
+    )
+    planned = planner.plan(geometry(shipped, 64, 64), demo_stack(name), 28)
+    measured = shipped.packforcing.stats()
+    assert (planned.attended_kv_bytes, planned.archive_kv_bytes) == (
+        measured["attended_bytes"],
+        measured["archive_bytes"],
+    )
+
+
+def test_attended_tokens_are_bounded_for_every_stack_but_full() -> None:
+    for name, policy in STACKS.items():
+        early, late = (planner.plan(TINY, policy, 12 * chunks).attended_tokens for chunks in (20, 60))
+        assert (late > early) == (name == "full")
+
+
+def test_operations_count_steps_commit_batch_and_branches(wan: kvpack.Geometry) -> None:
+    def forward(query_tokens: int, attended_tokens: int) -> int:
+        return query_tokens * attended_tokens
+
+    plan = planner.plan(wan, stack("packforcing"), 480, steps=3, batch=2, branches=2, flops=forward)
+    assert plan.flops_per_chunk == (3 + 1) * 2 * 2 * 6240 * 27_872
+    assert planner.plan(wan, stack("packforcing"), 480).flops_per_chunk == 0
+
+
+def test_operations_of_a_real_model_have_the_right_size() -> None:
+    model = presets.preset("wan2.1-t2v-1.3b")
+    forward = partial(presets.adapter_for(model).forward_flops, model.configs)
+    assert 2 * 1.2e9 * 6240 < forward(6240, 6240) < 2 * 2.4e9 * 6240
+
+
+def test_a_plan_is_plain_data(wan: kvpack.Geometry) -> None:
+    plan = planner.plan(wan, stack("self-forcing"), 21)
+    assert json.loads(json.dumps(plan.to_dict())) == plan.to_dict()
+    assert all(isinstance(value, (int, str)) for value in plan.to_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fps", "expected"),
+    [
+        (120, 16, (1917, 480)),
+        (5, 16, (77, 20)),
+        (5.0625, 16, (81, 21)),
+        (0.0625, 16, (1, 1)),
+        (0.1, 30, (1, 1)),
+        (0.3, 30, (9, 3)),
+    ],
+)
+def test_video_frames_are_the_longest_that_fit(seconds: float, fps: float, expected: tuple[int, int]) -> None:
+    assert planner.video_frames(seconds, fps) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fps", "message"),
+    [
+        (0, 16, "seconds must be a number > 0, got 0"),
+        (-1, 16, "seconds must be a number > 0, got -1"),
+        (float("nan"), 16, "seconds must be a number > 0, got nan"),
+        (float("inf"), 16, "seconds must be a number > 0, got inf"),
+        (5, 0, "fps must be a number > 0, got 0"),
+        (0.01, 16, "seconds must be at least 0.0625, one frame at 16 fps, got 0.01"),
+    ],
+)
+def test_impossible_lengths_are_refused(seconds: float, fps: float, message: str) -> None:
+    with pytest.raises(InvalidOptionError, match=message):
+        planner.video_frames(seconds, fps)
+
+
+@pytest.mark.parametrize("size", ["batch", "branches", "steps"])
+def test_sizes_that_are_not_positive_are_refused(size: str) -> None:
+    with pytest.raises(InvalidOptionError, match=f"{size} must be >= 1, got 0"):
+        planner.plan(TINY, stack("full"), 4, **{size: 0})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidOptionError, match="frames must be >= 1, got 0"):
+        planner.plan(TINY, stack("full"), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "token_bytes", "grid"),
+    [
+        ("wan2.1-t2v-1.3b", 184_320, (30, 52)),
+        ("wan2.1-t2v-14b", 819_200, (30, 52)),
+        ("wan2.2-ti2v-5b", 368_640, (15, 26)),
+    ],
+)
+def test_presets(name: str, token_bytes: int, grid: tuple[int, int]) -> None:
+    model = presets.preset(name)
+    found = presets.adapter_for(model).geometry(model.configs, 480, 832, torch.bfloat16)
+    assert (found.kv_bytes_per_token, found.grid) == (token_bytes, grid)
+
+
+def test_an_unknown_preset_is_named_with_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match=r"no preset named 'wan2.1-1.3b'; did you mean 'wan2.1-t2v-1.3b'\?"):
+        presets.preset("wan2.1-1.3b")
+
+
+def write_folder(folder: Path, pipe: Any, **index: Any) -> Path:
+    """Configs only, as a plan needs them."""
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **index}))
+    for part in ("transformer", "vae"):
+        getattr(pipe, part).save_config(folder / part)
+    return folder
+
+
+def test_a_folder_without_weights_gives_the_same_geometry(pipe: Any, tmp_path: Path) -> None:
+    model = presets.from_folder(write_folder(tmp_path / "model", pipe))
+    found = presets.adapter_for(model).geometry(model.configs, 64, 64, torch.float32)
+    assert found == geometry(pipe, 64, 64)
+
+
+def test_broken_folders_are_named(pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidOptionError, match=r"no model folder .*/absent; give the folder of a whole diffusers"):
+        presets.from_folder(tmp_path / "absent")
+    with pytest.raises(InvalidOptionError, match=r"has no model_index\.json"):
+        presets.from_folder(tmp_path)
+    folder = write_folder(tmp_path / "model", pipe)
+    (folder / "vae" / "config.json").unlink()
+    with pytest.raises(InvalidOptionError, match=r"cannot read .*vae/config\.json: No such file"):
+        presets.from_folder(folder)
+    (folder / "vae" / "config.json").write_text("{")
+    with pytest.raises(InvalidOptionError, match=r"vae/config\.json is not JSON"):
+        presets.from_folder(folder)
+    (folder / "vae" / "config.json").write_text("[]")
+    with pytest.raises(InvalidOptionError, match="must hold a JSON object, got a list"):
+        presets.from_folder(folder)
+
+
+def test_models_that_cannot_run_are_not_planned(pipe: Any, tmp_path: Path) -> None:
+    two = write_folder(tmp_path / "two", pipe, transformer_2=["diffusers", "WanTransformer3DModel"])
+    with pytest.raises(UnsupportedPipelineError, match="transformer_2"):
+        presets.from_folder(two)
+    for name in ("FluxPipeline", "NoSuchPipeline"):
+        model = presets.from_folder(write_folder(tmp_path / name, pipe, _class_name=name))
+        with pytest.raises(UnsupportedPipelineError, match=f"no adapter for {name}.*Installed: .*wan"):
+            presets.adapter_for(model)
