@@ -168,7 +168,7 @@ class WanRun(Run):
         with self._timed("compress"):
             for piece in next(iter(self.sessions.values())).twins_due():
                 twins[piece] = self._hidden_tokens(piece, latents, pixels)
-        for branch, session in self.sessions.items():
+        for branch in self.sessions:
             with self._timed("commit"):
                 self._phase = -1
                 self._forward(branch, latents.to(self.transformer.dtype))
@@ -192,12 +192,13 @@ class WanRun(Run):
 
     def _hidden_tokens(self, piece: Piece, latents: Tensor, pixels: Tensor | None) -> Tensor:
         """A latent-space compressor's tokens for a piece of the chunk."""
-        assert self.compressor is not None and pixels is not None
+        assert self.compressor is not None
+        assert pixels is not None
         first = next(iter(self.sessions.values())).frames
         scale, vae = self.pipeline.vae_scale_factor_temporal, self.pipeline.vae
 
         def pixel_index(frame: int) -> int:
-            """First pixel frame of a latent frame, counted from the chunk; the video's first latent is one pixel frame."""
+            """First pixel frame of a latent frame, from the chunk's; the video's first latent is one pixel frame."""
             return max(0, (frame - first) * scale - (scale - 1 if first == 0 else 0))
 
         chunk = LatentChunk(

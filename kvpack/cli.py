@@ -1,5 +1,6 @@
 """The command `kvpack`: a demo, generation with any model, what is installed, and what a length would cost."""
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,7 @@ Options = Annotated[
 ]
 Fps = Annotated[float, typer.Option(help="Frames a second.")]
 
+TERMINATED = 128 + signal.SIGTERM
 TRACK_COLUMNS = ("stack", "fps", "KV attended", "KV archive")
 
 
@@ -222,6 +224,11 @@ def _print_tracks(result: dict[str, Any], tracks: list[dict[str, Any]], files: l
 
 def main() -> None:
     """Entry point of the console script."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit(TERMINATED)  # unwinds, so that nothing half-written is left
+
+    signal.signal(signal.SIGTERM, stop)
     app()
 
 

@@ -3,8 +3,8 @@
 import inspect
 import json
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -24,9 +24,13 @@ from kvpack.video import Frames, VideoWriter, require_writable, save_bytes
 # What the shipped pipeline was trained with.
 FPS = 16
 CALL = {"height": 64, "width": 64, "guidance_scale": 1.0, "max_sequence_length": 16}
-STACK_OPTIONS = {"chunk_frames": 4, "train_frames": 20}
-#: Self-Forcing rolls a window of the training length and keeps no sink.
-SELF_FORCING = {"window_frames": 20, "sink_frames": 0}
+TRAINING = {"chunk_frames": 4, "train_frames": 20}
+STACK_OPTIONS = {
+    # It rolls a window of the training length and keeps no sink.
+    "self-forcing": {"window_frames": 20, "sink_frames": 0},
+    # Sink 8, a mid block, recent 4 and the chunk number 20 positions, as in training; with 16 blocks they would be 80.
+    "packforcing": {"topk": 1},
+}
 PROMPT = "a red circle bouncing over dusk rings"
 
 COLUMNS = 10
@@ -86,7 +90,10 @@ class Samples:
         """A row of stills and one of trails."""
         return [
             Row(label, [self.stills[column] for column in sorted(self.stills)]),
-            Row(f"its path in the\nnext {self.trail / FPS:.2g} s", [self.trails[column] for column in sorted(self.trails)]),
+            Row(
+                f"its path in the\nnext {self.trail / FPS:.2g} s",
+                [self.trails[column] for column in sorted(self.trails)],
+            ),
         ]
 
 
@@ -110,7 +117,7 @@ def demo_stack(name: str) -> Stack:
     """
     factory = registry().stacks.get(name)
     known = inspect.signature(factory).parameters if factory else {}
-    options = {**STACK_OPTIONS, **(SELF_FORCING if name == "self-forcing" else {})}
+    options = {**TRAINING, **STACK_OPTIONS.get(name, {})}
     return registry().stack(name, {option: value for option, value in options.items() if option in known})
 
 
@@ -136,6 +143,7 @@ def run(demo: Demo, on_chunk: Callable[[Track], None]) -> dict[str, Any]:
     samples = [Samples(starts, trail) for _ in stacks]
     arguments = {**CALL, "prompt": demo.prompt, "num_inference_steps": demo.steps}
     with ExitStack() as open_things:
+        open_things.enter_context(_one_thread())
         # The weights are shared; a pipeline is the stock one whenever another's turn comes.
         tracks = [
             open_things.enter_context(
@@ -178,6 +186,17 @@ def _generate(
             writer.write(side_by_side(panels, upscale, top, GAP))
         else:
             writer.write(panels[0])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors are so small that threads would only wait for each other, the longer the busier the machine is."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _outputs(folder: Path) -> tuple[Path, Path, Path]:

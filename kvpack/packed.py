@@ -24,7 +24,7 @@ class PackedBuffer:
         self.lengths: list[int] = []
 
     def clear(self, rows: int, capacity: int, like: Float[Tensor, "rows tokens heads head_dim"]) -> None:
-        """Empties the buffer and makes room for `capacity` tokens; grows by a quarter or more, so that it rarely does."""
+        """Empties the buffer and makes room for `capacity` tokens; grows by a quarter or more at once."""
         held = self.keys.shape[1] if self.keys.ndim == 4 else 0
         if held < capacity or self.keys.dtype != like.dtype or self.keys.device != like.device:
             room = max(capacity, held + held // 4)

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import wraps
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -60,14 +61,14 @@ class PackForcing:
     def stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """Generates without end, or `num_frames`, and yields each chunk's frames as soon as they are decoded.
 
-        Takes the arguments of the pipeline's call. Between two chunks the pipeline is the stock one, and memory does not grow
-        but for the archive of compressed blocks (see `archive_blocks`).
+        Takes the arguments of the pipeline's call. Between two chunks the pipeline is the stock one, and memory does
+        not grow but for the archive of compressed blocks (see `archive_blocks`).
 
         Yields:
             Frames in the call's `output_type`, batch first: `[batch, frames, height, width, 3]` for "np".
         """
         arguments = _bound(self._pipeline, args, {"num_frames": None, **kwargs})
-        return _frames(self._pipeline, _start(self._pipeline, arguments, streaming=True), arguments["output_type"])
+        return _frames(self._pipeline, _start(self._pipeline, arguments, streaming=True))
 
 
 class PackForcingMixin:
@@ -97,7 +98,8 @@ class PackForcingMixin:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles as the stock class, enabled again on arrival."""
-        _, _, state, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, state, *rest = reduced
         state = dict(state)
         enabled = state.pop("_kvpack", None)
         return (_rebuild, (self._kvpack_base, enabled and enabled.stack), state, *rest)
@@ -121,7 +123,7 @@ class _StepBar:
 
 
 def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
-    """A subclass of `base` that cannot be told from it by name, so that saving and reloading give the stock pipeline."""
+    """A subclass of `base` that cannot be told from it by name: saving and reloading give the stock pipeline."""
 
     @wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -138,7 +140,7 @@ def _rebuild(base: type[DiffusionPipeline], stack: Stack | None) -> Any:
     from kvpack.enable import attach
 
     cls = enabled_class(base)
-    pipeline = cls.__new__(cls)
+    pipeline: Any = object.__new__(cls)
     if stack is not None:
         attach(pipeline, stack)
     return pipeline
@@ -158,12 +160,12 @@ def _start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> Run:
     return enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
 
 
-def _frames(pipeline: Any, run: Run, output_type: str) -> Iterator[Any]:
+def _frames(pipeline: Any, run: Run) -> Iterator[Any]:
     enabled = pipeline._kvpack
     enabled.run = run
     try:
         for chunk in run.chunks():
-            yield chunk.latents if output_type == "latent" else run.postprocess(chunk.pixels)
+            yield chunk.latents if chunk.pixels is None else run.postprocess(chunk.pixels)
     finally:
         _finish(enabled, run)
 
@@ -198,4 +200,4 @@ def _joined(parts: list[Any], output_type: str) -> Any:
         return torch.cat(parts, dim=1)
     if output_type == "np":
         return np.concatenate(parts, axis=1)
-    return [sum(videos, []) for videos in zip(*parts, strict=True)]
+    return [list(chain.from_iterable(videos)) for videos in zip(*parts, strict=True)]

@@ -17,8 +17,8 @@ __all__ = ["FlowMatchFewStepScheduler", "SchedulerMixin"]
 class FlowMatchFewStepScheduler(FlowMatchLCMScheduler):
     """Fixed sigmas, predict x0, re-noise: the sampler of Self-Forcing (arXiv 2506.08009) and its descendants.
 
-    Differs from `FlowMatchLCMScheduler`: `set_timesteps(4)` gives the trained sigmas and not a linear ramp to 0, and the noise
-    comes from the call's generator, so that the same seed gives the same video.
+    Differs from `FlowMatchLCMScheduler`: `set_timesteps(4)` gives the trained sigmas and not a linear ramp to 0, and
+    the noise comes from the call's generator, so that the same seed gives the same video.
 
     Args:
         sigmas: noise levels before the shift, falling; one denoising step each.
@@ -26,7 +26,7 @@ class FlowMatchFewStepScheduler(FlowMatchLCMScheduler):
         num_train_timesteps: scale of the timesteps.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self, sigmas: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25), shift: float = 5.0, num_train_timesteps: int = 1000
     ) -> None:

@@ -12,20 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import overhead, report, rotation, steady
+from benchmarks import clock, overhead, report, rotation, steady, wan_layer
 from benchmarks.report import Bar, Row
 
 ROOT = Path(__file__).parent.parent
 ROW = Row("kvpack", "error", 0.5, 0.25, 1.0, "ratio", 3, "python -m benchmarks.rotation", "abc")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors; more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def figures(rows: list[Row], subject: str, metric: str) -> list[float]:
@@ -84,39 +75,38 @@ def test_overhead_counts_the_same_attention_on_all_sides(tmp_path) -> None:
 
 
 def test_reference_size_is_that_of_the_paper() -> None:
-    geometry = overhead.WAN.geometry(torch.bfloat16)
-    assert (overhead.WAN.width, geometry.rope_split) == (1536, (44, 42, 42))
-    span = overhead.LowResolutionCompressor().span(0, overhead.FRAMES, geometry.grid)
-    frames = overhead.SINK + overhead.RECENT + overhead.FRAMES
-    assert frames * geometry.tokens_per_frame + overhead.TOPK * span.tokens == 27_872
-    assert overhead.ARCHIVED > overhead.TOPK
+    geometry = wan_layer.WAN.geometry(torch.bfloat16)
+    assert (wan_layer.WAN.width, geometry.rope_split) == (1536, (44, 42, 42))
+    span = overhead.LowResolutionCompressor().span(0, wan_layer.FRAMES, geometry.grid)
+    frames = wan_layer.SINK + wan_layer.RECENT + wan_layer.FRAMES
+    assert frames * geometry.tokens_per_frame + wan_layer.TOPK * span.tokens == 27_872
+    assert wan_layer.ARCHIVED > wan_layer.TOPK
 
 
 def test_keys_in_place_give_the_output_of_kvpack() -> None:
     with torch.no_grad():
-        layer = overhead.Layer(overhead.TINY, torch.float32, "pool")
+        layer = wan_layer.Layer(wan_layer.TINY, torch.float32, "pool")
         projections = layer.projections()
         layer.denoise(0)
         mine = layer.memory.attend(*projections, layer.processor._attention)
-        assert torch.equal(mine, overhead.InPlace(layer.session).attend(*projections, layer.processor._attention))
+        assert torch.equal(mine, wan_layer.InPlace(layer.session).attend(*projections, layer.processor._attention))
 
 
 def test_clock_counts_inner_parts_once() -> None:
-    clock = overhead.Clock()
-    with clock.part("outer"):
-        with clock.part("inner", outer="outer"):
+    watch = clock.Clock()
+    with watch.part("outer"):
+        with watch.part("inner", outer="outer"):
             pass
-        with clock.part("leaf", leaf=True), clock.part("hidden"):
+        with watch.part("leaf", leaf=True), watch.part("hidden"):
             pass
-    assert set(clock.seconds) == {"outer", "inner", "leaf"}
+    assert set(watch.seconds) == {"outer", "inner", "leaf"}
 
 
 def test_bar_is_judged_by_its_worst_row() -> None:
     bar = Bar("small", "kv", "err", 0.6)
     assert bar.verdict([ROW]).startswith("met ")
-    assert bar.verdict([ROW, replace(ROW, value=0.7)]).startswith("NOT MET") and "0.7" in bar.verdict(
-        [ROW, replace(ROW, value=0.7)]
-    )
+    assert bar.verdict([ROW, replace(ROW, value=0.7)]).startswith("NOT MET")
+    assert "0.7" in bar.verdict([ROW, replace(ROW, value=0.7)])
     assert bar.verdict([replace(ROW, subject="plain")]).startswith("NOT MEASURED")
 
 
@@ -132,8 +122,11 @@ def test_samples_and_ratios() -> None:
 
 def test_table_shows_every_figure() -> None:
     shown = report.table([ROW, replace(ROW, metric="speed", value=12345.6)])
-    assert shown.count("kvpack") == 1 and "12,346" in shown and "0.25" in shown
-    assert report.figure(0) == "0" and report.figure(2.5e-5) == "2.5e-05"
+    assert shown.count("kvpack") == 1
+    assert "12,346" in shown
+    assert "0.25" in shown
+    assert report.figure(0) == "0"
+    assert report.figure(2.5e-5) == "2.5e-05"
 
 
 @pytest.mark.parametrize(
@@ -151,14 +144,16 @@ def test_reading_refuses_what_is_no_row(tmp_path, broken) -> None:
 @pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_kept_results_are_rows_of_full_runs(path) -> None:
     rows = report.read(path)
-    assert rows and all(row.commit and row.command for row in rows)
+    assert rows
+    assert all(row.commit and row.command for row in rows)
     assert {row.command for row in rows} == {f"python -m benchmarks.{path.stem}"}
 
 
 def test_command_line_writes_rows_and_reports_bars(tmp_path) -> None:
     command = [sys.executable, "-m", "benchmarks.rotation", "--small", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "met " in done.stdout and "worst pair" in done.stdout
+    assert "met " in done.stdout
+    assert "worst pair" in done.stdout
     rows = report.read(tmp_path / "rotation.json")
     assert {row.command for row in rows} == {"python -m benchmarks.rotation --small"}
     assert all(row.commit for row in rows)
@@ -180,7 +175,9 @@ def test_bench_runs_all_and_fails_if_one_cannot(tmp_path, monkeypatch, capsys) -
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--small", "--out", str(tmp_path)])
     assert bench.main() == 1
     shown = capsys.readouterr().out
-    assert "rotation: met" in shown and "steady: met" in shown and "overhead: FAILED" in shown
+    assert "rotation: met" in shown
+    assert "steady: met" in shown
+    assert "overhead: FAILED" in shown
     monkeypatch.setattr(bench, "ran", lambda *_: True)
     report.write("overhead", [replace(ROW, metric="overhead / own work")], tmp_path)
     assert bench.main() == 0

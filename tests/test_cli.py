@@ -338,6 +338,7 @@ def test_sizes_for_readers() -> None:
     assert {count: cli_support.size_text(count) for count in sizes} == sizes
 
 
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 COMMAND = [sys.executable, "-m", "kvpack.cli"]
 
 
@@ -347,18 +348,23 @@ def test_the_command_itself() -> None:
     assert json.loads(done.stdout)["attended_tokens"] == 27_872
 
 
-def test_ctrl_c_from_outside(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("signalled", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
+def test_a_signal_from_outside_leaves_nothing(model: Path, tmp_path: Path, signalled: int, code: int) -> None:
     words = [str(word) for word in generate(model, tmp_path / "a.mp4", "--seconds", 3600)]
-    process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
+    )
     try:
         deadline = time.monotonic() + 120
         while not any(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         time.sleep(1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signalled)
         _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130, stderr
+    assert process.returncode == code, stderr
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import kvpack
@@ -39,6 +40,7 @@ def frames_of(path: Path) -> np.ndarray:
 
 def test_one_stack(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[tuple[int, int]] = []
+    threads = torch.get_num_threads()
     result = demo.run(
         make(model, tmp_path / "new" / "out", "packforcing"), lambda track: seen.append((track.frames, track.chunks))
     )
@@ -47,6 +49,7 @@ def test_one_stack(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert frames_of(tmp_path / "new" / "out" / "demo.mp4").shape == (21, 384, 384, 3)
     assert json.loads((tmp_path / "new" / "out" / "demo.json").read_text()) == result
     assert (result["frames"], result["fps"]) == (21, 16)
+    assert torch.get_num_threads() == threads
     (only,) = result["stacks"]
     assert only["stack"] == demo.demo_stack("packforcing").to_dict()
     assert only["stats"]["attended_bytes"] > 0
@@ -92,6 +95,14 @@ def test_stacks_of_the_demo_have_the_sizes_of_the_training() -> None:
         "window_frames": 20,
         "sink_frames": 0,
     }
+    packed = demo.demo_stack("packforcing").to_dict()
+    spanned = (
+        packed["partitioner"]["sink_frames"]
+        + packed["partitioner"]["recent_frames"]
+        + 4 * packed["selector"]["topk"]
+        + 4
+    )
+    assert spanned == demo.TRAINING["train_frames"]
     with pytest.raises(UnknownNameError, match="did you mean 'packforcing'"):
         demo.demo_stack("packforcin")
 

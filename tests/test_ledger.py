@@ -90,9 +90,9 @@ class Scripted(Partitioner):
 @pytest.mark.parametrize(
     ("segments", "message"),
     [
-        ((Segment("recent", range(0, 9)),), "stay in the history"),
-        ((Segment("recent", range(2, 4)), Segment("mid", range(0, 2))), "ascend"),
-        ((Segment("other", range(0, 2)),), "sink, mid or recent"),
+        ((Segment("recent", range(9)),), "stay in the history"),
+        ((Segment("recent", range(2, 4)), Segment("mid", range(2))), "ascend"),
+        ((Segment("other", range(2)),), "sink, mid or recent"),
         ((Segment("recent", range(0, 4, 2)),), "consecutive"),
     ],
 )

@@ -42,9 +42,9 @@ def test_core_imports_no_policy_and_no_model(path):
 def test_importing_kvpack_loads_no_policy_and_no_model():
     """Beyond what diffusers itself loads for its pipelines."""
     loaded = python(
-        "import sys; from diffusers import DiffusionPipeline, FlowMatchLCMScheduler; before = set(sys.modules); import kvpack; "
-        "new = set(sys.modules) - before; "
-        "print([m for m in new if m.startswith(('kvpack.policies', 'kvpack.adapters', 'diffusers.models', 'diffusers.pipelines'))])"
+        "import sys; from diffusers import DiffusionPipeline, FlowMatchLCMScheduler; before = set(sys.modules); "
+        "import kvpack; wrong = ('kvpack.policies', 'kvpack.adapters', 'diffusers.models', 'diffusers.pipelines'); "
+        "print([m for m in set(sys.modules) - before if m.startswith(wrong)])"
     )
     assert loaded == "[]"
 
@@ -63,9 +63,10 @@ from diffusers import DiffusionPipeline, WanPipeline
 from diffusers.models.transformers import transformer_wan
 import torch.nn.functional as F
 def state():
-    return (torch.get_default_dtype(), torch.get_num_threads(), torch.random.get_rng_state().tolist(), torch.is_grad_enabled(),
-            F.scaled_dot_product_attention, transformer_wan.dispatch_attention_fn, list(warnings.filters),
-            {n: v for n, v in vars(WanPipeline).items()}, {n: v for n, v in vars(transformer_wan.WanAttnProcessor).items()},
+    return (torch.get_default_dtype(), torch.get_num_threads(), torch.random.get_rng_state().tolist(),
+            torch.is_grad_enabled(), F.scaled_dot_product_attention, transformer_wan.dispatch_attention_fn,
+            list(warnings.filters),
+            dict(vars(WanPipeline)), dict(vars(transformer_wan.WanAttnProcessor)),
             {n: v for n, v in vars(transformer_wan.WanTransformer3DModel).items()})
 before, methods = state(), set(vars(DiffusionPipeline))
 import kvpack

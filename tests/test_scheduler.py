@@ -58,7 +58,7 @@ def test_other_sigmas():
 
 
 def test_wrong_number_of_steps(pipe):
-    with pytest.raises(InvalidOptionError, match="4 fixed sigmas.*num_inference_steps=4, got 5"):
+    with pytest.raises(InvalidOptionError, match=r"4 fixed sigmas.*num_inference_steps=4, got 5"):
         pipe(**{**CALL, "num_inference_steps": 5})
     pipe.enable_packforcing("full", chunk_frames=2)
     with pytest.raises(InvalidOptionError, match="num_inference_steps=4, got 50"):

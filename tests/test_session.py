@@ -1,6 +1,7 @@
 """The memory itself, against a plain reference that keeps everything and looks at every frame."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,12 +15,10 @@ from kvpack.policies import (
     AllSelector,
     ContiguousReindexer,
     FitReindexer,
-    FullPartitioner,
     IdentityCompressor,
     LowResolutionCompressor,
     PoolCompressor,
     QueryTopK,
-    RecencySelector,
     SinkMidRecentPartitioner,
     SinkShiftReindexer,
     WindowPartitioner,
@@ -264,7 +263,7 @@ def test_attention_reads_one_contiguous_view_of_exactly_what_is_there():
         session.finish_commit()
         mid = min(2, max(0, chunk - 3)) * 2
         expected = min(chunk, 2) * 4 * n + mid + (4 * n if chunk > 2 else 0) + 4 * n
-        assert {each for each in seen} == {(expected, True, True, True)}
+        assert set(seen) == {(expected, True, True, True)}
         seen.clear()
 
 
@@ -288,7 +287,7 @@ def test_unselected_blocks_come_back():
         run_session(session, 1, seed=seed)
         if session.layers[0].chosen is not None:
             chosen.append(int(session.layers[0].chosen[0, 0]))
-    assert any(later < earlier for earlier, later in zip(chosen, chosen[1:], strict=False))
+    assert any(later < earlier for earlier, later in pairwise(chosen))
 
 
 def test_positions_of_a_long_video_stay_small_or_grow_as_asked():

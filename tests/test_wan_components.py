@@ -30,6 +30,7 @@ CALL = {
     "max_sequence_length": 8,
     "output_type": "latent",
 }
+PACKED = {"chunk_frames": 2, "sink_frames": 1, "recent_frames": 1, "topk": 1}
 WINDOW = {"chunk_frames": 3, "window_frames": 6, "sink_frames": 1}
 
 
@@ -256,7 +257,7 @@ def test_the_commit_sees_the_scale(pipe):
 
 @pytest.mark.parametrize("stack", ["self-forcing", "packforcing"])
 def test_model_offload(stack, pipe):
-    options = WINDOW if stack == "self-forcing" else {"chunk_frames": 2, "sink_frames": 1, "recent_frames": 1, "topk": 1}
+    options = WINDOW if stack == "self-forcing" else PACKED
     stock = generate(pipe, output_type="pt")
     pipe.enable_packforcing(stack, **options)
     frames = generate(pipe, output_type="pt")
@@ -277,10 +278,17 @@ def test_models_are_freed_once_a_video(pipe, monkeypatch):
     assert freed == [pipe]
 
 
-@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
-@pytest.mark.parametrize("stack", ["self-forcing", "packforcing"])
-def test_group_offload(offload_type, stack, pipe):
-    options = WINDOW if stack == "self-forcing" else {"chunk_frames": 2, "sink_frames": 1, "recent_frames": 1, "topk": 1}
+@pytest.mark.parametrize(
+    ("stack", "offload_type"),
+    [
+        ("self-forcing", "block_level"),
+        ("packforcing", "leaf_level"),
+        pytest.param("self-forcing", "leaf_level", marks=pytest.mark.slow),
+        pytest.param("packforcing", "block_level", marks=pytest.mark.slow),
+    ],
+)
+def test_group_offload(stack, offload_type, pipe):
+    options = WINDOW if stack == "self-forcing" else PACKED
     stock = generate(pipe, output_type="pt")
     pipe.enable_packforcing(stack, **options)
     frames = generate(pipe, output_type="pt")
@@ -305,10 +313,9 @@ def test_attention_backend_is_kept(pipe):
         seen = []
         generate(
             pipe,
-            callback_on_step_end=lambda p, *_: seen.append(
-                {block.attn1.processor._attention_backend for block in p.transformer.blocks}
-            )
-            or {},
+            callback_on_step_end=lambda p, *_: (
+                seen.append({block.attn1.processor._attention_backend for block in p.transformer.blocks}) or {}
+            ),
         )
         assert seen == [{AttentionBackendName._NATIVE_MATH}] * 6
         assert rel_l2(generate(pipe), frames) < 1e-5

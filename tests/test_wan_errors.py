@@ -39,7 +39,7 @@ CALL = {
     "max_sequence_length": 8,
     "output_type": "latent",
 }
-BRIEF = {"num_frames": 29, "num_inference_steps": 1}  # four chunks: sink, mid and recent
+BRIEF = {"num_frames": 21, "num_inference_steps": 1}  # three chunks
 SIZES = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 1}
 
 
@@ -61,11 +61,10 @@ def shared():
 
 
 @pytest.fixture
-def pipe(shared):
-    """An enabled pipeline that must be as good as new afterwards, whatever the test did."""
-    pipe, stock, packed, processors = shared
+def untouched(shared):
+    """An enabled pipeline for what is refused before anything is computed; its modules must be stock afterwards."""
+    pipe, *_, processors = shared
     pipe.enable_packforcing("packforcing", **SIZES, compressor="pool")
-    kept = pipe.packforcing.stack
     yield pipe
     assert [block.attn1.processor for block in pipe.transformer.blocks] == processors
     assert "forward" not in vars(pipe.transformer)
@@ -77,7 +76,15 @@ def pipe(shared):
     if isinstance(pipe, kvpack.pipeline.PackForcingMixin):
         assert pipe.packforcing.sessions == {}
         assert pipe._kvpack.driving is None
-    pipe.enable_packforcing(kept)
+    pipe.disable_packforcing()
+
+
+@pytest.fixture
+def pipe(untouched, shared):
+    """An enabled pipeline that must be as good as new afterwards, whatever the test did."""
+    yield untouched
+    pipe, stock, packed, _ = shared
+    pipe.enable_packforcing("packforcing", **SIZES, compressor="pool")
     assert torch.equal(generate(pipe, **BRIEF), packed)
     pipe.disable_packforcing()
     assert torch.equal(generate(pipe, **BRIEF), stock)
@@ -199,14 +206,15 @@ def test_tiled_decode(pipe):
         ("packforcing", {"sink_frames": -1}, InvalidOptionError, "sink_frames must be >= 0, got -1"),
         ("packforcing", {"chunk_frames": 0}, InvalidOptionError, "chunk_frames must be >= 1, got 0"),
         ("packforcing", {"archive_blocks": -2}, InvalidOptionError, "archive_blocks must be >= 0, got -2"),
-        ("packforcing", {"sink_frames": 1, "recent_frames": 2}, InvalidOptionError, "at least chunk_frames 4, got 1 + 2"),
+        ("packforcing", {"sink_frames": 1, "recent_frames": 2}, InvalidOptionError, "chunk_frames 4, got 1 + 2"),
         ("self-forcing", {"window_frames": 5}, InvalidOptionError, "window_frames must be at least 6"),
         ("self-forcing", {"window_frames": 6, "sink_frames": 4}, InvalidOptionError, "at least 7"),
         ({"name": "x"}, {}, InvalidOptionError, "a stack needs name, partitioner"),
         ({"name": "x"}, {"topk": 3}, InvalidOptionError, "belong to a named stack"),
     ],
 )  # fmt: skip
-def test_wrong_stacks(stack, options, error, message, pipe):
+def test_wrong_stacks(stack, options, error, message, untouched):
+    pipe = untouched
     before = pipe.packforcing.stack
     with pytest.raises(error, match=re.escape(message)):
         pipe.enable_packforcing(stack, **options)
@@ -246,15 +254,15 @@ def latents(*shape):
         ({"latents": latents(1, 16, 0, 2, 4)}, InvalidOptionError, "got [1, 16, 0, 2, 4]"),
         ({"latents": latents(1, 16, 3, 3, 4)}, InvalidOptionError, "multiples of 2 and 2"),
         ({"latents": "noise"}, InvalidOptionError, "got str"),
-        ({"latents": latents(3, 16, 3, 2, 4), "prompt": ["a", "a"]}, InvalidOptionError, "cond embeddings 2, latents 3"),
+        ({"latents": latents(3, 16, 3, 2, 4), "prompt": ["a", "a"]}, InvalidOptionError, "embeddings 2, latents 3"),
         ({"latents": latents(1, 16, 3, 2, 4) / 0}, NonFiniteLatentsError, "latents hold NaN or infinity"),
         ({"latents": latents(1, 16, 3, 2, 4) + float("inf")}, NonFiniteLatentsError, "latents hold NaN or infinity"),
     ],
 )  # fmt: skip
-def test_wrong_arguments(changed, error, message, pipe):
+def test_wrong_arguments(changed, error, message, untouched):
     pattern = ".*".join(re.escape(part) for part in message.split(".*"))
     with pytest.raises(error, match=pattern):
-        generate(pipe, **changed)
+        generate(untouched, **changed)
 
 
 # What goes wrong on the way
@@ -272,8 +280,7 @@ def test_latents_that_turn_bad(chunk, value, pipe):
     assert pipe.packforcing.stats()["frames"] == 2 * chunk  # nothing of it was committed
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit, MemoryError])
-@pytest.mark.parametrize("at", [1, 2, 6])
+@pytest.mark.parametrize(("error", "at"), [(ZeroDivisionError, 1), (KeyboardInterrupt, 2), (SystemExit, 6)])
 def test_exceptions_in_a_callback(error, at, pipe):
     calls = 0
 
@@ -289,7 +296,7 @@ def test_exceptions_in_a_callback(error, at, pipe):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
-@pytest.mark.parametrize("call", [0, 1, 2, 3, 7, 8, 11])
+@pytest.mark.parametrize("call", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2, 3, 7, 8)), 11])
 def test_exceptions_inside_the_model(error, call, pipe, monkeypatch):
     """In denoising or in a commit, of either branch."""
     block = pipe.transformer.blocks[1]
@@ -375,6 +382,8 @@ class Places(ContiguousReindexer):
 
     def place(self, layout):
         good = super().place(layout)
+        if layout.frames.shape[1] <= 2:
+            return good
         return {
             "fine": good,
             "nan": Placement(good.starts * float("nan"), good.lengths, good.chunk_start),
@@ -382,7 +391,7 @@ class Places(ContiguousReindexer):
             "shape": Placement(good.starts[:, 1:], good.lengths, good.chunk_start),
             "dtype": Placement(good.starts.long(), good.lengths, good.chunk_start),
             "kind": good.starts,
-        }[self.what] if layout.frames.shape[1] > 2 else good
+        }[self.what]
 
 
 @dataclass(frozen=True)
@@ -422,24 +431,24 @@ def stack(**roles):
         ({"selector": Limits(2, 99)}, "Limits.limit returned 99, but there are 0 candidates"),
         ({"selector": Limits(2, -1)}, "Limits.limit returned -1"),
         ({"selector": Limits(2, 0.5)}, "Limits.limit returned 0.5"),
-        ({"compressor": Compresses("shape")}, "Compresses.compress returned keys (1, 2, 2, 12) in layer 0, but span() announces (1, 1, 2, 12)"),
+        ({"compressor": Compresses("shape")}, "keys (1, 2, 2, 12) in layer 0, but span() announces (1, 1, 2, 12)"),
         ({"compressor": Compresses("dtype")}, "Compresses.compress returned values torch.float64 in layer 0"),
         ({"compressor": Compresses("kind")}, "Compresses.compress returned tuple in layer 0, but it must be a KVBlock"),
         ({"reindexer": Places("nan")}, "Places.place returned positions for layer 0 that are not finite"),
         ({"reindexer": Places("chunk")}, "Places.place returned positions for layer 0 that are not finite"),
-        ({"reindexer": Places("shape")}, "Places.place returned starts torch.float64 (1, 2), but it must be floating point (1, 3)"),
+        ({"reindexer": Places("shape")}, "starts torch.float64 (1, 2), but it must be floating point (1, 3)"),
         ({"reindexer": Places("dtype")}, "Places.place returned starts torch.int64 (1, 3)"),
         ({"reindexer": Places("kind")}, "Places.place returned Tensor, but it must be a Placement"),
         ({"partitioner": Partitions(2, 2, "beyond")}, "Partitions.partition returned recent range(0, 7) of 6 frames"),
         ({"partitioner": Partitions(2, 2, "overlap")}, "segments ascend and stay in the history"),
-        ({"partitioner": Partitions(2, 2, "revived")}, "Partitions.partition wants 8 whole frames; 6 of them are still whole"),
+        ({"partitioner": Partitions(2, 2, "revived")}, "wants 8 whole frames; 6 of them are still whole"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
 )  # fmt: skip
 def test_broken_policies(roles, message, pipe):
     pipe.enable_packforcing(stack(**roles))
     with pytest.raises(PolicyError, match=re.escape(message)):
-        generate(pipe)
+        generate(pipe, num_inference_steps=1)
 
 
 def test_policies_that_keep_their_contract(pipe):
@@ -457,7 +466,7 @@ def test_policies_that_keep_their_contract(pipe):
 def test_a_policy_that_fails_leaves_history_as_it_was(pipe):
     pipe.enable_packforcing(stack(selector=Selects(2, "index")))
     with pytest.raises(PolicyError):
-        generate(pipe)
+        generate(pipe, num_inference_steps=1)
     assert pipe.packforcing.stats()["frames"] == 10  # the chunk that chose wrongly is not in it
 
 

@@ -83,7 +83,7 @@ def test_rows_are_independent(pipe):
 
 @torch.no_grad()
 def test_a_twin_is_the_model_s_own_keys_of_the_small_chunk(pipe):
-    """The first layer's archived keys: shrunk pixels, encoded, embedded, through the layer's norm and projection at t = 0."""
+    """The first layer's archive: shrunk pixels, encoded, embedded, through norm and projections at t = 0."""
     stream = pipe.packforcing.stream(
         generator=torch.Generator().manual_seed(0), **{**CALL, "prompt": "a red circle", "guidance_scale": 1.0}
     )
@@ -129,7 +129,7 @@ def test_twins_are_made_at_commit(pipe):
     assert held == [[("sink", False)]] * 2 + [both] * 4
 
 
-@pytest.mark.parametrize("sizes", [(3, 5), (3, 1), (8, 4)])
+@pytest.mark.parametrize("sizes", [(3, 5), *(pytest.param(each, marks=pytest.mark.slow) for each in ((3, 1), (8, 4)))])
 def test_sizes_that_are_no_multiples_of_the_chunk(sizes, pipe, decoded):
     sink, recent = sizes
     pipe.enable_packforcing("packforcing", chunk_frames=4, sink_frames=sink, recent_frames=recent, topk=2)
