@@ -20,7 +20,7 @@ from kvpack.errors import GradientError, NonFiniteLatentsError, PolicyError, Uns
 from kvpack.layer import LayerMemory
 from kvpack.ledger import Piece
 from kvpack.roles import LatentCompressor
-from kvpack.session import Session
+from kvpack.session import Session, finish_commits
 from kvpack.stack import Stack
 
 if TYPE_CHECKING:
@@ -176,8 +176,7 @@ class WanRun(Run):
                 for piece, tokens in twins.items():
                     self._phase = piece
                     forward_tokens(self.transformer, tokens, lambda dummy, name=branch: self._forward(name, dummy))
-        for session in self.sessions.values():
-            session.finish_commit()
+        finish_commits(list(self.sessions.values()))
 
     def _forward(self, branch: str, latents: Tensor) -> None:
         timesteps = torch.zeros(latents.shape[0], dtype=self.pipeline.scheduler.timesteps.dtype, device=latents.device)

@@ -1,5 +1,6 @@
 """The only mutable thing: all memory of one generation, one session for each guidance branch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,14 +97,17 @@ class Session:
         Raises:
             PolicyError: if a policy broke its contract in this chunk; history is then as it was.
         """
+        finish_commits([self])
+
+    def _next_history(self) -> History:
+        """History with the committed chunk in it; touches nothing that the present one uses."""
         self.check_policies()
         step = self.history.ledger.commit()
         held = (*self.history.held, *self._new_pieces())
         for index, slot in step.leaving:
             self._archive(held[index], slot)
         kept = tuple(replace(held[i], piece=piece) for i, piece in zip(step.kept, step.ledger.whole, strict=True))
-        self.history = History(step.ledger, kept)
-        self.current = None
+        return History(step.ledger, kept)
 
     def context(self, layer: int) -> KeysValues:
         """Rotated keys and values of history that a layer attends for the chunk in progress, or attended last."""
@@ -201,6 +205,17 @@ class Session:
                 block = compressor.compress(KVBlock(keys, values, whole), grid)
             _check_block(compressor, block, span, keys, index)
             self.layers[index].archive.write(slot, block.keys, block.values)
+
+
+def finish_commits(sessions: Sequence[Session]) -> None:
+    """Finishes the commit of all guidance branches of a generation, or of none.
+
+    Raises:
+        PolicyError: if a policy broke its contract in this chunk; every history is then as it was.
+    """
+    histories = [session._next_history() for session in sessions]
+    for session, history in zip(sessions, histories, strict=True):
+        session.history, session.current = history, None
 
 
 def _own(tensor: Tensor, cut: slice) -> Tensor:

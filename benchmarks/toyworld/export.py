@@ -39,7 +39,10 @@ def parts(out: Path) -> tuple[AutoencoderKLWan, WanTransformer3DModel, UMT5Encod
     """The averaged weights of the last checkpoints; a part that is not trained yet is random."""
     vae, model, encoder = vae_full.build(), chunked.build(), text.build_encoder()
     if (out / "vae").exists():
-        vae = AutoencoderKLWan.from_pretrained(out / "vae")
+        # copied, because a loaded model would write down where it was loaded from
+        trained = AutoencoderKLWan.from_pretrained(out / "vae")
+        vae.load_state_dict(trained.state_dict())
+        vae.register_to_config(latents_mean=trained.config.latents_mean, latents_std=trained.config.latents_std)
     elif (state := store.load(out / "vae.pt")) is not None:
         vae.load_state_dict(state["model"])
     if (state := store.load(out / "transformer.pt")) is not None:
