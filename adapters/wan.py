@@ -41,6 +41,12 @@ class WanAdapter(Adapter):
                 "context parallelism is enabled, under which a rank sees a part of the tokens only; "
                 "load the pipeline without enable_parallelism()"
             )
+        backends = {str(getattr(each, "_attention_backend", None)).lower() for each in processors}
+        if any("xformers" in backend for backend in backends) and pipeline._execution_device.type == "cpu":
+            raise UnsupportedPipelineError(
+                "the attention backend is xformers, which has no CPU kernels; "
+                'call pipe.transformer.set_attention_backend("native"), or move the pipeline to a GPU'
+            )
         if transformer.gradient_checkpointing:
             raise UnsupportedPipelineError(
                 "gradient checkpointing is enabled, which runs layers twice; "

@@ -62,7 +62,7 @@ class _BranchHook(ModelHook):
 
     def __init__(self) -> None:
         super().__init__()
-        self.manager = StateManager(_NoState)
+        self.manager = StateManager(_NoState)  # type: ignore[arg-type]
 
     def reset_state(self, module: Any) -> Any:
         """Forgets the branch."""

@@ -3,15 +3,14 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.hooks.hooks import CacheContext
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import Tensor
 
-from kvpack.adapter import Chunk, Run
+from kvpack.adapter import Adapter, Chunk, Run
 from kvpack.adapters.wan_attention import attached
 from kvpack.adapters.wan_call import checked, chunk_noise, encode_prompts, frame_size, latent_frames
 from kvpack.adapters.wan_vae import StreamingDecoder, embed, encode, forward_tokens
@@ -22,9 +21,6 @@ from kvpack.ledger import Piece
 from kvpack.roles import LatentCompressor
 from kvpack.session import Session, finish_commits
 from kvpack.stack import Stack
-
-if TYPE_CHECKING:
-    from kvpack.adapters.wan import WanAdapter
 
 
 class WanRun(Run):
@@ -43,7 +39,7 @@ class WanRun(Run):
     """
 
     def __init__(
-        self, adapter: "WanAdapter", pipeline: Any, stack: Stack, arguments: dict[str, Any], *, streaming: bool
+        self, adapter: Adapter, pipeline: Any, stack: Stack, arguments: dict[str, Any], *, streaming: bool
     ) -> None:
         self.adapter, self.pipeline, self.stack = adapter, pipeline, stack
         self.arguments = checked(pipeline, arguments, streaming=streaming)
@@ -68,7 +64,7 @@ class WanRun(Run):
         frames, index = self.stack.chunk_frames, 0
         steps = self.arguments["num_inference_steps"]
         total = float("inf") if self.total_frames is None else -(-self.total_frames // frames) * steps
-        self._bar = DiffusionPipeline.progress_bar(self.pipeline, total=total)
+        self._bar = self.pipeline._kvpack_base.progress_bar(self.pipeline, total=total)
         while (self.total_frames is None or index * frames < self.total_frames) and not self.interrupted:
             yield self._generate(index)
             index += 1

@@ -55,7 +55,7 @@ class FlowMatchFewStepScheduler(FlowMatchLCMScheduler):
             InvalidOptionError: if a number of steps is asked for that the checkpoint was not distilled to.
         """
         if sigmas is None and timesteps is None:
-            sigmas = list(self.config.sigmas)
+            sigmas = list(self.config["sigmas"])
             if num_inference_steps not in (None, len(sigmas)):
                 raise InvalidOptionError(
                     f"this scheduler has {len(sigmas)} fixed sigmas {sigmas}; pass num_inference_steps={len(sigmas)}, "

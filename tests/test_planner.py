@@ -66,6 +66,7 @@ STACKS = {
     "packforcing": stack("packforcing", topk=2, sink_frames=4),
     "packforcing-fit": stack("packforcing-fit", topk=2, sink_frames=4),
     "pool": stack("packforcing", topk=3, sink_frames=4, compressor="pool"),
+    "lr": stack("packforcing", topk=2, sink_frames=4, compressor="lr"),
     "bounded": stack("packforcing", topk=1, sink_frames=4, compressor="pool", archive_blocks=2),
     "nothing selected": stack("packforcing", topk=0, sink_frames=4, compressor="pool"),
     "no multiples": stack("packforcing", topk=2, sink_frames=3, recent_frames=5, compressor="pool", selector="recency"),

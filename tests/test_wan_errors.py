@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, FirstBlockCacheConfig, UNet2DModel, WanPipeline
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 import kvpack
 from kvpack.blocks import KVBlock
@@ -128,7 +129,7 @@ class Parallel:
     """Stands in for a context-parallel config."""
 
 
-@pytest.fixture(params=["cache", "checkpointing", "parallel model", "parallel processor"])
+@pytest.fixture(params=["cache", "checkpointing", "parallel model", "parallel processor", "xformers"])
 def switch(request):
     """Switches something on that cannot work, and off again."""
 
@@ -139,12 +140,16 @@ def switch(request):
             (transformer.enable_gradient_checkpointing if on else transformer.disable_gradient_checkpointing)()
         elif request.param == "parallel model":
             transformer._parallel_config = Parallel() if on else None
+        elif request.param == "xformers":
+            transformer.blocks[1].attn1.processor._attention_backend = AttentionBackendName.XFORMERS if on else None
         else:
             transformer.blocks[1].attn1.processor._parallel_config = Parallel() if on else None
 
-    flip.match = {"cache": "disable_cache", "checkpointing": "disable_gradient_checkpointing"}.get(
-        request.param, "context parallelism"
-    )
+    flip.match = {
+        "cache": "disable_cache",
+        "checkpointing": "disable_gradient_checkpointing",
+        "xformers": "xformers",
+    }.get(request.param, "context parallelism")
     return flip
 
 
