@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,16 +12,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _entry(rank: int, world: int, port: int, main: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _entry(rank: int, world: int, meeting: str, main: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     try:
         main(rank, world, *args)
     finally:
@@ -30,7 +24,9 @@ def _entry(rank: int, world: int, port: int, main: Callable[..., None], args: tu
 
 def launch(main: Callable[..., None], args: tuple[Any, ...], processes: int) -> None:
     """Run `main(rank, world, *args)` in so many processes that can average their gradients."""
-    mp.spawn(_entry, args=(processes, _free_port(), main, args), nprocs=processes)  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = os.path.join(folder, "meeting")
+        mp.spawn(_entry, args=(processes, meeting, main, args), nprocs=processes)  # type: ignore[attr-defined]
 
 
 def average_gradients(params: Sequence[torch.nn.Parameter], extra: float) -> float:
