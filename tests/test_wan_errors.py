@@ -322,7 +322,7 @@ def test_exceptions_inside_the_model(error, call, pipe, monkeypatch):
 
 
 def test_exceptions_in_the_compressor_and_the_decoder(pipe, monkeypatch):
-    pipe.enable_packforcing("packforcing", **SIZES)
+    pipe.enable_packforcing("packforcing", **SIZES, compressor="lr")
 
     def failing(*args, **kwargs):
         raise RuntimeError("no pixels")

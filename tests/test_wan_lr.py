@@ -34,7 +34,7 @@ def shared():
 
 @pytest.fixture
 def pipe(shared):
-    shared.enable_packforcing("packforcing", **OPTIONS)
+    shared.enable_packforcing("packforcing", **OPTIONS, compressor="lr")
     yield shared
     shared.disable_packforcing()
 
@@ -115,7 +115,7 @@ def test_a_twin_is_the_model_s_own_keys_of_the_small_chunk(pipe):
 
 def test_twins_are_made_at_commit(pipe):
     """A chunk that will be compressed has its twin before it leaves the recent frames; the sink has none."""
-    pipe.enable_packforcing("packforcing", chunk_frames=4, sink_frames=4, recent_frames=4, topk=4)
+    pipe.enable_packforcing("packforcing", chunk_frames=4, sink_frames=4, recent_frames=4, topk=4, compressor="lr")
     stream = pipe.packforcing.stream(
         generator=torch.Generator().manual_seed(0), **{**CALL, "prompt": "a red circle", "guidance_scale": 2.0}
     )
@@ -132,7 +132,9 @@ def test_twins_are_made_at_commit(pipe):
 @pytest.mark.parametrize("sizes", [(3, 5), *(pytest.param(each, marks=pytest.mark.slow) for each in ((3, 1), (8, 4)))])
 def test_sizes_that_are_no_multiples_of_the_chunk(sizes, pipe, decoded):
     sink, recent = sizes
-    pipe.enable_packforcing("packforcing", chunk_frames=4, sink_frames=sink, recent_frames=recent, topk=2)
+    pipe.enable_packforcing(
+        "packforcing", chunk_frames=4, sink_frames=sink, recent_frames=recent, topk=2, compressor="lr"
+    )
     frames = generate(pipe, num_frames=93, height=32, width=48)
     assert frames.shape[2] == 24
     assert torch.isfinite(frames).all()
