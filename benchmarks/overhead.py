@@ -42,7 +42,7 @@ BARS = (
 )
 
 
-def shrink_seconds(size: Size, repeats: int) -> list[float]:
+def shrink_seconds(size: Size) -> float:
     """Seconds of one layer's share of making a twin's hidden tokens from decoded pixels."""
     vae = AutoencoderKLWan(base_dim=size.vae_width).eval()
     model = SimpleNamespace(patch_embedding=torch.nn.Conv3d(16, size.width, (1, 2, 2), (1, 2, 2)), dtype=torch.float32)
@@ -57,7 +57,7 @@ def shrink_seconds(size: Size, repeats: int) -> list[float]:
         embed=partial(embed, model),
         pixels_per_token=(16, 16),
     )
-    return [seconds(partial(LowResolutionCompressor().tokens, chunk)) / WAN_LAYERS for _ in range(repeats)]
+    return median(seconds(partial(LowResolutionCompressor().tokens, chunk)) for _ in range(3)) / WAN_LAYERS
 
 
 def kvpack_rows(subject: str, chunks: list[dict[str, float]], chunk_seconds: float) -> list[Row]:
@@ -91,12 +91,12 @@ def pool_rows(size: Size, dtype: torch.dtype, name: str) -> tuple[list[Row], flo
     ], chunk_seconds
 
 
-def lr_rows(size: Size, dtype: torch.dtype, name: str, chunk_seconds: float) -> list[Row]:
+def lr_rows(size: Size, dtype: torch.dtype, name: str, chunk_seconds: float, share: float) -> list[Row]:
     """Kvpack with `lr`."""
     layer = Layer(size, dtype, "lr")
     say(f"overhead: {name}, lr")
     chunks = []
-    for share in shrink_seconds(size, size.chunks):
+    for _ in range(size.chunks):
         extra = {TWIN: layer.twin(), SHRINK: share}
         chunk = layer.parts()
         overhead = chunk.pop("overhead") + sum(extra.values())
@@ -108,9 +108,10 @@ def lr_rows(size: Size, dtype: torch.dtype, name: str, chunk_seconds: float) -> 
 def run(small: bool = False) -> list[Row]:
     """Overhead in fp32 and bf16."""
     size, rows = TINY if small else WAN, []
+    share = shrink_seconds(size)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         pool, chunk_seconds = pool_rows(size, dtype, name)
-        rows += [*pool, *lr_rows(size, dtype, name, chunk_seconds)]
+        rows += [*pool, *lr_rows(size, dtype, name, chunk_seconds, share)]
     return rows
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpack.geometry import Geometry
 
-_CPU_TOKENS = 256
+_CPU_TOKENS = 1024
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -160,7 +160,6 @@ def test_a_missing_pipeline_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         demo.shipped_folder()
 
 
-@pytest.mark.skipif(not SHIPPED.exists(), reason="the shipped pipeline is not built yet")
 def test_the_shipped_pipeline_knows_the_default_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = demo.run(demo.Demo(demo.PROMPT, 3, ("packforcing",), tmp_path), lambda _: None)
     assert capsys.readouterr().err == ""

@@ -102,7 +102,6 @@ def test_batch_and_guidance_multiply_bytes_and_not_tokens(pipe: Any) -> None:
     assert planned.attended_tokens == measured["attended_tokens"] + planned.chunk_tokens
 
 
-@pytest.mark.skipif(not SHIPPED.exists(), reason="the shipped pipeline is not built yet")
 @pytest.mark.parametrize("name", registry().names("stack"))
 def test_planned_bytes_are_the_measured_bytes_of_the_shipped_pipeline(name: str) -> None:
     from diffusers import WanPipeline

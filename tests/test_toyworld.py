@@ -203,7 +203,6 @@ def test_exported_pipeline_loads_without_kvpack(tmp_path: Path) -> None:
     check_pipeline(tmp_path / "pipeline")
 
 
-@pytest.mark.skipif(not SHIPPED.exists(), reason="the trained pipeline is not in place")
 def test_shipped_pipeline_loads_and_is_small() -> None:
     assert sum(f.stat().st_size for f in SHIPPED.rglob("*")) < 15e6
     check_pipeline(SHIPPED)

@@ -68,6 +68,8 @@ def figures(memory: str, segment: str, videos: list[measure.Summary], seeds: int
         drawn = np.sort([centre(values[:, picks]) for picks in draw])
         value, unit = float(centre(values)), "px" if field.name == "path_fit" else "ratio"
         low, high = min(value, float(drawn[50])), max(value, float(drawn[-51]))
+        if not np.isfinite([low, value, high]).all():
+            continue  # half of the windows have an invisible frame, so there is no median residual
         rows.append(report.Row(memory, f"{field.name}, {segment}", value, low, high, unit, len(videos)))
     return rows
 
