@@ -137,7 +137,9 @@ class LayerMemory:
     def check_choice(self, context: "Context") -> None:
         """Raises `PolicyError` if the choice or placement was wrong; once a chunk, since it waits for the device."""
         for turns in self.placed:
-            if not bool(turns.context.isfinite().all() & turns.chunk.isfinite().all()):
+            given = turns.placement
+            numbers = torch.cat([given.starts.flatten(), given.lengths.flatten(), given.chunk_start])
+            if not bool(numbers.isfinite().all()):
                 name = type(context.reindexer).__name__
                 raise PolicyError(f"{name}.place returned positions for layer {self.index} that are not finite")
         if self.chosen is None or self.chosen.numel() == 0:
