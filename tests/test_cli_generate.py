@@ -239,6 +239,8 @@ def test_a_signal_from_outside_leaves_nothing(model: Path, tmp_path: Path, signa
         stderr=subprocess.PIPE,
         text=True,
         env=ONE_THREAD,
+        # A test run in the background inherits an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         deadline = time.monotonic() + 120
