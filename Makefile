@@ -30,8 +30,9 @@ bench: $(STAMP)
 
 toyworld: $(STAMP)
 	$(BIN)/python -m benchmarks.toyworld.train_vae
+	$(BIN)/python -m benchmarks.toyworld.encode
 	$(BIN)/python -m benchmarks.toyworld.train_transformer
-	$(BIN)/python -m benchmarks.toyworld.export
+	$(BIN)/python -m benchmarks.toyworld.export --to kvpack/data/toyworld
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

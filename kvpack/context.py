@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvpack.blocks import grid_coordinates
@@ -42,6 +42,7 @@ class Context:
     ledger: Ledger
     held: tuple[Held, ...]
     _shared: dict[torch.device, Turns] = field(default_factory=dict)
+    _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.selector: Selector = self.stack.selector
@@ -66,6 +67,12 @@ class Context:
             name = type(self.selector).__name__
             raise PolicyError(f"{name}.limit returned {chosen!r}, but there are {candidates} candidates")
         return chosen
+
+    def on(self, device: torch.device) -> tuple[Int[Tensor, " blocks"], Int[Tensor, " blocks"]]:
+        """Slot and token count of every mid block; copied to the device once for all layers."""
+        if device not in self._on:
+            self._on[device] = torch.tensor(self.slots, device=device), torch.tensor(self.tokens, device=device)
+        return self._on[device]
 
     @cached_property
     def capacity(self) -> int:

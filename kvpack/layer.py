@@ -99,7 +99,7 @@ class LayerMemory:
             keys, values = piece.layers[self.index]
             append(keys[rows], values[rows])
         if isinstance(chosen, Tensor):
-            slots = torch.tensor(context.slots, device=queries.device)[chosen.clamp(0, len(context.slots) - 1)]
+            slots = context.on(queries.device)[0][chosen.clamp(0, len(context.slots) - 1)]
             append(*self.archive.gather(rows, slots, context.tokens[0]))
         else:
             for index in range(len(context.slots)) if chosen is None else chosen:
@@ -114,12 +114,11 @@ class LayerMemory:
         """Sorted indices of the chosen mid blocks; None if all are attended or none."""
         if context.takes_all:
             return None
-        device = queries.device
-        slots = torch.tensor(context.slots, device=device)
+        slots, tokens = context.on(queries.device)
         candidates = Candidates(
             first_frames=context.first_frames,
             frames=context.frames,
-            tokens=torch.tensor(context.tokens, device=device),
+            tokens=tokens,
             key_sums=self.archive.key_sums.index_select(1, slots),
             keys=lambda block: self.archive.keys[:, context.slots[block], : context.tokens[block]],
         )

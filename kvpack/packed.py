@@ -98,10 +98,11 @@ class Archive:
             rows, _, heads, head_dim = keys.shape
             more = max(4, self.slots // 4, slot + 1 - self.slots)
             shape = (rows, more, self.slot_tokens, heads, head_dim)
-            self.keys = _extended(self.keys, keys.new_zeros(shape))
-            self.values = _extended(self.values, values.new_zeros(shape))
             sums = torch.zeros(rows, more, heads, head_dim, dtype=torch.float32, device=keys.device)
             self.key_sums = _extended(self.key_sums, sums)
+            self.values = _extended(self.values, values.new_zeros(shape))
+            # Last, since `slots` goes by it: an interrupt before it leaves room that is made again.
+            self.keys = _extended(self.keys, keys.new_zeros(shape))
         tokens = keys.shape[1]
         self.keys[:, slot, :tokens] = keys
         self.values[:, slot, :tokens] = values
@@ -125,4 +126,5 @@ class Archive:
 
 
 def _extended(old: Tensor, more: Tensor) -> Tensor:
+    """`old` with the slots of `more` behind its own."""
     return torch.cat([old, more], dim=1) if old.ndim == more.ndim else more

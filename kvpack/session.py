@@ -141,7 +141,8 @@ class Session:
         stored = [
             t for held in self.history.held for layer in (held.layers, held.twin or ()) for kv in layer for t in kv
         ]
-        slabs = [t for m in self.layers for t in (m.buffer.keys, m.buffer.values, m.archive.keys, m.archive.values)]
+        buffers = [t for layer in self.layers for t in (layer.buffer.keys, layer.buffer.values)]
+        slabs = [t for m in self.layers for t in (m.archive.keys, m.archive.values, m.archive.key_sums)]
         return {
             "stack": self.stack.name,
             "chunks": ledger.chunks,
@@ -152,7 +153,7 @@ class Session:
             "attended_bytes": sum(view.nbytes for view in views),
             "archive_blocks": len(ledger.archive),
             "archive_bytes": sum(tensor.nbytes for block in blocks for tensor in block),
-            "resident_bytes": sum(tensor.nbytes for tensor in (*stored, *slabs)),
+            "resident_bytes": sum(tensor.nbytes for tensor in (*stored, *buffers, *slabs)),
             "selected": self._selected(),
         }
 
