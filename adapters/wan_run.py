@@ -159,15 +159,18 @@ class WanRun(Run):
         return outputs
 
     def _commit(self, latents: Tensor, pixels: Tensor | None) -> None:
-        """The clean chunk at t = 0 through every branch: the only write to history."""
+        """The clean chunk at t = 0 through every branch that has to: the only write to history."""
         twins: dict[Piece, Tensor] = {}
         with self._timed("compress"):
             for piece in next(iter(self.sessions.values())).twins_due():
                 twins[piece] = self._hidden_tokens(piece, latents, pixels)
-        for branch in self.sessions:
-            with self._timed("commit"):
-                self._phase = -1
-                self._forward(branch, latents.to(self.transformer.dtype))
+        last = max(session.step for session in self.sessions.values())
+        for branch, session in self.sessions.items():
+            # A branch that guidance left out of the last step has nothing of it to keep.
+            if self.stack.commit == "rerun" or session.step < last:
+                with self._timed("commit"):
+                    self._phase = -1
+                    self._forward(branch, latents.to(self.transformer.dtype))
             with self._timed("compress"):
                 for piece, tokens in twins.items():
                     self._phase = piece

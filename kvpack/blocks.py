@@ -3,10 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+#: Where a token sits that stands for a window of cells: at its centre, at its first cell, or at its own index.
+Coordinates = Literal["centered", "strided", "compact"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,15 +84,30 @@ def cell_centers(cells: int, pooled: int) -> Float[Tensor, " pooled"]:
     return (start + stop - 1).float() / 2
 
 
+def window_places(cells: int, pooled: int, coordinates: Coordinates) -> Float[Tensor, " pooled"]:
+    """Where the tokens of `pooled` adaptive-pooling windows over `cells` cells sit.
+
+    >>> [window_places(8, 2, each).tolist() for each in ("centered", "strided", "compact")]
+    [[1.5, 5.5], [0.0, 4.0], [0.0, 1.0]]
+    """
+    if coordinates == "centered":
+        return cell_centers(cells, pooled)
+    index = torch.arange(pooled)
+    return (index if coordinates == "compact" else index * cells // pooled).float()
+
+
 @cache
 def grid_coordinates(
-    frames: int, grid: tuple[int, int], pooled: tuple[int, int, int] | None = None
+    frames: int,
+    grid: tuple[int, int],
+    pooled: tuple[int, int, int] | None = None,
+    coordinates: Coordinates = "centered",
 ) -> Float[Tensor, "tokens 3"]:
-    """(t, y, x) of a token grid in row-major order; with `pooled`, of the centres of its pooling windows.
+    """(t, y, x) of a token grid in row-major order; with `pooled`, of the tokens of its pooling windows.
 
     >>> grid_coordinates(1, (1, 2)).tolist()
     [[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     """
     sizes = (frames, *grid)
-    axes = [cell_centers(size, cells) for size, cells in zip(sizes, pooled or sizes, strict=True)]
+    axes = [window_places(size, cells, coordinates) for size, cells in zip(sizes, pooled or sizes, strict=True)]
     return torch.cartesian_prod(*axes).reshape(-1, 3)

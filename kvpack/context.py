@@ -43,6 +43,8 @@ class Context:
     held: tuple[Held, ...]
     _shared: dict[torch.device, Turns] = field(default_factory=dict)
     _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    #: The first layer's choice, if the stack has all layers share it.
+    choice: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.selector: Selector = self.stack.selector
@@ -133,7 +135,15 @@ class Context:
 
     def chunk_turns(self, placement: Placement, coordinates: Float[Tensor, "tokens 3"]) -> Tensor:
         """Rotations of tokens of the current chunk, given where they sit in it."""
-        start = placement.chunk_start
+        return self._turned(coordinates, placement.chunk_start)
+
+    def absolute_turns(self, block: int | None, device: torch.device) -> Tensor:
+        """Rotations to the positions in the video of a mid block, or of the current chunk if None."""
+        coordinates = self._chunk_coordinates if block is None else self.spans[self.frames[block]].coordinates
+        first = self.ledger.frames if block is None else self.first_frames[block]
+        return self._turned(coordinates, torch.full((1,), float(first), dtype=wide_dtype(device), device=device))
+
+    def _turned(self, coordinates: Float[Tensor, "tokens 3"], start: Float[Tensor, " rows"]) -> Tensor:
         return rotations(_at(coordinates.to(start.device), start, torch.ones_like(start)), self.geometry)
 
     def _checked(self, layout: Layout, placement: Placement) -> Placement:

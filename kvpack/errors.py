@@ -52,6 +52,16 @@ def unknown_name(kind: str, given: str, installed: Iterable[str]) -> UnknownName
     return UnknownNameError(f"no {kind} named {given!r}{hint} Installed: {', '.join(names) or 'none'}")
 
 
+def require_choice(name: str, given: object, choices: Iterable[str]) -> None:
+    """Raises `InvalidOptionError` if `given` is none of `choices`.
+
+    >>> require_choice("commit", "rerun", ["rerun", "last-step"])
+    """
+    known = list(choices)
+    if given not in known:
+        raise InvalidOptionError(f"{name} must be one of {', '.join(known)}, got {given!r}")
+
+
 def require_int(name: str, given: object, *, minimum: int = 0) -> int:
     """Returns `given` if it is a whole number of at least `minimum`.
 

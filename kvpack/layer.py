@@ -10,6 +10,7 @@ from torch import Tensor
 from kvpack.errors import PolicyError
 from kvpack.packed import Archive, Attention, PackedBuffer
 from kvpack.roles import Candidates, Placement, Query
+from kvpack.rope import rotate
 
 if TYPE_CHECKING:
     from kvpack.context import Context
@@ -114,15 +115,28 @@ class LayerMemory:
         """Sorted indices of the chosen mid blocks; None if all are attended or none."""
         if context.takes_all:
             return None
+        if context.choice is not None:
+            return context.choice.to(queries.device)
         slots, tokens = context.on(queries.device)
+
+        def keys(block: int) -> Tensor:
+            return self.archive.keys[:, context.slots[block], : context.tokens[block]]
+
         candidates = Candidates(
             first_frames=context.first_frames,
             frames=context.frames,
             tokens=tokens,
             key_sums=self.archive.key_sums.index_select(1, slots),
-            keys=lambda block: self.archive.keys[:, context.slots[block], : context.tokens[block]],
+            keys=keys,
+            rotated_keys=lambda block: rotate(keys(block), context.absolute_turns(block, queries.device)),
         )
-        chosen = context.selector.select(Query(queries, self.index, context.chunk), candidates)
+        query = Query(
+            queries,
+            self.index,
+            context.chunk,
+            rotated=lambda: rotate(queries, context.absolute_turns(None, queries.device)),
+        )
+        chosen = context.selector.select(query, candidates)
         wanted = (queries.shape[0], context.chosen)
         if not isinstance(chosen, Tensor) or chosen.dtype not in (torch.int64, torch.int32):
             kind = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
@@ -131,7 +145,10 @@ class LayerMemory:
             raise self._broken(
                 context, f"returned shape {tuple(chosen.shape)} in layer {self.index}, but it must be {wanted}"
             )
-        return chosen.long().sort(dim=1).values
+        ordered = chosen.long().sort(dim=1).values
+        if context.stack.selection == "chunk":
+            context.choice = ordered
+        return ordered
 
     def check_choice(self, context: "Context") -> None:
         """Raises `PolicyError` if the choice or placement was wrong; once a chunk, since it waits for the device."""

@@ -42,7 +42,7 @@ class Step:
     Args:
         ledger: the history after the commit.
         kept: indices of whole pieces that stay whole.
-        leaving: indices of whole pieces that become compressed, with the archive slot of each.
+        leaving: indices of whole pieces that are archived, with the slot of each.
     """
 
     ledger: "Ledger"
@@ -86,8 +86,10 @@ class Ledger:
         return tuple(Piece(a, b - a) for a, b in pairwise(edges))
 
     def is_ever_compressed(self, piece: Piece) -> bool:
-        """Whether a new piece will become part of mid."""
-        return any(self._parts(history)(piece) == "mid" for history in self._until_settled(piece.stop))
+        """Whether a new piece will become part of mid and be kept there."""
+        return self.archive_blocks != 0 and any(
+            self._parts(history)(piece) == "mid" for history in self._until_settled(piece.stop)
+        )
 
     def commit(self) -> Step:
         """The history with the coming chunk in it.
@@ -113,6 +115,8 @@ class Ledger:
                 archive.append(replace(piece, slot=slot))
         if self.archive_blocks is not None:
             archive = archive[max(0, len(archive) - self.archive_blocks) :]
+            held = {piece.slot for piece in archive}
+            leaving = [(index, slot) for index, slot in leaving if slot in held]
         ledger = replace(self, frames=history, whole=tuple(pieces[index] for index in kept), archive=tuple(archive))
         ledger._check_whole()
         return Step(ledger, kept, tuple(leaving))

@@ -27,7 +27,8 @@ class Plan:
         full_tokens: tokens of all chunks at full resolution.
         full_kv_bytes: their keys and values, which full history would hold.
         kv_bytes_per_token: keys and values of one token over all layers.
-        flops_per_chunk: the last chunk's denoising forwards and its commit forward; 0 if nobody counts them.
+        flops_per_chunk: the last chunk's denoising forwards and its commit forward if it has one; 0 if nobody counts
+            them.
     """
 
     stack: str
@@ -103,7 +104,7 @@ def plan(
         full_tokens=chunks * chunk_tokens,
         full_kv_bytes=chunks * chunk_tokens * token_bytes,
         kv_bytes_per_token=geometry.kv_bytes_per_token,
-        flops_per_chunk=(steps + 1) * forward * batch * branches,
+        flops_per_chunk=(steps + (stack.commit == "rerun")) * forward * batch * branches,
     )
 
 

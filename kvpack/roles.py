@@ -73,6 +73,11 @@ class LatentCompressor(Compressor):
         raise TypeError(f"{type(self).__name__} compresses latents, not keys and values")
 
 
+def _without_positions(*_: object) -> Tensor:
+    """Stands where nobody gave positions."""
+    raise TypeError("this Query or Candidates was made without positions; give it `rotated` or `rotated_keys`")
+
+
 @dataclass(frozen=True, eq=False)
 class Query:
     """What a selector may see of the chunk that is being generated, at its first denoising step.
@@ -81,11 +86,13 @@ class Query:
         queries: queries of one layer after their norm and before RoPE.
         layer: index of the layer.
         chunk: index of the chunk.
+        rotated: returns the queries after RoPE at their positions in the video; costs nothing unless called.
     """
 
     queries: Float[Tensor, "batch tokens heads head_dim"]
     layer: int
     chunk: int
+    rotated: Callable[[], Tensor] = _without_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +105,7 @@ class Candidates:
         tokens: tokens of each block, on the model's device.
         key_sums: sum over each block's keys before RoPE.
         keys: returns one block's keys before RoPE, `[batch, tokens, heads, head_dim]`.
+        rotated_keys: returns the same after RoPE at their positions in the video; costs nothing unless called.
     """
 
     first_frames: tuple[int, ...]
@@ -105,6 +113,7 @@ class Candidates:
     tokens: Int[Tensor, " blocks"]
     key_sums: Float[Tensor, "batch blocks heads head_dim"]
     keys: Callable[[int], Tensor]
+    rotated_keys: Callable[[int], Tensor] = _without_positions
 
     @property
     def count(self) -> int:

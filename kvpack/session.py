@@ -30,7 +30,8 @@ class Session:
 
     A chunk is: `denoise(step)` before each denoising forward, `commit()` before the forward of the clean chunk, for a
     latent-space compressor `compress(piece)` before the forward of each of `twins_due()`, and `finish_commit()`. Only
-    the last one writes history; until then the chunk can be done again.
+    the last one writes history; until then the chunk can be done again. A stack whose `commit` is "last-step" needs no
+    `commit()`: the keys and values of the last denoising forward are kept.
 
     Args:
         stack: the policy.
@@ -46,6 +47,8 @@ class Session:
         self.layers = [LayerMemory(index, slot_tokens) for index in range(geometry.layers)]
         self.current: Context | None = None
         self._twins: list[Piece] = []
+        #: Denoising step of the chunk in progress that was announced last; -1 before the first.
+        self.step = -1
 
     @property
     def frames(self) -> int:
@@ -56,7 +59,8 @@ class Session:
         """Announces a denoising forward; step 0 chooses and places the history anew. Never writes history."""
         if step == 0 or self.current is None:
             self._assemble()
-        self._listen(False)
+        self._listen(self.stack.commit == "last-step")
+        self.step = step
 
     def commit(self) -> None:
         """Announces the forward of the clean chunk, whose keys and values become history."""
@@ -216,7 +220,8 @@ def finish_commits(sessions: Sequence[Session]) -> None:
     """
     histories = [session._next_history() for session in sessions]
     for session, history in zip(sessions, histories, strict=True):
-        session.history, session.current = history, None
+        session.history, session.current, session.step = history, None, -1
+        session._listen(False)  # what was captured is committed once
 
 
 def _own(tensor: Tensor, cut: slice) -> Tensor:

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-from kvpack.errors import InvalidOptionError, require_int
+from kvpack.errors import InvalidOptionError, require_choice, require_int
 from kvpack.roles import Compressor, Partitioner, Policy, Reindexer, Selector
 
 _ROLES: dict[str, type[Policy]] = {
@@ -13,6 +13,9 @@ _ROLES: dict[str, type[Policy]] = {
     "selector": Selector,
     "reindexer": Reindexer,
 }
+
+Selection = Literal["layer", "chunk"]
+Commit = Literal["rerun", "last-step"]
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,13 @@ class Stack:
         reindexer: temporal positions of everything attended.
         chunk_frames: latent frames generated together; the length that the model was trained with.
         archive_blocks: most compressed blocks kept, the oldest go first; None keeps all.
+        selection: whose queries choose mid blocks: each "layer" its own, or the first layer's once a "chunk" for all
+            layers; for each batch row either way.
+        commit: which keys and values of a chunk become history: those of a "rerun" of the clean chunk at t = 0, or
+            those of the "last-step" of denoising, which saves a forward but keeps what is left of its noise.
 
     Raises:
-        InvalidOptionError: if a size is wrong, a policy is in the wrong role, or the roles do not fit together.
+        InvalidOptionError: if a size or word is wrong, a policy is in the wrong role, or the roles do not fit together.
     """
 
     name: str
@@ -39,6 +46,8 @@ class Stack:
     reindexer: Reindexer
     chunk_frames: int = 4
     archive_blocks: int | None = None
+    selection: Selection = "layer"
+    commit: Commit = "rerun"
 
     def __post_init__(self) -> None:
         for role, base in _ROLES.items():
@@ -48,6 +57,8 @@ class Stack:
         require_int("chunk_frames", self.chunk_frames, minimum=1)
         if self.archive_blocks is not None:
             require_int("archive_blocks", self.archive_blocks)
+        require_choice("selection", self.selection, get_args(Selection))
+        require_choice("commit", self.commit, get_args(Commit))
         self.partitioner.check(self.chunk_frames)
         self.reindexer.check(self.partitioner, self.chunk_frames)
 
@@ -58,7 +69,10 @@ class Stack:
             InvalidOptionError: if a policy is not a dataclass.
         """
         roles = {role: _policy_dict(getattr(self, role)) for role in _ROLES}
-        return {"name": self.name, **roles, "chunk_frames": self.chunk_frames, "archive_blocks": self.archive_blocks}
+        others = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("name", *_ROLES)
+        }
+        return {"name": self.name, **roles, **others}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Stack":

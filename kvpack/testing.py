@@ -140,7 +140,7 @@ def run_session(
         rows: which rows the session sees.
 
     Returns:
-        Each chunk's attention output in the last layer at its commit.
+        Each chunk's attention output in the last layer, of the forward that is committed.
     """
     geometry, stack = session.geometry, session.stack
     generator = torch.Generator().manual_seed(seed)
@@ -160,11 +160,14 @@ def run_session(
 
     outputs = []
     for _ in range(chunks):
+        out = torch.empty(0)
         for step in range(steps):
             session.denoise(step)
-            forward(tokens)
-        session.commit()
-        outputs.append(forward(tokens))
+            out = forward(tokens)
+        if stack.commit == "rerun":
+            session.commit()
+            out = forward(tokens)
+        outputs.append(out)
         for piece in session.twins_due():
             session.compress(piece)
             forward(session.twin_span(piece).tokens)

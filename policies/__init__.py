@@ -12,11 +12,14 @@ from kvpack.policies.full import FullPartitioner
 from kvpack.policies.identity import IdentityCompressor
 from kvpack.policies.lr import LowResolutionCompressor
 from kvpack.policies.pool import PoolCompressor
+from kvpack.policies.random_blocks import RandomSelector
 from kvpack.policies.recency import RecencySelector
 from kvpack.policies.sink_mid_recent import SinkMidRecentPartitioner
 from kvpack.policies.sink_shift import SinkShiftReindexer
-from kvpack.policies.stacks import full, packforcing, packforcing_fit, self_forcing
+from kvpack.policies.softmax_mass import SoftmaxMassSelector
+from kvpack.policies.stacks import full, packforcing, packforcing_fit, packforcing_paper, self_forcing
 from kvpack.policies.topk import QueryTopK
+from kvpack.policies.uniform import UniformSelector
 from kvpack.policies.window import WindowPartitioner
 
 
@@ -33,6 +36,9 @@ def kvpack_register_policies(register: Callable[[Any], None]) -> None:
         AllSelector,
         RecencySelector,
         QueryTopK,
+        SoftmaxMassSelector,
+        UniformSelector,
+        RandomSelector,
         AbsoluteReindexer,
         ContiguousReindexer,
         FitReindexer,
@@ -47,4 +53,5 @@ def kvpack_register_stacks(register: Callable[[str, Any], None]) -> None:
     register("full", full)
     register("self-forcing", self_forcing)
     register("packforcing", packforcing)
+    register("packforcing-paper", packforcing_paper)
     register("packforcing-fit", packforcing_fit)

@@ -1,12 +1,14 @@
 """Average pooling of keys and values; no training, no VAE, any model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import get_args
 
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d
 
-from kvpack.blocks import KVBlock, Span, grid_coordinates
+from kvpack.blocks import Coordinates, KVBlock, Span, grid_coordinates
+from kvpack.errors import require_choice
 from kvpack.roles import Compressor
 
 
@@ -21,21 +23,39 @@ def pooled_grid(frames: int, grid: tuple[int, int]) -> tuple[int, int, int]:
     return max(1, frames // 2), max(1, grid[0] // 4), max(1, grid[1] // 4)
 
 
+def pooled_span(first_frame: int, frames: int, grid: tuple[int, int], coordinates: Coordinates) -> Span:
+    """A token for every window; the block spans `frames` positions wherever its tokens sit in it.
+
+    >>> [pooled_span(8, 4, (4, 8), each).coordinates[-1].tolist() for each in ("centered", "strided", "compact")]
+    [[2.5, 1.5, 5.5], [2.0, 0.0, 4.0], [1.0, 0.0, 1.0]]
+    """
+    return Span(first_frame, frames, grid_coordinates(frames, grid, pooled_grid(frames, grid), coordinates))
+
+
 @dataclass(frozen=True)
 class PoolCompressor(Compressor):
     """Averages keys before RoPE, and values, over 2x4x4 windows that cover the whole grid, odd sizes included.
 
-    Each pooled token sits at the centre of the cells that it covers.
+    Args:
+        coordinates: a token's (t, y, x): "centered" is the centre of the cells that it covers, "strided" the first of
+            them, "compact" its index among the tokens, which puts all memory into a corner of the frame.
+
+    Raises:
+        InvalidOptionError: if `coordinates` is none of these.
 
     >>> PoolCompressor().span(8, 4, (4, 4)).coordinates.tolist()
     [[0.5, 1.5, 1.5], [2.5, 1.5, 1.5]]
     """
 
+    coordinates: Coordinates = field(default="centered", kw_only=True)
     name = "pool"
 
+    def __post_init__(self) -> None:
+        require_choice("coordinates", self.coordinates, get_args(Coordinates))
+
     def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
-        """A token at the centre of every window."""
-        return Span(first_frame, frames, grid_coordinates(frames, grid, pooled_grid(frames, grid)))
+        """A token for every window."""
+        return pooled_span(first_frame, frames, grid, self.coordinates)
 
     def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
         """The average of every window."""

@@ -3,14 +3,18 @@
 import inspect
 from typing import Any
 
+from kvpack.blocks import Coordinates
 from kvpack.policies.all_blocks import AllSelector
+from kvpack.policies.contiguous import ContiguousReindexer
 from kvpack.policies.full import FullPartitioner
 from kvpack.policies.identity import IdentityCompressor
+from kvpack.policies.lr import LowResolutionCompressor
 from kvpack.policies.sink_mid_recent import SinkMidRecentPartitioner
+from kvpack.policies.topk import QueryTopK
 from kvpack.policies.window import WindowPartitioner
 from kvpack.registry import registry
 from kvpack.roles import Compressor, Reindexer, Selector
-from kvpack.stack import Stack
+from kvpack.stack import Commit, Selection, Stack
 
 
 def packforcing(
@@ -24,12 +28,15 @@ def packforcing(
     reindex: str | Reindexer = "contiguous",
     train_frames: int = 20,
     archive_blocks: int | None = None,
+    coordinates: Coordinates = "centered",
+    selection: Selection = "layer",
+    commit: Commit = "rerun",
     name: str = "packforcing",
 ) -> Stack:
     """Sink, compressed mid and recent (PackForcing, arXiv 2603.25730).
 
     Args:
-        topk: mid blocks attended.
+        topk: mid blocks attended, for a selector by name that takes it; with 0 none are archived.
         sink_frames: first latent frames, whole.
         recent_frames: last latent frames, whole.
         chunk_frames: latent frames generated together.
@@ -38,16 +45,24 @@ def packforcing(
         reindex: name or instance of a re-indexer.
         train_frames: latent frames seen in training, for `reindex="fit"`.
         archive_blocks: most compressed blocks kept; None keeps all.
+        coordinates: where pooled tokens sit, for a compressor by name that takes it (see `PoolCompressor`).
+        selection: whether each "layer" chooses mid blocks, or the first one for the whole "chunk" (see `Stack`).
+        commit: which keys and values become history, those of a "rerun" or of the "last-step" (see `Stack`).
         name: name of the stack.
     """
+    chosen_by = _policy("selector", selector, topk=topk)
+    if getattr(chosen_by, "topk", None) == 0:
+        archive_blocks = 0  # nothing of it would ever be attended
     return Stack(
         name,
         SinkMidRecentPartitioner(sink_frames, recent_frames),
-        _policy("compressor", compressor),
-        _policy("selector", selector, topk=topk),
+        _policy("compressor", compressor, coordinates=coordinates),
+        chosen_by,
         _policy("reindexer", reindex, train_frames=train_frames),
         chunk_frames,
         archive_blocks,
+        selection,
+        commit,
     )
 
 
@@ -61,9 +76,31 @@ def packforcing_fit(
     selector: str | Selector = "topk",
     train_frames: int = 20,
     archive_blocks: int | None = None,
+    coordinates: Coordinates = "centered",
+    selection: Selection = "layer",
+    commit: Commit = "rerun",
 ) -> Stack:
     """As packforcing, with mid blocks squeezed into the positions that the model saw in training."""
     return packforcing(**locals(), reindex="fit", name="packforcing-fit")
+
+
+def packforcing_paper() -> Stack:
+    """The paper's own configuration (arXiv 2603.25730) without training; no option, so that a comparison stays one.
+
+    `lr` is what the paper's dual-branch compressor is before it is trained. Scores are exact where the paper samples
+    queries and heads, and a batch row's own where it averages over the batch.
+    """
+    return Stack(
+        "packforcing-paper",
+        SinkMidRecentPartitioner(sink_frames=8, recent_frames=4),
+        LowResolutionCompressor(coordinates="centered"),
+        QueryTopK(topk=16, after_rope=False),
+        ContiguousReindexer(),
+        chunk_frames=4,
+        archive_blocks=None,
+        selection="layer",
+        commit="rerun",
+    )
 
 
 def self_forcing(
@@ -73,6 +110,7 @@ def self_forcing(
     sink_frames: int = 3,
     reindex: str | Reindexer = "absolute",
     train_frames: int = 20,
+    commit: Commit = "rerun",
 ) -> Stack:
     """Rolling window with a sink (Self-Forcing, arXiv 2506.08009; the window includes the current chunk)."""
     return Stack(
@@ -82,13 +120,20 @@ def self_forcing(
         AllSelector(),
         _policy("reindexer", reindex, train_frames=train_frames),
         chunk_frames,
+        commit=commit,
     )
 
 
-def full(*, chunk_frames: int = 4, reindex: str | Reindexer = "absolute", train_frames: int = 20) -> Stack:
+def full(
+    *,
+    chunk_frames: int = 4,
+    reindex: str | Reindexer = "absolute",
+    train_frames: int = 20,
+    commit: Commit = "rerun",
+) -> Stack:
     """All of history at full resolution; memory and time grow with the video."""
     reindexer = _policy("reindexer", reindex, train_frames=train_frames)
-    return Stack("full", FullPartitioner(), IdentityCompressor(), AllSelector(), reindexer, chunk_frames)
+    return Stack("full", FullPartitioner(), IdentityCompressor(), AllSelector(), reindexer, chunk_frames, commit=commit)
 
 
 def _policy(role: str, policy: Any, **offered: Any) -> Any:

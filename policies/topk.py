@@ -1,12 +1,12 @@
 """Attend the archived blocks with the highest query-key affinity (PackForcing, arXiv 2603.25730, section 5)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvpack.errors import require_int
+from kvpack.errors import InvalidOptionError, require_int
 from kvpack.roles import Candidates, Query, Selector
 
 
@@ -20,16 +20,24 @@ class QueryTopK(Selector):
 
     Args:
         topk: blocks chosen.
+        after_rope: score keys and queries at their positions in the video, as where keys are stored rotated; reads
+            every archived key once a chunk and layer.
+
+    Raises:
+        InvalidOptionError: if `topk` is negative or `after_rope` is not a bool.
 
     >>> QueryTopK(topk=2).limit(5)
     2
     """
 
     topk: int = 16
+    after_rope: bool = field(default=False, kw_only=True)
     name = "topk"
 
     def __post_init__(self) -> None:
         require_int("topk", self.topk)
+        if not isinstance(self.after_rope, bool):
+            raise InvalidOptionError(f"after_rope must be True or False, got {self.after_rope!r}")
 
     def limit(self, candidates: int) -> int:
         """At most `topk`."""
@@ -37,10 +45,17 @@ class QueryTopK(Selector):
 
     def scores(self, query: Query, candidates: Candidates) -> Float[Tensor, "batch blocks"]:
         """Mean over queries, keys and heads of q . k / sqrt(head_dim), as many heads as there are."""
-        queries = query.queries.float().mean(dim=1)  # (b, h, d)
-        keys = candidates.key_sums / candidates.tokens[None, :, None, None]  # (b, m, h, d)
+        queries = (query.rotated() if self.after_rope else query.queries).float().mean(dim=1)  # (b, h, d)
+        sums = self._rotated_sums(candidates) if self.after_rope else candidates.key_sums
+        keys = sums / candidates.tokens[None, :, None, None]  # (b, m, h, d)
         heads, head_dim = queries.shape[1:]
         return torch.einsum("bhd,bmhd->bm", queries, keys) / (heads * head_dim**0.5)
+
+    @staticmethod
+    def _rotated_sums(candidates: Candidates) -> Float[Tensor, "batch blocks heads head_dim"]:
+        # Tokens of a block turn differently, so that the sum of its keys cannot be turned for them.
+        sums = [candidates.rotated_keys(block).float().sum(dim=1) for block in range(candidates.count)]
+        return torch.stack(sums, dim=1)
 
     def select(self, query: Query, candidates: Candidates) -> Int[Tensor, "batch chosen"]:
         """Indices of the best scores."""

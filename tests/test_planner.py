@@ -69,6 +69,7 @@ STACKS = {
     "lr": stack("packforcing", topk=2, sink_frames=4, compressor="lr"),
     "bounded": stack("packforcing", topk=1, sink_frames=4, compressor="pool", archive_blocks=2),
     "nothing selected": stack("packforcing", topk=0, sink_frames=4, compressor="pool"),
+    "last step": stack("packforcing", topk=2, sink_frames=4, commit="last-step"),
     "no multiples": stack("packforcing", topk=2, sink_frames=3, recent_frames=5, compressor="pool", selector="recency"),
     "identity": stack("packforcing", topk=2, compressor="identity", selector="recency", chunk_frames=3),
 }

@@ -1,0 +1,47 @@
+"""Attend blocks drawn at random; a baseline for PackForcing's selection (arXiv 2603.25730, section 5)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from kvpack.errors import require_int
+from kvpack.roles import Candidates, Query, Selector
+
+
+@dataclass(frozen=True)
+class RandomSelector(Selector):
+    """Draws `topk` blocks anew for each chunk and layer, the same ones for every batch row and guidance branch.
+
+    The draw is a function of seed, chunk, layer and the number of candidates; no global generator is read or moved.
+
+    Args:
+        topk: blocks chosen.
+        seed: of the draws.
+
+    Raises:
+        InvalidOptionError: if `topk` or `seed` is negative.
+
+    >>> RandomSelector(topk=2).limit(5)
+    2
+    """
+
+    topk: int = 16
+    seed: int = 0
+    name = "random"
+
+    def __post_init__(self) -> None:
+        require_int("topk", self.topk)
+        require_int("seed", self.seed)
+
+    def limit(self, candidates: int) -> int:
+        """At most `topk`."""
+        return min(self.topk, candidates)
+
+    def select(self, query: Query, candidates: Candidates) -> Int[Tensor, "batch chosen"]:
+        """Distinct indices, each set as likely as any other."""
+        generator = np.random.default_rng((self.seed, query.chunk, query.layer))
+        picks = generator.permutation(candidates.count)[: self.topk].tolist()
+        return torch.tensor(picks, dtype=torch.long, device=query.queries.device).expand(query.queries.shape[0], -1)
