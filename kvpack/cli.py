@@ -1,4 +1,4 @@
-"""The command `kvpack`: a demo, generation with any model, what is installed, and what a length would cost."""
+"""The command `kvpack`: a demo, generation with any model, measures, what is installed, what a length would cost."""
 
 import signal
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpack.cli_evaluate import evaluate
 from kvpack.cli_support import (
     DTYPES,
     CommandGroup,
@@ -139,6 +140,9 @@ def generate(
             on_chunk(track)
     result = {"output": str(output), "prompt": prompt, "seed": seed, "fps": fps, **track.report()}
     _print_tracks(result, [result], [str(output)], as_json)
+
+
+app.command()(evaluate)
 
 
 @app.command()
