@@ -19,26 +19,25 @@ BATCH = 4
 
 
 @torch.no_grad()
-def encode_part(rank: int, processes: int, out: Path, clips: int, seed: int) -> None:
+def encode_part(rank: int, processes: int, out: Path, clips: int, seed: int, rules: world.Rules) -> None:
     """Encode every so-manieth clip; clip i has scene i modulo the scenes and seed `seed + i`."""
     vae = AutoencoderKLWan.from_pretrained(out / "vae").eval()
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-    mine = list(range(rank, clips, processes))
+    mine, known = list(range(rank, clips, processes)), world.scenes_of(rules)
     latents = []
     for begin in range(0, len(mine), BATCH):
         made = [
-            world.make_clip(world.TRAIN[i % len(world.TRAIN)], seed + i, 4 * FRAMES - 3)
-            for i in mine[begin : begin + BATCH]
+            world.make_clip(known[i % len(known)], seed + i, 4 * FRAMES - 3, rules) for i in mine[begin : begin + BATCH]
         ]
         video = torch.from_numpy(np.stack([c.video for c in made])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
         latents.append(((vae_full.encode(vae, video)[0] - mean) / std).half())
-    scenes = torch.tensor([i % len(world.TRAIN) for i in mine])
+    scenes = torch.tensor([world.TRAIN.index(known[i % len(known)]) for i in mine])
     save_file({"latents": torch.cat(latents), "scenes": scenes}, out / f"latents-{rank}.safetensors")
 
 
 def read(out: Path) -> tuple[Tensor, Tensor]:
-    """Normalised latents [N, 16, 20, 4, 4] in half precision, and the index of each clip's scene."""
+    """Normalised latents [N, 16, 20, 4, 4] in half precision, and the index of each clip's scene in `world.TRAIN`."""
     parts = [load_file(path) for path in sorted(out.glob("latents-*.safetensors"))]
     return torch.cat([p["latents"] for p in parts]), torch.cat([p["scenes"] for p in parts])
 
@@ -46,14 +45,16 @@ def read(out: Path) -> tuple[Tensor, Tensor]:
 def main() -> None:
     """Encode all clips with two processes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=store.RUNS)
+    parser.add_argument("--world", choices=list(world.RULES), default="lit")
+    parser.add_argument("--out", type=Path, default=None, help="default: a folder of the world's name in runs/toyworld")
     parser.add_argument("--clips", type=int, default=7440)
     parser.add_argument("--seed", type=int, default=10**7)
     parser.add_argument("--smoke", action="store_true", help="a few clips only")
     args = parser.parse_args()
-    processes = 1 if args.smoke else 2
-    launch(encode_part, (args.out, 2 if args.smoke else args.clips, args.seed), processes)
-    latents, scenes = read(args.out)
+    out, rules = args.out or store.RUNS / args.world, world.RULES[args.world]
+    clips, processes = (2, 1) if args.smoke else (args.clips, 2)
+    launch(encode_part, (out, clips, args.seed, rules), processes)
+    latents, scenes = read(out)
     print(f"{len(scenes)} clips, latents {tuple(latents.shape)}, deviation {latents.float().std():.3f}", flush=True)
 
 

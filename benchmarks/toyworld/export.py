@@ -54,7 +54,7 @@ def parts(out: Path) -> tuple[AutoencoderKLWan, WanTransformer3DModel, UMT5Encod
 def main() -> None:
     """Export the last checkpoints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=store.RUNS)
+    parser.add_argument("--out", type=Path, default=store.RUNS / "lit")
     parser.add_argument("--to", type=Path, default=None, help="default: pipeline/ in the run's folder")
     args = parser.parse_args()
     target = args.to or args.out / "pipeline"

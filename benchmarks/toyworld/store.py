@@ -24,3 +24,15 @@ def load(path: Path) -> dict[str, Any] | None:
         return None
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
+
+
+def weights(path: Path) -> dict[str, Any]:
+    """A checkpoint that must be there.
+
+    Raises:
+        FileNotFoundError: if it is not.
+    """
+    state = load(path)
+    if state is None:
+        raise FileNotFoundError(f"no checkpoint {path}; train it first")
+    return state

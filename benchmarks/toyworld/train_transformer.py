@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ class Options:
     seed: int = 0
     rate: float = 3e-3
     clips: int = 2  # a step in each process
-    copies: tuple[int, ...] = (4, 2, 2, 2, 2)  # the first chunk is the hardest
+    copies: tuple[int, ...] = (3, 2, 2, 2, 3)  # the first chunk is the hardest, the last has most to remember
     steps: int = 10**9
     compiled: bool = True
     every: float = 120.0  # seconds between checkpoints
     export_every: float = 480.0
+    start: Path | None = None  # a checkpoint whose averaged weights it begins with
 
 
 def captions() -> tuple[Tensor, Tensor]:
@@ -93,6 +94,11 @@ class Trainee(nn.Module):
         """Both state dicts."""
         return {"model": self.model.state_dict(), "encoder": self.encoder.state_dict()}
 
+    def load_weights(self, weights: dict[str, dict[str, Tensor]]) -> None:
+        """What `weights` gave."""
+        self.model.load_state_dict(weights["model"])
+        self.encoder.load_state_dict(weights["encoder"])
+
 
 def optimisers_of(trainee: Trainee, rate: float) -> list[torch.optim.Optimizer]:
     """Muon on the matrices of the blocks, AdamW on everything else."""
@@ -107,11 +113,12 @@ def train(rank: int, world_size: int, options: Options) -> None:
     torch.manual_seed(options.seed)
     trainee, path = Trainee(options), options.out / "transformer.pt"
     optimisers, params = optimisers_of(trainee, options.rate), list(trainee.parameters())
-    ema = {part: {k: v.clone() for k, v in state.items()} for part, state in trainee.weights().items()}
     step, elapsed = 0, 0.0
+    if options.start is not None:
+        trainee.load_weights(store.weights(options.start)["ema"])
+    ema = {part: {k: v.clone() for k, v in state.items()} for part, state in trainee.weights().items()}
     if (state := store.load(path)) is not None:
-        trainee.model.load_state_dict(state["weights"]["model"])
-        trainee.encoder.load_state_dict(state["weights"]["encoder"])
+        trainee.load_weights(state["weights"])
         for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         ema, step, elapsed = state["ema"], state["step"], state["elapsed"]
@@ -160,7 +167,9 @@ def train(rank: int, world_size: int, options: Options) -> None:
 def main() -> None:
     """Train, or go on from a checkpoint, then export."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=store.RUNS)
+    parser.add_argument("--world", choices=list(world.RULES), default="lit")
+    parser.add_argument("--out", type=Path, default=None, help="default: a folder of the world's name in runs/toyworld")
+    parser.add_argument("--start", type=Path, default=None, help="a checkpoint to begin with")
     parser.add_argument("--minutes", type=float, default=53.0)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--clips", type=int, default=2)
@@ -169,11 +178,12 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="no torch.compile")
     parser.add_argument("--smoke", action="store_true", help="a few steps only")
     args = parser.parse_args()
-    options = Options(args.out, args.minutes, args.seed, args.rate, args.clips, compiled=not args.eager)
+    out, compiled = args.out or store.RUNS / args.world, not args.eager
+    options = Options(out, args.minutes, args.seed, args.rate, args.clips, compiled=compiled, start=args.start)
     if args.smoke:
-        options = Options(args.out, 1.0, args.seed, args.rate, 1, steps=2, compiled=False)
+        options = replace(options, minutes=1.0, clips=1, steps=2, compiled=False)
     launch(train, (options,), 1 if args.smoke else args.processes)
-    export.write(args.out / "pipeline", *export.parts(args.out))
+    export.write(out / "pipeline", *export.parts(out))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,21 +32,31 @@ class Options:
     pixels: int = 90  # frames a step in each process
     steps: int = 10**9
     every: float = 120.0  # seconds between checkpoints
+    rules: world.Rules = world.LIT
+    start: Path | None = None  # a checkpoint whose weights it begins with
+    decoder: bool = False  # the encoder stays, and with it every latent
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where this training is kept."""
+        return self.out / ("decoder.pt" if self.decoder else "vae.pt")
 
 
-def batch(rng: np.random.Generator, frames: int, clips: int) -> tuple[Tensor, Tensor]:
-    """A video batch [B, 3, T, H, W] in -1..1 and its masks [B, 1, T, H, W]."""
+def batch(rng: np.random.Generator, frames: int, clips: int, rules: world.Rules) -> tuple[Tensor, Tensor]:
+    """A video batch [B, 3, T, H, W] in -1..1 and what is bright in it [B, 1, T, H, W]."""
+    scenes = world.scenes_of(rules)
     made = [
-        world.make_clip(world.TRAIN[rng.integers(len(world.TRAIN))], int(rng.integers(2**31)), frames)
+        world.make_clip(scenes[rng.integers(len(scenes))], int(rng.integers(2**31)), frames, rules)
         for _ in range(clips)
     ]
     video = torch.from_numpy(np.stack([c.video for c in made])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    return video, torch.from_numpy(np.stack([c.mask for c in made]))[:, None].float()
+    return video, torch.from_numpy(np.stack([c.bright for c in made]))[:, None].float()
 
 
-def loss_of(vae: AutoencoderKLWan, video: Tensor, mask: Tensor) -> Tensor:
-    """L1, four times as heavy on the object, and KL."""
-    mean, log_variance = vae_full.encode(vae, video)
+def loss_of(vae: AutoencoderKLWan, video: Tensor, mask: Tensor, decoder: bool) -> Tensor:
+    """L1, four times as heavy on the object and on a lit wall, and KL; gradients of the decoder only if so told."""
+    with torch.set_grad_enabled(not decoder):
+        mean, log_variance = vae_full.encode(vae, video)
     latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
     error = (vae_full.decode(vae, latents) - video).abs()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
@@ -54,11 +64,14 @@ def loss_of(vae: AutoencoderKLWan, video: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKLWan, frames: int, clips: int, seed: int = 10**6) -> list[float]:
+def psnr(
+    vae: AutoencoderKLWan, frames: int, clips: int, rules: world.Rules = world.LIT, seed: int = 10**6
+) -> list[float]:
     """PSNR in dB of stock encode and decode on held-out scenes: of the whole clips and of their last 17 frames."""
     errors = []
+    scenes = [scene for scene in world.HELD_OUT if scene.colour in rules.colours]
     for index in range(clips):
-        clip = world.make_clip(world.HELD_OUT[index % len(world.HELD_OUT)], seed + index, frames)
+        clip = world.make_clip(scenes[index % len(scenes)], seed + index, frames, rules)
         video = torch.from_numpy(clip.video).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         out = vae.decode(vae.encode(video).latent_dist.mode()).sample
         errors.append(((out - video) / 2).square().mean(dim=(0, 1, 3, 4)))
@@ -67,26 +80,28 @@ def psnr(vae: AutoencoderKLWan, frames: int, clips: int, seed: int = 10**6) -> l
 
 
 @torch.no_grad()
-def moments(vae: AutoencoderKLWan, clips: int, seed: int = 2 * 10**6) -> tuple[list[float], list[float]]:
+def moments(
+    vae: AutoencoderKLWan, clips: int, rules: world.Rules, seed: int = 2 * 10**6
+) -> tuple[list[float], list[float]]:
     """Mean and deviation of each latent channel; the posterior's variance counts, or empty channels are blown up."""
     rng = np.random.default_rng(seed)
     means, variances = [], []
     for _ in range(clips):
-        mean, log_variance = vae_full.encode(vae, batch(rng, world.FRAMES, 1)[0])
+        mean, log_variance = vae_full.encode(vae, batch(rng, world.FRAMES, 1, rules)[0])
         means.append(mean.transpose(0, 1).flatten(1))
         variances.append(log_variance.exp().transpose(0, 1).flatten(1))
     mean, variance = torch.cat(means, 1), torch.cat(variances, 1)
     return mean.mean(1).tolist(), (mean.var(1) + variance.mean(1)).sqrt().tolist()
 
 
-def finish(vae: AutoencoderKLWan, out: Path, clips: int) -> None:
+def finish(vae: AutoencoderKLWan, out: Path, clips: int, rules: world.Rules) -> None:
     """Write the VAE as diffusers does, with the moments that the pipeline needs, and print the gate."""
-    mean, std = moments(vae, clips)
+    mean, std = moments(vae, clips, rules)
     vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(out / "vae")
     print("latents_std", [round(s, 2) for s in std], flush=True)
     for frames, count in ((17, clips), (77, clips), (81, clips), (481, max(1, clips // 6))):
-        whole, last = psnr(vae, frames, count)
+        whole, last = psnr(vae, frames, count, rules)
         print(f"psnr {frames:4d} frames {whole:.2f} dB, last 17 {last:.2f} dB", flush=True)
 
 
@@ -94,20 +109,26 @@ def train(rank: int, world_size: int, options: Options) -> None:
     """One process of the training run."""
     torch.manual_seed(options.seed)
     vae = vae_full.build().train()
-    matrices = [p for p in vae.parameters() if p.ndim >= 4 and p.shape[0] > 1 and p.numel() > p.shape[0]]
+    if options.decoder:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim >= 4 and p.shape[0] > 1 and p.numel() > p.shape[0]]
     chosen = {id(p) for p in matrices}
-    rest = [p for p in vae.parameters() if id(p) not in chosen]
+    rest = [p for p in trained if id(p) not in chosen]
     params = matrices + rest
     optimisers = [
         Muon(matrices, options.rate),
         torch.optim.AdamW(rest, options.rate / 2, (0.9, 0.98), weight_decay=0.0),
     ]
-    step, elapsed, path = 0, 0.0, options.out / "vae.pt"
+    step, elapsed, path = 0, 0.0, options.checkpoint
     if (state := store.load(path)) is not None:
         vae.load_state_dict(state["model"])
         for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         step, elapsed = state["step"], state["elapsed"]
+    elif options.start is not None:
+        vae.load_state_dict(store.weights(options.start)["model"])
     torch.manual_seed(options.seed + 1000 * step + rank)
     shared, own = np.random.default_rng([options.seed, step]), np.random.default_rng([options.seed, step, rank])
     start, saved_at, recent = time.monotonic() - elapsed, time.monotonic(), 0.0
@@ -115,7 +136,8 @@ def train(rank: int, world_size: int, options: Options) -> None:
     while progress < 1 and step < options.steps:
         set_rate(optimisers, anneal(progress))
         frames = int(shared.choice(LENGTHS, p=EARLY if progress < 0.5 else LATE))
-        loss = loss_of(vae, *batch(own, frames, max(1, options.pixels // frames)))
+        video, bright = batch(own, frames, max(1, options.pixels // frames), options.rules)
+        loss = loss_of(vae, video, bright, options.decoder)
         for optimiser in optimisers:
             optimiser.zero_grad()
         loss.backward()
@@ -144,7 +166,10 @@ def _save(
 def main() -> None:
     """Train, or go on from a checkpoint, then write the VAE and its gate."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=store.RUNS)
+    parser.add_argument("--world", choices=list(world.RULES), default="lit")
+    parser.add_argument("--out", type=Path, default=None, help="default: a folder of the world's name in runs/toyworld")
+    parser.add_argument("--start", type=Path, default=None, help="a checkpoint to begin with")
+    parser.add_argument("--decoder", action="store_true", help="train the decoder only; every latent stays as it is")
     parser.add_argument("--minutes", type=float, default=26.0)
     parser.add_argument("--rate", type=float, default=6e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -152,15 +177,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10**9)
     parser.add_argument("--smoke", action="store_true", help="a few steps only")
     args = parser.parse_args()
-    options = Options(args.out, args.minutes, args.seed, args.rate, steps=args.steps)
+    out, rules = args.out or store.RUNS / args.world, world.RULES[args.world]
+    options = Options(
+        out, args.minutes, args.seed, args.rate, steps=args.steps, rules=rules, start=args.start, decoder=args.decoder
+    )
     if args.smoke:
-        options = Options(args.out, 1.0, args.seed, args.rate, pixels=5, steps=2)
+        options = replace(options, minutes=1.0, pixels=5, steps=2)
     launch(train, (options,), 1 if args.smoke else args.processes)
     vae = vae_full.build()
-    state = store.load(args.out / "vae.pt")
-    assert state is not None
-    vae.load_state_dict(state["model"])
-    finish(vae.eval(), args.out, 1 if args.smoke else 12)
+    vae.load_state_dict(store.weights(options.checkpoint)["model"])
+    finish(vae.eval(), out, 1 if args.smoke else 12, rules)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""What is known of a clip beside its pixels, for `kvpack.evaluation`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from benchmarks.toyworld import world
+from benchmarks.toyworld.world import Array, Scene, Video
+from kvpack.evaluation import Facts
+
+RAMP = 0.16  # brightness on either side of `world.BRIGHT` over which an edge's pixel turns into the object
+MIDDLE = world.SIZE / 2
+
+
+def brightness(video: Video) -> Array:
+    """How much each pixel [t, H, W] is bright, in 0..1: 0.5 where the brightest channel is `world.BRIGHT`."""
+    brightest = np.maximum(np.maximum(video[..., 0], video[..., 1]), video[..., 2])
+    return np.clip((brightest / np.float32(255) - (world.BRIGHT - RAMP)) / (2 * RAMP), 0, 1).astype(np.float32)
+
+
+def glow(wall: str) -> Array:
+    """How much of its lamp's colour a lit wall adds to each pixel, [H, W]."""
+    name = "plain slate"
+    lit = world.room(name, wall, "white") - world.background(name)
+    return np.asarray(np.where(world.wall_mask(wall), 0, lit[..., 0] / world.COLOURS["white"][0]), np.float32)
+
+
+def facts_of(scene: Scene) -> Facts:
+    """What is known of a scene: what its caption says, what else it could say, and where the walls are."""
+    size = float(np.mean(world.LIT.scale))
+    middle = np.full((1, 2), MIDDLE, np.float32)
+    return Facts(
+        fps=world.FPS,
+        subject=brightness,
+        colour=scene.colour,
+        palette=world.COLOURS,
+        shape=scene.shape,
+        shapes={shape: world.coverage(shape, middle, size)[0] for shape in world.SHAPES},
+        background=scene.background,
+        backgrounds={name: world.background(name) for name in world.BACKGROUNDS},
+        landmarks={wall: world.wall_mask(wall) for wall in world.WALLS},
+        glow={wall: glow(wall) for wall in world.WALLS},
+        bright=world.BRIGHT,
+    )
