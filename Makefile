@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+PROCESSES ?= 2
 
-.PHONY: install demo test check bench toyworld clean
+.PHONY: install demo test check bench leaderboard ablations toyworld clean
 
 install: $(STAMP)
 
@@ -28,11 +29,15 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
+leaderboard: $(STAMP)
+	$(BIN)/python -m benchmarks.leaderboard $(if $(SMOKE),--smoke,--processes $(PROCESSES))
+	$(if $(SMOKE),,$(BIN)/python -m benchmarks.leaderboard --seconds 600 --subjects packforcing --processes $(PROCESSES))
+
+ablations: $(STAMP)
+	$(BIN)/python -m benchmarks.ablations $(if $(SMOKE),--smoke,--processes $(PROCESSES))
+
 toyworld: $(STAMP)
-	$(BIN)/python -m benchmarks.toyworld.train_vae
-	$(BIN)/python -m benchmarks.toyworld.encode
-	$(BIN)/python -m benchmarks.toyworld.train_transformer
-	$(BIN)/python -m benchmarks.toyworld.export --to kvpack/data/toyworld
+	$(BIN)/python -m benchmarks.toyworld $(if $(SMOKE),--smoke)
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
+from typing import Any, TypeVar, overload
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,6 +44,36 @@ class Row:
     n: int
     command: str = ""
     commit: str = ""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measure of videos.
+
+    Args:
+        subject: what made the videos.
+        seconds: their length, or the end of the part that was measured, as the script's docstring says.
+        metric: which measure.
+        value: its mean over the videos.
+        low: lower end of a 95 % bootstrap interval.
+        high: upper end.
+        n: videos of which it can be said.
+        command: how to measure it again.
+        commit: the source that made the videos.
+    """
+
+    subject: str
+    seconds: int
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    command: str = ""
+    commit: str = ""
+
+
+Figure = TypeVar("Figure", Row, Score)
 
 
 @dataclass(frozen=True)
@@ -117,7 +148,7 @@ def commit() -> str:
         return "unknown"
 
 
-def write(name: str, rows: Sequence[Row], folder: Path) -> Path:
+def write(name: str, rows: Sequence[Row] | Sequence[Score], folder: Path) -> Path:
     """Keeps rows as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
@@ -125,18 +156,29 @@ def write(name: str, rows: Sequence[Row], folder: Path) -> Path:
     return path
 
 
-def read(path: Path) -> list[Row]:
-    """Rows from a file.
+def merged(path: Path, scores: Sequence[Score]) -> list[Score]:
+    """Scores of a file, if there is one, where these take the places of those of the same figures."""
+    new = {(each.subject, each.seconds, each.metric) for each in scores}
+    old = read(path, Score) if path.exists() else []
+    return [each for each in old if (each.subject, each.seconds, each.metric) not in new] + list(scores)
+
+
+@overload
+def read(path: Path) -> list[Row]: ...
+@overload
+def read(path: Path, kind: type[Figure]) -> list[Figure]: ...
+def read(path: Path, kind: Any = Row) -> Any:
+    """Rows, or scores, from a file.
 
     Raises:
         ValueError: if it holds anything else.
     """
-    names = {field.name for field in fields(Row)}
+    names = {field.name for field in fields(kind)}
     data = json.loads(path.read_text())
     for each in data:
         if set(each) != names or not each["low"] <= each["value"] <= each["high"] or each["n"] < 1:
             raise ValueError(f"{path.name}: not a row: {each}")
-    return [Row(**each) for each in data]
+    return [kind(**each) for each in data]
 
 
 def parser(doc: str) -> argparse.ArgumentParser:

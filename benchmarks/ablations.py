@@ -1,0 +1,102 @@
+"""What each part of packforcing is worth: one option changed at a time, on the toy world.
+
+Figures go to benchmarks/results/ablation-<name>.json and .md: videos up to each length, `drift` from their first to
+their last five seconds, and cost; low and high are 95 % bootstrap intervals over captions and their seeds. An option
+that is not there costs its own line only. Ends with 1 if a line failed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks import report
+from benchmarks.leaderboard import figures, run, tables
+from benchmarks.leaderboard.subjects import Memory
+from kvpack.video import save_bytes
+
+SECONDS, SEEDS = 60, 1
+REINDEXERS = ("absolute", "sink-shift", "contiguous", "fit")
+SELECTORS = ("topk", "recency", "uniform", "random", "softmax-mass")
+TOPKS = (0, 1, 2, 4, 8, 16, 32)
+
+
+def _changed(variants: Mapping[str, Mapping[str, Any]]) -> tuple[Memory, ...]:
+    """Packforcing with options."""
+    return tuple(Memory(name, "packforcing", options) for name, options in variants.items())
+
+
+def _each(option: str, values: tuple[Any, ...]) -> tuple[Memory, ...]:
+    return _changed({f"{option.replace('_', ' ')} {value}": {option: value} for value in values})
+
+
+ABLATIONS: dict[str, tuple[Memory, ...]] = {
+    "positions": _changed(
+        {f"{reindex}, topk {topk}": {"reindex": reindex, "topk": topk} for reindex in REINDEXERS for topk in TOPKS}
+    ),
+    "coordinates": _each("coordinates", ("centered", "strided", "compact")),
+    "compressor": _each("compressor", ("identity", "pool", "lr")),
+    "selector": _changed(
+        {
+            **{f"selector {name}": {"selector": name, "topk": 4} for name in SELECTORS},
+            "selector topk after RoPE": {"selector": {"policy": "topk", "topk": 4, "after_rope": True}},
+            "selector all": {"selector": "all"},
+        }
+    ),
+    "sink": _each("sink_frames", (0, 4, 8, 16)),
+    "recent": _each("recent_frames", (4, 8)),
+    "commit": _each("commit", ("rerun", "last-step")),
+    "selection": _each("selection", ("layer", "chunk")),
+    # Too many keys, or positions that were never seen in training? Each of the two alone.
+    "full": (
+        Memory("full: all keys, true positions", "full"),
+        *_changed(
+            {
+                "all keys, squeezed positions": {"compressor": "identity", "selector": "all", "reindex": "fit"},
+                "few keys, true positions": {
+                    "compressor": "identity",
+                    "selector": "uniform",
+                    "topk": 4,
+                    "reindex": "absolute",
+                },
+                "few keys, squeezed positions": {
+                    "compressor": "identity",
+                    "selector": "uniform",
+                    "topk": 4,
+                    "reindex": "fit",
+                },
+            }
+        ),
+    ),
+}
+SMOKE = {"commit": ABLATIONS["commit"]}
+
+
+def main() -> int:
+    """The whole command line."""
+    parser = run.parser(__doc__ or "", SECONDS, SEEDS)
+    parser.add_argument("--only", nargs="+", choices=list(ABLATIONS), metavar="NAME", help=", ".join(ABLATIONS))
+    options = run.parsed(parser)
+    chosen = {name: ABLATIONS[name] for name in options.only} if options.only else SMOKE if options.smoke else ABLATIONS
+    # All at once, so that no process waits for the last variant of each.
+    found, failed = run.measured([variant for variants in chosen.values() for variant in variants], options)
+    for name, variants in chosen.items():
+        named = {variant.name for variant in variants}
+        _keep(name, [each for each in found if each.name in named], options)
+    return 1 if failed else 0
+
+
+def _keep(name: str, found: list[figures.Measured], options: Any) -> None:
+    """One table."""
+    scores = [row for each in found for row in figures.scores(each, None, options.resamples)]
+    rows = run.stamped(scores, "ablations")
+    if rows:
+        path = report.write(f"ablation-{name}", rows, options.out)
+        page = f"# {name.capitalize()}\n\n{tables.leaderboard(rows, [each.name for each in found], '')}\n"
+        save_bytes(page.encode(), path.with_suffix(".md"))
+        print(f"written to {path}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

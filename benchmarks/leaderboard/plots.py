@@ -1,0 +1,102 @@
+"""Every measure over time, and one caption's pictures, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+
+from benchmarks.leaderboard.figures import Measured
+from benchmarks.leaderboard.lengths import BIN
+from benchmarks.report import Score
+from benchmarks.toyworld import world
+from kvpack.evaluation import METRICS
+from kvpack.sheet import Row, contact_sheet
+
+# Okabe and Ito's colours, which all kinds of colour vision tell apart; the first is of the one that matters most.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MOST = len(COLOURS)
+LABEL_ROOM = 0.075  # least distance of two labels, in heights of a panel
+
+
+def over_time(rows: Sequence[Score], subjects: Sequence[str], title: str) -> bytes:
+    """A panel a measure: means of bins of 5 s with their 95 % intervals, each line labelled at its end.
+
+    Args:
+        rows: figures of bins.
+        subjects: at most seven of them, the one that matters most first.
+        title: above all panels.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    page = Figure(figsize=(12, 7.2), layout="constrained")
+    FigureCanvasAgg(page)
+    page.suptitle(title, fontsize=13)
+    for axes, metric in zip(page.subplots(2, 3, sharex=True).flat, METRICS, strict=True):
+        ends: dict[str, float] = {}
+        for colour, subject in zip(COLOURS, subjects[:MOST], strict=False):
+            found = sorted(
+                (row for row in rows if row.subject == subject and row.metric == metric), key=lambda row: row.seconds
+            )
+            if not found:
+                continue
+            middle = [row.seconds - BIN / 2 for row in found]
+            first = subject == subjects[0]
+            axes.plot(middle, [row.value for row in found], color=colour, linewidth=2.2 if first else 1.3, zorder=3)
+            low, high = ([getattr(row, side) for row in found] for side in ("low", "high"))
+            axes.fill_between(middle, low, high, color=colour, alpha=0.15, linewidth=0)
+            ends[subject] = found[-1].value
+        axes.set_title(metric.replace("_", " "), fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.tick_params(labelsize=9)
+        _label(axes, ends, subjects)
+    for axes in page.axes[3:]:
+        axes.set_xlabel("seconds", fontsize=10)
+    data = BytesIO()
+    page.savefig(data, format="png", dpi=130, metadata={"Software": None})
+    return data.getvalue()
+
+
+def _label(axes: Any, ends: Mapping[str, float], subjects: Sequence[str]) -> None:
+    """Names at the ends of lines, moved apart where they would cover each other."""
+    low, high = axes.get_ylim()
+    right = axes.get_xlim()[1]
+    places = {name: (value - low) / (high - low) for name, value in ends.items()}
+    order = sorted(places, key=lambda name: places[name])
+    heights = apart([places[name] for name in order], LABEL_ROOM)
+    for name, height in zip(order, heights, strict=True):
+        axes.annotate(
+            name,
+            (right, low + height * (high - low)),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=COLOURS[list(subjects).index(name)],
+            annotation_clip=False,
+        )
+
+
+def apart(places: Sequence[float], room: float) -> list[float]:
+    """Sorted places moved up and down as little as leaves `room` between neighbours, and their middle where it was.
+
+    >>> apart([0.5, 0.5], 0.25)
+    [0.375, 0.625]
+    """
+    moved: list[float] = []
+    for place in places:
+        moved.append(max(place, moved[-1] + room) if moved else place)
+    shift = float(np.mean(np.subtract(moved, places))) if moved else 0.0
+    return [place - shift for place in moved]
+
+
+def sheet(measured: Sequence[Measured]) -> bytes:
+    """The first caption's pictures, a row a subject; white where its video has ended."""
+    seconds = sorted({second for each in measured for second in each.results[0].stills})
+    white = np.full((world.SIZE, world.SIZE, 3), 255, np.uint8)
+    rows = [Row(each.name, [each.results[0].stills.get(second, white) for second in seconds]) for each in measured]
+    return contact_sheet(f'"{world.HELD_OUT[0].caption}", seed 0', [f"{second} s" for second in seconds], rows, side=96)

@@ -1,0 +1,72 @@
+"""What is compared: memories by name and options, and references that no memory makes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvpack.registry import registry
+from kvpack.stack import Stack
+
+# What the toy pipeline was trained with; given to every factory that takes it.
+SIZES = {"chunk_frames": 4, "train_frames": 20}
+# Option of a stack's factory -> role of the policy that it takes.
+ROLES = {"compressor": "compressor", "selector": "selector", "reindex": "reindexer"}
+# Generated without a memory, see `sources.reference`.
+REFERENCES = ("truth", "shuffled", "frozen", "noise")
+HERO = "packforcing"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A memory as plain data.
+
+    Args:
+        name: what tables call it.
+        factory: name of an installed stack.
+        options: of its factory; a policy with options of its own is a mapping `{"policy": name, ...}`.
+    """
+
+    name: str
+    factory: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def stack(self) -> Stack:
+        """The stack, at the sizes of the toy pipeline.
+
+        Raises:
+            UnknownNameError: if the stack, an option or a policy isn't there.
+            InvalidOptionError: if an option is wrong.
+        """
+        factory = registry().stacks.get(self.factory)
+        known = inspect.signature(factory).parameters if factory else {}
+        sizes = {option: value for option, value in SIZES.items() if option in known}
+        options = {option: _policy(option, value) for option, value in self.options.items()}
+        return registry().stack(self.factory, {**sizes, **options})
+
+
+def _policy(option: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return registry().policy(ROLES[option], value["policy"], {k: v for k, v in value.items() if k != "policy"})
+
+
+# At packforcing's budget or above: with the current chunk it attends the tokens of 18 latent frames, a window of 20.
+RIVALS = (
+    Memory("self-forcing", "self-forcing", {"window_frames": 20, "sink_frames": 0}),
+    Memory("window with sink 4", "self-forcing", {"window_frames": 20, "sink_frames": 4}),
+    Memory(
+        "window with sink 4, contiguous",
+        "self-forcing",
+        {"window_frames": 20, "sink_frames": 4, "reindex": "contiguous"},
+    ),
+    Memory("sink 8 + recent 4", "packforcing", {"topk": 0}),
+)
+
+
+def memories() -> tuple[Memory, ...]:
+    """The rivals, and every installed stack that isn't one of them by name."""
+    named = {rival.name for rival in RIVALS}
+    return (*(Memory(name, name) for name in registry().names("stack") if name not in named), *RIVALS)

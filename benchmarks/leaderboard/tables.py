@@ -1,0 +1,77 @@
+"""Figures as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.leaderboard.bootstrap import Interval, overlap
+from benchmarks.leaderboard.figures import RELATIVE, intervals
+from benchmarks.leaderboard.store import COSTS
+from benchmarks.report import Score, figure
+from kvpack.evaluation import METRICS
+
+MEASURES = (*METRICS, RELATIVE)
+DRIFTS = tuple(f"drift {name}" for name in METRICS)
+
+
+def leaderboard(rows: Sequence[Score], subjects: Sequence[str], hero: str) -> str:
+    """Sections of a page: the measures at each length, how they drift, what a chunk costs, and the comparisons."""
+    parts = []
+    for seconds in sorted({row.seconds for row in rows}):
+        for title, metrics in (("", MEASURES), (", drift from first to last 5 s", DRIFTS), (", cost", COSTS)):
+            section = table(rows, subjects, seconds, metrics)
+            if section:
+                parts.append(f"## {seconds} s{title}\n\n{section}")
+        compared = comparison(rows, subjects, seconds, hero)
+        if compared:
+            parts.append(f"## {seconds} s, `{hero}` minus each\n\n{compared}")
+    return "\n\n".join(parts)
+
+
+def table(rows: Sequence[Score], subjects: Sequence[str], seconds: int, metrics: Sequence[str]) -> str:
+    """A line a subject, a column a metric, each with its interval; empty where there is nothing to tell."""
+    known = intervals(rows)
+    columns = [name for name in metrics if any((subject, seconds, name) in known for subject in subjects)]
+    lines = [
+        _line([subject, *(_cell(known.get((subject, seconds, name))) for name in columns)])
+        for subject in subjects
+        if any((subject, seconds, name) in known for name in columns)
+    ]
+    return "\n".join([*_head(columns), *lines]) if lines else ""
+
+
+def comparison(rows: Sequence[Score], subjects: Sequence[str], seconds: int, hero: str) -> str:
+    """Paired differences: bold where their interval excludes 0, ~ where the intervals of the two overlap."""
+    known, lines = intervals(rows), []
+    for rival in subjects:
+        cells = []
+        for name in METRICS:
+            cell = _cell(paired := known.get((f"{hero} minus {rival}", seconds, name)))
+            mine, theirs = (known.get((subject, seconds, name)) for subject in (hero, rival))
+            if paired and not paired.low <= 0 <= paired.high:
+                cell = f"**{cell}**"
+            cells.append(cell + (" ~" if paired and mine and theirs and overlap(mine, theirs) else ""))
+        if any(cells):
+            lines.append(_line([rival, *cells]))
+    return "\n".join([*_head(METRICS), *lines]) if lines else ""
+
+
+def _head(columns: Sequence[str]) -> list[str]:
+    return [
+        _line(["", *(name.removeprefix("drift ").replace("_", " ") for name in columns)]),
+        "|---" * (len(columns) + 1) + "|",
+    ]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    value, low, high = (
+        figure(number) if number == 0 or abs(number) >= 10 else f"{number:.3f}"
+        for number in (interval.value, interval.low, interval.high)
+    )
+    return value if low == high else f"{value} [{low}, {high}]"
