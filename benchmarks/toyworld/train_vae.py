@@ -18,7 +18,8 @@ from benchmarks.toyworld.parallel import average_gradients, launch
 
 LENGTHS = (5, 17, 41, 81)
 EARLY, LATE = (0.3, 0.3, 0.2, 0.2), (0.2, 0.2, 0.2, 0.4)
-KL = 5e-4
+KL = 1e-4
+BRIGHT = 5.0  # how much more what is bright counts
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,13 @@ def batch(rng: np.random.Generator, frames: int, clips: int, rules: world.Rules)
 
 
 def loss_of(vae: AutoencoderKLWan, video: Tensor, mask: Tensor, decoder: bool) -> Tensor:
-    """L1, four times as heavy on the object and on a lit wall, and KL; gradients of the decoder only if so told."""
+    """L1, six times as heavy on the object and on a lit wall, and KL; gradients of the decoder only if so told."""
     with torch.set_grad_enabled(not decoder):
         mean, log_variance = vae_full.encode(vae, video)
     latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
     error = (vae_full.decode(vae, latents) - video).abs()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return (error * (1 + 3 * mask)).mean() + KL * kl
+    return (error * (1 + BRIGHT * mask)).mean() + KL * kl
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ class Rules:
 
 
 PLAIN = Rules(LAMPS, (1.0, 1.0), (24.0, 24.0), lamps=False)
-LIT = Rules(tuple(COLOURS), (0.7, 1.15), (16.0, 44.0), lamps=True)
+LIT = Rules(tuple(COLOURS), (0.8, 1.2), (16.0, 44.0), lamps=True)
 RULES = {"plain": PLAIN, "lit": LIT}
 
 
