@@ -84,7 +84,7 @@ def sampled(
 def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pipeline", type=Path, default=store.RUNS / "pipeline")
+    parser.add_argument("--pipeline", type=Path, default=store.RUNS / "lit" / "pipeline")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--frames", type=int, default=chunked.FRAMES, help="latent frames")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,7 +127,7 @@ def train(rank: int, world_size: int, options: Options) -> None:
     torch.manual_seed(options.seed + 1000 * step + rank)
     start = time.monotonic() - elapsed
     saved_at = exported_at = time.monotonic()
-    progress, recent = elapsed / (60 * options.minutes), 0.0
+    progress, recent = elapsed / (60 * options.minutes), float("nan")
 
     def checkpoint() -> dict[str, Any]:
         saved = [optimiser.state_dict() for optimiser in optimisers]
@@ -146,7 +147,8 @@ def train(rank: int, world_size: int, options: Options) -> None:
             optimiser.step()
         step += 1
         decay = min(EMA, (1 + step) / (10 + step))
-        recent += max(0.01, 1 / step) * (float(loss.detach()) - recent)
+        now = float(loss.detach())
+        recent = now if math.isnan(recent) else recent + 0.01 * (now - recent)
         with torch.no_grad():
             for part, weights in trainee.weights().items():
                 torch._foreach_lerp_(list(ema[part].values()), list(weights.values()), 1 - decay)

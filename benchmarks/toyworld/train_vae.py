@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,7 +133,7 @@ def train(rank: int, world_size: int, options: Options) -> None:
         vae.load_state_dict(store.weights(options.start)["model"])
     torch.manual_seed(options.seed + 1000 * step + rank)
     shared, own = np.random.default_rng([options.seed, step]), np.random.default_rng([options.seed, step, rank])
-    start, saved_at, recent = time.monotonic() - elapsed, time.monotonic(), 0.0
+    start, saved_at, recent = time.monotonic() - elapsed, time.monotonic(), float("nan")
     progress = elapsed / (60 * options.minutes)
     while progress < 1 and step < options.steps:
         set_rate(optimisers, anneal(progress))
@@ -147,7 +148,8 @@ def train(rank: int, world_size: int, options: Options) -> None:
         for optimiser in optimisers:
             optimiser.step()
         step += 1
-        recent += 0.02 * (float(loss.detach()) - recent) if step > 1 else float(loss.detach())
+        now = float(loss.detach())
+        recent = now if math.isnan(recent) else recent + 0.02 * (now - recent)
         if rank == 0 and step % 50 == 0:
             print(f"step {step} progress {progress:.3f} loss {recent:.4f}", flush=True)
         if rank == 0 and (time.monotonic() - saved_at > options.every):

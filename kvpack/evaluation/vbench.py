@@ -108,7 +108,7 @@ def lay_out(videos: Sequence[Path], prompts: Sequence[str], folder: Path) -> lis
 
 
 def run(folder: Path, device: str) -> dict[str, float]:
-    """What VBench says of the videos of a folder, by dimension; its own files go to the folder `vbench` beside it.
+    """What VBench says of the videos of a folder, by dimension; its own files go beside it, to `<name>-vbench`.
 
     Raises:
         KVPackError: if VBench or its weights are missing.
