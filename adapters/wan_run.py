@@ -1,25 +1,19 @@
 """One generation of a `WanPipeline`: the upstream call once a chunk, a commit forward after it."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from diffusers.hooks.hooks import CacheContext
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import Tensor
 
 from kvpack.adapter import Adapter, Chunk, Run
-from kvpack.adapters.wan_attention import attached
 from kvpack.adapters.wan_call import checked, chunk_noise, encode_prompts, frame_size, latent_frames
-from kvpack.adapters.wan_vae import StreamingDecoder, embed, encode, forward_tokens
-from kvpack.blocks import LatentChunk
-from kvpack.errors import GradientError, NonFiniteLatentsError, PolicyError, UnsupportedPipelineError
-from kvpack.layer import LayerMemory
-from kvpack.ledger import Piece
+from kvpack.adapters.wan_memory import WanMemory
+from kvpack.adapters.wan_vae import StreamingDecoder
+from kvpack.errors import NonFiniteLatentsError, UnsupportedPipelineError
 from kvpack.roles import LatentCompressor
-from kvpack.session import Session, finish_commits
 from kvpack.stack import Stack
 
 
@@ -43,21 +37,19 @@ class WanRun(Run):
     ) -> None:
         self.adapter, self.pipeline, self.stack = adapter, pipeline, stack
         self.arguments = checked(pipeline, arguments, streaming=streaming)
-        self.transformer = pipeline.transformer
-        self.sessions: dict[str, Session] = {}
-        self.seconds = {"denoise": 0.0, "commit": 0.0, "compress": 0.0, "decode": 0.0}
-        self.compressor = stack.compressor if isinstance(stack.compressor, LatentCompressor) else None
-        self.decodes_in_loop = self.compressor is not None or (streaming and arguments["output_type"] != "latent")
+        latent_space = isinstance(stack.compressor, LatentCompressor)
+        self.decodes_in_loop = latent_space or (streaming and arguments["output_type"] != "latent")
         self.interrupted = False
-        self._phase: int | Piece = 0
         self._bar: Any = None
         self.total_frames = latent_frames(pipeline, self.arguments)
         height, width = frame_size(pipeline, self.arguments)
-        decodes = arguments["output_type"] != "latent" or self.compressor is not None
+        decodes = arguments["output_type"] != "latent" or latent_space
         self.decoder = StreamingDecoder(pipeline.vae, height, width) if decodes else None
-        configs = {"transformer": self.transformer.config, "vae": pipeline.vae.config}
-        self.geometry = adapter.geometry(configs, height, width, self.transformer.dtype)
-        self.embeds = encode_prompts(pipeline, self.arguments)
+        configs = {"transformer": pipeline.transformer.config, "vae": pipeline.vae.config}
+        geometry = adapter.geometry(configs, height, width, pipeline.transformer.dtype)
+        embeds = encode_prompts(pipeline, self.arguments)
+        self.memory = WanMemory(pipeline, stack, geometry, embeds, self.arguments["attention_kwargs"])
+        self.sessions, self.seconds = self.memory.sessions, self.memory.seconds
 
     def chunks(self) -> Iterator[Chunk]:
         """Generates chunk after chunk; between two of them the pipeline is the stock one."""
@@ -82,7 +74,7 @@ class WanRun(Run):
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels in [-1, 1] of the video's next latents."""
         assert self.decoder is not None
-        with torch.no_grad(), self._timed("decode"):
+        with torch.no_grad(), self.memory.timed("decode"):
             return self.decoder(latents)
 
     def postprocess(self, pixels: Tensor) -> Any:
@@ -104,15 +96,15 @@ class WanRun(Run):
     @torch.no_grad()
     def _generate(self, index: int) -> Chunk:
         first = index * self.stack.chunk_frames
-        rows = self.embeds["cond"].shape[0]
+        rows = self.memory.embeds["cond"].shape[0]
         noise = chunk_noise(self.pipeline, self.arguments, rows, first, self.stack.chunk_frames)
         with self._driving():
-            with self._timed("denoise"):
+            with self.memory.timed("denoise"):
                 latents = self._call_upstream(noise)
             self._check_finite(index, latents)
             pixels = self.decode(latents) if self.decodes_in_loop else None
             if not self.pipeline._interrupt:
-                self._commit(latents, pixels)
+                self.memory.commit(latents, pixels)
             self.interrupted = self.pipeline._interrupt
         keep = latents.shape[2] if self.total_frames is None else min(latents.shape[2], self.total_frames - first)
         if pixels is not None:
@@ -122,8 +114,7 @@ class WanRun(Run):
 
     def _check_finite(self, index: int, latents: Tensor) -> None:
         if not bool(latents.isfinite().all()):
-            for session in self.sessions.values():
-                session.check_policies()  # a policy is the likelier cause
+            self.memory.check_policies()  # a policy is the likelier cause
             raise NonFiniteLatentsError(
                 f"chunk {index} holds NaN or infinity after denoising; nothing of it was committed. "
                 "Check the weights, the dtype and the callbacks"
@@ -135,8 +126,8 @@ class WanRun(Run):
         changed = {
             "prompt": None,
             "negative_prompt": None,
-            "prompt_embeds": self.embeds["cond"],
-            "negative_prompt_embeds": self.embeds.get("uncond"),
+            "prompt_embeds": self.memory.embeds["cond"],
+            "negative_prompt_embeds": self.memory.embeds.get("uncond"),
             "num_videos_per_prompt": 1,
             "latents": noise,
             "num_frames": scale * (self.stack.chunk_frames - 1) + 1,
@@ -145,7 +136,6 @@ class WanRun(Run):
             "callback_on_step_end": self._callback if call["callback_on_step_end"] is not None else None,
         }
         bind = getattr(pipeline.scheduler, "bound_generator", nullcontext)
-        self._phase = 0
         with bind(call["generator"]) if bind is not nullcontext else nullcontext():
             (latents,) = pipeline._kvpack_base.__call__(pipeline, **{**call, **changed})
         return latents
@@ -154,85 +144,9 @@ class WanRun(Run):
         """The user's callback; embeddings that it replaces stay replaced for the chunks to come."""
         outputs = self.arguments["callback_on_step_end"](pipeline, step, timestep, tensors)
         for branch, name in (("cond", "prompt_embeds"), ("uncond", "negative_prompt_embeds")):
-            if outputs.get(name) is not None and branch in self.embeds:
-                self.embeds[branch] = outputs[name].to(self.transformer.dtype)
+            if outputs.get(name) is not None and branch in self.memory.embeds:
+                self.memory.embeds[branch] = outputs[name].to(pipeline.transformer.dtype)
         return outputs
-
-    def _commit(self, latents: Tensor, pixels: Tensor | None) -> None:
-        """The clean chunk at t = 0 through every branch that has to: the only write to history."""
-        twins: dict[Piece, Tensor] = {}
-        with self._timed("compress"):
-            for piece in next(iter(self.sessions.values())).twins_due():
-                twins[piece] = self._hidden_tokens(piece, latents, pixels)
-        last = max(session.step for session in self.sessions.values())
-        for branch, session in self.sessions.items():
-            # A branch that guidance left out of the last step has nothing of it to keep.
-            if self.stack.commit == "rerun" or session.step < last:
-                with self._timed("commit"):
-                    self._phase = -1
-                    self._forward(branch, latents.to(self.transformer.dtype))
-            with self._timed("compress"):
-                for piece, tokens in twins.items():
-                    self._phase = piece
-                    forward_tokens(self.transformer, tokens, lambda dummy, name=branch: self._forward(name, dummy))
-        finish_commits(list(self.sessions.values()))
-
-    def _forward(self, branch: str, latents: Tensor) -> None:
-        timesteps = torch.zeros(latents.shape[0], dtype=self.pipeline.scheduler.timesteps.dtype, device=latents.device)
-        with self.transformer.cache_context(branch):
-            self.transformer(
-                hidden_states=latents,
-                timestep=timesteps,
-                encoder_hidden_states=self.embeds[branch],
-                attention_kwargs=self.arguments["attention_kwargs"],
-                return_dict=False,
-            )
-
-    def _hidden_tokens(self, piece: Piece, latents: Tensor, pixels: Tensor | None) -> Tensor:
-        """A latent-space compressor's tokens for a piece of the chunk."""
-        assert self.compressor is not None
-        assert pixels is not None
-        first = next(iter(self.sessions.values())).frames
-        scale, vae = self.pipeline.vae_scale_factor_temporal, self.pipeline.vae
-
-        def pixel_index(frame: int) -> int:
-            """First pixel frame of a latent frame, from the chunk's; the video's first latent is one pixel frame."""
-            return max(0, (frame - first) * scale - (scale - 1 if first == 0 else 0))
-
-        chunk = LatentChunk(
-            latents=latents[:, :, piece.first_frame - first : piece.stop - first],
-            first_frame=piece.first_frame,
-            grid=self.geometry.grid,
-            pixels=lambda: pixels[:, :, pixel_index(piece.first_frame) : pixel_index(piece.stop)],
-            encode=lambda frames: encode(vae, frames),
-            embed=lambda small: embed(self.transformer, small),
-            pixels_per_token=(pixels.shape[-2] // self.geometry.grid[0], pixels.shape[-1] // self.geometry.grid[1]),
-        )
-        tokens = self.compressor.tokens(chunk)
-        span = self.compressor.span(piece.first_frame, piece.frames, self.geometry.grid)
-        wanted = (latents.shape[0], span.tokens, self.geometry.heads * self.geometry.head_dim)
-        if tuple(tokens.shape) != wanted:
-            name = type(self.compressor).__name__
-            raise PolicyError(f"{name}.tokens returned {tuple(tokens.shape)}, but span() announces {wanted}")
-        return tokens
-
-    def _memory_for(self, context: CacheContext) -> list[LayerMemory]:
-        """Tells the branch's session what the coming forward is."""
-        if torch.is_grad_enabled():
-            raise GradientError(
-                "gradients are enabled inside generation, where recomputation would commit a chunk twice; "
-                "remove torch.enable_grad() and torch.set_grad_enabled(True) from callbacks and wrappers"
-            )
-        session = self.sessions.get(context.name)
-        if session is None:
-            session = self.sessions[context.name] = Session(self.stack, self.geometry)
-        if isinstance(self._phase, Piece):
-            session.compress(self._phase)
-        elif self._phase < 0:
-            session.commit()
-        else:
-            session.denoise(context.step_index or 0)
-        return session.layers
 
     @contextmanager
     def _driving(self) -> Iterator[None]:
@@ -243,13 +157,7 @@ class WanRun(Run):
         self.adapter.check(self.pipeline)  # again for each chunk: anything may be switched on between two of them
         enabled.driving = self
         try:
-            with attached(self.transformer, self._memory_for):
+            with self.memory.attached():
                 yield
         finally:
             enabled.driving = None
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - start

@@ -33,11 +33,12 @@ class LayerMemory:
     Args:
         index: index of the layer.
         slot_tokens: most tokens of a compressed block.
+        buffer: what is attended.
     """
 
-    def __init__(self, index: int, slot_tokens: int) -> None:
+    def __init__(self, index: int, slot_tokens: int, buffer: PackedBuffer) -> None:
         self.index = index
-        self.buffer = PackedBuffer()
+        self.buffer = buffer
         self.archive = Archive(slot_tokens)
         #: What is attended; told before a forward, the same for all layers. None once the buffer is filled from it.
         self.pending: Context | None = None

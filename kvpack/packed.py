@@ -1,6 +1,7 @@
 """The two stores of a layer: the packed buffer that is attended, and the archive of compressed blocks."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -16,6 +17,9 @@ class PackedBuffer:
 
     A denoising step writes only behind the history and attends one contiguous view; nothing is concatenated.
     """
+
+    #: Whether gradients pass; not through memory that is written in place.
+    differentiable: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.keys = torch.empty(0)

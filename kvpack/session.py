@@ -13,6 +13,7 @@ from kvpack.errors import PolicyError
 from kvpack.geometry import Geometry
 from kvpack.layer import KeysValues, LayerMemory, joined
 from kvpack.ledger import Ledger, Piece
+from kvpack.packed import PackedBuffer
 from kvpack.roles import Compressor, LatentCompressor
 from kvpack.stack import Stack
 
@@ -36,15 +37,15 @@ class Session:
     Args:
         stack: the policy.
         geometry: the model.
+        buffer: what a layer attends.
     """
 
-    def __init__(self, stack: Stack, geometry: Geometry) -> None:
-        self.stack = stack
-        self.geometry = geometry
+    def __init__(self, stack: Stack, geometry: Geometry, buffer: type[PackedBuffer] = PackedBuffer) -> None:
+        self.stack, self.geometry, self.buffer = stack, geometry, buffer
         self.history = History(Ledger(stack.partitioner, stack.chunk_frames, stack.archive_blocks))
         spans = (stack.compressor.span(0, frames, geometry.grid) for frames in range(1, stack.chunk_frames + 1))
         slot_tokens = max(span.tokens for span in spans)
-        self.layers = [LayerMemory(index, slot_tokens) for index in range(geometry.layers)]
+        self.layers = [LayerMemory(index, slot_tokens, buffer()) for index in range(geometry.layers)]
         self.current: Context | None = None
         self._twins: list[Piece] = []
         #: Denoising step of the chunk in progress that was announced last; -1 before the first.
@@ -121,7 +122,7 @@ class Session:
 
     def snapshot(self) -> "Session":
         """An independent copy at the last commit, to resume or to fork from."""
-        copy = Session(self.stack, self.geometry)
+        copy = Session(self.stack, self.geometry, self.buffer)
         copy.history = self.history
         for mine, theirs in zip(self.layers, copy.layers, strict=True):
             theirs.archive = mine.archive.clone()

@@ -1,0 +1,164 @@
+"""A Wan transformer over kvpack's memory: each forward's phase told, each chunk committed. Who samples is not said."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from diffusers.hooks.hooks import CacheContext
+from torch import Tensor
+
+from kvpack.adapters.wan_attention import attached
+from kvpack.adapters.wan_vae import embed, encode, forward_tokens
+from kvpack.blocks import LatentChunk
+from kvpack.errors import GradientError, PolicyError
+from kvpack.geometry import Geometry
+from kvpack.layer import LayerMemory
+from kvpack.ledger import Piece
+from kvpack.packed import PackedBuffer
+from kvpack.roles import LatentCompressor
+from kvpack.session import Session, finish_commits
+from kvpack.stack import Stack
+
+
+class WanMemory:
+    """Memory of one generation by every guidance branch.
+
+    Args:
+        pipeline: a `WanPipeline`.
+        stack: the memory policy.
+        geometry: of its transformer.
+        embeds: text embeddings of each guidance branch.
+        attention_kwargs: passed on to the transformer.
+        buffer: what a layer attends; another one lets gradients through.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        stack: Stack,
+        geometry: Geometry,
+        embeds: dict[str, Tensor],
+        attention_kwargs: Mapping[str, Any] | None = None,
+        buffer: type[PackedBuffer] = PackedBuffer,
+    ) -> None:
+        self.pipeline, self.stack, self.geometry, self.embeds = pipeline, stack, geometry, embeds
+        self.transformer, self.attention_kwargs, self.buffer = pipeline.transformer, attention_kwargs, buffer
+        self.sessions: dict[str, Session] = {}
+        self.seconds = {"denoise": 0.0, "commit": 0.0, "compress": 0.0, "decode": 0.0}
+        self.compressor = stack.compressor if isinstance(stack.compressor, LatentCompressor) else None
+        #: The piece whose twin a forward makes; otherwise whether the forward is that of the clean chunk.
+        self._phase: bool | Piece = False
+
+    @property
+    def frames(self) -> int:
+        """Committed latent frames."""
+        return next(iter(self.sessions.values())).frames if self.sessions else 0
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Kvpack's processors in the transformer, whose forwards are denoising steps unless `commit` makes them."""
+        self._phase = False
+        return attached(self.transformer, self._memory_for)
+
+    def check_policies(self) -> None:
+        """Raises `PolicyError` if a policy broke its contract in the chunk in progress."""
+        for session in self.sessions.values():
+            session.check_policies()
+
+    def forward(self, branch: str, latents: Tensor, timesteps: Tensor, step: int | None = None) -> Tensor:
+        """The transformer's output for latents of one branch, at a denoising step."""
+        with self.transformer.cache_context(branch, step_index=step):
+            (output,) = self.transformer(
+                hidden_states=latents,
+                timestep=timesteps,
+                encoder_hidden_states=self.embeds[branch],
+                attention_kwargs=self.attention_kwargs,
+                return_dict=False,
+            )
+        return output
+
+    def commit(self, latents: Tensor, pixels: Tensor | None) -> None:
+        """The clean chunk at t = 0 through every branch that has to: the only write to history.
+
+        Args:
+            latents: the chunk's clean latents.
+            pixels: the same decoded, if the compressor needs them.
+        """
+        twins: dict[Piece, Tensor] = {}
+        with self.timed("compress"):
+            for piece in next(iter(self.sessions.values())).twins_due():
+                twins[piece] = self._hidden_tokens(piece, latents, pixels)
+        last = max(session.step for session in self.sessions.values())
+        try:
+            for branch, session in self.sessions.items():
+                # A branch that guidance left out of the last step has nothing of it to keep.
+                if self.stack.commit == "rerun" or session.step < last:
+                    with self.timed("commit"):
+                        self._phase = True
+                        self._clean_forward(branch, latents.to(self.transformer.dtype))
+                with self.timed("compress"):
+                    for piece, tokens in twins.items():
+                        self._phase = piece
+                        forward_tokens(
+                            self.transformer, tokens, lambda dummy, name=branch: self._clean_forward(name, dummy)
+                        )
+        finally:
+            self._phase = False
+        finish_commits(list(self.sessions.values()))
+
+    def _clean_forward(self, branch: str, latents: Tensor) -> None:
+        dtype = self.pipeline.scheduler.timesteps.dtype
+        self.forward(branch, latents, torch.zeros(latents.shape[0], dtype=dtype, device=latents.device))
+
+    def _hidden_tokens(self, piece: Piece, latents: Tensor, pixels: Tensor | None) -> Tensor:
+        """A latent-space compressor's tokens for a piece of the chunk."""
+        assert self.compressor is not None
+        assert pixels is not None
+        first, scale, vae = self.frames, self.pipeline.vae_scale_factor_temporal, self.pipeline.vae
+
+        def pixel_index(frame: int) -> int:
+            """First pixel frame of a latent frame, from the chunk's; the video's first latent is one pixel frame."""
+            return max(0, (frame - first) * scale - (scale - 1 if first == 0 else 0))
+
+        chunk = LatentChunk(
+            latents=latents[:, :, piece.first_frame - first : piece.stop - first],
+            first_frame=piece.first_frame,
+            grid=self.geometry.grid,
+            pixels=lambda: pixels[:, :, pixel_index(piece.first_frame) : pixel_index(piece.stop)],
+            encode=lambda frames: encode(vae, frames),
+            embed=lambda small: embed(self.transformer, small),
+            pixels_per_token=(pixels.shape[-2] // self.geometry.grid[0], pixels.shape[-1] // self.geometry.grid[1]),
+        )
+        tokens = self.compressor.tokens(chunk)
+        span = self.compressor.span(piece.first_frame, piece.frames, self.geometry.grid)
+        wanted = (latents.shape[0], span.tokens, self.geometry.heads * self.geometry.head_dim)
+        if tuple(tokens.shape) != wanted:
+            name = type(self.compressor).__name__
+            raise PolicyError(f"{name}.tokens returned {tuple(tokens.shape)}, but span() announces {wanted}")
+        return tokens
+
+    def _memory_for(self, context: CacheContext) -> list[LayerMemory]:
+        """Tells the branch's session what the coming forward is."""
+        if torch.is_grad_enabled() and not self.buffer.differentiable:
+            raise GradientError(
+                "gradients are enabled inside generation, where recomputation would commit a chunk twice; "
+                "remove torch.enable_grad() and torch.set_grad_enabled(True) from callbacks and wrappers"
+            )
+        session = self.sessions.get(context.name)
+        if session is None:
+            session = self.sessions[context.name] = Session(self.stack, self.geometry, self.buffer)
+        if isinstance(self._phase, Piece):
+            session.compress(self._phase)
+        elif self._phase:
+            session.commit()
+        else:
+            session.denoise(context.step_index or 0)
+        return session.layers
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the block's seconds to those of a phase."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
