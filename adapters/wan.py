@@ -8,6 +8,7 @@ from diffusers import WanPipeline
 
 from kvpack.adapter import Adapter
 from kvpack.adapters.wan_run import WanRun
+from kvpack.adapters.wan_trainee import WanTrainee
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.geometry import Geometry
 from kvpack.stack import Stack
@@ -91,3 +92,8 @@ class WanAdapter(Adapter):
         """Starts a generation; bad arguments are refused before anything is computed."""
         self.check(pipeline)
         return WanRun(self, pipeline, stack, arguments, streaming=streaming)
+
+    def trainee(self, pipeline: Any, max_sequence_length: int | None = None) -> WanTrainee:
+        """What training does with a `WanPipeline`."""
+        self.check(pipeline)
+        return WanTrainee(self, pipeline, max_sequence_length)

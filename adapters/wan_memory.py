@@ -56,6 +56,12 @@ class WanMemory:
         """Committed latent frames."""
         return next(iter(self.sessions.values())).frames if self.sessions else 0
 
+    def session(self, branch: str) -> Session:
+        """Memory of one branch, new at its first mention."""
+        if branch not in self.sessions:
+            self.sessions[branch] = Session(self.stack, self.geometry, self.buffer)
+        return self.sessions[branch]
+
     def attached(self) -> AbstractContextManager[None]:
         """Kvpack's processors in the transformer, whose forwards are denoising steps unless `commit` makes them."""
         self._phase = False
@@ -94,7 +100,8 @@ class WanMemory:
             for branch, session in self.sessions.items():
                 # A branch that guidance left out of the last step has nothing of it to keep.
                 if self.stack.commit == "rerun" or session.step < last:
-                    with self.timed("commit"):
+                    # What a chunk leaves behind whole has no gradient: a graph spans one chunk, and the twins in it.
+                    with self.timed("commit"), torch.no_grad():
                         self._phase = True
                         self._clean_forward(branch, latents.to(self.transformer.dtype))
                 with self.timed("compress"):
@@ -145,9 +152,7 @@ class WanMemory:
                 "gradients are enabled inside generation, where recomputation would commit a chunk twice; "
                 "remove torch.enable_grad() and torch.set_grad_enabled(True) from callbacks and wrappers"
             )
-        session = self.sessions.get(context.name)
-        if session is None:
-            session = self.sessions[context.name] = Session(self.stack, self.geometry, self.buffer)
+        session = self.session(context.name)
         if isinstance(self._phase, Piece):
             session.compress(self._phase)
         elif self._phase:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kvpack.errors import UnsupportedPipelineError
 from kvpack.geometry import Geometry
+from kvpack.packed import PackedBuffer
 from kvpack.session import Session
 from kvpack.stack import Stack
 
@@ -64,6 +67,62 @@ class Run(ABC):
         """Tokens, bytes, selections and seconds so far."""
 
 
+class Rollout(ABC):
+    """A model over kvpack's memory, driven chunk by chunk by training instead of by a pipeline; gradients pass."""
+
+    #: Its memory.
+    session: Session
+
+    @abstractmethod
+    def attached(self) -> AbstractContextManager[None]:
+        """Puts the memory into the transformer; `predict` and `commit` need it, and one rollout at a time has it."""
+
+    @abstractmethod
+    def predict(
+        self, noisy: Float[Tensor, "batch channels frames height width"], timestep: float, step: int
+    ) -> Float[Tensor, "batch channels frames height width"]:
+        """Velocity (noise minus clean) that the model predicts for the chunk behind the history.
+
+        Args:
+            noisy: the noisy chunk.
+            timestep: what the model is told of its noise, in 0..1000.
+            step: denoising step; mid blocks are chosen at step 0 and kept in those behind it.
+        """
+
+    @abstractmethod
+    def commit(self, latents: Float[Tensor, "batch channels frames height width"]) -> None:
+        """Writes a clean chunk into history; gradients pass into a compressor, not into what is kept whole."""
+
+
+class Trainee(ABC):
+    """What training must be able to do with a pipeline beside generating."""
+
+    @abstractmethod
+    def encode(self, pixels: Float[Tensor, "batch 3 frames height width"]) -> Tensor:
+        """Normalised latents `[batch, channels, 1 + m, height, width]` of `1 + 4m` frames in [-1, 1]."""
+
+    @abstractmethod
+    def embed(self, captions: list[str]) -> Tensor:
+        """Text embeddings `[captions, tokens, width]`."""
+
+    @abstractmethod
+    def rollout(
+        self, stack: Stack, embeds: Tensor, latent_size: tuple[int, int], buffer: type[PackedBuffer] = PackedBuffer
+    ) -> Rollout:
+        """A new video of `latent_size` (height, width) for each row of text embeddings.
+
+        Args:
+            stack: the memory policy.
+            embeds: text embeddings.
+            latent_size: height and width of the latents.
+            buffer: what a layer attends; `GraphBuffer` lets gradients through.
+        """
+
+    @abstractmethod
+    def velocity(self, transformer: Any, noisy: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
+        """What a stock transformer of this family predicts for a whole video at once."""
+
+
 class Adapter(ABC):
     """What kvpack must know of a model family."""
 
@@ -90,3 +149,15 @@ class Adapter(ABC):
     @abstractmethod
     def run(self, pipeline: Any, stack: Stack, arguments: dict[str, Any], *, streaming: bool) -> Run:
         """Starts a generation. `arguments` are those of the pipeline's own call; `num_frames` None is endless."""
+
+    def trainee(self, pipeline: Any, max_sequence_length: int | None = None) -> Trainee:
+        """What training does with this pipeline.
+
+        Args:
+            pipeline: the pipeline.
+            max_sequence_length: text tokens; the pipeline's own default if None.
+
+        Raises:
+            UnsupportedPipelineError: unless an adapter says otherwise.
+        """
+        raise UnsupportedPipelineError(f"the adapter {self.name} cannot train yet; it has no `trainee`")

@@ -36,6 +36,14 @@ class OutputError(KVPackError, OSError):
     """A file that cannot be written."""
 
 
+class BrokenClipError(KVPackError, ValueError):
+    """A training clip that cannot be used."""
+
+
+class TrainingError(KVPackError, RuntimeError):
+    """Training that cannot go on: it diverged, or its folder holds that of something else."""
+
+
 class PluginWarning(UserWarning):
     """A third-party plugin was left out because it failed to load."""
 

@@ -41,8 +41,14 @@ def rotate(
     turns: Complex[Tensor, "rows tokens 1 half_head_dim"],
     out: Float[Tensor, "batch tokens heads head_dim"] | None = None,
 ) -> Float[Tensor, "batch tokens heads head_dim"]:
-    """Rotates queries or keys (interleaved pairs) in float32 and rounds once; writes into `out` if given."""
+    """Rotates queries or keys (interleaved pairs) in float32 or wider and rounds once; writes into `out` if given.
+
+    Gradients pass where `out` is not given.
+    """
     vectors = vectors if vectors.stride(-1) == 1 else vectors.contiguous()
+    if out is None and torch.is_grad_enabled() and vectors.requires_grad:
+        wide = vectors if vectors.dtype == torch.float64 else vectors.float()
+        return torch.view_as_real(_as_complex(wide) * turns).flatten(-2).to(vectors.dtype)
     out = torch.empty_like(vectors) if out is None else out
     if out.dtype == vectors.dtype == torch.float32:
         torch.mul(_as_complex(vectors), turns, out=_as_complex(out))

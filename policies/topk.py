@@ -47,7 +47,7 @@ class QueryTopK(Selector):
         """Mean over queries, keys and heads of q . k / sqrt(head_dim), as many heads as there are."""
         queries = (query.rotated() if self.after_rope else query.queries).float().mean(dim=1)  # (b, h, d)
         sums = self._rotated_sums(candidates) if self.after_rope else candidates.key_sums
-        keys = sums / candidates.tokens[None, :, None, None]  # (b, m, h, d)
+        keys = (sums / candidates.tokens[None, :, None, None]).to(queries)  # (b, m, h, d)
         heads, head_dim = queries.shape[1:]
         return torch.einsum("bhd,bmhd->bm", queries, keys) / (heads * head_dim**0.5)
 

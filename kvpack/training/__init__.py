@@ -1,0 +1,1 @@
+"""Training of what compresses the memory of a frozen model, inside the graph of its rollout."""

@@ -1,0 +1,92 @@
+"""A packed buffer that lets gradients through to what it is filled with."""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kvpack.packed import Attention, PackedBuffer
+from kvpack.rope import rotate
+from kvpack.session import Session
+
+Cut = tuple[Tensor, Tensor]
+
+
+class GraphBuffer(PackedBuffer):
+    """History is cut off the graph that made it, and attended as it is.
+
+    A backward pass stops at the history and adds up there; `backward_history` carries the sums on, once. So the
+    denoising steps of a chunk need the memory of one, however many there are.
+    """
+
+    differentiable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        #: Rotated keys, and values, each as made and cut off; None before they are attended.
+        self.made: tuple[Cut, Cut] | None = None
+
+    def clear(self, rows: int, capacity: int, like: Float[Tensor, "rows tokens heads head_dim"]) -> None:
+        """Empties the buffer."""
+        self.keys = self.values = like.new_empty(rows, 0, *like.shape[2:])
+        self.lengths, self._parts, self.made = [0] * rows, {}, None
+
+    def append(
+        self,
+        rows: slice,
+        keys: Float[Tensor, "some tokens heads head_dim"],
+        values: Float[Tensor, "some tokens heads head_dim"],
+        turns: Complex[Tensor, "any tokens 1 half"],
+    ) -> None:
+        """Adds history behind the history of these rows."""
+        self._parts.setdefault(rows.start, []).append((rotate(keys, turns), values))
+        self.lengths[rows] = [self.lengths[rows][0] + keys.shape[1]] * keys.shape[0]
+
+    def attend(
+        self,
+        queries: Float[Tensor, "rows tokens heads head_dim"],
+        keys: Float[Tensor, "rows tokens heads head_dim"],
+        values: Float[Tensor, "rows tokens heads head_dim"],
+        turns: Complex[Tensor, "any tokens 1 half"],
+        attention: Attention,
+    ) -> Float[Tensor, "rows tokens heads head_dim"]:
+        """Attends history and the current keys and values."""
+        if self._parts:
+            self._cut()
+        queries, keys = rotate(queries, turns), rotate(keys, turns)
+        results = []
+        for rows in self._equal_rows():
+            length = self.lengths[rows][0]
+            attended = [
+                torch.cat([history[rows, :length], current[rows]], dim=1)
+                for history, current in ((self.keys, keys), (self.values, values))
+            ]
+            results.append(attention(queries[rows], *attended))
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _cut(self) -> None:
+        longest = max(self.lengths)
+
+        def joined(index: int) -> Tensor:
+            rows = [torch.cat([part[index] for part in self._parts[start]], dim=1) for start in sorted(self._parts)]
+            return torch.cat([pad(each, (0, 0, 0, 0, 0, longest - each.shape[1])) for each in rows])
+
+        made, self._parts = (joined(0), joined(1)), {}
+        self.keys, self.values = (each.detach().requires_grad_(each.requires_grad) for each in made)
+        self.made = (made[0], self.keys), (made[1], self.values)
+
+
+def histories(session: Session) -> list[Cut]:
+    """The history that every layer attends for the chunk in progress, as it was made and as it is attended."""
+    made = [layer.buffer.made for layer in session.layers if isinstance(layer.buffer, GraphBuffer)]
+    return [cut for each in made for cut in each or ()]
+
+
+def backward_history(cuts: Iterable[Cut]) -> None:
+    """Carries the gradients that have added up at histories on to what made them."""
+    with_gradients = [(made, cut.grad) for made, cut in cuts if cut.grad is not None]
+    if with_gradients:
+        torch.autograd.backward([made for made, _ in with_gradients], [grad for _, grad in with_gradients])

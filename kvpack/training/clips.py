@@ -1,0 +1,232 @@
+"""A folder of training clips: videos, which are encoded once, or latents that are encoded already."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn.functional import interpolate
+from tqdm import tqdm
+
+from kvpack.adapter import Trainee
+from kvpack.errors import BrokenClipError, InvalidOptionError
+from kvpack.evaluation.reading import opened
+from kvpack.video import Frames, save_bytes
+
+Broken = Literal["stop", "skip"]
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+LATENTS = ".safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """A clip as the model sees it.
+
+    Args:
+        name: of the file, and of the row in it.
+        latents: normalised latents.
+        embeds: embeddings of its caption.
+    """
+
+    name: str
+    latents: Float[Tensor, "channels frames height width"]
+    embeds: Float[Tensor, "tokens width"]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Where a clip lies."""
+
+    file: Path
+    index: int
+    caption: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.file.name}[{self.index}]"
+
+
+class ClipFolder(Sequence[Clip]):
+    """Clips of one size, cut to one length, in the order of their files' names.
+
+    A `.safetensors` file has `latents` `[clips, channels, frames, height, width]`, normalised as the pipeline does. Of a
+    video (`.mp4`, `.mov`, `.mkv`, `.webm`, `.avi`) the first frames are encoded, once, into a file in `cache`. Captions
+    are the lines of a `.txt` file of the same name, one for each clip.
+
+    Args:
+        folder: the folder.
+        trainee: encodes videos and captions.
+        frames: latent frames of a clip; longer ones are cut.
+        channels: latent channels of the model.
+        size: height and width in pixels that videos are scaled and cropped to; None leaves them.
+        fps: frames a second that the model was trained with; of videos with more, some are left out.
+        cache: folder of encoded videos, made where there is none.
+        broken: whether a clip that cannot be used is reported and skipped, or stops everything.
+        device: where latents go.
+
+    Raises:
+        BrokenClipError: if a clip cannot be used and `broken` is "stop", or if none can.
+        InvalidOptionError: if there is no such folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        trainee: Trainee,
+        frames: int,
+        channels: int,
+        *,
+        size: tuple[int, int] | None = None,
+        fps: float = 16.0,
+        cache: Path | None = None,
+        broken: Broken = "stop",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not folder.is_dir():
+            raise InvalidOptionError(f"no data folder {folder}; give a folder of videos or of latents")
+        self.trainee, self.frames, self.channels, self.size, self.fps = trainee, frames, channels, size, fps
+        self.cache, self.device = cache or folder, device
+        self.shape: tuple[int, ...] | None = None
+        self.skipped: list[str] = []
+        self._rows: list[_Row] = []
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (*VIDEOS, LATENTS))
+        for file in tqdm(files, desc="clips", leave=False):
+            for row in self._usable(file, broken):
+                self._rows.append(row)
+        if not self._rows:
+            kinds = ", ".join((*VIDEOS, LATENTS))
+            told = f"; left out: {'; '.join(self.skipped)}" if self.skipped else ""
+            raise BrokenClipError(f"{folder} holds no usable clip; it needs {kinds} with captions in .txt{told}")
+        captions = sorted({row.caption for row in self._rows})
+        self._embeds = {caption: trainee.embed([caption])[0] for caption in tqdm(captions, desc="text", leave=False)}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        row = self._rows[index]
+        latents = self._read(row.file, row.index).float().to(self.device)
+        return Clip(row.name, latents, self._embeds[row.caption])
+
+    def fingerprint(self) -> str:
+        """The same for the same clips: a run that goes on has to find what it began with."""
+        told = json.dumps([[row.name, row.caption] for row in self._rows] + [self.shape])
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+    def _usable(self, file: Path, broken: Broken) -> Iterator[_Row]:
+        try:
+            source = file if file.suffix == LATENTS else self._encoded(file)
+            captions = _captions(file)
+            count = self._count(source)
+            if len(captions) != count:
+                raise BrokenClipError(f"{file.with_suffix('.txt').name} has {len(captions)} captions for {count} clips")
+        except BrokenClipError as error:
+            self._report(f"{file.name}: {error}", broken)
+            return
+        for index, caption in enumerate(captions):
+            row = _Row(source, index, caption)
+            try:
+                self._check(self._read(source, index))
+            except BrokenClipError as error:
+                self._report(f"{file.name}, clip {index}: {error}", broken)
+            else:
+                yield row
+
+    def _report(self, what: str, broken: Broken) -> None:
+        if broken == "stop":
+            raise BrokenClipError(f"{what}. Mend it or take it out, or let broken clips be skipped")
+        self.skipped.append(what)
+
+    def _count(self, source: Path) -> int:
+        with _opened(source) as file:
+            shape = file.get_slice("latents").get_shape()
+        if len(shape) != 5:
+            raise BrokenClipError(f"latents must be [clips, channels, frames, height, width], got {shape}")
+        return int(shape[0])
+
+    def _read(self, source: Path, index: int) -> Tensor:
+        with _opened(source) as file:
+            latents: Tensor = file.get_slice("latents")[index]
+        return latents[:, : self.frames]
+
+    def _check(self, latents: Tensor) -> None:
+        channels, frames, *size = latents.shape
+        if channels != self.channels:
+            raise BrokenClipError(f"it has {channels} latent channels, but the model has {self.channels}")
+        if frames < self.frames:
+            raise BrokenClipError(f"it has {frames} latent frames, but {self.frames} are needed")
+        if self.shape is not None and tuple(latents.shape) != self.shape:
+            raise BrokenClipError(f"its latents are {size[0]}x{size[1]}, but those of the clips before it are not")
+        if not bool(latents.isfinite().all()):
+            raise BrokenClipError("its latents hold NaN or infinity")
+        self.shape = tuple(latents.shape)
+
+    def _encoded(self, file: Path) -> Path:
+        wanted = f"{file.stat().st_size}-{file.stat().st_mtime_ns}-{self.frames}-{self.size}-{self.fps}"
+        path = self.cache / f"{file.stem}-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}{LATENTS}"
+        if not path.exists():
+            pixels = _pixels(file, 4 * (self.frames - 1) + 1, self.size, self.fps)
+            latents = self.trainee.encode(pixels[None])
+            self.cache.mkdir(parents=True, exist_ok=True)
+            save_bytes(save({"latents": latents.float().cpu().contiguous()}), path)
+        return path
+
+
+def _captions(file: Path) -> list[str]:
+    path = file.with_suffix(".txt")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BrokenClipError(f"no captions can be read from {path.name}: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _opened(path: Path) -> Any:
+    try:
+        file = safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise BrokenClipError(f"{path.name} cannot be read: {error}") from error
+    if "latents" not in file.keys():  # noqa: SIM118  # not a mapping
+        raise BrokenClipError(f"{path.name} has no tensor named latents; it has {', '.join(file.keys())}")
+    return file
+
+
+def _pixels(path: Path, frames: int, size: tuple[int, int] | None, fps: float) -> Tensor:
+    """The first frames of a video in [-1, 1], at `fps`, scaled to cover `size` and cropped at its centre."""
+    pictures: list[Frames] = []
+    try:
+        with opened(path) as video:
+            wanted = (round(index * video.fps / fps) for index in range(frames))
+            next_wanted = next(wanted)
+            for index, picture in enumerate(chain.from_iterable(video.frames)):
+                while index == next_wanted:
+                    pictures.append(picture)
+                    next_wanted = next(wanted, -1)
+                if next_wanted < 0:
+                    break
+    except InvalidOptionError as error:
+        raise BrokenClipError(str(error)) from error
+    if len(pictures) < frames:
+        raise BrokenClipError(f"it has {len(pictures)} frames at {fps:g} frames a second, but {frames} are needed")
+    video_pixels = torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2).float() / 127.5 - 1
+    return video_pixels if size is None else _covered(video_pixels, size)
+
+
+def _covered(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    height, width = pixels.shape[2:]
+    ratio = max(size[0] / height, size[1] / width)
+    scaled = [max(size[0], round(height * ratio)), max(size[1], round(width * ratio))]
+    pixels = interpolate(pixels.transpose(0, 1), scaled, mode="bilinear", antialias=True).transpose(0, 1)
+    top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
+    return pixels[:, :, top : top + size[0], left : left + size[1]]

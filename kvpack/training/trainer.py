@@ -1,0 +1,278 @@
+"""The loop of a training run: the same weights whether or not it was stopped on its way."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kvpack.errors import InvalidOptionError, TrainingError, require_int
+from kvpack.training.clips import Clip, ClipFolder
+from kvpack.training.noise import generator
+from kvpack.video import save_bytes
+
+STATE, LOG, RECIPE = "state.pt", "log.csv", "recipe.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast.
+
+    Args:
+        steps: optimiser steps.
+        learning_rate: of the compressor.
+        batch: clips a backward pass, in each process.
+        accumulation: backward passes a step.
+        schedule: of the learning rate, a name that diffusers knows, e.g. "constant", "cosine" or "linear".
+        warmup: steps until the learning rate is reached.
+        clip_norm: the largest norm of a step's gradient.
+        seed: of the order of clips and of all noise.
+        save_every: steps between checkpoints.
+
+    Raises:
+        InvalidOptionError: if a number cannot work.
+    """
+
+    steps: int = 3000
+    learning_rate: float = 1e-4
+    batch: int = 1
+    accumulation: int = 1
+    schedule: str = "constant"
+    warmup: int = 0
+    clip_norm: float = 1.0
+    seed: int = 0
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulation", "save_every"):
+            require_int(name, getattr(self, name), minimum=1)
+        for name in ("warmup", "seed"):
+            require_int(name, getattr(self, name))
+        for name in ("learning_rate", "clip_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InvalidOptionError(f"{name} must be a number > 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Learner:
+    """Weights that one optimiser trains: those of a module that require gradients.
+
+    Args:
+        name: what checkpoints call it.
+        module: the module.
+        rate: its learning rate, as a multiple of the recipe's.
+        options: of AdamW.
+    """
+
+    name: str
+    module: nn.Module
+    rate: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Its parameters by name."""
+        return {name: each for name, each in self.module.named_parameters() if each.requires_grad}
+
+
+class Objective(Protocol):
+    """What a training run minimises."""
+
+    @property
+    def learners(self) -> Sequence[Learner]:
+        """What is trained; those left without gradients in a step stay as they are."""
+
+    def backward(
+        self, step: int, clips: Sequence[Clip], source: torch.Generator, backward: Callable[[Tensor], None]
+    ) -> dict[str, float]:
+        """Adds up gradients for one batch, by `backward(loss)`, and returns what is logged."""
+
+
+class Trainer:
+    """A training run in a folder, begun or gone on with.
+
+    The folder has `state.pt`, from which it goes on bit for bit on the same kind of processor, `log.csv`, and
+    `recipe.json`, which says what it is a training of.
+
+    Args:
+        objective: what is minimised.
+        clips: the data.
+        recipe: how long and how fast.
+        output: the folder.
+        accelerator: processes, precision and trackers.
+        about: what else must be the same for a run to go on.
+
+    Raises:
+        TrainingError: if the folder holds another training.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        clips: ClipFolder,
+        recipe: Recipe,
+        output: Path,
+        accelerator: Accelerator,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        self.objective, self.clips, self.recipe, self.output = objective, clips, recipe, output
+        self.accelerator, self.step = accelerator, 0
+        told = {**asdict(recipe), "clips": clips.fingerprint(), "processes": accelerator.num_processes, **(about or {})}
+        told = {name: value for name, value in told.items() if name not in ("steps", "save_every")}  # these may change
+        self.about = json.dumps(told, indent=2, sort_keys=True, default=str) + "\n"
+        self.optimisers, self.schedules = {}, {}
+        for learner in objective.learners:
+            rate = recipe.learning_rate * learner.rate
+            optimiser = torch.optim.AdamW(learner.trained.values(), rate, **learner.options)
+            self.optimisers[learner.name] = accelerator.prepare_optimizer(optimiser)
+            self.schedules[learner.name] = get_scheduler(
+                recipe.schedule, optimiser, num_warmup_steps=recipe.warmup, num_training_steps=recipe.steps
+            )
+        output.mkdir(parents=True, exist_ok=True)
+        self._resume()
+
+    def run(self, saved: Callable[[int], None] = lambda step: None) -> None:
+        """Trains to the end.
+
+        Args:
+            saved: called after each checkpoint, in the main process.
+
+        Raises:
+            TrainingError: if a loss or a gradient is not finite; the last checkpoint is as it was.
+        """
+        main = self.accelerator.is_main_process
+        with tqdm(total=self.recipe.steps, initial=self.step, desc="train", disable=not main) as bar:
+            while self.step < self.recipe.steps:
+                told = self._advance()
+                bar.update()
+                bar.set_postfix({name: f"{value:.4g}" for name, value in told.items()})
+                if main:
+                    self._log(told)
+                if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps:
+                    self.accelerator.wait_for_everyone()
+                    if main:
+                        self._save()
+                        saved(self.step)
+
+    def _advance(self) -> dict[str, float]:
+        """One step of the optimisers."""
+        recipe, accelerator = self.recipe, self.accelerator
+        totals: dict[str, float] = {}
+        for part in range(recipe.accumulation):
+            turn = (self.step * recipe.accumulation + part) * accelerator.num_processes + accelerator.process_index
+            told = self.objective.backward(
+                self.step,
+                self._batch(turn),
+                generator(recipe.seed, 1, turn),
+                lambda loss: accelerator.backward(loss / recipe.accumulation),
+            )
+            for name, value in told.items():
+                totals[name] = totals.get(name, 0.0) + value / recipe.accumulation
+        totals = {name: float(self._mean(torch.tensor(value))) for name, value in totals.items()}
+        for learner in self.objective.learners:
+            totals |= self._update(learner, totals)
+        self.step += 1
+        return totals
+
+    def _batch(self, turn: int) -> list[Clip]:
+        """Clips in a new order in every round of all of them."""
+        first, chosen = turn * self.recipe.batch, []
+        for index in range(first, first + self.recipe.batch):
+            round_, place = divmod(index, len(self.clips))
+            order = torch.randperm(len(self.clips), generator=generator(self.recipe.seed, 0, round_))
+            chosen.append(self.clips[int(order[place])])
+        return chosen
+
+    def _update(self, learner: Learner, told: dict[str, float]) -> dict[str, float]:
+        trained = [each for each in learner.trained.values() if each.grad is not None]
+        if not trained:
+            return {}
+        for each in trained:
+            each.grad = self._mean(each.grad)
+        optimiser = self.optimisers[learner.name]
+        norm = float(self.accelerator.clip_grad_norm_(trained, self.recipe.clip_norm))
+        # A gradient that overflows fp16 is no sign of divergence: its scaler passes over the step.
+        seen = told if self.accelerator.mixed_precision == "fp16" else {**told, "gradient norm": norm}
+        bad = {name: value for name, value in seen.items() if not math.isfinite(value)}
+        if bad:
+            last = self.step // self.recipe.save_every * self.recipe.save_every
+            kept = f"the checkpoint of step {last} in {self.output} is kept" if last else "there is no checkpoint yet"
+            raise TrainingError(
+                f"training diverged at step {self.step + 1}: {', '.join(f'{k} is {v}' for k, v in bad.items())}; {kept}. "
+                f"Go on from it with a learning rate below {self.recipe.learning_rate:g}, or look at the clips"
+            )
+        optimiser.step()
+        optimiser.zero_grad()
+        self.schedules[learner.name].step()
+        return {f"{learner.name} gradient norm": norm}
+
+    def _mean(self, tensor: Tensor) -> Tensor:
+        """Over all processes."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="mean")
+
+    def _log(self, told: dict[str, float]) -> None:
+        self.accelerator.log(told, step=self.step)
+        path = self.output / LOG
+        new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            if new:
+                rows.writerow(["step", "name", "value"])
+            rows.writerows([self.step, name, value] for name, value in told.items())
+
+    def _save(self) -> None:
+        data = io.BytesIO()
+        learners, scaler = {each.name: self._state(each) for each in self.objective.learners}, self.accelerator.scaler
+        torch.save({"step": self.step, "learners": learners, "scaler": scaler and scaler.state_dict()}, data)
+        save_bytes(data.getvalue(), self.output / STATE)
+
+    def _state(self, learner: Learner) -> dict[str, Any]:
+        return {
+            "weights": {name: each.detach().cpu() for name, each in learner.trained.items()},
+            "optimiser": self.optimisers[learner.name].state_dict(),
+            "schedule": self.schedules[learner.name].state_dict(),
+        }
+
+    def _resume(self) -> None:
+        recipe, state = self.output / RECIPE, self.output / STATE
+        if not state.exists():
+            if self.accelerator.is_main_process:
+                save_bytes(self.about.encode(), recipe)
+                (self.output / LOG).unlink(missing_ok=True)
+            return
+        if recipe.read_text(encoding="utf-8") != self.about:
+            raise TrainingError(
+                f"{self.output} holds another training, see {recipe}; give it the same options to go on, or a new folder"
+            )
+        data = torch.load(state, map_location="cpu", weights_only=True)
+        self.step = data["step"]
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(data["scaler"])
+        for learner in self.objective.learners:
+            kept, trained = data["learners"][learner.name], learner.trained
+            with torch.no_grad():
+                for name, weights in kept["weights"].items():
+                    trained[name].copy_(weights)
+            self.optimisers[learner.name].load_state_dict(kept["optimiser"])
+            self.schedules[learner.name].load_state_dict(kept["schedule"])
+        if self.accelerator.is_main_process:
+            self._cut_log()
+
+    def _cut_log(self) -> None:
+        """Steps behind the checkpoint will be done, and logged, again."""
+        path = self.output / LOG
+        if path.exists():
+            header, *rows = path.read_text(encoding="utf-8").splitlines()
+            kept = [row for row in rows if int(row.split(",", 1)[0]) <= self.step]
+            save_bytes("\n".join([header, *kept, ""]).encode(), path)
