@@ -18,6 +18,7 @@ from kvpack.cli_support import (
     progress,
     size_text,
 )
+from kvpack.cli_train import train_compressor
 from kvpack.errors import InvalidOptionError
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ def generate(
 
 
 app.command()(evaluate)
+app.command()(train_compressor)
 
 
 @app.command()

@@ -1,0 +1,222 @@
+"""Everything that training a compressor of a pipeline needs, put together."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from kvpack.compressor import Branches, HighResolutionBranch
+from kvpack.enable import resolve_stack
+from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, require_choice, require_int
+from kvpack.generation import load_pipeline
+from kvpack.registry import registry
+from kvpack.roles import Project
+from kvpack.stack import Stack
+from kvpack.training.clips import Broken, ClipFolder
+from kvpack.training.distillation import ContextDistillation
+from kvpack.training.matching import DistributionMatching
+from kvpack.training.trainer import Objective, Recipe, Trainer
+
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class CompressorTraining:
+    """A training run of a compressor for one frozen model.
+
+    Args:
+        model: folder of a diffusers pipeline.
+        data: folder of clips (see `ClipFolder`).
+        output: folder of the run; the compressor is saved there, for `enable_packforcing(compressor=folder)`.
+        stack: the memory that it is trained in.
+        options: options of the stack.
+        branches: which compressor.
+        project: how its tokens become keys and values.
+        hidden: channels between its convolutions.
+        teacher: folder of a pipeline with a bidirectional transformer: trains by distribution matching instead of by
+            context distillation.
+        lora_rank: rank of LoRA weights of the model, trained too; needs a teacher.
+        critic_steps: steps of the critic for one of the compressor; needs a teacher.
+        guidance_scale: of the teacher.
+        frames: latent frames of a clip.
+        size: height and width in pixels that videos are scaled and cropped to.
+        fps: frames a second that the model was trained with.
+        denoising_steps: of a chunk.
+        broken: what a broken clip does.
+        max_sequence_length: text tokens; the pipeline's own default if None.
+        mixed_precision: "no", "bf16" or "fp16"; the frozen model's dtype. What is trained stays in float32.
+        cpu: whether to leave an accelerator alone.
+        tensorboard: whether to log for TensorBoard beside `log.csv`.
+        base_model: what the saved config calls the model; the folder's name if None.
+        recipe: how long and how fast.
+
+    Raises:
+        InvalidOptionError: if an option cannot work.
+    """
+
+    model: Path
+    data: Path
+    output: Path
+    stack: str = "packforcing"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    branches: Branches = "dual"
+    project: Project = "layers"
+    hidden: int = 64
+    teacher: Path | None = None
+    lora_rank: int = 0
+    critic_steps: int = 5
+    guidance_scale: float = 3.0
+    frames: int = 20
+    size: tuple[int, int] | None = None
+    fps: float = 16.0
+    denoising_steps: int = 4
+    broken: Broken = "stop"
+    max_sequence_length: int | None = None
+    mixed_precision: str = "no"
+    cpu: bool = False
+    tensorboard: bool = False
+    base_model: str | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        require_choice("mixed_precision", self.mixed_precision, PRECISIONS)
+        require_choice("broken", self.broken, ("stop", "skip"))
+        for name in ("critic_steps", "frames", "denoising_steps"):
+            require_int(name, getattr(self, name), minimum=1)
+        require_int("lora_rank", self.lora_rank)
+        if self.lora_rank and self.teacher is None:
+            raise InvalidOptionError(
+                "lora_rank needs a teacher: context distillation asks that the model stays what it is; give a teacher"
+            )
+        if "compressor" in self.options:
+            raise InvalidOptionError(
+                "the stack's compressor is what is trained; choose it by branches, not by an option"
+            )
+
+    def run(self) -> HighResolutionBranch:
+        """Trains to the end, or on from the last checkpoint.
+
+        Raises:
+            BrokenClipError: if a clip cannot be used.
+            TrainingError: if training diverges, or the folder holds another one.
+            UnsupportedPipelineError: if no adapter can train this pipeline.
+        """
+        accelerator = Accelerator(
+            mixed_precision=self.mixed_precision,
+            cpu=self.cpu,
+            log_with="tensorboard" if self.tensorboard else None,
+            project_dir=str(self.output),
+        )
+        pipeline = frozen(self.model, PRECISIONS[self.mixed_precision], str(accelerator.device))
+        adapter = registry().adapter(pipeline)
+        if adapter is None:
+            raise UnsupportedPipelineError(
+                f"kvpack has no adapter for {type(pipeline).__name__}. Installed: {', '.join(registry().names('adapter'))}"
+            )
+        trainee, config = adapter.trainee(pipeline, self.max_sequence_length), pipeline.transformer.config
+        branch = HighResolutionBranch(
+            channels=config.in_channels,
+            width=config.num_attention_heads * config.attention_head_dim,
+            patch=tuple(config.patch_size[1:]),
+            hidden=self.hidden,
+            branches=self.branches,
+            project=self.project,
+            base_model=self.base_model or self.model.resolve().name,
+            seed=self.recipe.seed,
+        ).to(accelerator.device)
+        stack = self._stack(branch)
+        clips = ClipFolder(
+            self.data,
+            trainee,
+            self.frames,
+            config.in_channels,
+            size=self.size,
+            fps=self.fps,
+            cache=self.output / "clips",
+            broken=self.broken,
+            device=accelerator.device,
+        )
+        objective: Objective
+        if self.teacher is None:
+            objective = ContextDistillation(trainee, stack, branch, pipeline.scheduler, self.denoising_steps)
+            objective.targets(self.frames)
+        else:
+            objective = DistributionMatching(
+                trainee,
+                stack,
+                pipeline.scheduler,
+                self._generator(branch, pipeline.transformer),
+                frozen(self.teacher, PRECISIONS[self.mixed_precision], str(accelerator.device)).transformer,
+                trainee.embed([""])[0],
+                self.denoising_steps,
+                self.critic_steps,
+                guidance_scale=self.guidance_scale,
+                autocast=accelerator.autocast,
+            )
+        about = {name: str(getattr(self, name)) for name in _ABOUT}
+        trainer = Trainer(objective, clips, self.recipe, self.output, accelerator, about)
+        if self.tensorboard:
+            accelerator.init_trackers("tensorboard")
+        trainer.run(lambda step: self._save(branch, pipeline))
+        with suppress(AttributeError):  # nothing to end without trackers
+            accelerator.end_training()
+        return branch
+
+    def _stack(self, branch: HighResolutionBranch) -> Stack:
+        compressor = registry().policy("compressor", self.branches, {"weights": branch, "project": self.project})
+        return replace(resolve_stack(self.stack, self.options), compressor=compressor)
+
+    def _generator(self, branch: HighResolutionBranch, transformer: Any) -> nn.Module:
+        """What learns: the compressor, and the model's LoRA weights if there are."""
+        if not self.lora_rank:
+            return nn.ModuleList([branch])
+        from peft import LoraConfig
+
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.recipe.seed)
+            transformer.add_adapter(LoraConfig(self.lora_rank, lora_alpha=self.lora_rank, target_modules=targets))
+        for each in transformer.parameters():
+            if each.requires_grad:
+                each.data = each.data.float()
+        return nn.ModuleList([branch, transformer])
+
+    def _save(self, branch: HighResolutionBranch, pipeline: Any) -> None:
+        branch.save_pretrained(self.output)
+        if self.lora_rank:
+            from peft import get_peft_model_state_dict
+
+            pipeline.save_lora_weights(self.output, get_peft_model_state_dict(pipeline.transformer))
+
+
+_ABOUT = (
+    "stack",
+    "options",
+    "branches",
+    "project",
+    "hidden",
+    "teacher",
+    "lora_rank",
+    "critic_steps",
+    "guidance_scale",
+    "denoising_steps",
+    "mixed_precision",
+)
+
+
+def frozen(folder: Path, dtype: torch.dtype, device: str) -> Any:
+    """A pipeline from a folder, without gradients and without dropout.
+
+    Raises:
+        InvalidOptionError: if there is none.
+    """
+    pipeline = load_pipeline(folder, dtype, device)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    return pipeline
