@@ -58,9 +58,9 @@ class _Row:
 class ClipFolder(Sequence[Clip]):
     """Clips of one size, cut to one length, in the order of their files' names.
 
-    A `.safetensors` file has `latents` `[clips, channels, frames, height, width]`, normalised as the pipeline does. Of a
-    video (`.mp4`, `.mov`, `.mkv`, `.webm`, `.avi`) the first frames are encoded, once, into a file in `cache`. Captions
-    are the lines of a `.txt` file of the same name, one for each clip.
+    A `.safetensors` file has `latents` `[clips, channels, frames, height, width]`, normalised as the pipeline does. Of
+    a video (`.mp4`, `.mov`, `.mkv`, `.webm`, `.avi`) the first frames are encoded, once, into a file in `cache`.
+    Captions are the lines of a `.txt` file of the same name, one for each clip.
 
     Args:
         folder: the folder.

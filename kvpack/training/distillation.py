@@ -53,8 +53,8 @@ class ContextDistillation:
             ledger = ledger.commit().ledger
         if not found:
             raise InvalidOptionError(
-                f"in a clip of {frames} latent frames no chunk of {self.stack.chunk_frames} attends anything compressed "
-                f"by {self.stack.name}; give longer clips, or a smaller sink_frames or recent_frames"
+                f"in a clip of {frames} latent frames no chunk of {self.stack.chunk_frames} attends anything that "
+                f"{self.stack.name} compressed; give longer clips, or a smaller sink_frames or recent_frames"
             )
         return found
 

@@ -207,7 +207,8 @@ class Trainer:
             last = self.step // self.recipe.save_every * self.recipe.save_every
             kept = f"the checkpoint of step {last} in {self.output} is kept" if last else "there is no checkpoint yet"
             raise TrainingError(
-                f"training diverged at step {self.step + 1}: {', '.join(f'{k} is {v}' for k, v in bad.items())}; {kept}. "
+                f"training diverged at step {self.step + 1}: {', '.join(f'{k} is {v}' for k, v in bad.items())}; "
+                f"{kept}. "
                 f"Go on from it with a learning rate below {self.recipe.learning_rate:g}, or look at the clips"
             )
         optimiser.step()
@@ -253,7 +254,8 @@ class Trainer:
             return
         if recipe.read_text(encoding="utf-8") != self.about:
             raise TrainingError(
-                f"{self.output} holds another training, see {recipe}; give it the same options to go on, or a new folder"
+                f"{self.output} holds another training, see {recipe}; "
+                "give it the same options to go on, or a new folder"
             )
         data = torch.load(state, map_location="cpu", weights_only=True)
         self.step = data["step"]
