@@ -34,6 +34,8 @@ def encode_part(rank: int, processes: int, out: Path, clips: int, seed: int, rul
         latents.append(((vae_full.encode(vae, video)[0] - mean) / std).half())
     scenes = torch.tensor([world.TRAIN.index(known[i % len(known)]) for i in mine])
     save_file({"latents": torch.cat(latents), "scenes": scenes}, out / f"latents-{rank}.safetensors")
+    captions = [known[i % len(known)].caption for i in mine]  # with them it is a data folder of kvpack's own training
+    (out / f"latents-{rank}.txt").write_text("\n".join(captions) + "\n")
 
 
 def read(out: Path) -> tuple[Tensor, Tensor]:

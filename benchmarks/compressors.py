@@ -1,0 +1,89 @@
+"""How much of what a model predicts is lost behind compressed history: `distillation_loss` of each compressor.
+
+On held-out clips of the toy world, 20 latent frames, the mean squared difference of velocities behind packed and behind
+whole history, over all chunks that attend something compressed and 4 denoising steps. Every subject has the same tokens.
+Figures go to benchmarks/results/compressors.json; low and high are 95 % bootstrap intervals over captions and seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import report
+from benchmarks.leaderboard import bootstrap
+from benchmarks.report import Score
+from benchmarks.toyworld import world
+from benchmarks.toyworld.chunked import FRAMES
+from kvpack.adapter import Trainee
+from kvpack.adapters import WanAdapter
+from kvpack.demo import CALL, shipped_folder
+from kvpack.policies import packforcing
+from kvpack.training.clips import Clip
+from kvpack.training.compressor import frozen
+from kvpack.training.distillation import ContextDistillation
+
+FIRST_SEED = 5 * 10**7
+SECONDS = 5
+SINK = 4  # leaves one block in the middle for the fourth chunk, two for the fifth
+
+
+def held_out(trainee: Trainee, seeds: int) -> list[list[Clip]]:
+    """Clips of each held-out caption."""
+    clips = []
+    for index, scene in enumerate(world.HELD_OUT):
+        embeds, row = trainee.embed([scene.caption])[0], []
+        for seed in range(seeds):
+            video = world.make_clip(scene, FIRST_SEED + 100 * index + seed, 4 * FRAMES - 3).video
+            pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+            row.append(Clip(f"{scene.caption}, {seed}", trainee.encode(pixels)[0], embeds))
+        clips.append(row)
+    return clips
+
+
+def losses(objective: ContextDistillation, clips: list[list[Clip]]) -> bootstrap.Array:
+    """Loss of each clip, [captions, seeds]."""
+
+    def loss(clip: Clip) -> float:
+        return float(np.mean([objective.measure([clip], target, seed=0) for target in objective.targets(FRAMES)]))
+
+    return np.array([[loss(clip) for clip in row] for row in clips])
+
+
+def main() -> None:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", type=Path, default=shipped_folder(), help="default: the shipped one")
+    parser.add_argument("--trained", type=Path, nargs="*", default=[], help="folders of trained compressors")
+    parser.add_argument("--seeds", type=int, default=4, help="clips of each held-out caption")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the figures")
+    options = parser.parse_args()
+    pipeline = frozen(options.pipeline, torch.float32, "cpu")
+    trainee = WanAdapter().trainee(pipeline, CALL["max_sequence_length"])
+    clips = held_out(trainee, options.seeds)
+    found: dict[str, bootstrap.Array] = {}
+    for compressor in ("pool", "lr", *map(str, options.trained)):
+        stack = packforcing(compressor=compressor, sink_frames=SINK)
+        objective = ContextDistillation(trainee, stack, torch.nn.Module(), pipeline.scheduler)
+        found[stack.compressor.name] = losses(objective, clips)
+    rows = []
+    for name, each in found.items():
+        figures = {"distillation_loss": bootstrap.mean(each)}
+        figures |= {
+            f"distillation_loss / {other}'s": bootstrap.ratio(each, found[other]) for other in found if other != name
+        }
+        for metric, figure in figures.items():
+            if figure is not None:
+                rows.append(Score(name, SECONDS, metric, figure.value, figure.low, figure.high, figure.n))
+                print(f"{name:6} {metric:32} {figure.value:.5f} [{figure.low:.5f}, {figure.high:.5f}]", flush=True)
+    command, commit = "python -m benchmarks.compressors", report.commit()
+    rows = [replace(row, command=command, commit=commit) for row in rows]
+    print(f"written to {report.write('compressors', rows, options.out)}")
+
+
+if __name__ == "__main__":
+    main()
