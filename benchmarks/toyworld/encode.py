@@ -19,9 +19,11 @@ BATCH = 4
 
 
 @torch.no_grad()
-def encode_part(rank: int, processes: int, out: Path, clips: int, seed: int, rules: world.Rules) -> None:
+def encode_part(
+    rank: int, processes: int, out: Path, vae_folder: Path, clips: int, seed: int, rules: world.Rules
+) -> None:
     """Encode every so-manieth clip; clip i has scene i modulo the scenes and seed `seed + i`."""
-    vae = AutoencoderKLWan.from_pretrained(out / "vae").eval()
+    vae = AutoencoderKLWan.from_pretrained(vae_folder).eval()
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     mine, known = list(range(rank, clips, processes)), world.scenes_of(rules)
@@ -49,13 +51,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", choices=list(world.RULES), default="lit")
     parser.add_argument("--out", type=Path, default=None, help="default: a folder of the world's name in runs/toyworld")
+    parser.add_argument("--vae", type=Path, default=None, help="default: vae/ in that folder")
     parser.add_argument("--clips", type=int, default=7440)
     parser.add_argument("--seed", type=int, default=10**7)
     parser.add_argument("--smoke", action="store_true", help="a few clips only")
     args = parser.parse_args()
     out, rules = args.out or store.RUNS / args.world, world.RULES[args.world]
     clips, processes = (2, 1) if args.smoke else (args.clips, 2)
-    launch(encode_part, (out, clips, args.seed, rules), processes)
+    out.mkdir(parents=True, exist_ok=True)
+    launch(encode_part, (out, args.vae or out / "vae", clips, args.seed, rules), processes)
     latents, scenes = read(out)
     print(f"{len(scenes)} clips, latents {tuple(latents.shape)}, deviation {latents.float().std():.3f}", flush=True)
 
