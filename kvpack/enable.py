@@ -31,11 +31,12 @@ def enable(pipeline: Pipeline, stack: str | Stack | Mapping[str, Any] = "packfor
     Raises:
         UnsupportedPipelineError: if no adapter drives this pipeline, or something is switched on that cannot work.
         UnknownNameError: if a stack or policy is not installed.
-        InvalidOptionError: if an option is unknown or wrong.
+        InvalidOptionError: if an option is unknown or wrong, or a compressor's weights are missing or another model's.
     """
     resolved = resolve_stack(stack, options)
     adapter = _adapter(pipeline)
     adapter.check(pipeline)
+    adapter.check_stack(pipeline, resolved)
     if not isinstance(pipeline, PackForcingMixin):
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
     attach(pipeline, resolved)
