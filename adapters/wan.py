@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline
+from torch.utils.flop_counter import FlopCounterMode
 
 from kvpack.adapter import Adapter
+from kvpack.adapters.wan_memory import check_compressor, patch_of
 from kvpack.adapters.wan_run import WanRun
 from kvpack.adapters.wan_trainee import WanTrainee
+from kvpack.costs import LatentShape
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.geometry import Geometry
 from kvpack.stack import Stack
@@ -58,6 +61,10 @@ class WanAdapter(Adapter):
                 f"kvpack needs one token grid a latent frame, but patch_size is {tuple(transformer.config.patch_size)}"
             )
 
+    def check_stack(self, pipeline: Any, stack: Stack) -> None:
+        """Refuses compressor weights of another model."""
+        check_compressor(pipeline.transformer, stack)
+
     def geometry(
         self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int, dtype: torch.dtype
     ) -> Geometry:
@@ -87,6 +94,26 @@ class WanAdapter(Adapter):
         linear = query_tokens * (6 * width * width + 2 * width * config["ffn_dim"]) + text_tokens * 2 * width * width
         attention = 2 * query_tokens * (attended_tokens + text_tokens) * width
         return 2 * config["num_layers"] * (linear + attention)
+
+    def latent_shape(self, configs: Mapping[str, Mapping[str, Any]]) -> LatentShape:
+        """From the same configs; a VAE's operations are counted in a copy of it that holds no numbers."""
+        vae = configs["vae"]
+
+        def encode_flops(frames: int, height: int, width: int) -> int:
+            with torch.device("meta"):
+                model = AutoencoderKLWan.from_config(dict(vae))
+                clip = torch.zeros(1, 3, frames, height, width)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model.encode(clip)
+            return counter.get_total_flops()
+
+        spatial, patch = vae.get("scale_factor_spatial", 8), patch_of(configs["transformer"])
+        return LatentShape(
+            channels=configs["transformer"]["in_channels"],
+            patch=patch,
+            pixels_per_token=(spatial * patch[0], spatial * patch[1]),
+            encode_flops=encode_flops,
+        )
 
     def run(self, pipeline: Any, stack: Stack, arguments: dict[str, Any], *, streaming: bool) -> WanRun:
         """Starts a generation; bad arguments are refused before anything is computed."""

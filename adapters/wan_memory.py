@@ -10,6 +10,7 @@ from diffusers.hooks.hooks import CacheContext
 from torch import Tensor
 
 from kvpack.adapters.wan_attention import attached
+from kvpack.adapters.wan_project import project_tokens
 from kvpack.adapters.wan_vae import embed, encode, forward_tokens
 from kvpack.blocks import LatentChunk
 from kvpack.errors import GradientError, PolicyError
@@ -32,6 +33,9 @@ class WanMemory:
         embeds: text embeddings of each guidance branch.
         attention_kwargs: passed on to the transformer.
         buffer: what a layer attends; another one lets gradients through.
+
+    Raises:
+        InvalidOptionError: if the compressor cannot work with this model.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class WanMemory:
         attention_kwargs: Mapping[str, Any] | None = None,
         buffer: type[PackedBuffer] = PackedBuffer,
     ) -> None:
+        check_compressor(pipeline.transformer, stack)
         self.pipeline, self.stack, self.geometry, self.embeds = pipeline, stack, geometry, embeds
         self.transformer, self.attention_kwargs, self.buffer = pipeline.transformer, attention_kwargs, buffer
         self.sessions: dict[str, Session] = {}
@@ -106,42 +111,62 @@ class WanMemory:
                         self._clean_forward(branch, latents.to(self.transformer.dtype))
                 with self.timed("compress"):
                     for piece, tokens in twins.items():
-                        self._phase = piece
-                        forward_tokens(
-                            self.transformer, tokens, lambda dummy, name=branch: self._clean_forward(name, dummy)
-                        )
+                        self._make_twin(branch, session, piece, tokens)
         finally:
             self._phase = False
         finish_commits(list(self.sessions.values()))
 
+    def _make_twin(self, branch: str, session: Session, piece: Piece, tokens: Tensor) -> None:
+        """Keys and values of a piece's hidden tokens, for `finish_commits`."""
+        assert self.compressor is not None
+        if self.compressor.project == "layers":
+            self._phase = piece
+            forward_tokens(self.transformer, tokens, lambda dummy: self._clean_forward(branch, dummy))
+            return
+        session.compress(piece)
+        times, embeds = self._clean_times(tokens), self.embeds[branch]
+        projected = project_tokens(self.transformer, tokens, times, embeds, attention_kwargs=self.attention_kwargs)
+        for layer, (keys, values) in zip(session.layers, projected, strict=True):
+            layer.hear(keys, values)
+
     def _clean_forward(self, branch: str, latents: Tensor) -> None:
-        dtype = self.pipeline.scheduler.timesteps.dtype
-        self.forward(branch, latents, torch.zeros(latents.shape[0], dtype=dtype, device=latents.device))
+        self.forward(branch, latents, self._clean_times(latents))
+
+    def _clean_times(self, rows: Tensor) -> Tensor:
+        """The timestep t = 0 of every row."""
+        return torch.zeros(rows.shape[0], dtype=self.pipeline.scheduler.timesteps.dtype, device=rows.device)
 
     def _hidden_tokens(self, piece: Piece, latents: Tensor, pixels: Tensor | None) -> Tensor:
         """A latent-space compressor's tokens for a piece of the chunk."""
         assert self.compressor is not None
-        assert pixels is not None
+        name = type(self.compressor).__name__
         first, scale, vae = self.frames, self.pipeline.vae_scale_factor_temporal, self.pipeline.vae
+        rows, columns = (side * self.pipeline.vae_scale_factor_spatial for side in patch_of(self.transformer.config))
 
         def pixel_index(frame: int) -> int:
             """First pixel frame of a latent frame, from the chunk's; the video's first latent is one pixel frame."""
             return max(0, (frame - first) * scale - (scale - 1 if first == 0 else 0))
 
+        def piece_pixels() -> Tensor:
+            if pixels is None:
+                raise PolicyError(f"{name}.tokens asked for pixels, but its needs_pixels is False")
+            return pixels[:, :, pixel_index(piece.first_frame) : pixel_index(piece.stop)]
+
         chunk = LatentChunk(
             latents=latents[:, :, piece.first_frame - first : piece.stop - first],
             first_frame=piece.first_frame,
             grid=self.geometry.grid,
-            pixels=lambda: pixels[:, :, pixel_index(piece.first_frame) : pixel_index(piece.stop)],
+            pixels=piece_pixels,
             encode=lambda frames: encode(vae, frames),
             embed=lambda small: embed(self.transformer, small),
-            pixels_per_token=(pixels.shape[-2] // self.geometry.grid[0], pixels.shape[-1] // self.geometry.grid[1]),
+            pixels_per_token=(rows, columns),
+            width=self.geometry.width,
+            dtype=self.transformer.dtype,
         )
         tokens = self.compressor.tokens(chunk)
         span = self.compressor.span(piece.first_frame, piece.frames, self.geometry.grid)
-        wanted = (latents.shape[0], span.tokens, self.geometry.heads * self.geometry.head_dim)
+        wanted = (latents.shape[0], span.tokens, self.geometry.width)
         if tuple(tokens.shape) != wanted:
-            name = type(self.compressor).__name__
             raise PolicyError(f"{name}.tokens returned {tuple(tokens.shape)}, but span() announces {wanted}")
         return tokens
 
@@ -167,3 +192,17 @@ class WanMemory:
         start = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - start
+
+
+def check_compressor(transformer: Any, stack: Stack) -> None:
+    """Raises `InvalidOptionError` if the stack's compressor cannot work with this transformer."""
+    if isinstance(stack.compressor, LatentCompressor):
+        config = transformer.config
+        width = config.num_attention_heads * config.attention_head_dim
+        stack.compressor.check(config.in_channels, width, patch_of(config))
+
+
+def patch_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Latent rows and columns of a token, from a transformer's config."""
+    _, rows, columns = config["patch_size"]
+    return rows, columns

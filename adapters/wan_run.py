@@ -37,13 +37,13 @@ class WanRun(Run):
     ) -> None:
         self.adapter, self.pipeline, self.stack = adapter, pipeline, stack
         self.arguments = checked(pipeline, arguments, streaming=streaming)
-        latent_space = isinstance(stack.compressor, LatentCompressor)
-        self.decodes_in_loop = latent_space or (streaming and arguments["output_type"] != "latent")
+        needs_pixels = isinstance(stack.compressor, LatentCompressor) and stack.compressor.needs_pixels
+        self.decodes_in_loop = needs_pixels or (streaming and arguments["output_type"] != "latent")
         self.interrupted = False
         self._bar: Any = None
         self.total_frames = latent_frames(pipeline, self.arguments)
         height, width = frame_size(pipeline, self.arguments)
-        decodes = arguments["output_type"] != "latent" or latent_space
+        decodes = arguments["output_type"] != "latent" or needs_pixels
         self.decoder = StreamingDecoder(pipeline.vae, height, width) if decodes else None
         configs = {"transformer": pipeline.transformer.config, "vae": pipeline.vae.config}
         geometry = adapter.geometry(configs, height, width, pipeline.transformer.dtype)

@@ -71,7 +71,7 @@ class WanRollout(Rollout):
 
     def __init__(self, memory: WanMemory, height: int, width: int) -> None:
         self.memory, self.session = memory, memory.session(_BRANCH)
-        decodes = memory.compressor is not None
+        decodes = memory.compressor is not None and memory.compressor.needs_pixels
         self.decoder = StreamingDecoder(memory.pipeline.vae, height, width) if decodes else None
 
     def attached(self) -> AbstractContextManager[None]:

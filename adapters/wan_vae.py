@@ -36,7 +36,7 @@ class StreamingDecoder:
     def __call__(self, latents: Tensor) -> Tensor:
         """Pixels in [-1, 1] of the next normalised latents, `[batch, 3, frames, height, width]`."""
         vae = self.vae
-        _onload(vae)
+        onload(vae)
         latents = latents.to(vae.dtype)
         mean, std = _statistics(vae, latents)
         latents = latents / (1.0 / std) + mean  # the pipeline's own order of operations, for its very bits
@@ -66,7 +66,7 @@ def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     return channels(vae.config.latents_mean), channels(vae.config.latents_std)
 
 
-def _onload(module: Any) -> None:
+def onload(module: Any) -> None:
     """Lets model offloading bring a module in, when a part of it is called instead of its forward."""
     hook = getattr(module, "_hf_hook", None)
     if hook is not None and hasattr(hook, "pre_forward"):
@@ -75,7 +75,7 @@ def _onload(module: Any) -> None:
 
 def embed(transformer: Any, latents: Tensor) -> Tensor:
     """The model's own patch embedding: latents to hidden tokens `[batch, tokens, width]`."""
-    _onload(transformer)
+    onload(transformer)
     return transformer.patch_embedding(latents.to(transformer.dtype)).flatten(2).transpose(1, 2)
 
 

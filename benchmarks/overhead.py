@@ -56,6 +56,8 @@ def shrink_seconds(size: Size) -> float:
         encode=partial(encode, vae),
         embed=partial(embed, model),
         pixels_per_token=(16, 16),
+        width=size.width,
+        dtype=torch.float32,
     )
     return median(seconds(partial(LowResolutionCompressor().tokens, chunk)) for _ in range(3)) / WAN_LAYERS
 

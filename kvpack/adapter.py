@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kvpack.costs import LatentShape
 from kvpack.errors import UnsupportedPipelineError
 from kvpack.geometry import Geometry
 from kvpack.packed import PackedBuffer
@@ -136,6 +137,9 @@ class Adapter(ABC):
     def check(self, pipeline: Any) -> None:
         """Raises `UnsupportedPipelineError` if something is switched on that cannot work."""
 
+    def check_stack(self, pipeline: Any, stack: Stack) -> None:  # noqa: B027  # a family may have nothing to check
+        """Raises `InvalidOptionError` if the stack cannot work with this pipeline's model."""
+
     @abstractmethod
     def geometry(
         self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int, dtype: torch.dtype
@@ -145,6 +149,10 @@ class Adapter(ABC):
     @abstractmethod
     def forward_flops(self, configs: Mapping[str, Mapping[str, Any]], query_tokens: int, attended_tokens: int) -> int:
         """Floating-point operations of one forward of `query_tokens` that attends `attended_tokens`."""
+
+    def latent_shape(self, configs: Mapping[str, Mapping[str, Any]]) -> LatentShape | None:
+        """What the cost of compressing latents depends on; None if nobody counts it."""
+        return None
 
     @abstractmethod
     def run(self, pipeline: Any, stack: Stack, arguments: dict[str, Any], *, streaming: bool) -> Run:

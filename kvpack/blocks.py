@@ -57,10 +57,13 @@ class LatentChunk:
         latents: normalised clean latents.
         first_frame: index of its first latent frame in the video.
         grid: token rows and columns of one latent frame.
-        pixels: decodes the chunk with the stream's own decoder: `[batch, 3, frames, height, width]` in [-1, 1].
+        pixels: decodes the chunk with the stream's own decoder: `[batch, 3, frames, height, width]` in [-1, 1]; only
+            for a compressor whose `needs_pixels` is true.
         encode: VAE-encodes pixels to normalised latents.
         embed: the model's own patch embedding, latents to `[batch, tokens, width]`.
         pixels_per_token: height and width in pixels of one token.
+        width: channels of a hidden token.
+        dtype: dtype of hidden tokens, the model's.
     """
 
     latents: Float[Tensor, "batch channels frames height width"]
@@ -70,6 +73,13 @@ class LatentChunk:
     encode: Callable[[Tensor], Tensor]
     embed: Callable[[Tensor], Tensor]
     pixels_per_token: tuple[int, int]
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Latent rows and columns of a token."""
+        return self.latents.shape[3] // self.grid[0], self.latents.shape[4] // self.grid[1]
 
 
 def cell_centers(cells: int, pooled: int) -> Float[Tensor, " pooled"]:

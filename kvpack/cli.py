@@ -196,6 +196,7 @@ def plan(
         branches=2 if guidance else 1,
         steps=steps,
         flops=partial(adapter.forward_flops, configs),
+        latents=adapter.latent_shape(configs),
     )
     if as_json:
         asked = {"model": described.name, "size": size, "dtype": dtype, "seconds": seconds}

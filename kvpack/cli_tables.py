@@ -32,7 +32,7 @@ def installed() -> list[dict[str, str]]:
 def plan_rows(plan: Plan) -> list[list[str]]:
     """A plan for a reader."""
     share = plan.attended_kv_bytes / plan.full_kv_bytes
-    return [
+    rows = [
         ["chunks", f"{plan.chunks:,} of {plan.chunk_tokens:,} tokens"],
         ["attended by the last chunk", f"{plan.attended_tokens:,} tokens, itself included"],
         ["KV attended", f"{size_text(plan.attended_kv_bytes)} ({plan.attended_kv_bytes:,} B)"],
@@ -41,3 +41,12 @@ def plan_rows(plan: Plan) -> list[list[str]]:
         ["attended of full history", f"{share:.2%}"],
         ["transformer, per chunk", f"{plan.flops_per_chunk:.3g} FLOPs"],
     ]
+    return [*rows, ["compression, per chunk", _compression(plan)]] if plan.compressor_flops else rows
+
+
+def _compression(plan: Plan) -> str:
+    total = sum(plan.compressor_flops.values())
+    parts = " + ".join(f"{name} {count:.2g}" for name, count in plan.compressor_flops.items())
+    learned = [f"; {name} {count:,} parameters" for name, count in plan.compressor_parameters.items() if count]
+    decoded = "; lr's decoding is the user's own" if "lr" in plan.compressor_flops else ""
+    return f"{parts} FLOPs, {total / (plan.flops_per_chunk + total):.2%} of the chunk{''.join(learned)}{decoded}"

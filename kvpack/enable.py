@@ -31,11 +31,12 @@ def enable(pipeline: Pipeline, stack: str | Stack | Mapping[str, Any] = "packfor
     Raises:
         UnsupportedPipelineError: if no adapter drives this pipeline, or something is switched on that cannot work.
         UnknownNameError: if a stack or policy is not installed.
-        InvalidOptionError: if an option is unknown or wrong.
+        InvalidOptionError: if an option is unknown or wrong, or a compressor's weights are missing or another model's.
     """
     resolved = resolve_stack(stack, options)
-    adapter = _adapter(pipeline)
+    adapter = adapter_of(pipeline)
     adapter.check(pipeline)
+    adapter.check_stack(pipeline, resolved)
     if not isinstance(pipeline, PackForcingMixin):
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
     attach(pipeline, resolved)
@@ -68,7 +69,7 @@ def resolve_stack(stack: str | Stack | Mapping[str, Any], options: Mapping[str, 
 def attach(pipeline: Any, stack: Stack) -> None:
     """Puts the stack on a pipeline whose class is already the enabled one."""
     # Past DiffusionPipeline.__setattr__, which looks into the pipeline's config.
-    object.__setattr__(pipeline, "_kvpack", Enabled(stack, _adapter(pipeline)))
+    object.__setattr__(pipeline, "_kvpack", Enabled(stack, adapter_of(pipeline)))
 
 
 def _adapter(pipeline: Any) -> Adapter:

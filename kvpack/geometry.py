@@ -44,6 +44,11 @@ class Geometry:
             )
 
     @property
+    def width(self) -> int:
+        """Channels of a hidden token."""
+        return self.heads * self.head_dim
+
+    @property
     def tokens_per_frame(self) -> int:
         """Tokens of one latent frame at full resolution."""
         return self.grid[0] * self.grid[1]

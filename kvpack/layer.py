@@ -68,11 +68,17 @@ class LayerMemory:
         if self.pending is not None:
             self._fill(self.pending, queries)
             self.pending = None
-        if self.capture is not None:
-            self.capture.append((keys, values))
+        self.hear(keys, values)
         turns = self.chunk_turns if self.twin_turns is None else self.twin_turns
         assert turns is not None  # _fill has set them
         return self.buffer.attend(queries, keys, values, turns, attention)
+
+    def hear(
+        self, keys: Float[Tensor, "rows tokens heads head_dim"], values: Float[Tensor, "rows tokens heads head_dim"]
+    ) -> None:
+        """Keeps keys before RoPE and values if a commit listens."""
+        if self.capture is not None:
+            self.capture.append((keys, values))
 
     def _fill(self, context: "Context", queries: Tensor) -> None:
         """Chooses, places and rotates the whole history into the buffer: once a chunk."""

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kvpack.costs import LatentShape
 from kvpack.errors import InvalidOptionError, require_int
 from kvpack.geometry import Geometry
-from kvpack.ledger import Ledger
+from kvpack.ledger import Ledger, Piece
+from kvpack.roles import LatentCompressor
 from kvpack.stack import Stack
 
 
@@ -29,6 +31,9 @@ class Plan:
         kv_bytes_per_token: keys and values of one token over all layers.
         flops_per_chunk: the last chunk's denoising forwards and its commit forward if it has one; 0 if nobody counts
             them.
+        compressor_parameters: learned numbers in each branch of a latent-space compressor.
+        compressor_flops: making the last chunk's compressed twin: each branch, and "twin", what turns hidden tokens
+            into keys and values. Decoding is not in it, for the user has the frames decoded anyway.
     """
 
     stack: str
@@ -43,6 +48,8 @@ class Plan:
     full_kv_bytes: int
     kv_bytes_per_token: int
     flops_per_chunk: int
+    compressor_parameters: dict[str, int]
+    compressor_flops: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as JSON takes it."""
@@ -58,6 +65,7 @@ def plan(
     branches: int = 1,
     steps: int = 4,
     flops: Callable[[int, int], int] | None = None,
+    latents: LatentShape | None = None,
 ) -> Plan:
     """Plans a generation of `frames` latent frames.
 
@@ -72,9 +80,10 @@ def plan(
         branches: guidance branches, 2 with classifier-free guidance.
         steps: denoising steps of a chunk.
         flops: operations of one forward, given query tokens and attended tokens.
+        latents: what the cost of compressing latents depends on.
 
     Raises:
-        InvalidOptionError: if a size is not positive.
+        InvalidOptionError: if a size is not positive, or a compressor's weights are missing or another model's.
 
     >>> import torch
     >>> from kvpack.registry import registry
@@ -92,6 +101,9 @@ def plan(
     history = _attended(geometry, stack, before)
     token_bytes = geometry.kv_bytes_per_token * batch * branches
     forward = flops(chunk_tokens, history + chunk_tokens) if flops else 0
+    compressor_parameters, compressor_flops = _branches(geometry, stack, before, latents)
+    if twin := _twin_flops(geometry, stack, before, history, flops):
+        compressor_flops["twin"] = twin * branches
     return Plan(
         stack=stack.name,
         chunks=chunks,
@@ -105,6 +117,8 @@ def plan(
         full_kv_bytes=chunks * chunk_tokens * token_bytes,
         kv_bytes_per_token=geometry.kv_bytes_per_token,
         flops_per_chunk=(steps + (stack.commit == "rerun")) * forward * batch * branches,
+        compressor_parameters=compressor_parameters,
+        compressor_flops={name: count * batch for name, count in compressor_flops.items()},
     )
 
 
@@ -138,3 +152,39 @@ def _attended(geometry: Geometry, stack: Stack, ledger: Ledger) -> int:
 def _mid_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> list[int]:
     spans = (stack.compressor.span(piece.first_frame, piece.frames, geometry.grid) for piece in ledger.archive)
     return [span.tokens for span in spans]
+
+
+def _twins(stack: Stack, ledger: Ledger) -> list[Piece]:
+    """Pieces of the chunk after `ledger` that a latent-space compressor makes twins of."""
+    if not isinstance(stack.compressor, LatentCompressor):
+        return []
+    return [piece for piece in ledger.new_pieces() if ledger.is_ever_compressed(piece)]
+
+
+def _branches(
+    geometry: Geometry, stack: Stack, ledger: Ledger, latents: LatentShape | None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Parameters and operations of each branch of a latent-space compressor, for one video."""
+    parameters: dict[str, int] = {}
+    flops: dict[str, int] = {}
+    if not isinstance(stack.compressor, LatentCompressor) or latents is None:
+        return parameters, flops
+    stack.compressor.check(latents.channels, geometry.width, latents.patch)
+    for piece in _twins(stack, ledger):
+        for name, cost in stack.compressor.costs(piece.frames, geometry, latents).items():
+            parameters[name] = cost.parameters
+            flops[name] = flops.get(name, 0) + cost.flops
+    return parameters, flops
+
+
+def _twin_flops(
+    geometry: Geometry, stack: Stack, ledger: Ledger, history: int, flops: Callable[[int, int], int] | None
+) -> int:
+    """Operations that turn the hidden tokens of a chunk's twins into keys and values, in one guidance branch."""
+    spans = (stack.compressor.span(each.first_frame, each.frames, geometry.grid) for each in _twins(stack, ledger))
+    tokens = [span.tokens for span in spans]
+    if flops is None:
+        return 0
+    if isinstance(stack.compressor, LatentCompressor) and stack.compressor.project == "direct":
+        return sum(tokens) * geometry.layers * 2 * 2 * geometry.width**2  # to_k and to_v
+    return sum(flops(count, history + count) for count in tokens)

@@ -26,7 +26,18 @@ class ModelDescription:
     configs: Configs
 
 
-def _wan(layers: int, heads: int, ffn_dim: int, *, channels: int = 16, spatial: int = 8) -> Configs:
+#: The VAE of Wan 2.2 TI2V; that of the other presets is the stock `AutoencoderKLWan`.
+_VAE_2_2 = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "in_channels": 12,
+    "out_channels": 12,
+    "is_residual": True,
+    "patch_size": 2,
+}
+
+
+def _wan(layers: int, heads: int, ffn_dim: int, *, channels: int = 16, spatial: int = 8, **vae: Any) -> Configs:
     return {
         "transformer": {
             "patch_size": (1, 2, 2),
@@ -36,14 +47,16 @@ def _wan(layers: int, heads: int, ffn_dim: int, *, channels: int = 16, spatial: 
             "ffn_dim": ffn_dim,
             "in_channels": channels,
         },
-        "vae": {"z_dim": channels, "scale_factor_temporal": 4, "scale_factor_spatial": spatial},
+        "vae": {"z_dim": channels, "scale_factor_temporal": 4, "scale_factor_spatial": spatial, **vae},
     }
 
 
 PRESETS = {
     "wan2.1-t2v-1.3b": ModelDescription("wan2.1-t2v-1.3b", "WanPipeline", _wan(30, 12, 8960)),
     "wan2.1-t2v-14b": ModelDescription("wan2.1-t2v-14b", "WanPipeline", _wan(40, 40, 13824)),
-    "wan2.2-ti2v-5b": ModelDescription("wan2.2-ti2v-5b", "WanPipeline", _wan(30, 24, 14336, channels=48, spatial=16)),
+    "wan2.2-ti2v-5b": ModelDescription(
+        "wan2.2-ti2v-5b", "WanPipeline", _wan(30, 24, 14336, channels=48, spatial=16, **_VAE_2_2)
+    ),
 }
 
 

@@ -10,8 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvpack.blocks import KVBlock, LatentChunk, Span
+from kvpack.costs import Cost, LatentShape
+from kvpack.geometry import Geometry
 
 Part = Literal["sink", "mid", "recent"]
+#: How hidden tokens become keys and values: through the whole model, or by each layer's own projections alone.
+Project = Literal["layers", "direct"]
 
 
 class Policy:
@@ -63,6 +67,27 @@ class Compressor(Policy, ABC):
 
 class LatentCompressor(Compressor):
     """Makes hidden tokens of a clean latent chunk; the model turns them into each layer's keys and values."""
+
+    #: Whether `tokens` looks at the chunk's pixels; if not, nothing is decoded for it.
+    needs_pixels: ClassVar[bool] = True
+
+    @property
+    def project(self) -> Project:
+        """How tokens become keys and values: through all "layers" in the context that the commit saw, or "direct"."""
+        return "layers"
+
+    def check(self, channels: int, width: int, patch: tuple[int, int]) -> None:
+        """Raises `InvalidOptionError` if it cannot work with a model; called before anything is generated.
+
+        Args:
+            channels: channels of a latent.
+            width: channels of a hidden token.
+            patch: latent rows and columns of a token.
+        """
+
+    def costs(self, frames: int, geometry: Geometry, shape: LatentShape) -> dict[str, Cost]:
+        """Cost of making the tokens of `frames` latent frames of one video, by branch; empty if nobody counts it."""
+        return {}
 
     @abstractmethod
     def tokens(self, chunk: LatentChunk) -> Float[Tensor, "batch tokens width"]:

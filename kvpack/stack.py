@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, get_args
 
+from torch import nn
+
 from kvpack.errors import InvalidOptionError, require_choice, require_int
 from kvpack.roles import Compressor, Partitioner, Policy, Reindexer, Selector
 
@@ -66,7 +68,7 @@ class Stack:
         """Plain data, as JSON takes it; `from_dict` reads it back.
 
         Raises:
-            InvalidOptionError: if a policy is not a dataclass.
+            InvalidOptionError: if a policy is not a dataclass, or holds a module.
         """
         roles = {role: _policy_dict(getattr(self, role)) for role in _ROLES}
         others = {
@@ -101,4 +103,11 @@ class Stack:
 def _policy_dict(policy: Policy) -> dict[str, Any]:
     if not is_dataclass(policy):
         raise InvalidOptionError(f"{type(policy).__name__} must be a dataclass to be written as data")
-    return {"policy": policy.name, **{field.name: getattr(policy, field.name) for field in fields(policy)}}
+    options = {field.name: getattr(policy, field.name) for field in fields(policy)}
+    for option, value in options.items():
+        if isinstance(value, nn.Module):
+            raise InvalidOptionError(
+                f"{option} of {policy.role} {policy.name} is a {type(value).__name__}, which is no data to write; "
+                "save it with save_pretrained and give the folder instead"
+            )
+    return {"policy": policy.name, **options}

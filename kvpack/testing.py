@@ -251,9 +251,13 @@ def _check_tokens(policy: LatentCompressor, frames: int) -> None:
         cells = torch.nn.functional.avg_pool3d(small, (1, 2, 2)).flatten(2).transpose(1, 2)
         return cells.repeat(1, 1, 2)[..., :width]
 
-    chunk = LatentChunk(
-        latents, 8, grid, lambda: torch.rand(2, 3, 4 * frames, 64, 96) * 2 - 1, encode, embed, pixels_per_token
-    )
+    def pixels() -> Tensor:
+        if not policy.needs_pixels:
+            raise PolicyError(f"{type(policy).__name__}.tokens asked for pixels, but its needs_pixels is False")
+        return torch.rand(2, 3, 4 * frames, 64, 96) * 2 - 1
+
+    policy.check(latents.shape[1], width, (2, 2))
+    chunk = LatentChunk(latents, 8, grid, pixels, encode, embed, pixels_per_token, width, torch.float32)
     given, wanted = tuple(policy.tokens(chunk).shape), (2, policy.span(8, frames, grid).tokens, width)
     if given != wanted:
         raise PolicyError(f"{type(policy).__name__}.tokens returned {given}, but span() announces {wanted}")

@@ -7,8 +7,10 @@ from kvpack.hookspecs import hookimpl
 from kvpack.policies.absolute import AbsoluteReindexer
 from kvpack.policies.all_blocks import AllSelector
 from kvpack.policies.contiguous import ContiguousReindexer
+from kvpack.policies.dual import DualCompressor
 from kvpack.policies.fit import FitReindexer
 from kvpack.policies.full import FullPartitioner
+from kvpack.policies.hr import HighResolutionCompressor
 from kvpack.policies.identity import IdentityCompressor
 from kvpack.policies.lr import LowResolutionCompressor
 from kvpack.policies.pool import PoolCompressor
@@ -33,6 +35,8 @@ def kvpack_register_policies(register: Callable[[Any], None]) -> None:
         IdentityCompressor,
         PoolCompressor,
         LowResolutionCompressor,
+        HighResolutionCompressor,
+        DualCompressor,
         AllSelector,
         RecencySelector,
         QueryTopK,

@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d
 
 from kvpack.blocks import Coordinates, LatentChunk, Span
+from kvpack.costs import Cost, LatentShape
 from kvpack.errors import require_choice
+from kvpack.geometry import Geometry
 from kvpack.policies.pool import pooled_grid, pooled_span
-from kvpack.roles import LatentCompressor
+from kvpack.roles import LatentCompressor, Project
 
 
 @dataclass(frozen=True)
@@ -22,19 +24,23 @@ class LowResolutionCompressor(LatentCompressor):
 
     Args:
         coordinates: as those of `PoolCompressor`.
+        project: how tokens become keys and values: "layers" runs them through the model in the context that the commit
+            saw, "direct" takes each layer's own projections of them.
 
     Raises:
-        InvalidOptionError: if `coordinates` is none of these.
+        InvalidOptionError: if `coordinates` or `project` is none of these.
 
     >>> LowResolutionCompressor().span(8, 4, (30, 52)).tokens
     182
     """
 
     coordinates: Coordinates = field(default="centered", kw_only=True)
+    project: Project = field(default="layers", kw_only=True)
     name = "lr"
 
     def __post_init__(self) -> None:
         require_choice("coordinates", self.coordinates, get_args(Coordinates))
+        require_choice("project", self.project, get_args(Project))
 
     def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
         """A token for every shrunk cell."""
@@ -42,7 +48,21 @@ class LowResolutionCompressor(LatentCompressor):
 
     def tokens(self, chunk: LatentChunk) -> Float[Tensor, "b n d"]:
         """Patch embeddings of the shrunk chunk."""
-        time, rows, columns = pooled_grid(chunk.latents.shape[2], chunk.grid)
-        height, width = rows * chunk.pixels_per_token[0], columns * chunk.pixels_per_token[1]
-        small = adaptive_avg_pool3d(chunk.pixels().float(), (1 + 4 * (time - 1), height, width))
+        small = adaptive_avg_pool3d(
+            chunk.pixels().float(), _small_clip(chunk.latents.shape[2], chunk.grid, chunk.pixels_per_token)
+        )
         return chunk.embed(chunk.encode(small))
+
+    def costs(self, frames: int, geometry: Geometry, shape: LatentShape) -> dict[str, Cost]:
+        """VAE encode of the small clip; decoding is not counted, for the user has the frames decoded anyway."""
+        return {"lr": Cost(0, shape.encode_flops(*_small_clip(frames, geometry.grid, shape.pixels_per_token)))}
+
+
+def _small_clip(frames: int, grid: tuple[int, int], pixels_per_token: tuple[int, int]) -> tuple[int, int, int]:
+    """Pixel frames, height and width of the shrunk chunk.
+
+    >>> _small_clip(4, (30, 52), (16, 16))
+    (5, 112, 208)
+    """
+    time, rows, columns = pooled_grid(frames, grid)
+    return 1 + 4 * (time - 1), rows * pixels_per_token[0], columns * pixels_per_token[1]

@@ -1,11 +1,14 @@
 """Named stacks: policies that belong together, under the name of their paper."""
 
 import inspect
+import os
 from typing import Any
 
 from kvpack.blocks import Coordinates
+from kvpack.errors import UnknownNameError
 from kvpack.policies.all_blocks import AllSelector
 from kvpack.policies.contiguous import ContiguousReindexer
+from kvpack.policies.dual import trained_compressor
 from kvpack.policies.full import FullPartitioner
 from kvpack.policies.identity import IdentityCompressor
 from kvpack.policies.lr import LowResolutionCompressor
@@ -40,7 +43,7 @@ def packforcing(
         sink_frames: first latent frames, whole.
         recent_frames: last latent frames, whole.
         chunk_frames: latent frames generated together.
-        compressor: name or instance.
+        compressor: name or instance, or folder or Hub id of a trained one, which is used as its config says.
         selector: name or instance.
         reindex: name or instance of a re-indexer.
         train_frames: latent frames seen in training, for `reindex="fit"`.
@@ -56,7 +59,7 @@ def packforcing(
     return Stack(
         name,
         SinkMidRecentPartitioner(sink_frames, recent_frames),
-        _policy("compressor", compressor, coordinates=coordinates),
+        _compressor(compressor, coordinates),
         chosen_by,
         _policy("reindexer", reindex, train_frames=train_frames),
         chunk_frames,
@@ -134,6 +137,17 @@ def full(
     """All of history at full resolution; memory and time grow with the video."""
     reindexer = _policy("reindexer", reindex, train_frames=train_frames)
     return Stack("full", FullPartitioner(), IdentityCompressor(), AllSelector(), reindexer, chunk_frames, commit=commit)
+
+
+def _compressor(compressor: str | Compressor, coordinates: Coordinates) -> Any:
+    """A compressor by name, or by the folder or Hub id of its weights; installed names win."""
+    installed = ("compressor", compressor) in registry().policies
+    if isinstance(compressor, str) and not installed and ("/" in compressor or os.path.isdir(compressor)):
+        return trained_compressor(compressor)
+    try:
+        return _policy("compressor", compressor, coordinates=coordinates)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{error}; a folder or Hub id of trained weights works too") from None
 
 
 def _policy(role: str, policy: Any, **offered: Any) -> Any:

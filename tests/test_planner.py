@@ -11,9 +11,13 @@ import pytest
 import torch
 
 import kvpack
-from kvpack import planner, presets
+from kvpack import Compressor, planner, presets
+from kvpack.cli_tables import plan_rows
+from kvpack.compressor import HighResolutionBranch, branch_flops
+from kvpack.costs import LatentShape
 from kvpack.demo import CALL, demo_stack
 from kvpack.errors import InvalidOptionError, UnknownNameError, UnsupportedPipelineError
+from kvpack.policies import HighResolutionCompressor
 from kvpack.registry import registry
 from kvpack.stack import Stack
 from kvpack.testing import TINY, tiny_wan_pipeline
@@ -67,6 +71,7 @@ STACKS = {
     "packforcing-fit": stack("packforcing-fit", topk=2, sink_frames=4),
     "pool": stack("packforcing", topk=3, sink_frames=4, compressor="pool"),
     "lr": stack("packforcing", topk=2, sink_frames=4, compressor="lr"),
+    "hr": stack("packforcing", topk=2, sink_frames=4, compressor="hr"),
     "bounded": stack("packforcing", topk=1, sink_frames=4, compressor="pool", archive_blocks=2),
     "nothing selected": stack("packforcing", topk=0, sink_frames=4, compressor="pool"),
     "last step": stack("packforcing", topk=2, sink_frames=4, commit="last-step"),
@@ -145,7 +150,55 @@ def test_operations_of_a_real_model_have_the_right_size() -> None:
 def test_a_plan_is_plain_data(wan: kvpack.Geometry) -> None:
     plan = planner.plan(wan, stack("self-forcing"), 21)
     assert json.loads(json.dumps(plan.to_dict())) == plan.to_dict()
-    assert all(isinstance(value, (int, str)) for value in plan.to_dict().values())
+    assert all(isinstance(value, (int, str, dict)) for value in plan.to_dict().values())
+
+
+def test_what_compression_costs_is_stated_by_branch(wan: kvpack.Geometry) -> None:
+    model = presets.preset("wan2.1-t2v-1.3b")
+    adapter = presets.adapter_for(model)
+    forward, latents = partial(adapter.forward_flops, model.configs), adapter.latent_shape(model.configs)
+
+    def planned(compressor: str | Compressor, **options: Any) -> planner.Plan:
+        policy = stack("packforcing", compressor=compressor)
+        return planner.plan(wan, policy, 480, flops=forward, latents=latents, **options)
+
+    plans = {name: planned(name) for name in ("pool", "lr", "hr", "dual")}
+    for name in ("lr", "hr", "dual"):
+        assert registry().policy("compressor", name).span(0, 4, wan.grid).tokens == 182  # of 6,240
+        assert plans[name].compressor_flops["twin"] == forward(182, 27_872 - 6240 + 182)
+    high, low = branch_flops(16, 1536, (2, 2), 64, (4, 60, 104), 182), latents.encode_flops(5, 112, 208)
+    twin = plans["lr"].compressor_flops["twin"]
+    assert plans["pool"].compressor_flops == plans["pool"].compressor_parameters == {}
+    assert plans["lr"].compressor_flops == {"lr": low, "twin": twin}
+    assert plans["hr"].compressor_flops == {"hr": high, "twin": twin}
+    assert plans["dual"].compressor_flops == {"lr": low, "hr": high, "twin": twin}
+    assert plans["dual"].compressor_parameters == {"lr": 0, "hr": 459_520}
+    assert len({plan.flops_per_chunk for plan in plans.values()}) == 1
+    assert planned("hr", batch=3, branches=2).compressor_flops == {"hr": 3 * high, "twin": 6 * twin}
+    direct = planned(HighResolutionCompressor(project="direct")).compressor_flops
+    assert direct == {"hr": high, "twin": 30 * 182 * 4 * 1536 * 1536}
+    assert plan_rows(plans["pool"])[-1][0] == "transformer, per chunk"
+    name, text = plan_rows(plans["dual"])[-1]
+    assert name == "compression, per chunk"
+    assert "% of the chunk; hr 459,520 parameters; lr's decoding is the user's own" in text
+
+
+def test_pieces_of_a_chunk_are_counted_each(wan: kvpack.Geometry) -> None:
+    latents = LatentShape(16, (2, 2), (16, 16), lambda frames, height, width: frames)
+    policy = stack("packforcing", sink_frames=3, recent_frames=5, compressor="lr")
+    assert planner.plan(wan, policy, 480, latents=latents).compressor_flops == {"lr": 1 + 1}  # of 3 + 1 frames
+    nothing = stack("packforcing", topk=0, compressor="lr")
+    assert planner.plan(wan, nothing, 480, latents=latents).compressor_flops == {}
+
+
+def test_weights_of_another_model_are_not_planned() -> None:
+    model = presets.preset("wan2.1-t2v-14b")
+    adapter = presets.adapter_for(model)
+    branch = HighResolutionBranch(channels=16, width=1536, patch=(2, 2), base_model="small")
+    policy = stack("packforcing", compressor=HighResolutionCompressor(branch))
+    shape = adapter.geometry(model.configs, 480, 832, torch.bfloat16)
+    with pytest.raises(InvalidOptionError, match="made for small, are for channels=16, width=1536"):
+        planner.plan(shape, policy, 480, latents=adapter.latent_shape(model.configs))
 
 
 @pytest.mark.parametrize(

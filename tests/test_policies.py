@@ -131,7 +131,9 @@ def test_lr_shrinks_pixels_and_drops_no_frame():
     pixels = torch.zeros(1, 3, 16, 480, 832)
     pixels[:, :, -1] = 1.0  # the last frame must count
     embed = lambda latents: torch.zeros(1, 182, 6)  # noqa: E731
-    chunk = LatentChunk(torch.zeros(1, 16, 4, 60, 104), 4, (30, 52), lambda: pixels, encode, embed, (16, 16))
+    chunk = LatentChunk(
+        torch.zeros(1, 16, 4, 60, 104), 4, (30, 52), lambda: pixels, encode, embed, (16, 16), 6, torch.float32
+    )
     assert LowResolutionCompressor().tokens(chunk).shape == (1, 182, 6)
     assert seen["shape"] == (1, 3, 5, 112, 208)
     assert seen["mean"] > 0

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from kvpack.compressor import Branches, HighResolutionBranch
-from kvpack.enable import resolve_stack
-from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, require_choice, require_int
+from kvpack.enable import adapter_of, resolve_stack
+from kvpack.errors import InvalidOptionError, require_choice, require_int
 from kvpack.generation import load_pipeline
 from kvpack.registry import registry
 from kvpack.roles import Project
@@ -113,12 +113,8 @@ class CompressorTraining:
             project_dir=str(self.output),
         )
         pipeline = frozen(self.model, PRECISIONS[self.mixed_precision], str(accelerator.device))
-        adapter = registry().adapter(pipeline)
-        if adapter is None:
-            raise UnsupportedPipelineError(
-                f"kvpack has no adapter for {type(pipeline).__name__}. Installed: {', '.join(registry().names('adapter'))}"
-            )
-        trainee, config = adapter.trainee(pipeline, self.max_sequence_length), pipeline.transformer.config
+        trainee = adapter_of(pipeline).trainee(pipeline, self.max_sequence_length)
+        config = pipeline.transformer.config
         branch = HighResolutionBranch(
             channels=config.in_channels,
             width=config.num_attention_heads * config.attention_head_dim,

@@ -1,0 +1,34 @@
+"""What compressing a chunk costs, from configs alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one branch of a compressor.
+
+    Args:
+        parameters: learned numbers in it.
+        flops: floating-point operations for the frames and the video that were asked about.
+    """
+
+    parameters: int
+    flops: int
+
+
+@dataclass(frozen=True, eq=False)
+class LatentShape:
+    """A model's latents, as far as the cost of compressing them depends on them.
+
+    Args:
+        channels: channels of a latent.
+        patch: latent rows and columns of a token.
+        pixels_per_token: height and width in pixels of a token.
+        encode_flops: operations of VAE-encoding a clip, given its pixel frames, height and width.
+    """
+
+    channels: int
+    patch: tuple[int, int]
+    pixels_per_token: tuple[int, int]
+    encode_flops: Callable[[int, int, int], int]

@@ -1,0 +1,60 @@
+"""The PackForcing compressor (arXiv 2603.25730, section 4): a high- and a low-resolution branch, added."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kvpack.blocks import LatentChunk
+from kvpack.branches import branch_config
+from kvpack.costs import Cost, LatentShape
+from kvpack.geometry import Geometry
+from kvpack.policies.hr import HighResolutionCompressor
+from kvpack.policies.lr import LowResolutionCompressor
+
+
+@dataclass(frozen=True)
+class DualCompressor(HighResolutionCompressor):
+    """The learned tokens of `hr` and the model's own tokens of `lr`, added; before training it is `lr`, bit for bit.
+
+    Args:
+        weights: as those of `HighResolutionCompressor`.
+        coordinates: as those of `PoolCompressor`.
+        project: as that of `LowResolutionCompressor`.
+
+    Raises:
+        InvalidOptionError: as `HighResolutionCompressor`.
+
+    >>> DualCompressor().span(8, 4, (30, 52)).tokens
+    182
+    """
+
+    name = "dual"
+    needs_pixels = True
+
+    def tokens(self, chunk: LatentChunk) -> Float[Tensor, "b n d"]:
+        """Tokens of both branches, added."""
+        return super().tokens(chunk) + self.low_tokens(chunk)
+
+    def low_tokens(self, chunk: LatentChunk) -> Float[Tensor, "b n d"]:
+        """Tokens of the low-resolution branch."""
+        return LowResolutionCompressor().tokens(chunk)
+
+    def costs(self, frames: int, geometry: Geometry, shape: LatentShape) -> dict[str, Cost]:
+        """Those of both branches."""
+        return {
+            **LowResolutionCompressor().costs(frames, geometry, shape),
+            **super().costs(frames, geometry, shape),
+        }
+
+
+def trained_compressor(source: str) -> HighResolutionCompressor:
+    """The compressor whose weights are in a folder or on the Hub, used as its config says.
+
+    Raises:
+        InvalidOptionError: if there is none.
+    """
+    config = branch_config(source)
+    cls = HighResolutionCompressor if config.get("branches") == "hr" else DualCompressor
+    options = {name: config[name] for name in ("coordinates", "project") if name in config}
+    return cls(source, **options)
