@@ -1,7 +1,7 @@
 """How much of what a model predicts is lost behind compressed history: `distillation_loss` of each compressor.
 
 On held-out clips of the toy world, 20 latent frames, the mean squared difference of velocities behind packed and behind
-whole history, over all chunks that attend something compressed and 4 denoising steps. Every subject has the same tokens.
+whole history, over all chunks that attend something compressed and 4 denoising steps. All have the same tokens.
 Figures go to benchmarks/results/compressors.json; low and high are 95 % bootstrap intervals over captions and seeds.
 """
 

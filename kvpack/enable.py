@@ -72,7 +72,12 @@ def attach(pipeline: Any, stack: Stack) -> None:
     object.__setattr__(pipeline, "_kvpack", Enabled(stack, adapter_of(pipeline)))
 
 
-def _adapter(pipeline: Any) -> Adapter:
+def adapter_of(pipeline: Any) -> Adapter:
+    """The installed adapter that drives a pipeline.
+
+    Raises:
+        UnsupportedPipelineError: if there is none.
+    """
     adapter = registry().adapter(pipeline)
     if adapter is None:
         model = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None) or pipeline
