@@ -26,6 +26,7 @@ from kvpack.policies import packforcing
 from kvpack.training.clips import Clip
 from kvpack.training.compressor import frozen
 from kvpack.training.distillation import ContextDistillation
+from kvpack.training.targets import targets
 
 FIRST_SEED = 5 * 10**7
 SECONDS = 5
@@ -49,7 +50,9 @@ def losses(objective: ContextDistillation, clips: list[list[Clip]]) -> bootstrap
     """Loss of each clip, [captions, seeds]."""
 
     def loss(clip: Clip) -> float:
-        return float(np.mean([objective.measure([clip], target, seed=0) for target in objective.targets(FRAMES)]))
+        return float(
+            np.mean([objective.measure([clip], target, seed=0) for target in targets(objective.stack, FRAMES)])
+        )
 
     return np.array([[loss(clip) for clip in row] for row in clips])
 

@@ -291,7 +291,7 @@ def test_distribution_matching(lora_rank, training, model, tmp_path):
     branch = training(
         teacher=model, lora_rank=lora_rank, critic_steps=2, recipe={"steps": 4, "save_every": 4, "seed": 3}
     ).run()
-    assert float(branch.projection.weight.abs().max()) > 0 or lora_rank
+    assert bool(branch.projection.weight.any()) or lora_rank
     logged = rows(tmp_path / "run")
     assert [row["step"] for row in logged if row["name"] == "generator loss"] == ["1", "3"]
     assert [row["step"] for row in logged if row["name"] == "critic loss"] == ["1", "2", "3", "4"]

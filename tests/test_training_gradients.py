@@ -15,6 +15,7 @@ from kvpack.roles import LatentCompressor
 from kvpack.testing import tiny_wan_pipeline
 from kvpack.training.buffer import GraphBuffer, backward_history, histories
 from kvpack.training.distillation import ContextDistillation
+from kvpack.training.targets import targets
 
 FRAMES, SIZE = 10, (4, 4)  # five chunks of two latent frames of 2x2 tokens
 
@@ -163,7 +164,7 @@ def test_weights_of_the_model_have_no_gradient(pipe, module):
     embeds = trainee.embed(["a red circle"])[0]
     clip = Clip("one", clips(1)[0], embeds)
     objective = ContextDistillation(trainee, stack_of(module), module, pipe.scheduler, steps=2)
-    assert objective.targets(FRAMES) == [3, 4]
+    assert targets(objective.stack, FRAMES) == [3, 4]
     told = objective.backward(0, [clip, clip], torch.Generator().manual_seed(0), lambda loss: loss.backward())
     assert told["loss"] > 0
     assert module.weight.grad.abs().max() > 0

@@ -20,6 +20,7 @@ from kvpack.stack import Stack
 from kvpack.training.clips import Broken, ClipFolder
 from kvpack.training.distillation import ContextDistillation
 from kvpack.training.matching import DistributionMatching
+from kvpack.training.targets import targets
 from kvpack.training.trainer import Objective, Recipe, Trainer
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -137,10 +138,10 @@ class CompressorTraining:
             broken=self.broken,
             device=accelerator.device,
         )
+        targets(stack, self.frames)  # finds out now whether there are any
         objective: Objective
         if self.teacher is None:
             objective = ContextDistillation(trainee, stack, branch, pipeline.scheduler, self.denoising_steps)
-            objective.targets(self.frames)
         else:
             objective = DistributionMatching(
                 trainee,
@@ -149,8 +150,9 @@ class CompressorTraining:
                 self._generator(branch, pipeline.transformer),
                 frozen(self.teacher, PRECISIONS[self.mixed_precision], str(accelerator.device)).transformer,
                 trainee.embed([""])[0],
-                self.denoising_steps,
-                self.critic_steps,
+                whole_model=self.lora_rank > 0,
+                steps=self.denoising_steps,
+                critic_steps=self.critic_steps,
                 guidance_scale=self.guidance_scale,
                 autocast=accelerator.autocast,
             )
@@ -176,7 +178,7 @@ class CompressorTraining:
         targets = ["to_q", "to_k", "to_v", "to_out.0"]
         with torch.random.fork_rng():
             torch.manual_seed(self.recipe.seed)
-            transformer.add_adapter(LoraConfig(self.lora_rank, lora_alpha=self.lora_rank, target_modules=targets))
+            transformer.add_adapter(LoraConfig(r=self.lora_rank, lora_alpha=self.lora_rank, target_modules=targets))
         for each in transformer.parameters():
             if each.requires_grad:
                 each.data = each.data.float()

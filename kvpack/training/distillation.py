@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from kvpack.adapter import Rollout, Trainee
-from kvpack.errors import InvalidOptionError
-from kvpack.ledger import Ledger
 from kvpack.packed import PackedBuffer
 from kvpack.registry import registry
 from kvpack.stack import Stack
 from kvpack.training.buffer import Cut, GraphBuffer, backward_history, histories
 from kvpack.training.clips import Clip
 from kvpack.training.noise import generator, mixed, noise_levels, noise_like
+from kvpack.training.targets import targets
 from kvpack.training.trainer import Learner
 
 
@@ -33,9 +32,6 @@ class ContextDistillation:
         compressor: the module.
         scheduler: whose noise levels are used.
         steps: denoising steps.
-
-    Raises:
-        InvalidOptionError: if the stack keeps no compressed block of a clip.
     """
 
     trainee: Trainee
@@ -43,20 +39,6 @@ class ContextDistillation:
     compressor: nn.Module
     scheduler: Any
     steps: int = 4
-
-    def targets(self, frames: int) -> list[int]:
-        """Chunks of a clip of `frames` latent frames that attend something compressed."""
-        ledger, found = Ledger(self.stack.partitioner, self.stack.chunk_frames, self.stack.archive_blocks), []
-        for chunk in range(frames // self.stack.chunk_frames):
-            if self.stack.selector.limit(len(ledger.archive)):
-                found.append(chunk)
-            ledger = ledger.commit().ledger
-        if not found:
-            raise InvalidOptionError(
-                f"in a clip of {frames} latent frames no chunk of {self.stack.chunk_frames} attends anything that "
-                f"{self.stack.name} compressed; give longer clips, or a smaller sink_frames or recent_frames"
-            )
-        return found
 
     @property
     def learners(self) -> Sequence[Learner]:
@@ -76,8 +58,11 @@ class ContextDistillation:
 
         Returns:
             The loss, as means over the denoising steps.
+
+        Raises:
+            InvalidOptionError: if no chunk of such clips attends anything compressed.
         """
-        found = self.targets(clips[0].latents.shape[1])
+        found = targets(self.stack, clips[0].latents.shape[1])
         target = found[int(torch.randint(len(found), (), generator=source))]
         cuts: list[Cut] = []
 

@@ -14,6 +14,7 @@ from kvpack.stack import Stack
 from kvpack.training.buffer import Cut, GraphBuffer, backward_history, histories
 from kvpack.training.clips import Clip
 from kvpack.training.noise import mixed, noise_levels, noise_like
+from kvpack.training.targets import targets
 from kvpack.training.trainer import Learner
 
 SIGMAS = (0.02, 0.98)  # between which noise is added to what was generated, before the shift
@@ -36,6 +37,8 @@ class DistributionMatching:
         scheduler: whose noise levels are used.
         generator: what is trained: the compressor, and a model with LoRA weights if there are.
         teacher: a bidirectional transformer of the same family, frozen.
+        whole_model: whether the model has trained weights too, which every chunk teaches; a compressor learns from
+            chunks that attend something compressed only.
         negative: embeddings of the caption that guidance leads away from, `[tokens, width]`.
         steps: denoising steps.
         critic_steps: steps of the critic for one of the generator.
@@ -51,6 +54,7 @@ class DistributionMatching:
     generator: nn.Module
     teacher: Any
     negative: Tensor
+    whole_model: bool = False
     steps: int = 4
     critic_steps: int = 5
     critic_rate: float = 0.5
@@ -88,13 +92,14 @@ class DistributionMatching:
 
     def _move(self, like: Tensor, embeds: Tensor, source: torch.Generator, backward: Callable[[Tensor], None]) -> float:
         """Gradients of the generator through one chunk."""
-        chunk = int(torch.randint(like.shape[2] // self.stack.chunk_frames, (), generator=source))
+        every = list(range(like.shape[2] // self.stack.chunk_frames))
+        chunks = every if self.whole_model else targets(self.stack, like.shape[2])
+        chunk = chunks[int(torch.randint(len(chunks), (), generator=source))]
         videos, cuts = self._generate(like, embeds, source, chunk)
         direction = self._direction(videos.detach(), embeds, source)
         loss = 0.5 * (videos - (videos.detach() - direction)).square().mean()
-        if loss.requires_grad:  # not where the chunk attends nothing that is trained
-            backward(loss)
-            backward_history(cuts)
+        backward(loss)
+        backward_history(cuts)
         return float(loss.detach())
 
     def _generate(
