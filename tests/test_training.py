@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -24,6 +25,13 @@ from kvpack.training.trainer import Recipe
 CHUNKS, SIZE = 5, (8, 8)
 STACK = {"topk": 4, "sink_frames": 2, "recent_frames": 2, "chunk_frames": 2}
 CAPTIONS = ["a red circle", "the blue square", "a green triangle"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps precision for the process; each of these tests stands for one."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write_clips(folder, name="clips", captions=CAPTIONS, frames=2 * CHUNKS, size=SIZE, seed=0, channels=16):
