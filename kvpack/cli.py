@@ -67,7 +67,7 @@ def demo(
     ] = "packforcing",
     output: Annotated[Path, typer.Option(help="Directory for demo.mp4, demo.png and demo.json.")] = Path("demo-output"),
     seed: Seed = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a chunk.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a chunk.")] = 6,
     model: Annotated[Path | None, typer.Option(help="Another folder of the shipped pipeline's kind.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -75,8 +75,8 @@ def demo(
 
     It was trained on clips of five seconds. Writes the video while it is generated, a contact sheet and the figures.
 
-    Colours: red, green, blue, yellow, magenta, cyan. Shapes: circle, square, triangle. Backgrounds: night stripes,
-    dark checks, dusk rings, plain slate.
+    Colours: red, green, blue, yellow, magenta, cyan, orange, white. Shapes: circle, square, triangle. Backgrounds:
+    night stripes, dark checks, dusk rings, plain slate.
     """
     from kvpack.demo import PROMPT, Demo, run
 

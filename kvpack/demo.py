@@ -58,7 +58,7 @@ class Demo:
     stacks: tuple[str, ...]
     folder: Path
     seed: int = 0
-    steps: int = 4
+    steps: int = 6
     model: Path | None = None
 
 

@@ -20,10 +20,9 @@ STEPS = (
     "train_vae --world plain --minutes 26",
     "encode --world plain",
     "train_transformer --world plain --minutes 53",
-    "train_vae --world lit --start {out}/plain/vae.pt --minutes 22 --rate 4e-3",
-    "train_vae --world lit --decoder --start {out}/lit/vae.pt --minutes 20 --rate 4e-3",
+    "train_vae --world lit --start {out}/plain/vae.pt --minutes 67 --rate 5e-3",
     "encode --world lit",
-    "train_transformer --world lit --start {out}/plain/transformer.pt --minutes 66",
+    "train_transformer --world lit --start {out}/plain/transformer.pt --minutes 108",
     "export --out {out}/lit --to {to}",
     "evaluate --pipeline {to}",
 )

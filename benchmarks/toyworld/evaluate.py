@@ -33,6 +33,7 @@ def judge(video: Video, scene: Scene) -> Row:
         "visible": float(seen.visible.mean()),
         "colour": float(colour),
         "shape": float(shape),
+        "clips right": float((seen.checks[:, :2].all(1)).mean() > 0.5),
         "background": float(background),
         ERROR: float(np.median(residual)) * world.SIZE if len(residual) else float("nan"),
         "one wall lit": float((seen.landmark_on.sum(1) == 1).mean()),
@@ -85,7 +86,7 @@ def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pipeline", type=Path, default=store.RUNS / "lit" / "pipeline")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--frames", type=int, default=chunked.FRAMES, help="latent frames")
     parser.add_argument("--text-length", type=int, default=16)
@@ -105,7 +106,7 @@ def main() -> None:
             rows["sampled"].append(judge(video, scene))
             rows["truth through the VAE"].append(ceiling(pipe, scene, 1000 * seed + index, len(video)))
     pixels = 4 * frames - 3
-    print(f"{len(scenes)} captions x {len(seeds)} seeds, {pixels} frames, Euler {args.steps} steps")
+    print(f"{len(scenes)} captions x {len(seeds)} seeds, {pixels} frames, {args.steps} steps")
     print(table(rows))
 
 

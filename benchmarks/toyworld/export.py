@@ -6,7 +6,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5EncoderModel
 
 from benchmarks.toyworld import chunked, store, text, vae_full
@@ -20,7 +20,8 @@ def write(folder: Path, vae: AutoencoderKLWan, model: WanTransformer3DModel, enc
         tokenizer=text.build_tokenizer(),
         text_encoder=encoder,
         vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        # Wan's own solver: its 4 steps are as good as 8 of Euler's.
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         transformer=model,
     )
     part = folder.with_name(folder.name + ".part")

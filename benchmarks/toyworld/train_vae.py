@@ -36,12 +36,11 @@ class Options:
     every: float = 120.0  # seconds between checkpoints
     rules: world.Rules = world.LIT
     start: Path | None = None  # a checkpoint whose weights it begins with
-    decoder: bool = False  # the encoder stays, and with it every latent
 
     @property
     def checkpoint(self) -> Path:
         """Where this training is kept."""
-        return self.out / ("decoder.pt" if self.decoder else "vae.pt")
+        return self.out / "vae.pt"
 
 
 def batch(rng: np.random.Generator, frames: int, clips: int, rules: world.Rules) -> tuple[Tensor, Tensor]:
@@ -55,10 +54,9 @@ def batch(rng: np.random.Generator, frames: int, clips: int, rules: world.Rules)
     return video, torch.from_numpy(np.stack([c.bright for c in made]))[:, None].float()
 
 
-def loss_of(vae: AutoencoderKLWan, video: Tensor, mask: Tensor, decoder: bool) -> Tensor:
-    """L1, six times as heavy on the object and on a lit wall, and KL; gradients of the decoder only if so told."""
-    with torch.set_grad_enabled(not decoder):
-        mean, log_variance = vae_full.encode(vae, video)
+def loss_of(vae: AutoencoderKLWan, video: Tensor, mask: Tensor) -> Tensor:
+    """L1, six times as heavy on the object and on a lit wall, and KL."""
+    mean, log_variance = vae_full.encode(vae, video)
     latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
     error = (vae_full.decode(vae, latents) - video).abs()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
@@ -111,13 +109,9 @@ def train(rank: int, world_size: int, options: Options) -> None:
     """One process of the training run."""
     torch.manual_seed(options.seed)
     vae = vae_full.build().train()
-    if options.decoder:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-    trained = [p for p in vae.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim >= 4 and p.shape[0] > 1 and p.numel() > p.shape[0]]
+    matrices = [p for p in vae.parameters() if p.ndim >= 4 and p.shape[0] > 1 and p.numel() > p.shape[0]]
     chosen = {id(p) for p in matrices}
-    rest = [p for p in trained if id(p) not in chosen]
+    rest = [p for p in vae.parameters() if id(p) not in chosen]
     params = matrices + rest
     optimisers = [
         Muon(matrices, options.rate),
@@ -139,7 +133,7 @@ def train(rank: int, world_size: int, options: Options) -> None:
         set_rate(optimisers, anneal(progress))
         frames = int(shared.choice(LENGTHS, p=EARLY if progress < 0.5 else LATE))
         video, bright = batch(own, frames, max(1, options.pixels // frames), options.rules)
-        loss = loss_of(vae, video, bright, options.decoder)
+        loss = loss_of(vae, video, bright)
         for optimiser in optimisers:
             optimiser.zero_grad()
         loss.backward()
@@ -172,7 +166,6 @@ def main() -> None:
     parser.add_argument("--world", choices=list(world.RULES), default="lit")
     parser.add_argument("--out", type=Path, default=None, help="default: a folder of the world's name in runs/toyworld")
     parser.add_argument("--start", type=Path, default=None, help="a checkpoint to begin with")
-    parser.add_argument("--decoder", action="store_true", help="train the decoder only; every latent stays as it is")
     parser.add_argument("--minutes", type=float, default=26.0)
     parser.add_argument("--rate", type=float, default=6e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -181,9 +174,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps only")
     args = parser.parse_args()
     out, rules = args.out or store.RUNS / args.world, world.RULES[args.world]
-    options = Options(
-        out, args.minutes, args.seed, args.rate, steps=args.steps, rules=rules, start=args.start, decoder=args.decoder
-    )
+    options = Options(out, args.minutes, args.seed, args.rate, steps=args.steps, rules=rules, start=args.start)
     if args.smoke:
         options = replace(options, minutes=1.0, pixels=5, steps=2)
     launch(train, (options,), 1 if args.smoke else args.processes)
