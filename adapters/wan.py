@@ -4,17 +4,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvpack.adapter import Adapter
 from kvpack.adapters.wan_memory import check_compressor, patch_of
 from kvpack.adapters.wan_run import WanRun
 from kvpack.adapters.wan_trainee import WanTrainee
-from kvpack.costs import LatentShape
+from kvpack.costs import LatentShape, ModelCost
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.geometry import Geometry
 from kvpack.stack import Stack
+
+_TEXT_TOKENS = 512
 
 
 class WanAdapter(Adapter):
@@ -90,9 +92,8 @@ class WanAdapter(Adapter):
         """Multiplications and additions of all layers: projections, both attentions and feed-forward."""
         config = configs["transformer"]
         width = config["num_attention_heads"] * config["attention_head_dim"]
-        text_tokens = 512
-        linear = query_tokens * (6 * width * width + 2 * width * config["ffn_dim"]) + text_tokens * 2 * width * width
-        attention = 2 * query_tokens * (attended_tokens + text_tokens) * width
+        linear = query_tokens * (6 * width * width + 2 * width * config["ffn_dim"]) + _TEXT_TOKENS * 2 * width * width
+        attention = 2 * query_tokens * (attended_tokens + _TEXT_TOKENS) * width
         return 2 * config["num_layers"] * (linear + attention)
 
     def latent_shape(self, configs: Mapping[str, Mapping[str, Any]]) -> LatentShape:
@@ -114,6 +115,29 @@ class WanAdapter(Adapter):
             pixels_per_token=(spatial * patch[0], spatial * patch[1]),
             encode_flops=encode_flops,
         )
+
+    def model_cost(self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int) -> ModelCost:
+        """From the same configs, in copies that hold no numbers."""
+        config, spatial = configs["transformer"], configs["vae"].get("scale_factor_spatial", 8)
+        with torch.device("meta"):
+            vae = AutoencoderKLWan.from_config(dict(configs["vae"]))
+            parts = [WanTransformer3DModel.from_config(dict(config)), vae]
+        inner = config["num_attention_heads"] * config["attention_head_dim"]
+
+        def graph_elements(query_tokens: int, attended_tokens: int) -> int:
+            # Counted with frozen weights: 11 vectors a token, those of the feed-forward, attended keys and values.
+            own = query_tokens * (11 * inner + config["ffn_dim"])
+            return config["num_layers"] * (own + 2 * inner * (attended_tokens + _TEXT_TOKENS))
+
+        def decode_flops(frames: int) -> int:
+            channels = config["in_channels"]
+            latents = torch.zeros(1, channels, frames, height // spatial, width // spatial, device="meta")
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                vae.decode(latents)
+            return counter.get_total_flops()
+
+        parameters = sum(each.numel() for part in parts for each in part.parameters())
+        return ModelCost(parameters, graph_elements, decode_flops)
 
     def run(self, pipeline: Any, stack: Stack, arguments: dict[str, Any], *, streaming: bool) -> WanRun:
         """Starts a generation; bad arguments are refused before anything is computed."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvpack.costs import LatentShape
+from kvpack.costs import LatentShape, ModelCost
 from kvpack.errors import UnsupportedPipelineError
 from kvpack.geometry import Geometry
 from kvpack.packed import PackedBuffer
@@ -152,6 +152,10 @@ class Adapter(ABC):
 
     def latent_shape(self, configs: Mapping[str, Mapping[str, Any]]) -> LatentShape | None:
         """What the cost of compressing latents depends on; None if nobody counts it."""
+        return None
+
+    def model_cost(self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int) -> ModelCost | None:
+        """What planning a training depends on, for videos of `height` x `width` pixels; None if nobody counts it."""
         return None
 
     @abstractmethod

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpack.cli_evaluate import evaluate
+from kvpack.cli_plan import plan
 from kvpack.cli_support import (
     DTYPES,
     CommandGroup,
     parse_dtype,
     parse_options,
-    parse_size,
     print_json,
     print_table,
     progress,
@@ -22,7 +22,7 @@ from kvpack.cli_train import train_compressor
 from kvpack.errors import InvalidOptionError
 
 if TYPE_CHECKING:
-    from kvpack.presets import ModelDescription
+    pass
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -145,6 +145,7 @@ def generate(
 
 app.command()(evaluate)
 app.command()(train_compressor)
+app.command()(plan)
 
 
 @app.command()
@@ -157,64 +158,6 @@ def policies(as_json: Json = False) -> None:
         print_json({"policies": rows})
     else:
         print_table("installed", ("kind", "name", "package", "what it does"), [list(row.values()) for row in rows])
-
-
-@app.command()
-def plan(
-    preset: Annotated[str | None, typer.Option(help="A well-known model, e.g. wan2.1-t2v-1.3b.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Folder of a diffusers pipeline; no weights needed.")] = None,
-    size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels of the video.")] = "832x480",
-    seconds: Seconds = 120.0,
-    stack: StackName = "packforcing",
-    option: Options = [],  # noqa: B006
-    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bfloat16",
-    fps: Fps = 16.0,
-    steps: Annotated[int, typer.Option(help="Denoising steps of a chunk.")] = 4,
-    batch: Annotated[int, typer.Option(help="Videos generated together.")] = 1,
-    guidance: Annotated[bool, typer.Option("--guidance", help="Classifier-free guidance: two branches.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Say what a video will cost: tokens, bytes of keys and values, operations. Needs no weights."""
-    from functools import partial
-
-    from kvpack import planner
-    from kvpack.cli_tables import plan_rows
-    from kvpack.enable import resolve_stack
-    from kvpack.presets import adapter_for
-
-    described = _described(preset, model)
-    width, height = parse_size(size)
-    configs = described.configs
-    scale = int(configs["vae"].get("scale_factor_temporal", 4))
-    pixel_frames, latent_frames = planner.video_frames(seconds, fps, scale)
-    adapter = adapter_for(described)
-    planned = planner.plan(
-        adapter.geometry(configs, height, width, parse_dtype(dtype)),
-        resolve_stack(stack, parse_options(option)),
-        latent_frames,
-        batch=batch,
-        branches=2 if guidance else 1,
-        steps=steps,
-        flops=partial(adapter.forward_flops, configs),
-        latents=adapter.latent_shape(configs),
-    )
-    if as_json:
-        asked = {"model": described.name, "size": size, "dtype": dtype, "seconds": seconds}
-        print_json({**asked, "pixel_frames": pixel_frames, **planned.to_dict()})
-    else:
-        title = f"{described.name}, {size}, {pixel_frames:,} frames at {fps:g} fps, {dtype}"
-        print_table(title, ("", stack), plan_rows(planned))
-
-
-def _described(preset: str | None, model: Path | None) -> "ModelDescription":
-    from kvpack import presets
-
-    if preset is not None and model is None:
-        return presets.preset(preset)
-    if model is not None and preset is None:
-        return presets.from_folder(model)
-    given = "neither" if preset is None else "both"
-    raise InvalidOptionError(f"give either --preset or --model, got {given}; presets: {', '.join(presets.PRESETS)}")
 
 
 def _print_tracks(result: dict[str, Any], tracks: list[dict[str, Any]], files: list[str], as_json: bool) -> None:

@@ -5,6 +5,7 @@ import inspect
 from kvpack.cli_support import size_text
 from kvpack.planner import Plan
 from kvpack.registry import registry
+from kvpack.training.plan import TrainingPlan
 
 KINDS = ("stack", "partitioner", "compressor", "selector", "reindexer", "adapter")
 
@@ -50,3 +51,20 @@ def _compression(plan: Plan) -> str:
     learned = [f"; {name} {count:,} parameters" for name, count in plan.compressor_parameters.items() if count]
     decoded = "; lr's decoding is the user's own" if "lr" in plan.compressor_flops else ""
     return f"{parts} FLOPs, {total / (plan.flops_per_chunk + total):.2%} of the chunk{''.join(learned)}{decoded}"
+
+
+def training_rows(plan: TrainingPlan) -> list[list[str]]:
+    """A training plan for a reader."""
+    seconds = plan.flops_per_step / _SUSTAINED
+    return [
+        ["frozen model", f"{plan.model_parameters / 1e9:.3g} G parameters, {size_text(plan.model_bytes)}"],
+        ["compressor", f"{plan.trained_parameters:,} parameters, {size_text(plan.trained_bytes)} with its optimiser"],
+        ["graph of a chunk and its twins", size_text(plan.graph_bytes)],
+        ["KV, packed and whole", size_text(plan.kv_bytes)],
+        ["together", f"{size_text(plan.total_bytes)}, text encoder not counted: captions are embedded first"],
+        ["a step", f"{plan.flops_per_step:.3g} FLOPs; {seconds:.3g} s at a sustained 100 TFLOP/s"],
+    ]
+
+
+#: Operations a second of which a plan makes seconds.
+_SUSTAINED = 1e14

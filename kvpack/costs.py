@@ -32,3 +32,18 @@ class LatentShape:
     patch: tuple[int, int]
     pixels_per_token: tuple[int, int]
     encode_flops: Callable[[int, int, int], int]
+
+
+@dataclass(frozen=True, eq=False)
+class ModelCost:
+    """What training behind a frozen model depends on.
+
+    Args:
+        parameters: numbers in its transformer and its VAE.
+        graph_elements: numbers that one forward keeps for the backward pass, given query tokens and attended tokens.
+        decode_flops: operations of decoding a video, given its latent frames.
+    """
+
+    parameters: int
+    graph_elements: Callable[[int, int], int]
+    decode_flops: Callable[[int], int]

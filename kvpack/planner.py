@@ -98,7 +98,7 @@ def plan(
     for _ in range(chunks):
         before, after = after, after.commit().ledger
     chunk_tokens = stack.chunk_frames * geometry.tokens_per_frame
-    history = _attended(geometry, stack, before)
+    history = attended_tokens(geometry, stack, before)
     token_bytes = geometry.kv_bytes_per_token * batch * branches
     forward = flops(chunk_tokens, history + chunk_tokens) if flops else 0
     compressor_parameters, compressor_flops = _branches(geometry, stack, before, latents)
@@ -141,7 +141,7 @@ def video_frames(seconds: float, fps: float, scale: int = 4) -> tuple[int, int]:
     return scale * (latent - 1) + 1, latent
 
 
-def _attended(geometry: Geometry, stack: Stack, ledger: Ledger) -> int:
+def attended_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> int:
     """Tokens of history that the chunk after `ledger` attends."""
     mid = _mid_tokens(geometry, stack, ledger)
     chosen = min(stack.selector.limit(len(mid)), len(mid))
@@ -177,12 +177,17 @@ def _branches(
     return parameters, flops
 
 
+def twin_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> list[int]:
+    """Tokens of each twin that a latent-space compressor makes of the chunk after `ledger`."""
+    spans = (stack.compressor.span(each.first_frame, each.frames, geometry.grid) for each in _twins(stack, ledger))
+    return [span.tokens for span in spans]
+
+
 def _twin_flops(
     geometry: Geometry, stack: Stack, ledger: Ledger, history: int, flops: Callable[[int, int], int] | None
 ) -> int:
     """Operations that turn the hidden tokens of a chunk's twins into keys and values, in one guidance branch."""
-    spans = (stack.compressor.span(each.first_frame, each.frames, geometry.grid) for each in _twins(stack, ledger))
-    tokens = [span.tokens for span in spans]
+    tokens = twin_tokens(geometry, stack, ledger)
     if flops is None:
         return 0
     if isinstance(stack.compressor, LatentCompressor) and stack.compressor.project == "direct":

@@ -138,6 +138,9 @@ class CompressorTraining:
             broken=self.broken,
             device=accelerator.device,
         )
+        negative = trainee.embed([""])[0]
+        if (text_encoder := getattr(pipeline, "text_encoder", None)) is not None:
+            text_encoder.to("cpu")  # its work is done, and it may be larger than the model
         targets(stack, self.frames)  # finds out now whether there are any
         objective: Objective
         if self.teacher is None:
@@ -149,7 +152,7 @@ class CompressorTraining:
                 pipeline.scheduler,
                 self._generator(branch, pipeline.transformer),
                 frozen(self.teacher, PRECISIONS[self.mixed_precision], str(accelerator.device)).transformer,
-                trainee.embed([""])[0],
+                negative,
                 whole_model=self.lora_rank > 0,
                 steps=self.denoising_steps,
                 critic_steps=self.critic_steps,
