@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 PROCESSES ?= 2
 
-.PHONY: install demo test check bench leaderboard ablations toyworld clean
+.PHONY: install demo test check bench leaderboard ablations toyworld compressor clean
 
 install: $(STAMP)
 
@@ -38,6 +38,17 @@ ablations: $(STAMP)
 
 toyworld: $(STAMP)
 	$(BIN)/python -m benchmarks.toyworld $(if $(SMOKE),--smoke)
+
+TOY := kvpack/data/toyworld
+TRAIN := --model $(TOY) --data runs/compressor/clips --base-model kvpack-toyworld --max-sequence-length 16 --cpu \
+	--batch 8 --steps 2000 --learning-rate 2e-3 --schedule cosine --warmup 50 -o sink_frames=4 --denoising-steps 6
+
+compressor: $(STAMP)
+	test -e runs/compressor/clips/latents-1.txt || \
+		$(BIN)/python -m benchmarks.toyworld.encode --vae $(TOY)/vae --out runs/compressor/clips --clips 2000
+	$(BIN)/kvpack train-compressor $(TRAIN) --branches dual --output runs/compressor/dual
+	$(BIN)/kvpack train-compressor $(TRAIN) --branches hr --output runs/compressor/hr
+	$(BIN)/python -m benchmarks.compressors --trained runs/compressor/dual runs/compressor/hr
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
