@@ -18,6 +18,7 @@ from kvpack.video import save_bytes
 
 SECONDS, SEEDS = 60, 1
 REINDEXERS = ("absolute", "sink-shift", "contiguous", "fit")
+COMPRESSORS = ("identity", "pool", "lr")
 SELECTORS = ("topk", "recency", "uniform", "random", "softmax-mass")
 TOPKS = (0, 1, 2, 4, 8, 16, 32)
 
@@ -36,7 +37,9 @@ ABLATIONS: dict[str, tuple[Memory, ...]] = {
         {f"{reindex}, topk {topk}": {"reindex": reindex, "topk": topk} for reindex in REINDEXERS for topk in TOPKS}
     ),
     "coordinates": _each("coordinates", ("centered", "strided", "compact")),
-    "compressor": _each("compressor", ("identity", "pool", "lr")),
+    "compressor": _changed(
+        {f"{name}, topk {topk}": {"compressor": name, "topk": topk} for name in COMPRESSORS for topk in (1, 4, 16)}
+    ),
     "selector": _changed(
         {
             **{f"selector {name}": {"selector": name, "topk": 4} for name in SELECTORS},
@@ -44,8 +47,16 @@ ABLATIONS: dict[str, tuple[Memory, ...]] = {
             "selector all": {"selector": "all"},
         }
     ),
-    "sink": _each("sink_frames", (0, 4, 8, 16)),
-    "recent": _each("recent_frames", (4, 8)),
+    # What is kept whole must leave positions for the middle: more of it has more positions.
+    "sink": _changed(
+        {
+            **{f"sink {frames}": {"sink_frames": frames} for frames in (0, 4, 8)},
+            "sink 16, 28 positions": {"sink_frames": 16, "train_frames": 28},
+        }
+    ),
+    "recent": _changed(
+        {"recent 4": {"recent_frames": 4}, "recent 8, 24 positions": {"recent_frames": 8, "train_frames": 24}}
+    ),
     "commit": _each("commit", ("rerun", "last-step")),
     "selection": _each("selection", ("layer", "chunk")),
     # Too many keys, or positions that were never seen in training? Each of the two alone.

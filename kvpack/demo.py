@@ -28,8 +28,6 @@ TRAINING = {"chunk_frames": 4, "train_frames": 20}
 STACK_OPTIONS = {
     # It rolls a window of the training length and keeps no sink.
     "self-forcing": {"window_frames": 20, "sink_frames": 0},
-    # Sink 8, a mid block, recent 4 and the chunk number 20 positions, as in training; with 16 blocks they would be 80.
-    "packforcing": {"topk": 1},
 }
 PROMPT = "a red circle bouncing over dusk rings"
 

@@ -19,7 +19,7 @@ from kvpack.policies.recency import RecencySelector
 from kvpack.policies.sink_mid_recent import SinkMidRecentPartitioner
 from kvpack.policies.sink_shift import SinkShiftReindexer
 from kvpack.policies.softmax_mass import SoftmaxMassSelector
-from kvpack.policies.stacks import full, packforcing, packforcing_fit, packforcing_paper, self_forcing
+from kvpack.policies.stacks import full, packforcing, packforcing_paper, self_forcing
 from kvpack.policies.topk import QueryTopK
 from kvpack.policies.uniform import UniformSelector
 from kvpack.policies.window import WindowPartitioner
@@ -58,4 +58,3 @@ def kvpack_register_stacks(register: Callable[[str, Any], None]) -> None:
     register("self-forcing", self_forcing)
     register("packforcing", packforcing)
     register("packforcing-paper", packforcing_paper)
-    register("packforcing-fit", packforcing_fit)

@@ -45,5 +45,6 @@ class FitReindexer(Reindexer):
         rigid = chunk_frames + sum(len(s.frames) for s in segments if s.part != "mid") * has_mid
         if rigid >= self.train_frames:
             raise InvalidOptionError(
-                f"reindexer fit needs train_frames > {rigid} (sink, recent and current chunk), got {self.train_frames}"
+                f"reindexer fit needs train_frames > {rigid} (sink, recent and current chunk), got "
+                f"{self.train_frames}; keep fewer frames whole, or choose another re-indexer"
             )

@@ -28,15 +28,17 @@ def packforcing(
     chunk_frames: int = 4,
     compressor: str | Compressor = "pool",
     selector: str | Selector = "topk",
-    reindex: str | Reindexer = "contiguous",
+    reindex: str | Reindexer = "fit",
     train_frames: int = 20,
     archive_blocks: int | None = None,
     coordinates: Coordinates = "centered",
     selection: Selection = "layer",
     commit: Commit = "rerun",
-    name: str = "packforcing",
 ) -> Stack:
     """Sink, compressed mid and recent (PackForcing, arXiv 2603.25730).
+
+    Differs from the paper, whose own configuration is `packforcing-paper`: mid blocks are squeezed into the positions
+    that the model saw in training, and keys and values are pooled, which needs no VAE.
 
     Args:
         topk: mid blocks attended, for a selector by name that takes it; with 0 none are archived.
@@ -51,13 +53,12 @@ def packforcing(
         coordinates: where pooled tokens sit, for a compressor by name that takes it (see `PoolCompressor`).
         selection: whether each "layer" chooses mid blocks, or the first one for the whole "chunk" (see `Stack`).
         commit: which keys and values become history, those of a "rerun" or of the "last-step" (see `Stack`).
-        name: name of the stack.
     """
     chosen_by = _policy("selector", selector, topk=topk)
     if getattr(chosen_by, "topk", None) == 0:
         archive_blocks = 0  # nothing of it would ever be attended
     return Stack(
-        name,
+        "packforcing",
         SinkMidRecentPartitioner(sink_frames, recent_frames),
         _compressor(compressor, coordinates),
         chosen_by,
@@ -67,24 +68,6 @@ def packforcing(
         selection,
         commit,
     )
-
-
-def packforcing_fit(
-    *,
-    topk: int = 16,
-    sink_frames: int = 8,
-    recent_frames: int = 4,
-    chunk_frames: int = 4,
-    compressor: str | Compressor = "pool",
-    selector: str | Selector = "topk",
-    train_frames: int = 20,
-    archive_blocks: int | None = None,
-    coordinates: Coordinates = "centered",
-    selection: Selection = "layer",
-    commit: Commit = "rerun",
-) -> Stack:
-    """As packforcing, with mid blocks squeezed into the positions that the model saw in training."""
-    return packforcing(**locals(), reindex="fit", name="packforcing-fit")
 
 
 def packforcing_paper() -> Stack:

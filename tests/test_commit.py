@@ -174,7 +174,7 @@ def test_a_plan_counts_one_forward_less():
     assert plan(TINY, last, 40).archive_kv_bytes == plan(TINY, stack, 40).archive_kv_bytes
 
 
-@pytest.mark.parametrize("name", ["packforcing", "packforcing-fit", "self-forcing", "full"])
+@pytest.mark.parametrize("name", ["packforcing", "self-forcing", "full"])
 def test_every_stack_takes_it_and_gives_it_back_as_data(name):
     stack = registry().stack(name, {"commit": "last-step"})
     assert stack.commit == "last-step"

@@ -88,7 +88,7 @@ def test_stacks_of_other_chunk_lengths_are_kept_in_step(
 
 
 def test_stacks_of_the_demo_have_the_sizes_of_the_training() -> None:
-    for name in ("full", "self-forcing", "packforcing", "packforcing-fit"):
+    for name in ("full", "self-forcing", "packforcing", "packforcing-paper"):
         assert demo.demo_stack(name).chunk_frames == 4
     assert demo.demo_stack("self-forcing").to_dict()["partitioner"] == {
         "policy": "window",
@@ -96,13 +96,7 @@ def test_stacks_of_the_demo_have_the_sizes_of_the_training() -> None:
         "sink_frames": 0,
     }
     packed = demo.demo_stack("packforcing").to_dict()
-    spanned = (
-        packed["partitioner"]["sink_frames"]
-        + packed["partitioner"]["recent_frames"]
-        + 4 * packed["selector"]["topk"]
-        + 4
-    )
-    assert spanned == demo.TRAINING["train_frames"]
+    assert packed["reindexer"] == {"policy": "fit", "train_frames": demo.TRAINING["train_frames"]}
     with pytest.raises(UnknownNameError, match="did you mean 'packforcing'"):
         demo.demo_stack("packforcin")
 

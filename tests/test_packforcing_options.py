@@ -99,7 +99,7 @@ def test_selection_by_layer_or_by_chunk(options):
 def test_by_layer_is_the_default_and_both_come_back_from_data():
     default = registry().stack("packforcing", {})
     assert default.selection == default.to_dict()["selection"] == "layer"
-    shared = registry().stack("packforcing-fit", {"selection": "chunk"})
+    shared = registry().stack("packforcing", {"selection": "chunk"})
     assert Stack.from_dict(shared.to_dict()) == shared != replace(shared, selection="layer")
     with pytest.raises(InvalidOptionError, match="selection must be one of layer, chunk, got 'head'"):
         replace(default, selection="head")

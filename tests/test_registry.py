@@ -57,7 +57,7 @@ def plugin(tmp_path, monkeypatch):
 def test_built_ins_come_through_the_entry_point_group():
     assert {"policies", "adapters"} <= {entry_point.name for entry_point in BUILT_INS}
     assert registry().origins["selector", "topk"] == "kvpack"
-    assert set(registry().stacks) >= {"full", "self-forcing", "packforcing", "packforcing-fit"}
+    assert set(registry().stacks) >= {"full", "self-forcing", "packforcing", "packforcing-paper"}
     assert Registry([]).origins == {}
 
 

@@ -55,18 +55,18 @@ def pipe(shared):
 
 
 @pytest.mark.parametrize(
-    ("stack", "guidance_scale"),
+    ("stack", "guidance_scale", "options"),
     [
-        ("full", 4.0),
-        ("packforcing", 4.0),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("self-forcing", 1.0), ("packforcing-fit", 1.0))),
+        ("full", 4.0, {}),
+        ("packforcing", 4.0, {"reindex": "contiguous"}),
+        pytest.param("self-forcing", 1.0, {}, marks=pytest.mark.slow),
+        pytest.param("packforcing", 1.0, {"reindex": "fit"}, marks=pytest.mark.slow),
     ],
 )
-def test_rows_are_independent(stack, guidance_scale, pipe):
-    options = {"chunk_frames": 3}
-    if stack.startswith("packforcing"):
-        options.update(topk=2, sink_frames=3, recent_frames=3, compressor="pool")
-    pipe.enable_packforcing(stack, **options)
+def test_rows_are_independent(stack, guidance_scale, options, pipe):
+    if stack == "packforcing":
+        options = {"topk": 2, "sink_frames": 3, "recent_frames": 3, **options}
+    pipe.enable_packforcing(stack, chunk_frames=3, **options)
     changed = {"num_frames": 69, "num_inference_steps": 1, "guidance_scale": guidance_scale}
     together = generate(pipe, prompt=PROMPTS, generator=[seeded(row) for row in range(3)], **changed)
     for row, prompt in enumerate(PROMPTS):

@@ -17,12 +17,13 @@ CALL = {
     "guidance_scale": 1.0,
     "max_sequence_length": 8,
 }
+SIZES = {"chunk_frames": 3, "sink_frames": 3, "recent_frames": 3}
 STACKS = {
     "full": ("full", {"chunk_frames": 3}),
     "window": ("self-forcing", {"chunk_frames": 3, "window_frames": 6, "sink_frames": 1}),
-    "pool": ("packforcing", {"chunk_frames": 3, "topk": 1, "sink_frames": 2, "recent_frames": 3, "compressor": "pool"}),
-    "lr": ("packforcing", {"chunk_frames": 3, "topk": 1, "sink_frames": 3, "recent_frames": 3}),
-    "fit": ("packforcing-fit", {"chunk_frames": 3, "topk": 2, "sink_frames": 3, "recent_frames": 3}),
+    "pool": ("packforcing", {**SIZES, "topk": 1, "sink_frames": 2, "reindex": "contiguous"}),
+    "lr": ("packforcing", {**SIZES, "topk": 1, "compressor": "lr"}),
+    "fit": ("packforcing", {**SIZES, "topk": 2}),
 }
 
 

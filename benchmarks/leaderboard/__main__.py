@@ -24,7 +24,7 @@ from kvpack.video import save_bytes
 SECONDS, SEEDS = 120, 3
 SMOKE = (HERO, "truth")
 # Enough to tell apart in one picture, what matters most first.
-PLOTTED = (HERO, "packforcing-fit", "full", "self-forcing", "window with sink 4", "truth")
+PLOTTED = (HERO, "packforcing-paper", "full", "self-forcing", "window with sink 4, contiguous", "truth")
 # A picture of these would say nothing.
 UNSEEN = ("noise", "frozen frame", "shuffled truth")
 NAME, BINS = "leaderboard", "leaderboard-over-time"
