@@ -1,5 +1,6 @@
 """The code in the documents runs."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -34,6 +35,27 @@ def test_the_readme_has_the_two_commands_and_they_are_targets():
 def test_the_readme_names_every_stack():
     text = (ROOT / "README.md").read_text()
     assert all(f"`{name}`" in text for name in registry().stacks)
+
+
+def test_the_readmes_leaderboard_is_the_one_that_was_measured():
+    rows = json.loads((ROOT / "benchmarks/results/leaderboard.json").read_text())
+    measured = {(row["subject"], row["seconds"], row["metric"]): row for row in rows}
+    text = (ROOT / "README.md").read_text()
+    table = text.split("| memory, 120 s |")[1].split("\n\n")[0].splitlines()[2:]
+    columns = ("subject_consistency", "drift subject_consistency", "background_consistency")
+
+    def short(number, digits):
+        return re.sub(r"^(-?)0\.", r"\1.", f"{number:.{digits}f}")
+
+    for line in table:
+        name, *cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
+        key = ("packforcing", 600) if name == "the same at 600 s" else (name, 120)
+        for cell, metric in zip([*cells[:3], cells[4]], [*columns, "revisit_consistency"], strict=True):
+            row = measured[*key, metric]
+            assert cell == f"{short(row['value'], 3)} [{short(row['low'], 2)}, {short(row['high'], 2)}]"
+        motion = measured.get((*key, "dynamic_degree / truth"))
+        assert cells[3] == (short(motion["value"], 3) if motion else "")
+    assert len(table) >= 9
 
 
 def test_constraints_pin_every_dependency():
