@@ -41,11 +41,12 @@ toyworld: $(STAMP)
 
 TOY := kvpack/data/toyworld
 TRAIN := --model $(TOY) --data runs/compressor/clips --base-model kvpack-toyworld --max-sequence-length 16 --cpu \
-	--batch 8 --steps 2000 --learning-rate 2e-3 --schedule cosine --warmup 50 -o sink_frames=4 --denoising-steps 6
+	--frames 32 --batch 8 --steps 1300 --learning-rate 2e-3 --schedule cosine --warmup 50 --denoising-steps 6
 
+# An hour and a half: clips of 8 seconds, of which the last four chunks attend one to four compressed blocks.
 compressor: $(STAMP)
-	test -e runs/compressor/clips/latents-1.txt || \
-		$(BIN)/python -m benchmarks.toyworld.encode --vae $(TOY)/vae --out runs/compressor/clips --clips 2000
+	test -e runs/compressor/clips/latents-1.txt || $(BIN)/python -m benchmarks.toyworld.encode \
+		--vae $(TOY)/vae --out runs/compressor/clips --clips 1600 --frames 32 --seed 30000000
 	$(BIN)/kvpack train-compressor $(TRAIN) --branches dual --output runs/compressor/dual
 	$(BIN)/kvpack train-compressor $(TRAIN) --branches hr --output runs/compressor/hr
 	$(BIN)/python -m benchmarks.compressors --trained runs/compressor/dual runs/compressor/hr

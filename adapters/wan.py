@@ -102,7 +102,7 @@ class WanAdapter(Adapter):
 
         def encode_flops(frames: int, height: int, width: int) -> int:
             with torch.device("meta"):
-                model = AutoencoderKLWan.from_config(dict(vae))
+                model: Any = AutoencoderKLWan.from_config(dict(vae))
                 clip = torch.zeros(1, 3, frames, height, width)
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 model.encode(clip)
@@ -120,7 +120,7 @@ class WanAdapter(Adapter):
         """From the same configs, in copies that hold no numbers."""
         config, spatial = configs["transformer"], configs["vae"].get("scale_factor_spatial", 8)
         with torch.device("meta"):
-            vae = AutoencoderKLWan.from_config(dict(configs["vae"]))
+            vae: Any = AutoencoderKLWan.from_config(dict(configs["vae"]))
             parts = [WanTransformer3DModel.from_config(dict(config)), vae]
         inner = config["num_attention_heads"] * config["attention_head_dim"]
 

@@ -84,7 +84,7 @@ print(sorted(set(vars(DiffusionPipeline)) - methods))
 
 def test_packages_are_those_of_the_folders():
     listed = PROJECT["tool"]["setuptools"]["packages"]
-    assert listed == ["kvpack", "kvpack.adapters", "kvpack.evaluation", "kvpack.policies"]
+    assert listed == ["kvpack", "kvpack.adapters", "kvpack.evaluation", "kvpack.policies", "kvpack.training"]
     for folder in (ROOT / "kvpack", ROOT / "adapters", ROOT / "policies"):
         nested = [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink() and any(p.glob("*.py"))]
         assert {f"kvpack.{p.name}" for p in nested} <= set(listed), "a new package folder must be in pyproject.toml"

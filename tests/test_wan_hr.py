@@ -78,7 +78,8 @@ def archive(pipe, **options):
     """Keys and values of the second chunk's twin, by layer."""
     arguments = {**CALL, "prompt": "a red circle", "generator": torch.Generator().manual_seed(0), **options}
     stream = pipe.packforcing.stream(**arguments)
-    next(stream), next(stream)
+    for _ in range(2):
+        next(stream)
     layers = pipe.packforcing.sessions["cond"].layers
     found = [(layer.archive.keys[:, 0].clone(), layer.archive.values[:, 0].clone()) for layer in layers]
     stream.close()

@@ -20,7 +20,14 @@ BATCH = 4
 
 @torch.no_grad()
 def encode_part(
-    rank: int, processes: int, out: Path, vae_folder: Path, clips: int, seed: int, rules: world.Rules
+    rank: int,
+    processes: int,
+    out: Path,
+    vae_folder: Path,
+    clips: int,
+    frames: int,
+    seed: int,
+    rules: world.Rules,
 ) -> None:
     """Encode every so-manieth clip; clip i has scene i modulo the scenes and seed `seed + i`."""
     vae = AutoencoderKLWan.from_pretrained(vae_folder).eval()
@@ -30,7 +37,7 @@ def encode_part(
     latents = []
     for begin in range(0, len(mine), BATCH):
         made = [
-            world.make_clip(known[i % len(known)], seed + i, 4 * FRAMES - 3, rules) for i in mine[begin : begin + BATCH]
+            world.make_clip(known[i % len(known)], seed + i, 4 * frames - 3, rules) for i in mine[begin : begin + BATCH]
         ]
         video = torch.from_numpy(np.stack([c.video for c in made])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
         latents.append(((vae_full.encode(vae, video)[0] - mean) / std).half())
@@ -41,7 +48,7 @@ def encode_part(
 
 
 def read(out: Path) -> tuple[Tensor, Tensor]:
-    """Normalised latents [N, 16, 20, 4, 4] in half precision, and the index of each clip's scene in `world.TRAIN`."""
+    """Normalised latents [N, 16, frames, 4, 4] in half precision, and the index of each clip in `world.TRAIN`."""
     parts = [load_file(path) for path in sorted(out.glob("latents-*.safetensors"))]
     return torch.cat([p["latents"] for p in parts]), torch.cat([p["scenes"] for p in parts])
 
@@ -53,13 +60,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="default: a folder of the world's name in runs/toyworld")
     parser.add_argument("--vae", type=Path, default=None, help="default: vae/ in that folder")
     parser.add_argument("--clips", type=int, default=7440)
+    parser.add_argument("--frames", type=int, default=FRAMES, help="latent frames of a clip")
     parser.add_argument("--seed", type=int, default=10**7)
     parser.add_argument("--smoke", action="store_true", help="a few clips only")
     args = parser.parse_args()
     out, rules = args.out or store.RUNS / args.world, world.RULES[args.world]
     clips, processes = (2, 1) if args.smoke else (args.clips, 2)
     out.mkdir(parents=True, exist_ok=True)
-    launch(encode_part, (out, args.vae or out / "vae", clips, args.seed, rules), processes)
+    launch(encode_part, (out, args.vae or out / "vae", clips, args.frames, args.seed, rules), processes)
     latents, scenes = read(out)
     print(f"{len(scenes)} clips, latents {tuple(latents.shape)}, deviation {latents.float().std():.3f}", flush=True)
 

@@ -157,7 +157,7 @@ class CompressorTraining:
                 steps=self.denoising_steps,
                 critic_steps=self.critic_steps,
                 guidance_scale=self.guidance_scale,
-                autocast=accelerator.autocast,
+                autocast=lambda: accelerator.autocast(),
             )
         about = {name: str(getattr(self, name)) for name in _ABOUT}
         trainer = Trainer(objective, clips, self.recipe, self.output, accelerator, about)

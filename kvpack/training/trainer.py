@@ -90,11 +90,13 @@ class Objective(Protocol):
     @property
     def learners(self) -> Sequence[Learner]:
         """What is trained; those left without gradients in a step stay as they are."""
+        ...
 
     def backward(
         self, step: int, clips: Sequence[Clip], source: torch.Generator, backward: Callable[[Tensor], None]
     ) -> dict[str, float]:
         """Adds up gradients for one batch, by `backward(loss)`, and returns what is logged."""
+        ...
 
 
 class Trainer:
@@ -193,13 +195,14 @@ class Trainer:
         return chosen
 
     def _update(self, learner: Learner, told: dict[str, float]) -> dict[str, float]:
-        trained = [each for each in learner.trained.values() if each.grad is not None]
-        if not trained:
+        gradients = {each: each.grad for each in learner.trained.values() if each.grad is not None}
+        if not gradients:
             return {}
-        for each in trained:
-            each.grad = self._mean(each.grad)
+        for each, gradient in gradients.items():
+            each.grad = self._mean(gradient)
         optimiser = self.optimisers[learner.name]
-        norm = float(self.accelerator.clip_grad_norm_(trained, self.recipe.clip_norm))
+        clipped: Any = self.accelerator.clip_grad_norm_(list(gradients), self.recipe.clip_norm)
+        norm = float(clipped)
         # A gradient that overflows fp16 is no sign of divergence: its scaler passes over the step.
         seen = told if self.accelerator.mixed_precision == "fp16" else {**told, "gradient norm": norm}
         bad = {name: value for name, value in seen.items() if not math.isfinite(value)}
@@ -220,7 +223,8 @@ class Trainer:
         """Over all processes."""
         if self.accelerator.num_processes == 1:
             return tensor
-        return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="mean")
+        reduced: Any = self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="mean")
+        return reduced
 
     def _log(self, told: dict[str, float]) -> None:
         self.accelerator.log(told, step=self.step)
