@@ -10,17 +10,18 @@ import time
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import kvpack.training.trainer
+import kvpack.registry
 from kvpack.cli import app
 from kvpack.errors import BrokenClipError, InvalidOptionError, TrainingError
 from kvpack.testing import tiny_wan_pipeline
 from kvpack.training.clips import ClipFolder
 from kvpack.training.compressor import CompressorTraining, frozen
-from kvpack.training.trainer import Recipe
+from kvpack.training.trainer import Learner, Recipe, Trainer
 
 CHUNKS, SIZE = 5, (8, 8)
 STACK = {"topk": 4, "sink_frames": 2, "recent_frames": 2, "chunk_frames": 2}
@@ -109,7 +110,7 @@ def test_trained_weights_are_taken_by_a_pipeline(training, model, tmp_path):
 def test_going_on_gives_the_same_weights(training, tmp_path, monkeypatch):
     """Stopped at any step, a run ends where it would have."""
     training("whole").run()
-    advance, left = kvpack.training.trainer.Trainer._advance, 3
+    advance, left = Trainer._advance, 3
 
     def stopped(self):
         nonlocal left
@@ -118,7 +119,7 @@ def test_going_on_gives_the_same_weights(training, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return advance(self)
 
-    monkeypatch.setattr(kvpack.training.trainer.Trainer, "_advance", stopped)
+    monkeypatch.setattr(Trainer, "_advance", stopped)
     with pytest.raises(KeyboardInterrupt):
         training("cut").run()
     monkeypatch.undo()
@@ -199,13 +200,56 @@ def test_another_training_is_not_gone_on_with(training, tmp_path):
     assert max(int(row["step"]) for row in rows(tmp_path / "run")) == 4
 
 
-def test_accumulation_is_a_larger_batch(training, tmp_path):
-    """Two backward passes of one clip each see what one of two clips sees, but for their noise."""
-    training("two", {"batch": 1, "accumulation": 2, "steps": 2}).run()
-    training("one", {"batch": 2, "accumulation": 1, "steps": 2}).run()
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert one.keys() == two.keys()
-    assert any(not torch.equal(one[name], two[name]) for name in one)
+class MeanLatent:
+    """An objective without noise: its gradient is the mean latent of a batch."""
+
+    def __init__(self):
+        self.module = torch.nn.Linear(1, 1, bias=False)
+        self.seen = []
+
+    @property
+    def learners(self):
+        return [Learner("module", self.module)]
+
+    def backward(self, step, clips, source, backward):
+        self.seen += [clip.name for clip in clips]
+        loss = torch.stack([self.module.weight.sum() * clip.latents.mean() for clip in clips]).mean()
+        backward(loss)
+        return {"loss": float(loss.detach())}
+
+
+def test_accumulation_is_a_larger_batch(model, data, tmp_path):
+    trainee = kvpack.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
+    clips, found = ClipFolder(data, trainee, 2 * CHUNKS, 16), []
+    for batch, accumulation in ((1, 4), (2, 2), (4, 1)):
+        torch.manual_seed(0)
+        objective = MeanLatent()
+        recipe = Recipe(steps=3, batch=batch, accumulation=accumulation, learning_rate=0.1, clip_norm=1e9)
+        Trainer(objective, clips, recipe, tmp_path / str(batch), Accelerator(cpu=True)).run()
+        found.append((objective.seen, objective.module.weight.detach()))
+    for seen, weight in found[1:]:
+        assert seen == found[0][0]
+        torch.testing.assert_close(weight, found[0][1])
+    assert len(found[0][0]) == 12
+    assert {name: found[0][0].count(name) for name in found[0][0]} == {clip.name: 4 for clip in clips}
+
+
+@pytest.mark.parametrize("broken", ["_save", "weights"])
+def test_killed_while_it_saves(broken, training, tmp_path, monkeypatch):
+    """At its very end, between the weights and the state: the next run makes up for what is missing."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    training("whole").run()
+    training("cut", {"steps": 2}).run()
+    target = Trainer if broken == "_save" else CompressorTraining
+    monkeypatch.setattr(target, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        training("cut").run()
+    monkeypatch.undo()
+    training("cut").run()
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
 @pytest.mark.parametrize(

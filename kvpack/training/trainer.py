@@ -127,7 +127,8 @@ class Trainer:
         about: dict[str, Any] | None = None,
     ) -> None:
         self.objective, self.clips, self.recipe, self.output = objective, clips, recipe, output
-        self.accelerator, self.step = accelerator, 0
+        self.accelerator = accelerator
+        self.step = self.saved_step = 0
         told = {**asdict(recipe), "clips": clips.fingerprint(), "processes": accelerator.num_processes, **(about or {})}
         told = {name: value for name, value in told.items() if name not in ("steps", "save_every")}  # these may change
         self.about = json.dumps(told, indent=2, sort_keys=True, default=str) + "\n"
@@ -146,7 +147,7 @@ class Trainer:
         """Trains to the end.
 
         Args:
-            saved: called after each checkpoint, in the main process.
+            saved: called at each checkpoint, in the main process.
 
         Raises:
             TrainingError: if a loss or a gradient is not finite; the last checkpoint is as it was.
@@ -162,8 +163,8 @@ class Trainer:
                 if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps:
                     self.accelerator.wait_for_everyone()
                     if main:
+                        saved(self.step)  # first, so that a run killed here makes up for it
                         self._save()
-                        saved(self.step)
 
     def _advance(self) -> dict[str, float]:
         """One step of the optimisers."""
@@ -207,7 +208,7 @@ class Trainer:
         seen = told if self.accelerator.mixed_precision == "fp16" else {**told, "gradient norm": norm}
         bad = {name: value for name, value in seen.items() if not math.isfinite(value)}
         if bad:
-            last = self.step // self.recipe.save_every * self.recipe.save_every
+            last = self.saved_step
             kept = f"the checkpoint of step {last} in {self.output} is kept" if last else "there is no checkpoint yet"
             raise TrainingError(
                 f"training diverged at step {self.step + 1}: {', '.join(f'{k} is {v}' for k, v in bad.items())}; "
@@ -241,6 +242,7 @@ class Trainer:
         learners, scaler = {each.name: self._state(each) for each in self.objective.learners}, self.accelerator.scaler
         torch.save({"step": self.step, "learners": learners, "scaler": scaler and scaler.state_dict()}, data)
         save_bytes(data.getvalue(), self.output / STATE)
+        self.saved_step = self.step
 
     def _state(self, learner: Learner) -> dict[str, Any]:
         return {
@@ -262,7 +264,7 @@ class Trainer:
                 "give it the same options to go on, or a new folder"
             )
         data = torch.load(state, map_location="cpu", weights_only=True)
-        self.step = data["step"]
+        self.step = self.saved_step = data["step"]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(data["scaler"])
         for learner in self.objective.learners:
