@@ -104,7 +104,7 @@ def _keep(name: str, found: list[figures.Measured], options: Any) -> None:
     rows = run.stamped(scores, "ablations")
     if rows:
         path = report.write(f"ablation-{name}", rows, options.out)
-        page = f"# {name.capitalize()}\n\n{tables.leaderboard(rows, [each.name for each in found], '')}\n"
+        page = f"# {name.capitalize()}\n\n{tables.leaderboard(rows, [each.name for each in found], ())}\n"
         save_bytes(page.encode(), path.with_suffix(".md"))
         print(f"written to {path}", flush=True)
 

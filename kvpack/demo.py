@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvpack.compressor import CONFIG_FILE
 from kvpack.errors import InvalidOptionError, OutputError
 from kvpack.generation import Track, load_pipeline, started
 from kvpack.planner import video_frames
@@ -101,9 +102,22 @@ def shipped_folder() -> Path:
     Raises:
         InvalidOptionError: if it was not installed with it.
     """
-    folder = Path(str(resources.files("kvpack"))) / "data" / "toyworld"
-    if not (folder / "model_index.json").is_file():
-        raise InvalidOptionError(f"the demo's pipeline is not in this installation ({folder}); install kvpack anew")
+    return _shipped("toyworld", "model_index.json")
+
+
+def shipped_compressor() -> Path:
+    """The compressor that was trained for the pipeline of `shipped_folder`, for `enable_packforcing(compressor=...)`.
+
+    Raises:
+        InvalidOptionError: if it was not installed with it.
+    """
+    return _shipped("compressor", CONFIG_FILE)
+
+
+def _shipped(name: str, needed: str) -> Path:
+    folder = Path(str(resources.files("kvpack"))) / "data" / name
+    if not (folder / needed).is_file():
+        raise InvalidOptionError(f"{folder} with {needed} is not in this installation; install kvpack anew")
     return folder
 
 

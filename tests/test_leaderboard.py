@@ -213,12 +213,12 @@ def test_tables_mark_what_differs() -> None:
         replace(SCORE, subject="full", value=0.3, low=0.2, high=0.4),
         replace(SCORE, subject="packforcing minus full", value=0.6, low=0.5, high=0.7),
     ]
-    page = tables.leaderboard(rows, ["packforcing", "full"], "packforcing")
+    page = tables.leaderboard(rows, ["packforcing", "full"], ["packforcing"])
     assert "| packforcing | 0.900 [0.800, 1.000] |" in page
     assert "**0.600 [0.500, 0.700]**" in page
     assert "~" not in page
     near = [rows[0], replace(rows[1], high=0.85), replace(rows[2], low=-0.1)]
-    page = tables.leaderboard(near, ["packforcing", "full"], "packforcing")
+    page = tables.leaderboard(near, ["packforcing", "full"], ["packforcing"])
     assert "0.600 [-0.100, 0.700] ~" in page
 
 

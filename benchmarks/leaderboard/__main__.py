@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks import report
 from benchmarks.leaderboard import figures, lamps, plots, run, tables
 from benchmarks.leaderboard.figures import Measured
-from benchmarks.leaderboard.subjects import HERO, REFERENCES, Memory, memories
+from benchmarks.leaderboard.subjects import COMPARED, HERO, REFERENCES, TRAINED, Memory, memories
 from benchmarks.report import Score
 from benchmarks.toyworld import world
 from kvpack.video import save_bytes
@@ -24,7 +24,7 @@ from kvpack.video import save_bytes
 SECONDS, SEEDS = 120, 3
 SMOKE = (HERO, "truth")
 # Enough to tell apart in one picture, what matters most first.
-PLOTTED = (HERO, "packforcing-paper", "full", "self-forcing", "window with sink 4, contiguous", "truth")
+PLOTTED = (HERO, TRAINED, "packforcing-paper", "full", "self-forcing", "window with sink 4, contiguous", "truth")
 # A picture of these would say nothing.
 UNSEEN = ("noise", "frozen frame", "shuffled truth")
 NAME, BINS = "leaderboard", "leaderboard-over-time"
@@ -62,10 +62,9 @@ def main() -> int:
 
 def _scores(found: Sequence[Measured], resamples: int) -> list[Score]:
     truth = next((each for each in found if each.name == "truth"), None)
-    hero = next((each for each in found if each.name == HERO), None)
     rows = [row for each in found for row in figures.scores(each, truth, resamples)]
-    if hero:
-        rivals = [each for each in found if each.name not in (HERO, *REFERENCES)]
+    for hero in (each for each in found if each.name in COMPARED):
+        rivals = [each for each in found if each.name not in (hero.name, *REFERENCES)]
         rows += [row for rival in rivals for row in figures.differences(hero, rival, resamples)]
     return rows
 
@@ -77,7 +76,7 @@ def _bins(found: Sequence[Measured], resamples: int) -> list[Score]:
 def _pages(rows: Sequence[Score], bins: Sequence[Score], options: argparse.Namespace) -> None:
     """The table and the plot, and one more plot of the subject whose videos are longer than all others'."""
     subjects = list(dict.fromkeys(row.subject for row in rows if " minus " not in row.subject))
-    page = f"# Memories on the toy world\n\n{tables.leaderboard(rows, subjects, HERO)}\n"
+    page = f"# Memories on the toy world\n\n{tables.leaderboard(rows, subjects, COMPARED)}\n"
     save_bytes(page.encode(), options.out / f"{NAME}.md")
     ends = sorted(max(row.seconds for row in rows if row.subject == name) for name in subjects)
     most, common = ends[-1], ends[-2:][0]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvpack.demo import shipped_compressor
 from kvpack.registry import registry
 from kvpack.stack import Stack
 
@@ -17,6 +18,9 @@ ROLES = {"compressor": "compressor", "selector": "selector", "reindex": "reindex
 # Generated without a memory, see `sources.reference`.
 REFERENCES = ("truth", "shuffled", "frozen", "noise")
 HERO = "packforcing"
+# The same with the compressor that was trained for the shipped pipeline.
+TRAINED = "packforcing, trained dual"
+COMPARED = (HERO, TRAINED)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ RIVALS = (
         {"window_frames": 20, "sink_frames": 4, "reindex": "contiguous"},
     ),
     Memory("sink 8 + recent 4", "packforcing", {"topk": 0}),
+    Memory("packforcing, lr", "packforcing", {"compressor": "lr"}),
+    Memory(TRAINED, "packforcing", {"compressor": str(shipped_compressor())}),
 )
 
 

@@ -14,7 +14,7 @@ MEASURES = (*METRICS, RELATIVE)
 DRIFTS = tuple(f"drift {name}" for name in METRICS)
 
 
-def leaderboard(rows: Sequence[Score], subjects: Sequence[str], hero: str) -> str:
+def leaderboard(rows: Sequence[Score], subjects: Sequence[str], heroes: Sequence[str]) -> str:
     """Sections of a page: the measures at each length, how they drift, what a chunk costs, and the comparisons."""
     parts = []
     for seconds in sorted({row.seconds for row in rows}):
@@ -22,9 +22,8 @@ def leaderboard(rows: Sequence[Score], subjects: Sequence[str], hero: str) -> st
             section = table(rows, subjects, seconds, metrics)
             if section:
                 parts.append(f"## {seconds} s{title}\n\n{section}")
-        compared = comparison(rows, subjects, seconds, hero)
-        if compared:
-            parts.append(f"## {seconds} s, `{hero}` minus each\n\n{compared}")
+        compared = {hero: comparison(rows, subjects, seconds, hero) for hero in heroes}
+        parts += [f"## {seconds} s, `{hero}` minus each\n\n{lines}" for hero, lines in compared.items() if lines]
     return "\n\n".join(parts)
 
 

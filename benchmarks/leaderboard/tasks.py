@@ -59,6 +59,8 @@ class Task:
     def facts(self) -> dict[str, Any]:
         """Everything that the frames depend on, as plain data; not the name, so that equal stacks are made once."""
         source = self.source if isinstance(self.source, str) else self.source.to_dict()
+        if isinstance(source, dict) and (trained := source["compressor"].get("weights")):
+            source["compressor"]["weights"] = fingerprint(Path(trained))
         shared = asdict(self.settings)
         return {
             "version": VERSION,
