@@ -1,8 +1,8 @@
 """A Wan transformer over kvpack's memory: each forward's phase told, each chunk committed. Who samples is not said."""
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvpack.adapters.wan_attention import attached
 from kvpack.adapters.wan_project import project_tokens
-from kvpack.adapters.wan_vae import embed, encode, forward_tokens
+from kvpack.adapters.wan_vae import embed, encode, forward_tokens, riding
 from kvpack.blocks import LatentChunk
 from kvpack.errors import GradientError, PolicyError
 from kvpack.geometry import Geometry
@@ -53,8 +53,8 @@ class WanMemory:
         self.sessions: dict[str, Session] = {}
         self.seconds = {"denoise": 0.0, "commit": 0.0, "compress": 0.0, "decode": 0.0}
         self.compressor = stack.compressor if isinstance(stack.compressor, LatentCompressor) else None
-        #: The piece whose twin a forward makes; otherwise whether the forward is that of the clean chunk.
-        self._phase: bool | Piece = False
+        #: Tells a branch's session what the coming forward is.
+        self._announce: Callable[[Session, int], None] = Session.denoise
 
     @property
     def frames(self) -> int:
@@ -69,7 +69,7 @@ class WanMemory:
 
     def attached(self) -> AbstractContextManager[None]:
         """Kvpack's processors in the transformer, whose forwards are denoising steps unless `commit` makes them."""
-        self._phase = False
+        self._announce = Session.denoise
         return attached(self.transformer, self._memory_for)
 
     def check_policies(self) -> None:
@@ -104,23 +104,37 @@ class WanMemory:
         try:
             for branch, session in self.sessions.items():
                 # A branch that guidance left out of the last step has nothing of it to keep.
-                if self.stack.commit == "rerun" or session.step < last:
+                rerun = self.stack.commit == "rerun" or session.step < last
+                rides = bool(twins) and rerun and self._ride
+                if rerun:
                     # What a chunk leaves behind whole has no gradient: a graph spans one chunk, and the twins in it.
-                    with self.timed("commit"), torch.no_grad():
-                        self._phase = True
+                    with self.timed("commit"), torch.no_grad(), self._riding(twins if rides else {}):
                         self._clean_forward(branch, latents.to(self.transformer.dtype))
-                with self.timed("compress"):
-                    for piece, tokens in twins.items():
-                        self._make_twin(branch, session, piece, tokens)
+                if not rides:
+                    with self.timed("compress"):
+                        for piece, tokens in twins.items():
+                            self._make_twin(branch, session, piece, tokens)
         finally:
-            self._phase = False
+            self._announce = Session.denoise
         finish_commits(list(self.sessions.values()))
+
+    @property
+    def _ride(self) -> bool:
+        """Whether twins' tokens go through the layers together with their chunk, which costs next to nothing."""
+        return self.compressor is not None and self.compressor.project == "layers" and not self.buffer.differentiable
+
+    @contextmanager
+    def _riding(self, twins: Mapping[Piece, Tensor]) -> Iterator[None]:
+        """Forwards are commits, with twins' tokens in them."""
+        self._announce = lambda session, _: session.commit(tuple(twins))
+        with riding(self.transformer, torch.cat(list(twins.values()), dim=1)) if twins else nullcontext():
+            yield
 
     def _make_twin(self, branch: str, session: Session, piece: Piece, tokens: Tensor) -> None:
         """Keys and values of a piece's hidden tokens, for `finish_commits`."""
         assert self.compressor is not None
         if self.compressor.project == "layers":
-            self._phase = piece
+            self._announce = lambda session, _: session.compress(piece)
             forward_tokens(self.transformer, tokens, lambda dummy: self._clean_forward(branch, dummy))
             return
         session.compress(piece)
@@ -178,12 +192,7 @@ class WanMemory:
                 "remove torch.enable_grad() and torch.set_grad_enabled(True) from callbacks and wrappers"
             )
         session = self.session(context.name)
-        if isinstance(self._phase, Piece):
-            session.compress(self._phase)
-        elif self._phase:
-            session.commit()
-        else:
-            session.denoise(context.step_index or 0)
+        self._announce(session, context.step_index or 0)
         return session.layers
 
     @contextmanager

@@ -1,5 +1,7 @@
 """Streaming use of `AutoencoderKLWan`: decode chunk by chunk with a feature cache of one's own."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,8 +81,30 @@ def embed(transformer: Any, latents: Tensor) -> Tensor:
     return transformer.patch_embedding(latents.to(transformer.dtype)).flatten(2).transpose(1, 2)
 
 
+@contextmanager
+def riding(transformer: Any, tokens: Tensor) -> Iterator[None]:
+    """Lets hidden tokens ride in forwards, behind those of the latents, whose output alone is returned.
+
+    Args:
+        transformer: a `WanTransformer3DModel`.
+        tokens: hidden tokens `[batch, tokens, width]`.
+    """
+    count = tokens.shape[1]
+    handles = [
+        transformer.patch_embedding.register_forward_hook(
+            lambda _, __, embedded: torch.cat([embedded.flatten(2), tokens.transpose(1, 2)], dim=2)
+        ),
+        transformer.proj_out.register_forward_hook(lambda _, __, output: output[:, :-count]),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def forward_tokens(transformer: Any, tokens: Tensor, forward: Any) -> None:
-    """Runs hidden tokens through the transformer in the place of patch-embedded ones.
+    """Runs hidden tokens alone through the transformer, in the place of patch-embedded ones.
 
     Args:
         transformer: a `WanTransformer3DModel`.

@@ -1,5 +1,6 @@
 """The memory of one transformer layer: what an attention processor talks to."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,9 +45,11 @@ class LayerMemory:
         self.pending: Context | None = None
         #: Keys before RoPE and values are appended here if not None: only a commit listens.
         self.capture: list[KeysValues] | None = None
-        #: Rotations of the current chunk, and of a twin's tokens while their forward runs.
+        #: Rotations of the current chunk.
         self.chunk_turns: Complex[Tensor, "rows chunk 1 half"] | None = None
-        self.twin_turns: Complex[Tensor, "rows twin 1 half"] | None = None
+        #: Whether a forward's first tokens are the chunk's; rotations, by placement, of twins whose tokens follow.
+        self.with_chunk = True
+        self.twins: list[Callable[[Placement], Tensor]] = []
         self.placed: list[Turns] = []
         self.chosen: Int[Tensor, "rows chosen"] | None = None
 
@@ -57,7 +60,7 @@ class LayerMemory:
         values: Float[Tensor, "rows tokens heads head_dim"],
         attention: Attention,
     ) -> Float[Tensor, "rows tokens heads head_dim"]:
-        """Attention of the current tokens to the memory and to themselves.
+        """Attention of the chunk, and of each twin's tokens, to the memory and to themselves.
 
         Args:
             queries: queries after their norm and before RoPE.
@@ -68,10 +71,16 @@ class LayerMemory:
         if self.pending is not None:
             self._fill(self.pending, queries)
             self.pending = None
-        self.hear(keys, values)
-        turns = self.chunk_turns if self.twin_turns is None else self.twin_turns
-        assert turns is not None  # _fill has set them
-        return self.buffer.attend(queries, keys, values, turns, attention)
+        turns = [joined([twin(each.placement) for each in self.placed]) for twin in self.twins]
+        if self.with_chunk:
+            assert self.chunk_turns is not None  # _fill has set them
+            turns.insert(0, self.chunk_turns)
+        sizes, attended = [each.shape[1] for each in turns], []
+        parts = zip(*(each.split(sizes, dim=1) for each in (queries, keys, values)), turns, strict=True)
+        for query, key, value, turn in parts:
+            self.hear(key, value)
+            attended.append(self.buffer.attend(query, key, value, turn, attention))
+        return joined(attended, dim=1)
 
     def hear(
         self, keys: Float[Tensor, "rows tokens heads head_dim"], values: Float[Tensor, "rows tokens heads head_dim"]
@@ -180,6 +189,6 @@ class LayerMemory:
         return PolicyError(f"{type(context.selector).__name__}.select {what}")
 
 
-def joined(turns: list[Tensor]) -> Tensor:
-    """Rotations of all rows, which may have been placed one by one."""
-    return turns[0] if len(turns) == 1 else torch.cat(turns)
+def joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """Parts, behind each other; the only one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

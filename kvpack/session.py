@@ -1,7 +1,8 @@
 """The only mutable thing: all memory of one generation, one session for each guidance branch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from kvpack.blocks import KVBlock, Span, grid_coordinates
 from kvpack.context import Context, Held
 from kvpack.errors import PolicyError
 from kvpack.geometry import Geometry
-from kvpack.layer import KeysValues, LayerMemory, joined
+from kvpack.layer import KeysValues, LayerMemory
 from kvpack.ledger import Ledger, Piece
 from kvpack.packed import PackedBuffer
-from kvpack.roles import Compressor, LatentCompressor
+from kvpack.roles import Compressor, LatentCompressor, Placement
 from kvpack.stack import Stack
 
 
@@ -29,10 +30,11 @@ class History:
 class Session:
     """Memory of one generation.
 
-    A chunk is: `denoise(step)` before each denoising forward, `commit()` before the forward of the clean chunk, for a
-    latent-space compressor `compress(piece)` before the forward of each of `twins_due()`, and `finish_commit()`. Only
-    the last one writes history; until then the chunk can be done again. A stack whose `commit` is "last-step" needs no
-    `commit()`: the keys and values of the last denoising forward are kept.
+    A chunk is: `denoise(step)` before each denoising forward, `commit()` before the forward of the clean chunk, and
+    `finish_commit()`. Only the last one writes history; until then the chunk can be done again. A stack whose `commit`
+    is "last-step" needs no `commit()`: the keys and values of the last denoising forward are kept. Of a latent-space
+    compressor, the tokens of `twins_due()` ride in the commit's forward, or each has one of its own after
+    `compress(piece)`.
 
     Args:
         stack: the policy.
@@ -63,11 +65,15 @@ class Session:
         self._listen(self.stack.commit == "last-step")
         self.step = step
 
-    def commit(self) -> None:
-        """Announces the forward of the clean chunk, whose keys and values become history."""
+    def commit(self, twins: Sequence[Piece] = ()) -> None:
+        """Announces the forward of the clean chunk, whose keys and values become history.
+
+        Args:
+            twins: pieces whose twins' tokens follow the chunk's in the forward.
+        """
         if self.current is None:
             self._assemble()
-        self._listen(True)
+        self._listen(True, twins)
 
     def twins_due(self) -> tuple[Piece, ...]:
         """Pieces of the coming chunk that a latent-space compressor must make twins of."""
@@ -84,11 +90,9 @@ class Session:
 
     def compress(self, piece: Piece) -> None:
         """Announces the forward of a twin's tokens, in the context that the commit saw; follows the commit's."""
-        assert self.current is not None
-        coordinates = self.twin_span(piece).coordinates
-        for layer in self.layers:
-            layer.twin_turns = joined([self.current.chunk_turns(each.placement, coordinates) for each in layer.placed])
         self._twins.append(piece)
+        for layer in self.layers:
+            layer.with_chunk, layer.twins = False, self._twin_turns([piece])
 
     def check_policies(self) -> None:
         """Raises `PolicyError` if a policy broke its contract in the chunk in progress; waits for the device."""
@@ -180,17 +184,26 @@ class Session:
         for layer in self.layers:
             layer.pending = self.current
 
-    def _listen(self, capture: bool) -> None:
-        self._twins = []
+    def _listen(self, capture: bool, twins: Sequence[Piece] = ()) -> None:
+        self._twins = list(twins)
+        turns = self._twin_turns(twins)
         for layer in self.layers:
             layer.capture = [] if capture else None
-            layer.twin_turns = None
+            layer.with_chunk, layer.twins = True, turns
+
+    def _twin_turns(self, pieces: Sequence[Piece]) -> list[Callable[[Placement], Tensor]]:
+        """Rotations of twins' tokens, once it is known where the chunk is placed."""
+        if not pieces:
+            return []
+        assert self.current is not None
+        chunk_turns = self.current.chunk_turns
+        return [partial(chunk_turns, coordinates=self.twin_span(piece).coordinates) for piece in pieces]
 
     def _new_pieces(self) -> list[Held]:
         first, per_frame = self.frames, self.geometry.tokens_per_frame
         captured = [layer.capture or [] for layer in self.layers]
         if {len(forwards) for forwards in captured} != {1 + len(self._twins)}:
-            raise RuntimeError("finish_commit() must follow commit() and one forward for the chunk and for each twin")
+            raise RuntimeError("finish_commit() must follow commit() and a forward of the chunk and of each twin")
         chunk = [forwards[0] for forwards in captured]
         twins = {piece: tuple(f[index] for f in captured) for index, piece in enumerate(self._twins, start=1)}
         pieces = []
