@@ -14,12 +14,14 @@ from typing import Any
 from benchmarks import report
 from benchmarks.leaderboard import figures, run, tables
 from benchmarks.leaderboard.subjects import Memory
+from kvpack.demo import shipped_compressor
 from kvpack.video import save_bytes
 
 SECONDS, SEEDS = 60, 1
 REINDEXERS = ("absolute", "sink-shift", "contiguous", "fit")
 COMPRESSORS = ("identity", "pool", "lr")
 SELECTORS = ("topk", "recency", "uniform", "random", "softmax-mass")
+TRAINED = str(shipped_compressor())
 TOPKS = (0, 1, 2, 4, 8, 16, 32)
 
 
@@ -45,6 +47,16 @@ ABLATIONS: dict[str, tuple[Memory, ...]] = {
             **{f"selector {name}": {"selector": name, "topk": 4} for name in SELECTORS},
             "selector topk after RoPE": {"selector": {"policy": "topk", "topk": 4, "after_rope": True}},
             "selector all": {"selector": "all"},
+        }
+    ),
+    # With blocks that were taught to keep something: how many, and which?
+    "trained": _changed(
+        {
+            **{f"dual, topk {topk}": {"compressor": TRAINED, "topk": topk} for topk in (1, 2, 4, 8, 16)},
+            **{
+                f"dual, {selector} 4": {"compressor": TRAINED, "selector": selector, "topk": 4}
+                for selector in ("recency", "uniform", "random")
+            },
         }
     ),
     # What is kept whole must leave positions for the middle: more of it has more positions.

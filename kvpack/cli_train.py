@@ -32,6 +32,7 @@ def train_compressor(
         str, typer.Option(help="layers (through the whole model) or direct (each layer's own projections).")
     ] = "layers",
     hidden: Annotated[int, typer.Option(help="Channels between the convolutions.")] = 64,
+    initial: Annotated[str | None, typer.Option(help="Folder or Hub id of trained weights to go on from.")] = None,
     frames: Annotated[int, typer.Option(help="Latent frames of a clip.")] = 20,
     size: Annotated[
         str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels that videos are scaled and cropped to.")
@@ -70,6 +71,7 @@ def train_compressor(
         branches=branches,  # type: ignore[arg-type]  # checked where it is used
         project=project,  # type: ignore[arg-type]
         hidden=hidden,
+        initial=initial,
         teacher=teacher,
         lora_rank=lora_rank,
         critic_steps=critic_steps,

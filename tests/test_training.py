@@ -192,6 +192,17 @@ def test_a_gradient_that_is_not_finite_stops_it(training, monkeypatch):
         training().run()
 
 
+def test_going_on_from_trained_weights(training, tmp_path):
+    training("first").run()
+    training("second", {"steps": 1, "learning_rate": 1e-30}, initial=str(tmp_path / "first")).run()
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+    with pytest.raises(InvalidOptionError, match=r"initial .* has hidden=8, but hidden=4 was asked for; give hidden=8"):
+        training("third", initial=str(tmp_path / "first"), hidden=4).run()
+    with pytest.raises(InvalidOptionError, match="no compressor folder"):
+        training("third", initial=str(tmp_path / "nowhere")).run()
+
+
 def test_another_training_is_not_gone_on_with(training, tmp_path):
     training(recipe={"steps": 2}).run()
     with pytest.raises(TrainingError, match="holds another training"):

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from kvpack.branches import BranchSource
 from kvpack.compressor import Branches, HighResolutionBranch
 from kvpack.enable import adapter_of, resolve_stack
 from kvpack.errors import InvalidOptionError, require_choice, require_int
@@ -39,6 +40,7 @@ class CompressorTraining:
         branches: which compressor.
         project: how its tokens become keys and values.
         hidden: channels between its convolutions.
+        initial: folder or Hub id of a trained compressor to go on from; None starts from what it is before training.
         teacher: folder of a pipeline with a bidirectional transformer: trains by distribution matching instead of by
             context distillation.
         lora_rank: rank of LoRA weights of the model, trained too; needs a teacher.
@@ -68,6 +70,7 @@ class CompressorTraining:
     branches: Branches = "dual"
     project: Project = "layers"
     hidden: int = 64
+    initial: str | None = None
     teacher: Path | None = None
     lora_rank: int = 0
     critic_steps: int = 5
@@ -116,16 +119,7 @@ class CompressorTraining:
         pipeline = frozen(self.model, PRECISIONS[self.mixed_precision], str(accelerator.device))
         trainee = adapter_of(pipeline).trainee(pipeline, self.max_sequence_length)
         config = pipeline.transformer.config
-        branch = HighResolutionBranch(
-            channels=config.in_channels,
-            width=config.num_attention_heads * config.attention_head_dim,
-            patch=tuple(config.patch_size[1:]),
-            hidden=self.hidden,
-            branches=self.branches,
-            project=self.project,
-            base_model=self.base_model or self.model.resolve().name,
-            seed=self.recipe.seed,
-        ).to(accelerator.device)
+        branch = self._branch(pipeline.transformer.config).to(accelerator.device)
         stack = self._stack(branch)
         clips = ClipFolder(
             self.data,
@@ -168,6 +162,28 @@ class CompressorTraining:
             accelerator.end_training()
         return branch
 
+    def _branch(self, config: Any) -> HighResolutionBranch:
+        """What is trained, as it is at the start."""
+        branch = HighResolutionBranch(
+            channels=config.in_channels,
+            width=config.num_attention_heads * config.attention_head_dim,
+            patch=tuple(config.patch_size[1:]),
+            hidden=self.hidden,
+            branches=self.branches,
+            project=self.project,
+            base_model=self.base_model or self.model.resolve().name,
+            seed=self.recipe.seed,
+        )
+        if self.initial is not None:
+            source = BranchSource(self.initial).fitting(branch.channels, branch.width, branch.patch)
+            if source.hidden != branch.hidden:
+                raise InvalidOptionError(
+                    f"initial {self.initial} has hidden={source.hidden}, but hidden={branch.hidden} was asked for; "
+                    f"give hidden={source.hidden}"
+                )
+            branch.load_state_dict(source.state_dict())
+        return branch
+
     def _stack(self, branch: HighResolutionBranch) -> Stack:
         compressor = registry().policy("compressor", self.branches, {"weights": branch, "project": self.project})
         return replace(resolve_stack(self.stack, self.options), compressor=compressor)
@@ -201,6 +217,7 @@ _ABOUT = (
     "branches",
     "project",
     "hidden",
+    "initial",
     "teacher",
     "lora_rank",
     "critic_steps",
