@@ -129,15 +129,42 @@ def test_going_on_gives_the_same_weights(training, tmp_path, monkeypatch):
     assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
 
 
+def words(model, data, output, steps, *more):
+    """The command line of `training`."""
+    given = ["train-compressor", "--model", model, "--data", data, "--output", output, "--steps", steps]
+    given += ["--learning-rate", 1e-3, "--hidden", 8, "--frames", 2 * CHUNKS, "--denoising-steps", 2]
+    given += ["--max-sequence-length", 8, "--cpu", *(f"-o{name}={value}" for name, value in STACK.items()), *more]
+    return list(map(str, given))
+
+
+@pytest.mark.slow
+def test_two_processes_are_an_accumulation_of_two(training, model, data, tmp_path):
+    training("one", {"steps": 3, "save_every": 3, "accumulation": 2}).run()
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "kvpack.cli",
+    ]
+    command = [*launch, *words(model, data, tmp_path / "two", 3)]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    assert json.loads((tmp_path / "two" / "recipe.json").read_text())["processes"] == 2
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_a_killed_process_goes_on(training, model, data, tmp_path):
     """The same with a process that has no time to say goodbye."""
     recipe = {"steps": 12, "save_every": 1}
     training("whole", recipe).run()
-    words = ["train-compressor", "--model", model, "--data", data, "--output", tmp_path / "cut", "--steps", 12]
-    words += ["--save-every", 1, "--learning-rate", 1e-3, "--hidden", 8, "--frames", 10, "--denoising-steps", 2]
-    words += ["--max-sequence-length", 8, "--cpu", *(f"-o{name}={value}" for name, value in STACK.items())]
-    command = [sys.executable, "-m", "kvpack.cli", *map(str, words)]
+    command = [sys.executable, "-m", "kvpack.cli", *words(model, data, tmp_path / "cut", 12, "--save-every", 1)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     kills = 0
     for pause in (0.0, 0.3, None):
@@ -370,10 +397,7 @@ def test_distribution_matching(lora_rank, training, model, tmp_path):
 
 
 def test_the_command(model, data, tmp_path):
-    words = ["train-compressor", "--model", model, "--data", data, "--output", tmp_path / "run", "--steps", 1]
-    words += ["--frames", 10, "--hidden", 4, "--denoising-steps", 1, "--max-sequence-length", 8, "--cpu", "--json"]
-    words += [f"-o{name}={value}" for name, value in STACK.items()]
-    result = CliRunner().invoke(app, list(map(str, words)))
+    result = CliRunner().invoke(app, words(model, data, tmp_path / "run", 1, "--json"))
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert told["steps"] == 1
