@@ -37,12 +37,17 @@ def plan_rows(plan: Plan) -> list[list[str]]:
         ["chunks", f"{plan.chunks:,} of {plan.chunk_tokens:,} tokens"],
         ["attended by the last chunk", f"{plan.attended_tokens:,} tokens, itself included"],
         ["KV attended", f"{size_text(plan.attended_kv_bytes)} ({plan.attended_kv_bytes:,} B)"],
-        ["KV archived", f"{size_text(plan.archive_kv_bytes)} in {plan.archive_blocks:,} blocks"],
+        ["KV archived", f"{size_text(plan.archive_kv_bytes)}: {_archived(plan)}"],
         ["full history", f"{plan.full_tokens:,} tokens, {size_text(plan.full_kv_bytes)}"],
         ["attended of full history", f"{share:.2%}"],
         ["transformer, per chunk", f"{plan.flops_per_chunk:.3g} FLOPs"],
     ]
     return [*rows, ["compression, per chunk", _compression(plan)]] if plan.compressor_flops else rows
+
+
+def _archived(plan: Plan) -> str:
+    each = f" of {plan.archive_tokens / plan.archive_blocks:,.4g} tokens" if plan.archive_blocks else ""
+    return f"{plan.archive_blocks:,} blocks{each}"
 
 
 def _compression(plan: Plan) -> str:

@@ -25,6 +25,7 @@ class Plan:
         attended_tokens: what the last chunk attends, itself included.
         attended_kv_bytes: keys and values of the history that the last chunk attends, itself not included.
         archive_blocks: compressed blocks kept after the last chunk.
+        archive_tokens: their tokens.
         archive_kv_bytes: their keys and values, whether attended or not.
         full_tokens: tokens of all chunks at full resolution.
         full_kv_bytes: their keys and values, which full history would hold.
@@ -43,6 +44,7 @@ class Plan:
     attended_tokens: int
     attended_kv_bytes: int
     archive_blocks: int
+    archive_tokens: int
     archive_kv_bytes: int
     full_tokens: int
     full_kv_bytes: int
@@ -99,6 +101,7 @@ def plan(
         before, after = after, after.commit().ledger
     chunk_tokens = stack.chunk_frames * geometry.tokens_per_frame
     history = attended_tokens(geometry, stack, before)
+    archive_tokens = sum(_mid_tokens(geometry, stack, after))
     token_bytes = geometry.kv_bytes_per_token * batch * branches
     forward = flops(chunk_tokens, history + chunk_tokens) if flops else 0
     compressor_parameters, compressor_flops = _branches(geometry, stack, before, latents)
@@ -112,7 +115,8 @@ def plan(
         attended_tokens=history + chunk_tokens,
         attended_kv_bytes=history * token_bytes,
         archive_blocks=len(after.archive),
-        archive_kv_bytes=sum(_mid_tokens(geometry, stack, after)) * token_bytes,
+        archive_tokens=archive_tokens,
+        archive_kv_bytes=archive_tokens * token_bytes,
         full_tokens=chunks * chunk_tokens,
         full_kv_bytes=chunks * chunk_tokens * token_bytes,
         kv_bytes_per_token=geometry.kv_bytes_per_token,

@@ -176,6 +176,7 @@ def test_what_compression_costs_is_stated_by_branch(wan: kvpack.Geometry) -> Non
     assert planned("hr", batch=3, branches=2).compressor_flops == {"hr": 3 * high, "twin": 6 * twin}
     direct = planned(HighResolutionCompressor(project="direct")).compressor_flops
     assert direct == {"hr": high, "twin": 30 * 182 * 4 * 1536 * 1536}
+    assert ["KV archived", "3.92 GB: 117 blocks of 182 tokens"] in plan_rows(plans["dual"])
     assert plan_rows(plans["pool"])[-1][0] == "transformer, per chunk"
     name, text = plan_rows(plans["dual"])[-1]
     assert name == "compression, per chunk"
