@@ -58,9 +58,7 @@ def losses(objective: ContextDistillation, clips: list[list[Clip]]) -> bootstrap
     """Loss of each clip, [captions, seeds]."""
 
     def loss(clip: Clip) -> float:
-        return float(
-            np.mean([objective.measure([clip], target, seed=0) for target in targets(objective.stack, FRAMES)])
-        )
+        return float(np.mean(list(objective.measure([clip], targets(objective.stack, FRAMES), seed=0).values())))
 
     return np.array([[loss(clip) for clip in row] for row in clips])
 

@@ -39,6 +39,7 @@ def train_compressor(
     ] = None,
     fps: Annotated[float, typer.Option(help="Frames a second that the model was trained with.")] = 16.0,
     denoising_steps: Annotated[int, typer.Option(help="Denoising steps of a chunk.")] = 4,
+    chunks: Annotated[int, typer.Option(help="Chunks of a clip that are learned from at once.")] = 1,
     max_sequence_length: Annotated[int | None, typer.Option(help="Text tokens; the pipeline's own default.")] = None,
     teacher: Annotated[
         Path | None, typer.Option(help="Bidirectional pipeline: train by distribution matching, as the paper does.")
@@ -80,6 +81,7 @@ def train_compressor(
         size=width_height and (width_height[1], width_height[0]),
         fps=fps,
         denoising_steps=denoising_steps,
+        chunks=chunks,
         broken=broken,  # type: ignore[arg-type]
         max_sequence_length=max_sequence_length,
         mixed_precision=mixed_precision,

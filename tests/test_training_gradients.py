@@ -178,10 +178,32 @@ def test_training_lowers_the_loss(pipe, module):
     embeds = trainee.embed(["a red circle"])[0]
     clip = Clip("one", clips(1)[0], embeds)
     objective = ContextDistillation(trainee, stack_of(module), module, pipe.scheduler, steps=2)
-    before = sum(objective.measure([clip], 4, seed=0))
+    before = sum(objective.measure([clip], [4], seed=0)[4])
     optimiser = torch.optim.AdamW(module.parameters(), 3e-2, weight_decay=0.0)
     for step in range(12):
         objective.backward(step, [clip], torch.Generator().manual_seed(step), lambda loss: loss.backward())
         optimiser.step()
         optimiser.zero_grad()
-    assert sum(objective.measure([clip], 4, seed=0)) < 0.9 * before
+    assert sum(objective.measure([clip], [4], seed=0)[4]) < 0.9 * before
+
+
+def test_chunks_of_one_rollout_are_rollouts_of_each(pipe, module, monkeypatch):
+    trainee = WanAdapter().trainee(pipe, 8)
+    from kvpack.training import distillation
+    from kvpack.training.clips import Clip
+
+    monkeypatch.setattr(distillation, "noise_like", lambda like, source: torch.ones_like(like))
+    clip = Clip("one", clips(1)[0], trainee.embed(["a red circle"])[0])
+    found = {}
+    for chosen in ([3], [4], [3, 4]):
+        monkeypatch.setattr(distillation, "targets", lambda *_, chosen=chosen: chosen)
+        stack = stack_of(module, topk=2)
+        objective = ContextDistillation(trainee, stack, module, pipe.scheduler, steps=2, chunks=len(chosen))
+        told = objective.backward(0, [clip], torch.Generator().manual_seed(0), lambda loss: loss.backward())
+        measured = objective.measure([clip], chosen, seed=0)
+        assert told["loss"] == pytest.approx(sum(map(sum, measured.values())) / (2 * len(chosen)))
+        found[len(chosen), chosen[0]] = told["loss"], module.weight.grad.clone()
+        module.weight.grad = module.bias.grad = None
+    assert found[2, 3][0] == pytest.approx((found[1, 3][0] + found[1, 4][0]) / 2)
+    torch.testing.assert_close(found[2, 3][1], (found[1, 3][1] + found[1, 4][1]) / 2)
+    assert not torch.allclose(found[1, 3][1], found[1, 4][1])

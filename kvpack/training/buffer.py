@@ -85,8 +85,13 @@ def histories(session: Session) -> list[Cut]:
     return [cut for each in made for cut in each or ()]
 
 
-def backward_history(cuts: Iterable[Cut]) -> None:
-    """Carries the gradients that have added up at histories on to what made them."""
+def backward_history(cuts: Iterable[Cut], again: bool = False) -> None:
+    """Carries the gradients that have added up at histories on to what made them.
+
+    Args:
+        cuts: histories, from `histories`.
+        again: whether a later history has parts of this one, so that their graph is kept.
+    """
     with_gradients = [(made, cut.grad) for made, cut in cuts if cut.grad is not None]
     if with_gradients:
-        torch.autograd.backward([made for made, _ in with_gradients], [grad for _, grad in with_gradients])
+        torch.autograd.backward([made for made, _ in with_gradients], [grad for _, grad in with_gradients], again)

@@ -50,6 +50,7 @@ class CompressorTraining:
         size: height and width in pixels that videos are scaled and cropped to.
         fps: frames a second that the model was trained with.
         denoising_steps: of a chunk.
+        chunks: chunks of a clip that are learned from at once, by context distillation.
         broken: what a broken clip does.
         max_sequence_length: text tokens; the pipeline's own default if None.
         mixed_precision: "no", "bf16" or "fp16"; the frozen model's dtype. What is trained stays in float32.
@@ -79,6 +80,7 @@ class CompressorTraining:
     size: tuple[int, int] | None = None
     fps: float = 16.0
     denoising_steps: int = 4
+    chunks: int = 1
     broken: Broken = "stop"
     max_sequence_length: int | None = None
     mixed_precision: str = "no"
@@ -90,7 +92,7 @@ class CompressorTraining:
     def __post_init__(self) -> None:
         require_choice("mixed_precision", self.mixed_precision, PRECISIONS)
         require_choice("broken", self.broken, ("stop", "skip"))
-        for name in ("critic_steps", "frames", "denoising_steps"):
+        for name in ("critic_steps", "frames", "denoising_steps", "chunks"):
             require_int(name, getattr(self, name), minimum=1)
         require_int("lora_rank", self.lora_rank)
         if self.lora_rank and self.teacher is None:
@@ -138,7 +140,9 @@ class CompressorTraining:
         targets(stack, self.frames)  # finds out now whether there are any
         objective: Objective
         if self.teacher is None:
-            objective = ContextDistillation(trainee, stack, branch, pipeline.scheduler, self.denoising_steps)
+            objective = ContextDistillation(
+                trainee, stack, branch, pipeline.scheduler, self.denoising_steps, self.chunks
+            )
         else:
             objective = DistributionMatching(
                 trainee,
@@ -223,6 +227,7 @@ _ABOUT = (
     "critic_steps",
     "guidance_scale",
     "denoising_steps",
+    "chunks",
     "mixed_precision",
 )
 

@@ -1,6 +1,6 @@
 """Context distillation: what a model predicts behind packed history should be what it predicts behind all of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kvpack.adapter import Rollout, Trainee
 from kvpack.packed import PackedBuffer
 from kvpack.registry import registry
+from kvpack.session import Session
 from kvpack.stack import Stack
 from kvpack.training.buffer import Cut, GraphBuffer, backward_history, histories
 from kvpack.training.clips import Clip
@@ -22,8 +23,8 @@ from kvpack.training.trainer import Learner
 class ContextDistillation:
     """Mean squared difference of two velocities of a chunk, at every denoising step (ours; the paper trains by DMD).
 
-    A clip is committed chunk by chunk, once with the stack and once with the same stack but nothing compressed. Then
-    the next chunk, noised, is predicted behind both. Gradients pass through the attention of every layer into the
+    A clip is committed chunk by chunk, once with the stack and once with the same stack but nothing compressed. On the
+    way some chunks, noised, are predicted behind both. Gradients pass through the attention of every layer into the
     tokens that stand for mid blocks, and from there into the compressor; the model's weights have none.
 
     Args:
@@ -32,6 +33,7 @@ class ContextDistillation:
         compressor: the module.
         scheduler: whose noise levels are used.
         steps: denoising steps.
+        chunks: chunks of a clip that are predicted, of those that attend anything compressed.
     """
 
     trainee: Trainee
@@ -39,6 +41,7 @@ class ContextDistillation:
     compressor: nn.Module
     scheduler: Any
     steps: int = 4
+    chunks: int = 1
 
     @property
     def learners(self) -> Sequence[Learner]:
@@ -48,66 +51,70 @@ class ContextDistillation:
     def backward(
         self, step: int, clips: Sequence[Clip], source: torch.Generator, backward: Callable[[Tensor], None]
     ) -> dict[str, float]:
-        """One chunk of clips of one length; gradients add up in the compressor.
+        """Some chunks of clips of one length; gradients add up in the compressor.
 
         Args:
             step: of the training run; makes no difference.
             clips: clips of one shape.
-            source: of the choice of the chunk and of its noise.
+            source: of the choice of chunks and of their noise.
             backward: called with each loss.
 
         Returns:
-            The loss, as means over the denoising steps.
+            The loss, as means over chunks and denoising steps.
 
         Raises:
             InvalidOptionError: if no chunk of such clips attends anything compressed.
         """
         found = targets(self.stack, clips[0].latents.shape[1])
-        target = found[int(torch.randint(len(found), (), generator=source))]
-        cuts: list[Cut] = []
-
-        def learn(rollout: Rollout, loss: Tensor) -> float:
-            cuts[:] = histories(rollout.session)
-            backward(loss / self.steps)
-            return float(loss.detach())
-
-        losses = self._compare(clips, target, source, GraphBuffer, learn)
-        backward_history(cuts)
+        drawn = torch.randperm(len(found), generator=source)[: self.chunks].tolist()
+        chosen = sorted(found[index] for index in drawn)
+        losses = []
+        for chunk, session, compared in self._compare(clips, chosen, source, GraphBuffer):
+            cuts: list[Cut] = []
+            for loss in compared:
+                cuts = histories(session)
+                backward(loss / (self.steps * len(chosen)))
+                losses.append(float(loss.detach()))
+            backward_history(cuts, again=chunk < chosen[-1])
         return {"loss": sum(losses) / len(losses)}
 
     @torch.no_grad()
-    def measure(self, clips: Sequence[Clip], target: int, seed: int) -> list[float]:
-        """Loss at each denoising step, without gradients."""
-        return self._compare(clips, target, generator(seed, target), PackedBuffer, lambda _, loss: float(loss))
+    def measure(self, clips: Sequence[Clip], chosen: Sequence[int], seed: int) -> dict[int, list[float]]:
+        """Losses of chunks at each denoising step, without gradients.
+
+        Args:
+            clips: clips of one shape.
+            chosen: indices of the chunks, ascending.
+            seed: of the noise.
+        """
+        compared = self._compare(clips, chosen, generator(seed), PackedBuffer)
+        return {chunk: [float(loss) for loss in losses] for chunk, _, losses in compared}
 
     def _compare(
-        self,
-        clips: Sequence[Clip],
-        target: int,
-        source: torch.Generator,
-        buffer: type[PackedBuffer],
-        learn: Callable[[Rollout, Tensor], float],
-    ) -> list[float]:
+        self, clips: Sequence[Clip], chosen: Sequence[int], source: torch.Generator, buffer: type[PackedBuffer]
+    ) -> Iterator[tuple[int, Session, Iterator[Tensor]]]:
+        """Each chosen chunk, the session that it is predicted in, and the losses of its denoising steps."""
         latents, embeds = torch.stack([clip.latents for clip in clips]), torch.stack([clip.embeds for clip in clips])
-        chunks = latents.split(self.stack.chunk_frames, dim=2)[: target + 1]
-        noise, levels = noise_like(chunks[target], source), noise_levels(self.scheduler, self.steps)
+        chunks = latents.split(self.stack.chunk_frames, dim=2)[: chosen[-1] + 1]
+        noises, levels = {c: noise_like(chunks[c], source) for c in chosen}, noise_levels(self.scheduler, self.steps)
         policy = registry().policy
         whole = replace(self.stack, compressor=policy("compressor", "identity"), selector=policy("selector", "all"))
-        size = latents.shape[3], latents.shape[4]
-        with torch.no_grad():
-            teacher = self.trainee.rollout(whole, embeds, size)
-            with teacher.attached():
-                for chunk in chunks[:-1]:
-                    teacher.commit(chunk)
-                wanted = [
-                    teacher.predict(mixed(chunks[target], noise, sigma), timestep, step).float()
-                    for step, (sigma, timestep) in enumerate(levels)
-                ]
-        student, losses = self.trainee.rollout(self.stack, embeds, size, buffer), []
-        with student.attached():
-            for chunk in chunks[:-1]:
-                student.commit(chunk)
+
+        def predictions(rollout: Rollout, chunk: int) -> Iterator[Tensor]:
             for step, (sigma, timestep) in enumerate(levels):
-                predicted = student.predict(mixed(chunks[target], noise, sigma), timestep, step).float()
-                losses.append(learn(student, (predicted - wanted[step]).square().mean()))
-        return losses
+                yield rollout.predict(mixed(chunks[chunk], noises[chunk], sigma), timestep, step).float()
+
+        def rolled(stack: Stack, kind: type[PackedBuffer]) -> Iterator[tuple[int, Rollout]]:
+            rollout = self.trainee.rollout(stack, embeds, (latents.shape[3], latents.shape[4]), kind)
+            for chunk, clean in enumerate(chunks):
+                with rollout.attached():
+                    if chunk in noises:
+                        yield chunk, rollout
+                    if chunk < chosen[-1]:
+                        rollout.commit(clean)
+
+        with torch.no_grad():
+            wanted = {chunk: list(predictions(each, chunk)) for chunk, each in rolled(whole, PackedBuffer)}
+        for chunk, student in rolled(self.stack, buffer):
+            pairs = zip(predictions(student, chunk), wanted[chunk], strict=True)
+            yield chunk, student.session, ((mine - theirs).square().mean() for mine, theirs in pairs)
