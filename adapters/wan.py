@@ -14,7 +14,7 @@ from kvpack.adapters.wan_trainee import WanTrainee
 from kvpack.costs import LatentShape, ModelCost
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.geometry import Geometry
-from kvpack.stack import Stack
+from kvpack.memory import Memory
 
 _TEXT_TOKENS = 512
 
@@ -63,7 +63,7 @@ class WanAdapter(Adapter):
                 f"kvpack needs one token grid a latent frame, but patch_size is {tuple(transformer.config.patch_size)}"
             )
 
-    def check_stack(self, pipeline: Any, stack: Stack) -> None:
+    def check_stack(self, pipeline: Any, stack: Memory) -> None:
         """Refuses compressor weights of another model."""
         check_compressor(pipeline.transformer, stack)
 
@@ -139,7 +139,7 @@ class WanAdapter(Adapter):
         parameters = sum(each.numel() for part in parts for each in part.parameters())
         return ModelCost(parameters, graph_elements, decode_flops)
 
-    def run(self, pipeline: Any, stack: Stack, arguments: dict[str, Any], *, streaming: bool) -> WanRun:
+    def run(self, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool) -> WanRun:
         """Starts a generation; bad arguments are refused before anything is computed."""
         self.check(pipeline)
         return WanRun(self, pipeline, stack, arguments, streaming=streaming)

@@ -17,10 +17,9 @@ from kvpack.errors import GradientError, PolicyError
 from kvpack.geometry import Geometry
 from kvpack.layer import LayerMemory
 from kvpack.ledger import Piece
+from kvpack.memory import Memory
 from kvpack.packed import PackedBuffer
-from kvpack.roles import LatentCompressor
-from kvpack.session import Session, finish_commits
-from kvpack.stack import Stack
+from kvpack.session import AnySession, finish_commits
 
 
 class WanMemory:
@@ -41,7 +40,7 @@ class WanMemory:
     def __init__(
         self,
         pipeline: Any,
-        stack: Stack,
+        stack: Memory,
         geometry: Geometry,
         embeds: dict[str, Tensor],
         attention_kwargs: Mapping[str, Any] | None = None,
@@ -50,26 +49,26 @@ class WanMemory:
         check_compressor(pipeline.transformer, stack)
         self.pipeline, self.stack, self.geometry, self.embeds = pipeline, stack, geometry, embeds
         self.transformer, self.attention_kwargs, self.buffer = pipeline.transformer, attention_kwargs, buffer
-        self.sessions: dict[str, Session] = {}
+        self.sessions: dict[str, AnySession] = {}
         self.seconds = {"denoise": 0.0, "commit": 0.0, "compress": 0.0, "decode": 0.0}
-        self.compressor = stack.compressor if isinstance(stack.compressor, LatentCompressor) else None
+        self.compressor = stack.latent_compressor
         #: Tells a branch's session what the coming forward is.
-        self._announce: Callable[[Session, int], None] = Session.denoise
+        self._announce: Callable[[AnySession, int], None] = _denoise
 
     @property
     def frames(self) -> int:
         """Committed latent frames."""
         return next(iter(self.sessions.values())).frames if self.sessions else 0
 
-    def session(self, branch: str) -> Session:
+    def session(self, branch: str) -> AnySession:
         """Memory of one branch, new at its first mention."""
         if branch not in self.sessions:
-            self.sessions[branch] = Session(self.stack, self.geometry, self.buffer)
+            self.sessions[branch] = self.stack.session(self.geometry, self.buffer)
         return self.sessions[branch]
 
     def attached(self) -> AbstractContextManager[None]:
         """Kvpack's processors in the transformer, whose forwards are denoising steps unless `commit` makes them."""
-        self._announce = Session.denoise
+        self._announce = _denoise
         return attached(self.transformer, self._memory_for)
 
     def check_policies(self) -> None:
@@ -115,7 +114,7 @@ class WanMemory:
                         for piece, tokens in twins.items():
                             self._make_twin(branch, session, piece, tokens)
         finally:
-            self._announce = Session.denoise
+            self._announce = _denoise
         finish_commits(list(self.sessions.values()))
 
     @property
@@ -130,7 +129,7 @@ class WanMemory:
         with riding(self.transformer, torch.cat(list(twins.values()), dim=1)) if twins else nullcontext():
             yield
 
-    def _make_twin(self, branch: str, session: Session, piece: Piece, tokens: Tensor) -> None:
+    def _make_twin(self, branch: str, session: AnySession, piece: Piece, tokens: Tensor) -> None:
         """Keys and values of a piece's hidden tokens, for `finish_commits`."""
         assert self.compressor is not None
         if self.compressor.project == "layers":
@@ -203,12 +202,16 @@ class WanMemory:
         self.seconds[phase] += time.perf_counter() - start
 
 
-def check_compressor(transformer: Any, stack: Stack) -> None:
+def _denoise(session: AnySession, step: int) -> None:
+    session.denoise(step)
+
+
+def check_compressor(transformer: Any, stack: Memory) -> None:
     """Raises `InvalidOptionError` if the stack's compressor cannot work with this transformer."""
-    if isinstance(stack.compressor, LatentCompressor):
+    if stack.latent_compressor is not None:
         config = transformer.config
         width = config.num_attention_heads * config.attention_head_dim
-        stack.compressor.check(config.in_channels, width, patch_of(config))
+        stack.latent_compressor.check(config.in_channels, width, patch_of(config))
 
 
 def patch_of(config: Mapping[str, Any]) -> tuple[int, int]:

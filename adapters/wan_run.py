@@ -13,8 +13,7 @@ from kvpack.adapters.wan_call import checked, chunk_noise, encode_prompts, frame
 from kvpack.adapters.wan_memory import WanMemory
 from kvpack.adapters.wan_vae import StreamingDecoder
 from kvpack.errors import NonFiniteLatentsError, UnsupportedPipelineError
-from kvpack.roles import LatentCompressor
-from kvpack.stack import Stack
+from kvpack.memory import Memory
 
 
 class WanRun(Run):
@@ -33,11 +32,11 @@ class WanRun(Run):
     """
 
     def __init__(
-        self, adapter: Adapter, pipeline: Any, stack: Stack, arguments: dict[str, Any], *, streaming: bool
+        self, adapter: Adapter, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool
     ) -> None:
         self.adapter, self.pipeline, self.stack = adapter, pipeline, stack
         self.arguments = checked(pipeline, arguments, streaming=streaming)
-        needs_pixels = isinstance(stack.compressor, LatentCompressor) and stack.compressor.needs_pixels
+        needs_pixels = stack.latent_compressor is not None and stack.latent_compressor.needs_pixels
         self.decodes_in_loop = needs_pixels or (streaming and arguments["output_type"] != "latent")
         self.interrupted = False
         self._bar: Any = None

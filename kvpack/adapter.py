@@ -13,8 +13,9 @@ from torch import Tensor
 from kvpack.costs import LatentShape, ModelCost
 from kvpack.errors import UnsupportedPipelineError
 from kvpack.geometry import Geometry
+from kvpack.memory import Memory
 from kvpack.packed import PackedBuffer
-from kvpack.session import Session
+from kvpack.session import AnySession, Session
 from kvpack.stack import Stack
 
 
@@ -37,7 +38,7 @@ class Run(ABC):
     """One generation in progress; made by `Adapter.run`, which has checked the arguments and encoded the prompt."""
 
     #: Memory of each guidance branch.
-    sessions: dict[str, Session]
+    sessions: dict[str, AnySession]
 
     @abstractmethod
     def chunks(self) -> Iterator[Chunk]:
@@ -137,7 +138,7 @@ class Adapter(ABC):
     def check(self, pipeline: Any) -> None:
         """Raises `UnsupportedPipelineError` if something is switched on that cannot work."""
 
-    def check_stack(self, pipeline: Any, stack: Stack) -> None:  # noqa: B027  # a family may have nothing to check
+    def check_stack(self, pipeline: Any, stack: Memory) -> None:  # noqa: B027  # a family may have nothing to check
         """Raises `InvalidOptionError` if the stack cannot work with this pipeline's model."""
 
     @abstractmethod
@@ -159,7 +160,7 @@ class Adapter(ABC):
         return None
 
     @abstractmethod
-    def run(self, pipeline: Any, stack: Stack, arguments: dict[str, Any], *, streaming: bool) -> Run:
+    def run(self, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool) -> Run:
         """Starts a generation. `arguments` are those of the pipeline's own call; `num_frames` None is endless."""
 
     def trainee(self, pipeline: Any, max_sequence_length: int | None = None) -> Trainee:

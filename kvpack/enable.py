@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 
 from kvpack.adapter import Adapter
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
+from kvpack.memory import Memory
 from kvpack.pipeline import Enabled, PackForcingMixin, enabled_class
 from kvpack.registry import registry
 from kvpack.stack import Stack
@@ -14,7 +15,7 @@ from kvpack.stack import Stack
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
-def enable(pipeline: Pipeline, stack: str | Stack | Mapping[str, Any] = "packforcing", **options: Any) -> Pipeline:
+def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] = "packforcing", **options: Any) -> Pipeline:
     """Lets a causal video pipeline generate any length in bounded memory (PackForcing, arXiv 2603.25730).
 
     The pipeline keeps its class name, components and call; `num_frames` may now exceed what the model was trained with.
@@ -22,7 +23,7 @@ def enable(pipeline: Pipeline, stack: str | Stack | Mapping[str, Any] = "packfor
 
     Args:
         pipeline: a diffusers pipeline that an installed adapter supports.
-        stack: name of an installed stack, a `Stack`, or what `Stack.to_dict` gave.
+        stack: name of an installed stack, a `Stack` or other `Memory`, or what its `to_dict` gave.
         options: options of the named stack, e.g. `topk=16`.
 
     Returns:
@@ -51,7 +52,7 @@ def disable(pipeline: Pipeline) -> Pipeline:
     return pipeline
 
 
-def resolve_stack(stack: str | Stack | Mapping[str, Any], options: Mapping[str, Any]) -> Stack:
+def resolve_stack(stack: str | Memory | Mapping[str, Any], options: Mapping[str, Any]) -> Memory:
     """The stack that a name with options, a dict or a `Stack` stands for.
 
     Raises:
@@ -63,10 +64,14 @@ def resolve_stack(stack: str | Stack | Mapping[str, Any], options: Mapping[str, 
         raise InvalidOptionError(
             f"options {sorted(options)} belong to a named stack; use dataclasses.replace on a Stack"
         )
-    return stack if isinstance(stack, Stack) else Stack.from_dict(stack)
+    if isinstance(stack, Memory):
+        return stack
+    if "memory" in stack:
+        return registry().policy("memory", stack["memory"], {k: v for k, v in stack.items() if k != "memory"})
+    return Stack.from_dict(stack)
 
 
-def attach(pipeline: Any, stack: Stack) -> None:
+def attach(pipeline: Any, stack: Memory) -> None:
     """Puts the stack on a pipeline whose class is already the enabled one."""
     # Past DiffusionPipeline.__setattr__, which looks into the pipeline's config.
     object.__setattr__(pipeline, "_kvpack", Enabled(stack, adapter_of(pipeline)))

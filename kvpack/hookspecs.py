@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pluggy
 
 from kvpack.adapter import Adapter
+from kvpack.memory import Memory
 from kvpack.roles import Policy
-from kvpack.stack import Stack
 
 hookspec = pluggy.HookspecMarker("kvpack")
 hookimpl = pluggy.HookimplMarker("kvpack")
@@ -18,7 +18,7 @@ def kvpack_register_policies(register: Callable[[type[Policy]], None]) -> None:
 
 
 @hookspec
-def kvpack_register_stacks(register: Callable[[str, Callable[..., Stack]], None]) -> None:
+def kvpack_register_stacks(register: Callable[[str, Callable[..., Memory]], None]) -> None:
     """Call `register("vendor-name", factory)`; the factory's keywords are the stack's options."""
 
 

@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 
 from kvpack.adapter import Adapter, Run
 from kvpack.errors import UnsupportedPipelineError
-from kvpack.session import Session
-from kvpack.stack import Stack
+from kvpack.memory import Memory
+from kvpack.session import AnySession
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Enabled:
         last: stats of the last generation.
     """
 
-    stack: Stack
+    stack: Memory
     adapter: Adapter
     run: Run | None = None
     driving: Run | None = None
@@ -43,12 +43,12 @@ class PackForcing:
         self._pipeline = pipeline
 
     @property
-    def stack(self) -> Stack:
+    def stack(self) -> Memory:
         """The memory policy."""
         return self._pipeline._kvpack.stack
 
     @property
-    def sessions(self) -> dict[str, Session]:
+    def sessions(self) -> dict[str, AnySession]:
         """Sessions of the generation in progress by guidance branch; empty when none is."""
         run = self._pipeline._kvpack.run
         return {} if run is None else run.sessions
@@ -136,7 +136,7 @@ def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     return type(base.__name__, (PackForcingMixin, base), {**names, "__call__": call, "_kvpack_base": base})
 
 
-def _rebuild(base: type[DiffusionPipeline], stack: Stack | None) -> Any:
+def _rebuild(base: type[DiffusionPipeline], stack: Memory | None) -> Any:
     from kvpack.enable import attach
 
     cls = enabled_class(base)

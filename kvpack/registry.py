@@ -12,8 +12,8 @@ import pluggy
 from kvpack import hookspecs
 from kvpack.adapter import Adapter
 from kvpack.errors import InvalidOptionError, PluginWarning, unknown_name
+from kvpack.memory import Memory
 from kvpack.roles import Policy
-from kvpack.stack import Stack
 
 
 class Registry:
@@ -25,7 +25,7 @@ class Registry:
 
     def __init__(self, entry_points: Iterable[importlib.metadata.EntryPoint]) -> None:
         self.policies: dict[tuple[str, str], type[Policy]] = {}
-        self.stacks: dict[str, Callable[..., Stack]] = {}
+        self.stacks: dict[str, Callable[..., Memory]] = {}
         self.adapters: dict[str, Adapter] = {}
         #: Package that each (kind, name) came from.
         self.origins: dict[tuple[str, str], str] = {}
@@ -44,7 +44,7 @@ class Registry:
         manager.check_pending()
         package = entry_point.dist.name if entry_point.dist else entry_point.value.split(".")[0]
         found: list[tuple[str, str, Any]] = []
-        manager.hook.kvpack_register_policies(register=lambda cls: found.append((cls.role, cls.name, cls)))
+        manager.hook.kvpack_register_policies(register=lambda cls: found.extend(_as_installed(cls)))
         manager.hook.kvpack_register_stacks(register=lambda name, factory: found.append(("stack", name, factory)))
         manager.hook.kvpack_register_adapters(register=lambda adapter: found.append(("adapter", adapter.name, adapter)))
         for kind, name, _ in found:
@@ -76,7 +76,7 @@ class Registry:
             raise unknown_name(role, str(policy), self.names(role))
         return _call(f"{role} {policy}", self.policies[role, str(policy)], options or {})
 
-    def stack(self, name: str, options: dict[str, Any]) -> Stack:
+    def stack(self, name: str, options: dict[str, Any]) -> Memory:
         """A stack by name, with its options as keywords.
 
         Raises:
@@ -90,6 +90,12 @@ class Registry:
     def adapter(self, pipeline: object) -> Adapter | None:
         """The adapter that drives this pipeline, if one is installed."""
         return next((adapter for adapter in self.adapters.values() if adapter.supports(pipeline)), None)
+
+
+def _as_installed(cls: Any) -> list[tuple[str, str, Any]]:
+    """A policy; a memory is a stack of its own too."""
+    policy = (cls.role, cls.name, cls)
+    return [policy, ("stack", cls.name, cls)] if cls.role == "memory" else [policy]
 
 
 def _call(what: str, factory: Callable[..., Any], options: dict[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from kvpack.ledger import Ledger, Piece
 from kvpack.packed import PackedBuffer
 from kvpack.roles import Compressor, LatentCompressor, Placement
 from kvpack.stack import Stack
+from kvpack.state_session import StateSession
+
+#: All memory of one generation and guidance branch.
+AnySession: TypeAlias = "Session | StateSession"
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +110,9 @@ class Session:
         Raises:
             PolicyError: if a policy broke its contract in this chunk; history is then as it was.
         """
-        finish_commits([self])
+        self.adopt(self.prepared())
 
-    def _next_history(self) -> History:
+    def prepared(self) -> History:
         """History with the committed chunk in it; touches nothing that the present one uses."""
         self.check_policies()
         step = self.history.ledger.commit()
@@ -117,6 +121,11 @@ class Session:
             self._archive(held[index], slot)
         kept = tuple(replace(held[i], piece=piece) for i, piece in zip(step.kept, step.ledger.whole, strict=True))
         return History(step.ledger, kept)
+
+    def adopt(self, history: History) -> None:
+        """Ends the chunk in progress."""
+        self.history, self.current, self.step = history, None, -1
+        self._listen(False)  # what was captured is committed once
 
     def context(self, layer: int) -> KeysValues:
         """Rotated keys and values of history that a layer attends for the chunk in progress, or attended last."""
@@ -226,16 +235,15 @@ class Session:
             self.layers[index].archive.write(slot, block.keys, block.values)
 
 
-def finish_commits(sessions: Sequence[Session]) -> None:
+def finish_commits(sessions: "Sequence[AnySession]") -> None:
     """Finishes the commit of all guidance branches of a generation, or of none.
 
     Raises:
         PolicyError: if a policy broke its contract in this chunk; every history is then as it was.
     """
-    histories = [session._next_history() for session in sessions]
+    histories: list[Any] = [session.prepared() for session in sessions]
     for session, history in zip(sessions, histories, strict=True):
-        session.history, session.current, session.step = history, None, -1
-        session._listen(False)  # what was captured is committed once
+        session.adopt(history)
 
 
 def _own(tensor: Tensor, cut: slice) -> Tensor:

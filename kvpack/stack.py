@@ -2,12 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
 from kvpack.errors import InvalidOptionError, require_choice, require_int
-from kvpack.roles import Compressor, Partitioner, Policy, Reindexer, Selector
+from kvpack.geometry import Geometry
+from kvpack.memory import Commit, Memory
+from kvpack.packed import PackedBuffer
+from kvpack.roles import Compressor, LatentCompressor, Partitioner, Policy, Reindexer, Selector
+
+if TYPE_CHECKING:
+    from kvpack.session import Session
 
 _ROLES: dict[str, type[Policy]] = {
     "partitioner": Partitioner,
@@ -17,11 +23,10 @@ _ROLES: dict[str, type[Policy]] = {
 }
 
 Selection = Literal["layer", "chunk"]
-Commit = Literal["rerun", "last-step"]
 
 
 @dataclass(frozen=True)
-class Stack:
+class Stack(Memory):
     """The four roles under a name.
 
     Args:
@@ -63,6 +68,17 @@ class Stack:
         require_choice("commit", self.commit, get_args(Commit))
         self.partitioner.check(self.chunk_frames)
         self.reindexer.check(self.partitioner, self.chunk_frames)
+
+    @property
+    def latent_compressor(self) -> LatentCompressor | None:
+        """The compressor, if it works on latents."""
+        return self.compressor if isinstance(self.compressor, LatentCompressor) else None
+
+    def session(self, geometry: Geometry, buffer: type[PackedBuffer] = PackedBuffer) -> "Session":
+        """A session that keeps blocks in slots."""
+        from kvpack.session import Session
+
+        return Session(self, geometry, buffer)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as JSON takes it; `from_dict` reads it back.

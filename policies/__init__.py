@@ -7,6 +7,7 @@ from kvpack.hookspecs import hookimpl
 from kvpack.policies.absolute import AbsoluteReindexer
 from kvpack.policies.all_blocks import AllSelector
 from kvpack.policies.contiguous import ContiguousReindexer
+from kvpack.policies.deep_forcing import DeepForcing
 from kvpack.policies.dual import DualCompressor
 from kvpack.policies.fit import FitReindexer
 from kvpack.policies.full import FullPartitioner
@@ -47,6 +48,7 @@ def kvpack_register_policies(register: Callable[[Any], None]) -> None:
         ContiguousReindexer,
         FitReindexer,
         SinkShiftReindexer,
+        DeepForcing,
     ):
         register(policy)
 

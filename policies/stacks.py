@@ -6,6 +6,7 @@ from typing import Any
 
 from kvpack.blocks import Coordinates
 from kvpack.errors import UnknownNameError
+from kvpack.memory import Commit
 from kvpack.policies.all_blocks import AllSelector
 from kvpack.policies.contiguous import ContiguousReindexer
 from kvpack.policies.dual import trained_compressor
@@ -17,7 +18,7 @@ from kvpack.policies.topk import QueryTopK
 from kvpack.policies.window import WindowPartitioner
 from kvpack.registry import registry
 from kvpack.roles import Compressor, Reindexer, Selector
-from kvpack.stack import Commit, Selection, Stack
+from kvpack.stack import Selection, Stack
 
 
 def packforcing(

@@ -1,0 +1,132 @@
+"""Deep sink and participative compression (Deep Forcing, arXiv 2512.05081, section 4): token by token, no training."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvpack.errors import InvalidOptionError, require_int
+from kvpack.memory import Attended, Chunk, StateMemory, Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class DeepState:
+    """What is held, at its true places; how far the sink has moved; how often each token was chosen; last queries."""
+
+    tokens: Tokens
+    shift: float
+    chosen: Int[Tensor, "batch tokens"]
+    queries: Float[Tensor, "batch tokens heads head_dim"]
+
+
+@dataclass(frozen=True)
+class DeepForcing(StateMemory):
+    """A window whose sink moves along in time and, when it is full, keeps the tokens that recent queries attend most.
+
+    A chunk that would overfill the window keeps the sink, the last `recent_frames` with the chunk itself, and of what
+    is between the tokens with the largest sums of q . k over the last queries and all heads, to `budget_frames` in all.
+    What goes is gone. As in the released code, the sink is moved to end one chunk before a gapless place, and a token
+    chosen `most_chosen` times is not chosen again.
+
+    Differs from the released code: keys are kept before RoPE, so that moving the sink adds no rounding.
+
+    Args:
+        chunk_frames: latent frames generated together.
+        window_frames: latent frames attended at most, the current chunk included.
+        sink_frames: first latent frames that are never dropped.
+        budget_frames: latent frames' worth of tokens after a compression, the chunk included; 0 evicts the oldest
+            instead, which is the deep sink alone.
+        recent_frames: last latent frames, the chunk included, that are kept whole and whose queries score.
+        most_chosen: compressions that a token can outlast.
+
+    Raises:
+        InvalidOptionError: if the sizes do not fit into each other.
+    """
+
+    chunk_frames: int = 3
+    window_frames: int = 21
+    sink_frames: int = 10
+    budget_frames: int = 16
+    recent_frames: int = 4
+    most_chosen: int = 7
+    name = "deep-forcing"
+    commit = "rerun"
+    hears_queries = True
+
+    def __post_init__(self) -> None:
+        for option in ("chunk_frames", "window_frames", "recent_frames", "most_chosen"):
+            require_int(option, getattr(self, option), minimum=1)
+        for option in ("sink_frames", "budget_frames"):
+            require_int(option, getattr(self, option))
+        if self.recent_frames < self.chunk_frames:
+            raise InvalidOptionError(
+                f"recent_frames must be at least chunk_frames, {self.chunk_frames}, got {self.recent_frames}"
+            )
+        least = self.sink_frames + self.recent_frames
+        needed = max(self.sink_frames + self.chunk_frames, 2 * self.chunk_frames)
+        if self.window_frames < needed:
+            raise InvalidOptionError(
+                f"window_frames must be at least {needed} (the sink of {self.sink_frames} and the chunk, or two "
+                f"chunks), got {self.window_frames}"
+            )
+        if self.budget_frames and not least <= self.budget_frames <= self.window_frames:
+            raise InvalidOptionError(
+                f"budget_frames must be 0, or {least} (sink and recent frames) to {self.window_frames} (the window), "
+                f"got {self.budget_frames}"
+            )
+
+    def attend(self, state: DeepState | None, chunk: Chunk) -> Attended:
+        """Everything held, or what is left of it after eviction or compression."""
+        state = state or self._empty(chunk)
+        each = chunk.geometry.tokens_per_frame
+        if len(state.tokens) + len(chunk.tokens) > self.window_frames * each:
+            state = self._compressed(state, chunk) if self.budget_frames else self._evicted(state, chunk)
+            shift = chunk.first_frame - (len(state.tokens) + len(chunk.tokens)) // each
+            state = replace(state, shift=float(shift))
+        sink = self.sink_frames * each
+        return Attended((state.tokens[:sink].moved(state.shift), state.tokens[sink:]), chunk.first_frame, state)
+
+    def remember(self, state: DeepState, chunk: Chunk) -> DeepState:
+        """The clean chunk behind what is held, and the queries of its last forwards."""
+        new = state.chosen.new_zeros(state.chosen.shape[0], len(chunk.tokens))
+        return replace(
+            state,
+            tokens=state.tokens + chunk.tokens,
+            chosen=torch.cat([state.chosen, new], dim=1),
+            queries=self._last_queries(state, chunk),
+        )
+
+    def _empty(self, chunk: Chunk) -> DeepState:
+        nothing = chunk.queries[:, :0]
+        return DeepState(chunk.tokens[:0], 0.0, nothing[..., 0, 0].long(), nothing)
+
+    def _last_queries(self, state: DeepState, chunk: Chunk) -> Tensor:
+        """Rotated queries of `recent_frames` over all forwards, this one included."""
+        forwards = [state.queries, *(chunk.rotated(each) for each in (*chunk.earlier, chunk.queries))]
+        return torch.cat(forwards, dim=1)[:, -self.recent_frames * chunk.geometry.tokens_per_frame :]
+
+    def _evicted(self, state: DeepState, chunk: Chunk) -> DeepState:
+        """Without the oldest tokens behind the sink."""
+        each = chunk.geometry.tokens_per_frame
+        sink, over = self.sink_frames * each, len(state.tokens) + len(chunk.tokens) - self.window_frames * each
+        chosen = torch.cat([state.chosen[:, :sink], state.chosen[:, sink + over :]], dim=1)
+        return replace(state, tokens=state.tokens[:sink] + state.tokens[sink + over :], chosen=chosen)
+
+    def _compressed(self, state: DeepState, chunk: Chunk) -> DeepState:
+        """Sink, chosen tokens and recent ones; the chunk's own are counted, but not held yet."""
+        each, held = chunk.geometry.tokens_per_frame, len(state.tokens)
+        sink = self.sink_frames * each
+        recent = held + len(chunk.tokens) - self.recent_frames * each  # index of the first recent token
+        keys = state.tokens[sink:recent].rotated_keys(chunk.geometry).float()
+        queries = self._last_queries(state, chunk).float().sum(dim=1)
+        scores = torch.einsum("bhd,bnhd->bn", queries, keys)
+        scores = scores.masked_fill(state.chosen[:, sink:recent] >= self.most_chosen, -torch.inf)
+        top = scores.topk((self.budget_frames - self.sink_frames - self.recent_frames) * each, dim=1).indices + sink
+        counts = state.chosen.scatter_add(1, top, torch.ones_like(top))
+
+        def row(indices: range) -> Tensor:
+            return torch.arange(indices.start, indices.stop, device=top.device).expand(top.shape[0], -1)
+
+        kept = torch.cat([row(range(sink)), top.sort(dim=1).values, row(range(recent, held))], dim=1)
+        return replace(state, tokens=state.tokens.take(kept), chosen=counts.gather(1, kept))
