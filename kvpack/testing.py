@@ -19,7 +19,7 @@ from kvpack.roles import (
     Reindexer,
     Selector,
 )
-from kvpack.session import Session
+from kvpack.session import AnySession, Session
 from kvpack.stack import Stack
 
 WORDS = ("a", "the", "red", "green", "blue", "circle", "square", "triangle", "moving", "over", "night", "grass")
@@ -127,7 +127,7 @@ class _Pairs(Compressor):
 
 
 def run_session(
-    session: Session, chunks: int, batch: int = 1, seed: int = 0, steps: int = 2, rows: slice = slice(None)
+    session: AnySession, chunks: int, batch: int = 1, seed: int = 0, steps: int = 2, rows: slice = slice(None)
 ) -> list[Tensor]:
     """Drives a session without a model, with random queries, keys and values.
 

@@ -14,6 +14,7 @@ from kvpack.policies.full import FullPartitioner
 from kvpack.policies.hr import HighResolutionCompressor
 from kvpack.policies.identity import IdentityCompressor
 from kvpack.policies.lr import LowResolutionCompressor
+from kvpack.policies.memrope import MemRoPE
 from kvpack.policies.pool import PoolCompressor
 from kvpack.policies.random_blocks import RandomSelector
 from kvpack.policies.recency import RecencySelector
@@ -49,6 +50,7 @@ def kvpack_register_policies(register: Callable[[Any], None]) -> None:
         FitReindexer,
         SinkShiftReindexer,
         DeepForcing,
+        MemRoPE,
     ):
         register(policy)
 

@@ -17,7 +17,7 @@ class DeepState:
     tokens: Tokens
     shift: float
     chosen: Int[Tensor, "batch tokens"]
-    queries: Float[Tensor, "batch tokens heads head_dim"]
+    queries: Float[Tensor, "batch recent heads head_dim"]
 
 
 @dataclass(frozen=True)

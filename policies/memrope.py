@@ -1,0 +1,109 @@
+"""What leaves the window goes on in two running averages, a slow and a fast one (MemRoPE): without training."""
+
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kvpack.blocks import grid_coordinates
+from kvpack.errors import InvalidOptionError, require_int
+from kvpack.memory import Attended, Chunk, StateMemory, Tokens, consecutive
+from kvpack.rope import wide_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Average:
+    """A frame of averaged keys and values, in float32 whatever the model's dtype."""
+
+    keys: Float[Tensor, "batch frame heads head_dim"]
+    values: Float[Tensor, "batch frame heads head_dim"]
+
+    def toward(self, other: "Average", rate: float) -> "Average":
+        """Moved by `rate` of the way to another."""
+        return Average(self.keys.lerp(other.keys, rate), self.values.lerp(other.values, rate))
+
+
+@dataclass(frozen=True, eq=False)
+class MemRoPEState:
+    """Sink and recent tokens at their true places, and the two averages once anything has left the window."""
+
+    sink: Tokens
+    recent: Tokens
+    slow: Average | None = None
+    fast: Average | None = None
+
+
+@dataclass(frozen=True)
+class MemRoPE(StateMemory):
+    """Sink, slow average, fast average and recent frames at consecutive positions; nothing grows.
+
+    The mean over the frames that leave `recent_frames` moves both averages, which stand for a latent frame each.
+
+    Differs from the released code: averages are kept in float32, where a bfloat16 one would lose every update smaller
+    than half of its last bit; and means are by place in the frame, where the released default spreads one mean over
+    the frame (`per_position=False`). Its motion-adaptive rate is not there.
+
+    Args:
+        chunk_frames: latent frames generated together.
+        sink_frames: first latent frames, whole.
+        recent_frames: last latent frames, whole.
+        slow: share of what leaves in the slow average.
+        fast: share of what leaves in the fast average.
+        per_position: whether means are by place in the frame.
+
+    Raises:
+        InvalidOptionError: if a size is not positive or a share is not in 0..1.
+    """
+
+    chunk_frames: int = 3
+    sink_frames: int = 3
+    recent_frames: int = 4
+    slow: float = 0.01
+    fast: float = 0.1
+    per_position: bool = True
+    name = "memrope"
+    commit = "rerun"
+
+    def __post_init__(self) -> None:
+        for option in ("chunk_frames", "recent_frames"):
+            require_int(option, getattr(self, option), minimum=1)
+        require_int("sink_frames", self.sink_frames)
+        for option in ("slow", "fast"):
+            if not 0 < getattr(self, option) <= 1:
+                raise InvalidOptionError(f"{option} must be a share > 0 and <= 1, got {getattr(self, option)}")
+
+    def attend(self, state: MemRoPEState | None, chunk: Chunk) -> Attended:
+        """All parts one behind the other from 0, the chunk right behind them."""
+        state = state or MemRoPEState(chunk.tokens[:0], chunk.tokens[:0])
+        averages = [self._frame(each, chunk) for each in (state.slow, state.fast) if each is not None]
+        placed, start = consecutive([state.sink, *averages, state.recent])
+        return Attended(tuple(placed), start, state)
+
+    def remember(self, state: MemRoPEState, chunk: Chunk) -> MemRoPEState:
+        """Fills the sink, then the recent frames, then moves the averages by what leaves them."""
+        each = chunk.geometry.tokens_per_frame
+        free = self.sink_frames * each - len(state.sink)
+        recent = state.recent + chunk.tokens[free:]
+        over = max(0, len(recent) - self.recent_frames * each)
+        state = replace(state, sink=state.sink + chunk.tokens[:free], recent=recent[over:])
+        if not over:
+            return state
+        mean = self._mean(recent[:over], each)
+        return replace(
+            state,
+            slow=mean if state.slow is None else state.slow.toward(mean, self.slow),
+            fast=mean if state.fast is None else state.fast.toward(mean, self.fast),
+        )
+
+    def _mean(self, tokens: Tokens, each: int) -> Average:
+        def mean(tensor: Tensor) -> Tensor:
+            frames = tensor.float().unflatten(1, (-1, each)).mean(dim=1)
+            return frames if self.per_position else frames.mean(dim=1, keepdim=True).expand_as(frames)
+
+        return Average(mean(tokens.keys), mean(tokens.values))
+
+    @staticmethod
+    def _frame(average: Average, chunk: Chunk) -> Tokens:
+        like, device = chunk.tokens.keys, chunk.tokens.keys.device
+        places = grid_coordinates(1, chunk.geometry.grid).to(device, wide_dtype(device))[None]
+        return Tokens(average.keys.to(like), average.values.to(like), places)

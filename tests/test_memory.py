@@ -1,0 +1,207 @@
+"""The wide role: states, token sets and places, against stacks that say the same and against sums by hand."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from kvpack.errors import PolicyError
+from kvpack.memory import Attended, StateMemory, Tokens, consecutive
+from kvpack.policies import DeepForcing, MemRoPE, self_forcing
+from kvpack.session import Session
+from kvpack.state_session import StateSession, biased
+from kvpack.testing import TINY, run_session
+
+FRAME = TINY.tokens_per_frame
+
+
+@dataclass(frozen=True)
+class Window(StateMemory):
+    """A rolling window with a sink, as a state."""
+
+    window_frames: int = 9
+    sink_frames: int = 3
+    chunk_frames: int = 3
+    name = "test-window"
+    commit = "rerun"
+
+    def attend(self, state, chunk):
+        held = chunk.tokens[:0] if state is None else state
+        sink, over = self.sink_frames * FRAME, len(held) + len(chunk.tokens) - self.window_frames * FRAME
+        held = held[:sink] + held[sink + max(0, over) :]
+        return Attended((held,), chunk.first_frame, held)
+
+    def remember(self, state, chunk):
+        return state + chunk.tokens
+
+
+def tokens(count, first=0, rows=1, value=None):
+    keys = torch.arange(first, first + count).float().reshape(1, -1, 1, 1).expand(rows, -1, 2, 6)
+    places = torch.zeros(1, count, 3)
+    places[0, :, 0] = torch.arange(first, first + count)
+    return Tokens(keys, keys if value is None else torch.full_like(keys, value), places)
+
+
+def attention(queries, keys, values):
+    q, k, v = (each.transpose(1, 2) for each in (queries, keys, values))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def test_a_state_says_what_a_stack_says():
+    stack = run_session(Session(self_forcing(window_frames=9, sink_frames=3), TINY), 8, batch=2)
+    state = run_session(StateSession(Window(), TINY), 8, batch=2)
+    assert all(torch.equal(a, b) for a, b in zip(stack, state, strict=True))
+
+
+def test_a_chunk_can_be_done_again_and_a_session_forked():
+    session = StateSession(Window(), TINY)
+    run_session(session, 3)
+    fork = session.snapshot()
+    first, second = (run_session(each, 2, seed=7) for each in (session, fork))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert session.past.chunks == fork.past.chunks == 5
+
+
+def test_tokens_are_cut_joined_and_taken():
+    both = tokens(3) + tokens(2, first=10)
+    assert both.coordinates[0, :, 0].tolist() == [0, 1, 2, 10, 11]
+    assert both[1:4].keys[0, :, 0, 0].tolist() == [1, 2, 10]
+    some = both.take(torch.tensor([[4, 0]]))
+    assert some.keys[0, :, 0, 0].tolist() == some.coordinates[0, :, 0].tolist() == [11, 0]
+    heads = both.take(torch.tensor([[[0, 1], [3, 4]]]))  # one token of each head's own, twice
+    assert heads.keys[0, :, :, 0].tolist() == heads.coordinates[0, :, :, 0].tolist() == [[0, 1], [10, 11]]
+    assert (heads + both).coordinates.shape == (1, 7, 2, 3)
+
+
+def test_parts_are_placed_one_behind_the_other():
+    placed, stop = consecutive([tokens(2, first=4), tokens(0), tokens(1, first=30)], start=1.0)
+    assert [each.coordinates[0, :, 0].tolist() for each in placed] == [[1, 2], [3]]
+    assert stop == 4.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bias_is_two_attentions_merged(dtype):
+    source = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 12, generator=source, dtype=dtype) for n in (4, 9, 9))
+    given = biased(q, k, v, torch.tensor([-1.5] * 5), attention)
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) / 12**0.5
+    parts = [slice(0, 5), slice(5, 9)]
+    lse = [logits[..., part].logsumexp(-1) + (-1.5 if part.start == 0 else 0.0) for part in parts]
+    outs = [torch.einsum("bhqk,bkhd->bqhd", logits[..., part].softmax(-1), v[:, part]) for part in parts]
+    shares = torch.stack(lse).softmax(0).permute(0, 1, 3, 2)[..., None]
+    torch.testing.assert_close(given, (shares * torch.stack(outs)).sum(0), rtol=1e-5, atol=1e-6)
+
+
+def test_each_head_has_places_of_its_own():
+    """Two heads that keep different tokens attend as two models of a head each."""
+
+    @dataclass(frozen=True)
+    class Heads(StateMemory):
+        heads: tuple[int, ...] = (0, 1)
+        chunk_frames: int = 1
+        name = "test-heads"
+        commit = "rerun"
+
+        def attend(self, state, chunk):
+            if state is None:
+                return Attended((), chunk.first_frame, None)
+            last = torch.tensor([[[0 if head == 0 else len(state) - 1 for head in self.heads]]])
+            return Attended((state.take(last),), chunk.first_frame, state)
+
+        def remember(self, state, chunk):
+            return chunk.tokens if state is None else state + chunk.tokens
+
+    both = run_session(StateSession(Heads(), TINY), 4)[-1]
+    assert TINY.heads == 2
+    for head in (0, 1):
+        alone = run_session(StateSession(Heads((head, head)), TINY), 4)[-1]
+        torch.testing.assert_close(both[:, :, head], alone[:, :, head])
+
+
+def test_what_a_memory_returns_is_checked():
+    @dataclass(frozen=True)
+    class Wrong(Window):
+        how: str = "type"
+
+        def attend(self, state, chunk):
+            attended = super().attend(state, chunk)
+            if self.how == "type":
+                return attended.tokens
+            held = chunk.tokens
+            bad = {
+                "keys": replace(held, keys=held.keys.double()),
+                "coordinates": replace(held, coordinates=held.coordinates[:, :-1]),
+                "nan": replace(held, values=held.values * torch.nan),
+            }
+            return replace(attended, tokens=(bad[self.how],))
+
+    for how, message in (
+        ("type", r"Wrong\.attend returned tuple in layer 0, but it must be Attended"),
+        ("keys", r"returned keys torch\.float64 .* in layer 0, but they must be torch\.float32"),
+        ("coordinates", r"returned coordinates \(1, 59, 3\) in layer 0"),
+        ("nan", r"returned values for layer 0 that are not finite"),
+    ):
+        session = StateSession(Wrong(how=how), TINY)
+        with pytest.raises(PolicyError, match=message):
+            run_session(session, 1)
+        assert session.past.chunks == 0
+
+
+def frames_of(part):
+    return sorted(set(part.coordinates[..., 0].flatten().tolist()))
+
+
+def test_deep_sink_moves_and_evicts():
+    memory = DeepForcing(chunk_frames=1, window_frames=4, sink_frames=2, budget_frames=0, recent_frames=1)
+    session = StateSession(memory, TINY)
+    seen = []
+    for _ in range(7):
+        run_session(session, 1)
+        seen.append([frames_of(part) for part in session.layers[0].attended.tokens])
+    assert seen[3] == [[0, 1], [2]]  # the last chunk that fits
+    assert seen[4] == [[0, 1], [3]]  # 5 frames in a window of 4: frame 2 goes, the sink moves to 4 - 4
+    assert seen[6] == [[2, 3], [5]]  # and on to 6 - 4
+
+
+def test_participative_compression_keeps_what_queries_attend_most():
+    memory = DeepForcing(chunk_frames=1, window_frames=5, sink_frames=1, budget_frames=4, recent_frames=2)
+    session = StateSession(memory, TINY)
+    run_session(session, 5)
+    before = session.past.states[1].tokens
+    assert len(before) == 5 * FRAME
+    run_session(session, 1, seed=3)
+    state, chunk = session.past.states[1], session.layers[1]
+    kept = state.tokens
+    assert len(kept) == 4 * FRAME  # one of the sink, one chosen token by token, two recent ones
+    assert frames_of(kept[:FRAME]) == [0]
+    assert frames_of(kept[-2 * FRAME :]) == [4, 5]
+    assert set(frames_of(kept[FRAME : 2 * FRAME])) <= {1, 2, 3}
+    assert state.chosen[0].tolist() == [0] * FRAME + [1] * FRAME + [0] * 2 * FRAME
+    assert state.shift == 5 - 4
+    assert chunk.attended.tokens[0].coordinates[0, 0, 0] == 1
+
+
+def test_memrope_averages_what_leaves():
+    memory = MemRoPE(chunk_frames=1, sink_frames=1, recent_frames=2, slow=0.25, fast=0.5)
+    session, outs = StateSession(memory, TINY), []
+    for chunk in range(6):
+        run_session(session, 1, seed=chunk)
+        outs.append(session.layers[0].heard)
+        heard = session.past.states[0].recent[-FRAME:]
+        outs[-1] = heard.keys.clone() if len(heard) else None
+    # Frame 0 is the sink; frames 1, 2 and 3 have left the two recent ones.
+    state = session.past.states[0]
+    one, two, three = outs[1], outs[2], outs[3]
+    torch.testing.assert_close(state.slow.keys, 0.75 * (0.75 * one + 0.25 * two) + 0.25 * three)
+    torch.testing.assert_close(state.fast.keys, 0.5 * (0.5 * one + 0.5 * two) + 0.5 * three)
+    attended = session.layers[0].attended
+    assert [frames_of(part) for part in attended.tokens] == [[0], [1], [2], [3, 4]]
+    assert attended.chunk_start == 5
+    assert state.slow.keys.dtype == torch.float32
+
+
+def test_memrope_as_released_spreads_one_mean():
+    session = StateSession(MemRoPE(chunk_frames=1, sink_frames=1, recent_frames=1, per_position=False), TINY)
+    run_session(session, 4)
+    keys = session.past.states[0].slow.keys
+    assert torch.equal(keys, keys[:, :1].expand_as(keys))
