@@ -1,6 +1,6 @@
 """The seam in a Wan transformer: one attention processor a layer, one forward pre-hook, and back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +8,7 @@ from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHo
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from kvpack.layer import LayerMemory
+from kvpack.packed import AttendingLayer
 
 _HOOK_NAME = "kvpack_branch"
 
@@ -25,7 +25,7 @@ class PackedWanAttnProcessor:
 
     def __init__(self, replaced: Any) -> None:
         self._attention_backend = getattr(replaced, "_attention_backend", None)
-        self.memory: LayerMemory | None = None
+        self.memory: AttendingLayer | None = None
 
     def __call__(
         self,
@@ -71,7 +71,7 @@ class _BranchHook(ModelHook):
 
 
 @contextmanager
-def attached(transformer: Any, memory_for: Callable[[CacheContext], list[LayerMemory]]) -> Iterator[None]:
+def attached(transformer: Any, memory_for: Callable[[CacheContext], Sequence[AttendingLayer]]) -> Iterator[None]:
     """Runs the transformer's self-attention over kvpack's memory, and leaves a stock transformer behind.
 
     Args:

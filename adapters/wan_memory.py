@@ -1,7 +1,7 @@
 """A Wan transformer over kvpack's memory: each forward's phase told, each chunk committed. Who samples is not said."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,11 +15,10 @@ from kvpack.adapters.wan_vae import embed, encode, forward_tokens, riding
 from kvpack.blocks import LatentChunk
 from kvpack.errors import GradientError, PolicyError
 from kvpack.geometry import Geometry
-from kvpack.layer import LayerMemory
 from kvpack.ledger import Piece
 from kvpack.memory import Memory
-from kvpack.packed import PackedBuffer
-from kvpack.session import AnySession, finish_commits
+from kvpack.packed import AttendingLayer, PackedBuffer
+from kvpack.session import AnySession, Session, finish_commits
 
 
 class WanMemory:
@@ -136,6 +135,7 @@ class WanMemory:
             self._announce = lambda session, _: session.compress(piece)
             forward_tokens(self.transformer, tokens, lambda dummy: self._clean_forward(branch, dummy))
             return
+        assert isinstance(session, Session)  # no other makes twins
         session.compress(piece)
         times, embeds = self._clean_times(tokens), self.embeds[branch]
         projected = project_tokens(self.transformer, tokens, times, embeds, attention_kwargs=self.attention_kwargs)
@@ -183,7 +183,7 @@ class WanMemory:
             raise PolicyError(f"{name}.tokens returned {tuple(tokens.shape)}, but span() announces {wanted}")
         return tokens
 
-    def _memory_for(self, context: CacheContext) -> list[LayerMemory]:
+    def _memory_for(self, context: CacheContext) -> Sequence[AttendingLayer]:
         """Tells the branch's session what the coming forward is."""
         if torch.is_grad_enabled() and not self.buffer.differentiable:
             raise GradientError(

@@ -11,6 +11,7 @@ from kvpack.adapter import Adapter, Rollout, Trainee
 from kvpack.adapters.wan_memory import WanMemory
 from kvpack.adapters.wan_vae import StreamingDecoder, encode
 from kvpack.packed import PackedBuffer
+from kvpack.session import Session
 from kvpack.stack import Stack
 
 _BRANCH = "cond"
@@ -70,7 +71,9 @@ class WanRollout(Rollout):
     """
 
     def __init__(self, memory: WanMemory, height: int, width: int) -> None:
-        self.memory, self.session = memory, memory.session(_BRANCH)
+        session = memory.session(_BRANCH)
+        assert isinstance(session, Session)  # of a Stack, see `rollout`
+        self.memory, self.session = memory, session
         decodes = memory.compressor is not None and memory.compressor.needs_pixels
         self.decoder = StreamingDecoder(memory.pipeline.vae, height, width) if decodes else None
 

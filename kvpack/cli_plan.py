@@ -84,6 +84,7 @@ def _plan_training(
     from kvpack.enable import resolve_stack
     from kvpack.planner import video_frames
     from kvpack.presets import adapter_for
+    from kvpack.stack import require_stack
     from kvpack.training.plan import training_plan
 
     (width, height), configs, adapter = parse_size(size), described.configs, adapter_for(described)
@@ -93,7 +94,7 @@ def _plan_training(
     _, frames = video_frames(5, fps, int(configs["vae"].get("scale_factor_temporal", 4)))
     planned = training_plan(
         adapter.geometry(configs, height, width, parse_dtype(dtype)),
-        resolve_stack(stack, {"compressor": "dual", **options}),
+        require_stack(resolve_stack(stack, {"compressor": "dual", **options})),
         latents,
         cost,
         partial(adapter.forward_flops, configs),

@@ -16,10 +16,10 @@ import torch
 from kvpack.compressor import CONFIG_FILE
 from kvpack.errors import InvalidOptionError, OutputError
 from kvpack.generation import Track, load_pipeline, started
+from kvpack.memory import Memory
 from kvpack.planner import video_frames
 from kvpack.registry import registry
 from kvpack.sheet import Row, banner, contact_sheet, side_by_side
-from kvpack.stack import Stack
 from kvpack.video import Frames, VideoWriter, require_writable, save_bytes
 
 # What the shipped pipeline was trained with.
@@ -121,7 +121,7 @@ def _shipped(name: str, needed: str) -> Path:
     return folder
 
 
-def demo_stack(name: str) -> Stack:
+def demo_stack(name: str) -> Memory:
     """An installed stack with the sizes that the shipped pipeline was trained with.
 
     Raises:

@@ -12,8 +12,8 @@ import torch
 
 from kvpack.enable import enable
 from kvpack.errors import InvalidOptionError, KVPackError
+from kvpack.memory import Memory
 from kvpack.presets import require_model_folder
-from kvpack.stack import Stack
 from kvpack.video import Frames
 
 
@@ -31,7 +31,7 @@ class Track:
     """
 
     pipeline: Any
-    stack: Stack
+    stack: Memory
     chunks: int
     stream: Iterator[Any]
     frames: int = 0
@@ -96,7 +96,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
 
 
 @contextmanager
-def started(pipeline: Any, stack: Stack, frames: int, seed: int, arguments: Mapping[str, Any]) -> Iterator[Track]:
+def started(pipeline: Any, stack: Memory, frames: int, seed: int, arguments: Mapping[str, Any]) -> Iterator[Track]:
     """Starts a generation, and frees what it holds at the end.
 
     Args:

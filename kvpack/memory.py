@@ -151,9 +151,9 @@ class Memory(Policy, ABC):
     """
 
     role: ClassVar[str] = "memory"
-    name: str  # type: ignore[misc]  # a stack's is its own
     chunk_frames: int
-    commit: Any
+    #: Which keys and values become history (see `Stack`).
+    commit: ClassVar[Commit] = "rerun"
 
     @property
     def latent_compressor(self) -> LatentCompressor | None:

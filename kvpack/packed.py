@@ -1,7 +1,7 @@
 """The two stores of a layer: the packed buffer that is attended, and the archive of compressed blocks."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -10,6 +10,15 @@ from torch import Tensor
 from kvpack.rope import rotate
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@runtime_checkable
+class AttendingLayer(Protocol):
+    """What an attention processor talks to."""
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, attention: Attention) -> Tensor:
+        """Attention of the current tokens to the memory and to themselves."""
+        ...
 
 
 class PackedBuffer:

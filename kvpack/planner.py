@@ -1,14 +1,18 @@
-"""What a generation will hold and compute, from the ledger alone: no model, no weights."""
+"""What a generation will hold and compute: no model, no weights. Of a stack the ledger says it."""
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
+
+import torch
 
 from kvpack.costs import LatentShape
 from kvpack.errors import InvalidOptionError, require_int
 from kvpack.geometry import Geometry
 from kvpack.ledger import Ledger, Piece
+from kvpack.memory import Memory
 from kvpack.roles import LatentCompressor
 from kvpack.stack import Stack
 
@@ -60,7 +64,7 @@ class Plan:
 
 def plan(
     geometry: Geometry,
-    stack: Stack,
+    stack: Memory,
     frames: int,
     *,
     batch: int = 1,
@@ -96,17 +100,22 @@ def plan(
     for name, value in (("frames", frames), ("batch", batch), ("branches", branches), ("steps", steps)):
         require_int(name, value, minimum=1)
     chunks = -(-frames // stack.chunk_frames)
-    before = after = Ledger(stack.partitioner, stack.chunk_frames, stack.archive_blocks)
-    for _ in range(chunks):
-        before, after = after, after.commit().ledger
     chunk_tokens = stack.chunk_frames * geometry.tokens_per_frame
-    history = attended_tokens(geometry, stack, before)
-    archive_tokens = sum(_mid_tokens(geometry, stack, after))
+    archive: list[int] = []
+    compressor_parameters: dict[str, int] = {}
+    compressor_flops: dict[str, int] = {}
+    if isinstance(stack, Stack):
+        before = after = Ledger(stack.partitioner, stack.chunk_frames, stack.archive_blocks)
+        for _ in range(chunks):
+            before, after = after, after.commit().ledger
+        history, archive = attended_tokens(geometry, stack, before), _mid_tokens(geometry, stack, after)
+        compressor_parameters, compressor_flops = _branches(geometry, stack, before, latents)
+        if twin := _twin_flops(geometry, stack, before, history, flops):
+            compressor_flops["twin"] = twin * branches
+    else:
+        history = _rehearsed(geometry, stack, chunks)
     token_bytes = geometry.kv_bytes_per_token * batch * branches
     forward = flops(chunk_tokens, history + chunk_tokens) if flops else 0
-    compressor_parameters, compressor_flops = _branches(geometry, stack, before, latents)
-    if twin := _twin_flops(geometry, stack, before, history, flops):
-        compressor_flops["twin"] = twin * branches
     return Plan(
         stack=stack.name,
         chunks=chunks,
@@ -114,9 +123,9 @@ def plan(
         chunk_tokens=chunk_tokens,
         attended_tokens=history + chunk_tokens,
         attended_kv_bytes=history * token_bytes,
-        archive_blocks=len(after.archive),
-        archive_tokens=archive_tokens,
-        archive_kv_bytes=archive_tokens * token_bytes,
+        archive_blocks=len(archive),
+        archive_tokens=sum(archive),
+        archive_kv_bytes=sum(archive) * token_bytes,
         full_tokens=chunks * chunk_tokens,
         full_kv_bytes=chunks * chunk_tokens * token_bytes,
         kv_bytes_per_token=geometry.kv_bytes_per_token,
@@ -143,6 +152,20 @@ def video_frames(seconds: float, fps: float, scale: int = 4) -> tuple[int, int]:
         raise InvalidOptionError(f"seconds must be at least {1 / fps:g}, one frame at {fps:g} fps, got {seconds:g}")
     latent = (whole - 1) // scale + 1
     return scale * (latent - 1) + 1, latent
+
+
+def _rehearsed(geometry: Geometry, memory: Memory, chunks: int) -> int:
+    """Tokens of history that the last of some chunks attends: the memory at work in a layer of one tiny head."""
+    tiny = replace(geometry, layers=1, heads=1, head_dim=6, rope_split=(2, 2, 2), dtype=torch.float32)
+    session = memory.session(tiny)
+    (layer,) = session.layers
+    zeros = torch.zeros(1, memory.chunk_frames * geometry.tokens_per_frame, 1, 6)
+    for _ in range(chunks):
+        for announce in (partial(session.denoise, 0), session.commit):
+            announce()
+            layer.attend(zeros, zeros, zeros, lambda queries, keys, values: queries)
+        session.finish_commit()
+    return layer.buffer.lengths[0]
 
 
 def attended_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> int:

@@ -46,7 +46,7 @@ class Stack(Memory):
         InvalidOptionError: if a size or word is wrong, a policy is in the wrong role, or the roles do not fit together.
     """
 
-    name: str
+    name: str  # type: ignore[misc]  # a memory's is its class's
     partitioner: Partitioner
     compressor: Compressor
     selector: Selector
@@ -54,7 +54,7 @@ class Stack(Memory):
     chunk_frames: int = 4
     archive_blocks: int | None = None
     selection: Selection = "layer"
-    commit: Commit = "rerun"
+    commit: Commit = "rerun"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         for role, base in _ROLES.items():
@@ -114,6 +114,17 @@ class Stack(Memory):
             name = options.pop("policy", None)
             policies[role] = registry().policy(role, str(name), options)
         return cls(**{**data, **policies})
+
+
+def require_stack(memory: Memory) -> Stack:
+    """Returns `memory` if it has a compressor to choose.
+
+    Raises:
+        InvalidOptionError: if it is no `Stack`.
+    """
+    if not isinstance(memory, Stack):
+        raise InvalidOptionError(f"{memory.name} has no compressor; give a stack that has, e.g. packforcing")
+    return memory
 
 
 def _policy_dict(policy: Policy) -> dict[str, Any]:

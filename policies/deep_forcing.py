@@ -51,7 +51,6 @@ class DeepForcing(StateMemory):
     recent_frames: int = 4
     most_chosen: int = 7
     name = "deep-forcing"
-    commit = "rerun"
     hears_queries = True
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What leaves the window goes on in two running averages, a slow and a fast one (MemRoPE): without training."""
+"""What leaves the window goes on in two running averages, slow and fast (MemRoPE, arXiv 2603.12513)."""
 
 from dataclasses import dataclass, replace
 
@@ -62,7 +62,6 @@ class MemRoPE(StateMemory):
     fast: float = 0.1
     per_position: bool = True
     name = "memrope"
-    commit = "rerun"
 
     def __post_init__(self) -> None:
         for option in ("chunk_frames", "recent_frames"):

@@ -17,12 +17,17 @@ TOKENS = 96  # of a latent frame
 CASES = {
     "full": {"stack": "full", "options": {}, "chunks": 7},
     "window": {"stack": "self-forcing", "options": {"window_frames": 6, "sink_frames": 0}, "chunks": 12},
+    "deep-sink": {
+        "stack": "deep-forcing",
+        "options": {"window_frames": 9, "sink_frames": 4, "budget_frames": 0},
+        "chunks": 12,
+    },
 }
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return load_file(DATA / "rollouts.safetensors")
+    return load_file(DATA / "rollouts.safetensors") | load_file(DATA / "deep-sink.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +96,7 @@ def test_reproduces_the_original_code(name, pipeline, golden, monkeypatch, recor
             record_property(key, error)
             assert error <= 2e-5, key
             compared += 1
-    assert compared == {"full": 3, "window": 5}[name]
+    assert compared == {"full": 3, "window": 5, "deep-sink": 3}[name]
 
 
 def test_the_window_holds_six_frames(pipeline, golden, monkeypatch):
@@ -113,6 +118,14 @@ def test_another_window_is_told_apart(options, pipeline, golden, monkeypatch):
     wanted = golden["window.latents"].split(3, dim=1)
     assert rel_l2(latents[1], wanted[1]) <= 2e-5  # both windows still hold everything
     assert rel_l2(latents[4], wanted[4]) > 3e-3
+
+
+def test_a_sink_that_stays_is_told_apart(pipeline, golden, monkeypatch):
+    options = {"window_frames": 9, "sink_frames": 4}
+    latents, _ = rollout(pipeline, golden, monkeypatch, 6, "self-forcing", **options)
+    wanted = golden["deep-sink.latents"].split(3, dim=1)
+    assert rel_l2(latents[2], wanted[2]) <= 2e-5
+    assert rel_l2(latents[5], wanted[5]) > 1e-2
 
 
 def test_positions_from_zero_are_told_apart(pipeline, golden, monkeypatch):

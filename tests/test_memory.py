@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from kvpack.errors import PolicyError
+from kvpack.geometry import Geometry
 from kvpack.memory import Attended, StateMemory, Tokens, consecutive
+from kvpack.planner import plan
 from kvpack.policies import DeepForcing, MemRoPE, self_forcing
 from kvpack.session import Session
 from kvpack.state_session import StateSession, biased
-from kvpack.testing import TINY, run_session
+from kvpack.testing import TINY, run_session, tiny_wan_pipeline
 
 FRAME = TINY.tokens_per_frame
 
@@ -205,3 +207,34 @@ def test_memrope_as_released_spreads_one_mean():
     run_session(session, 4)
     keys = session.past.states[0].slow.keys
     assert torch.equal(keys, keys[:, :1].expand_as(keys))
+
+
+def test_a_memory_is_planned_by_a_rehearsal():
+    wan = Geometry(30, 12, 128, (30, 52), (44, 42, 42), dtype=torch.bfloat16)
+    planned = plan(wan, MemRoPE(), 480)
+    assert planned.attended_tokens == 12 * 1560  # sink 3, two averages, recent 4, chunk 3
+    assert planned.attended_kv_bytes == 9 * 1560 * 184_320
+    assert plan(wan, DeepForcing(), 60).attended_tokens <= 21 * 1560
+    assert plan(TINY, Window(), 30).attended_tokens == plan(TINY, self_forcing(), 30).attended_tokens == 9 * FRAME
+
+
+def test_a_memory_is_written_as_data_and_enabled():
+    pipe = tiny_wan_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    stock = [each.processor for each in (block.attn1 for block in pipe.transformer.blocks)]
+    call = {"prompt": "a red circle", "height": 32, "width": 48, "num_frames": 45, "num_inference_steps": 2}
+    call |= {"max_sequence_length": 8, "output_type": "latent"}
+    data = DeepForcing(chunk_frames=2, window_frames=6, sink_frames=2, budget_frames=5, recent_frames=2).to_dict()
+    videos = []
+    for stack in (data, "deep-forcing", "memrope"):
+        options = {} if stack is data else {"chunk_frames": 2}
+        pipe.enable_packforcing(stack, **options)
+        videos.append(pipe(**call, generator=torch.Generator().manual_seed(0)).frames)
+        stats = pipe.packforcing.stats()
+        assert stats["frames"] == 12
+        assert stats["attended_tokens"] > 0
+        pipe.disable_packforcing()
+        assert [block.attn1.processor for block in pipe.transformer.blocks] == stock
+    assert not torch.equal(videos[0], videos[1])
+    assert not torch.equal(videos[1], videos[2])
+    assert data["memory"] == "deep-forcing"

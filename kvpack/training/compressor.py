@@ -17,7 +17,7 @@ from kvpack.errors import InvalidOptionError, require_choice, require_int
 from kvpack.generation import load_pipeline
 from kvpack.registry import registry
 from kvpack.roles import Project
-from kvpack.stack import Stack
+from kvpack.stack import Stack, require_stack
 from kvpack.training.clips import Broken, ClipFolder
 from kvpack.training.distillation import ContextDistillation
 from kvpack.training.matching import DistributionMatching
@@ -190,7 +190,7 @@ class CompressorTraining:
 
     def _stack(self, branch: HighResolutionBranch) -> Stack:
         compressor = registry().policy("compressor", self.branches, {"weights": branch, "project": self.project})
-        return replace(resolve_stack(self.stack, self.options), compressor=compressor)
+        return replace(require_stack(resolve_stack(self.stack, self.options)), compressor=compressor)
 
     def _generator(self, branch: HighResolutionBranch, transformer: Any) -> nn.Module:
         """What learns: the compressor, and the model's LoRA weights if there are."""
