@@ -18,6 +18,7 @@ from kvpack.policies.memrope import MemRoPE
 from kvpack.policies.pool import PoolCompressor
 from kvpack.policies.random_blocks import RandomSelector
 from kvpack.policies.recency import RecencySelector
+from kvpack.policies.rolling_sink import RollingSink
 from kvpack.policies.sink_mid_recent import SinkMidRecentPartitioner
 from kvpack.policies.sink_shift import SinkShiftReindexer
 from kvpack.policies.softmax_mass import SoftmaxMassSelector
@@ -51,6 +52,7 @@ def kvpack_register_policies(register: Callable[[Any], None]) -> None:
         SinkShiftReindexer,
         DeepForcing,
         MemRoPE,
+        RollingSink,
     ):
         register(policy)
 

@@ -9,7 +9,7 @@ from kvpack.errors import PolicyError
 from kvpack.geometry import Geometry
 from kvpack.memory import Attended, StateMemory, Tokens, consecutive
 from kvpack.planner import plan
-from kvpack.policies import DeepForcing, MemRoPE, self_forcing
+from kvpack.policies import DeepForcing, MemRoPE, RollingSink, self_forcing
 from kvpack.session import Session
 from kvpack.state_session import StateSession, biased
 from kvpack.testing import TINY, run_session, tiny_wan_pipeline
@@ -238,3 +238,30 @@ def test_a_memory_is_written_as_data_and_enabled():
     assert not torch.equal(videos[0], videos[1])
     assert not torch.equal(videos[1], videos[2])
     assert data["memory"] == "deep-forcing"
+
+
+def test_a_rolling_sink_walks_to_and_fro():
+    memory = RollingSink(chunk_frames=1, window_frames=4)
+    session, seen, heard = StateSession(memory, TINY), [], []
+    for chunk in range(9):
+        run_session(session, 1, seed=chunk)
+        window = session.past.states[1].window
+        heard.append(window.keys[0, -1])
+        held = [
+            next(i for i, keys in enumerate(heard) if torch.equal(keys, each))
+            for each in window.keys[0, FRAME - 1 :: FRAME]
+        ]
+        seen.append(held)
+        assert frames_of(window) == list(range(max(0, chunk - 3), chunk + 1))  # at true positions, whatever they hold
+    # Frame f >= 3 is replaced when frame f + 1 has come: by frames 2, 1, 0 (backward), then 0, 1, 2 (forward), ...
+    assert seen == [
+        [0],
+        [0, 1],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+        [1, 2, 2, 4],
+        [2, 2, 1, 5],
+        [2, 1, 0, 6],
+        [1, 0, 0, 7],
+        [0, 0, 1, 8],
+    ]
