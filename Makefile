@@ -40,16 +40,18 @@ toyworld: $(STAMP)
 	$(BIN)/python -m benchmarks.toyworld $(if $(SMOKE),--smoke)
 
 TOY := kvpack/data/toyworld
-TRAIN := --model $(TOY) --data runs/compressor/clips --base-model kvpack-toyworld --max-sequence-length 16 --cpu \
-	--frames 32 --batch 8 --steps 1300 --learning-rate 2e-3 --schedule cosine --warmup 50 --denoising-steps 6
+CLIPS := runs/compressor/clips-80
+TRAIN := --model $(TOY) --data $(CLIPS) --base-model kvpack-toyworld --max-sequence-length 16 --cpu --frames 80 \
+	--batch 4 --chunks 4 --steps 800 --learning-rate 2e-3 --schedule cosine --warmup 30 --denoising-steps 3
 
-# An hour and a half: clips of 8 seconds, of which the last four chunks attend one to four compressed blocks.
+# Clips of 20 seconds, whose chunks attend one to sixteen compressed blocks, as in a long video.
 compressor: $(STAMP)
-	test -e runs/compressor/clips/latents-1.txt || $(BIN)/python -m benchmarks.toyworld.encode \
-		--vae $(TOY)/vae --out runs/compressor/clips --clips 1600 --frames 32 --seed 30000000
-	$(BIN)/kvpack train-compressor $(TRAIN) --branches dual --output runs/compressor/dual
-	$(BIN)/kvpack train-compressor $(TRAIN) --branches hr --output runs/compressor/hr
-	$(BIN)/python -m benchmarks.compressors --trained runs/compressor/dual runs/compressor/hr
+	test -e $(CLIPS)/latents-1.txt || $(BIN)/python -m benchmarks.toyworld.encode \
+		--vae $(TOY)/vae --out $(CLIPS) --clips 800 --frames 80 --seed 50000000
+	for branches in dual hr; do OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone \
+		--nproc_per_node 2 -m kvpack.cli train-compressor $(TRAIN) --save-every 50 --branches $$branches \
+		--output runs/compressor/$$branches-80 || exit 1; done
+	$(BIN)/python -m benchmarks.compressors --trained runs/compressor/dual-80 runs/compressor/hr-80
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
