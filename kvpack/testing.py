@@ -9,6 +9,7 @@ from torch import Tensor
 from kvpack.blocks import KVBlock, LatentChunk, Span, grid_coordinates
 from kvpack.errors import PolicyError
 from kvpack.geometry import Geometry
+from kvpack.memory import Memory
 from kvpack.roles import (
     Candidates,
     Compressor,
@@ -199,6 +200,9 @@ def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
         raise PolicyError(f"{name} does not equal its own copy; its fields must hold its whole state")
     if not all(isinstance(getattr(policy, f.name), (int, float, str, bool, tuple, type(None))) for f in fields(policy)):
         raise PolicyError(f"{name} has a field that cannot be written as data; use numbers, text and tuples")
+    if isinstance(policy, Memory):
+        check_memory(policy)
+        return
     for sizes in ((8, 4), (3, 5)):
         stack = _stack_with(policy, sizes, chunk_frames)
         whole, again = _outputs(stack, policy, slice(0, 2)), _outputs(stack, policy, slice(0, 2))
@@ -211,6 +215,39 @@ def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
             raise PolicyError(f"{name} made the output of attention infinite or NaN")
     if isinstance(policy, LatentCompressor):
         _check_tokens(policy, chunk_frames)
+
+
+def check_memory(memory: Memory) -> None:
+    """Tests a memory of one's own as `check_policy` does a policy, in a dozen chunks of random keys.
+
+    Args:
+        memory: the memory, with its options set.
+
+    Raises:
+        PolicyError: if it is not deterministic, lets rows influence each other, changes what it was given, or goes on
+            otherwise from a snapshot.
+
+    >>> from kvpack.policies import MemRoPE
+    >>> check_memory(MemRoPE())
+    """
+    name = type(memory).__name__
+
+    def outputs(session: AnySession, chunks: int, rows: slice = slice(0, 2), seed: int = 0) -> list[Tensor]:
+        return run_session(session, chunks, batch=2, rows=rows, seed=seed)
+
+    whole, again, row = (outputs(memory.session(TINY), 12, rows) for rows in (slice(0, 2), slice(0, 2), slice(1, 2)))
+    if not all(torch.equal(a, b) for a, b in zip(whole, again, strict=True)):
+        raise PolicyError(f"{name} is not deterministic: the same run gave other bits")
+    if not all(torch.allclose(a[1:], b, atol=1e-5) for a, b in zip(whole, row, strict=True)):
+        raise PolicyError(f"{name} lets batch rows influence each other: a row alone gave another result")
+    if any(not bool(out.isfinite().all()) for out in whole):
+        raise PolicyError(f"{name} made the output of attention infinite or NaN")
+    session = memory.session(TINY)
+    outputs(session, 8)
+    fork = session.snapshot()
+    first, second = (outputs(each, 4, seed=1) for each in (session, fork))
+    if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
+        raise PolicyError(f"{name} goes on otherwise from a snapshot: something is changed in place")
 
 
 def _outputs(stack: Stack, policy: Policy, rows: slice) -> list[Tensor]:
@@ -263,4 +300,12 @@ def _check_tokens(policy: LatentCompressor, frames: int) -> None:
         raise PolicyError(f"{type(policy).__name__}.tokens returned {given}, but span() announces {wanted}")
 
 
-__all__ = ["TINY", "check_policy", "run_session", "tiny_tokenizer", "tiny_wan_pipeline", "tiny_wan_transformer"]
+__all__ = [
+    "TINY",
+    "check_memory",
+    "check_policy",
+    "run_session",
+    "tiny_tokenizer",
+    "tiny_wan_pipeline",
+    "tiny_wan_transformer",
+]

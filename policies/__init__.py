@@ -13,6 +13,7 @@ from kvpack.policies.fit import FitReindexer
 from kvpack.policies.full import FullPartitioner
 from kvpack.policies.hr import HighResolutionCompressor
 from kvpack.policies.identity import IdentityCompressor
+from kvpack.policies.infinite_forcing import infinite_forcing
 from kvpack.policies.lr import LowResolutionCompressor
 from kvpack.policies.memrope import MemRoPE
 from kvpack.policies.pool import PoolCompressor
@@ -23,6 +24,7 @@ from kvpack.policies.sink_mid_recent import SinkMidRecentPartitioner
 from kvpack.policies.sink_shift import SinkShiftReindexer
 from kvpack.policies.softmax_mass import SoftmaxMassSelector
 from kvpack.policies.stacks import full, packforcing, packforcing_paper, self_forcing
+from kvpack.policies.streaming_llm import streaming_llm
 from kvpack.policies.topk import QueryTopK
 from kvpack.policies.uniform import UniformSelector
 from kvpack.policies.window import WindowPartitioner
@@ -61,6 +63,8 @@ def kvpack_register_policies(register: Callable[[Any], None]) -> None:
 def kvpack_register_stacks(register: Callable[[str, Any], None]) -> None:
     """All built-in stacks."""
     register("full", full)
+    register("infinite-forcing", infinite_forcing)
+    register("streaming-llm", streaming_llm)
     register("self-forcing", self_forcing)
     register("packforcing", packforcing)
     register("packforcing-paper", packforcing_paper)

@@ -1,0 +1,28 @@
+"""A short window behind a sink, at positions from 0 on (github.com/SOTAMak1r/Infinite-Forcing, "V-sink")."""
+
+from kvpack.policies.all_blocks import AllSelector
+from kvpack.policies.contiguous import ContiguousReindexer
+from kvpack.policies.identity import IdentityCompressor
+from kvpack.policies.window import WindowPartitioner
+from kvpack.stack import Stack
+
+
+def infinite_forcing(*, chunk_frames: int = 3, window_frames: int = 6, sink_frames: int = 1) -> Stack:
+    """The first frames and the last ones at consecutive positions, rotated after they are fetched ("V-sink").
+
+    Differs from the released code: with `sink_frames` above 1 all of them are attended, where it draws one at random in
+    each layer and call.
+
+    Args:
+        chunk_frames: latent frames generated together.
+        window_frames: latent frames attended, the sink and the current chunk included.
+        sink_frames: first latent frames that are never dropped.
+    """
+    return Stack(
+        "infinite-forcing",
+        WindowPartitioner(window_frames, sink_frames),
+        IdentityCompressor(),
+        AllSelector(),
+        ContiguousReindexer(),
+        chunk_frames,
+    )
