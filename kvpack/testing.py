@@ -22,78 +22,7 @@ from kvpack.roles import (
 )
 from kvpack.session import AnySession, Session
 from kvpack.stack import Stack
-
-WORDS = ("a", "the", "red", "green", "blue", "circle", "square", "triangle", "moving", "over", "night", "grass")
-
-
-def tiny_tokenizer() -> Any:
-    """A word-level tokenizer of a few words, for text encoders of `vocab_size` 32."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
-
-
-def tiny_wan_transformer(seed: int = 0, **config: Any) -> Any:
-    """A `WanTransformer3DModel` of two layers with random weights whose output depends on history and text."""
-    from diffusers import WanTransformer3DModel
-
-    defaults = {
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": 16,
-        "out_channels": 16,
-        "text_dim": 32,
-        "freq_dim": 32,
-        "ffn_dim": 32,
-        "num_layers": 2,
-        "cross_attn_norm": True,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        transformer = WanTransformer3DModel(**{**defaults, **config}).eval()
-        for parameter in transformer.parameters():
-            if parameter.ndim > 1:
-                parameter.data.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
-    return transformer
-
-
-def tiny_wan_pipeline(seed: int = 0, scheduler: Any = None, **config: Any) -> Any:
-    """A whole `WanPipeline` with random weights, made without files or network.
-
-    Args:
-        seed: of the weights; the process's random state is left alone.
-        scheduler: `FlowMatchEulerDiscreteScheduler(shift=3)` if None.
-        config: overrides of the transformer's config.
-    """
-    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)
-        vae = AutoencoderKLWan(
-            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
-        ).eval()
-        text = UMT5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-        text_encoder = UMT5EncoderModel(text).eval()
-    return WanPipeline(
-        tokenizer=tiny_tokenizer(),
-        text_encoder=text_encoder,
-        vae=vae,
-        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=tiny_wan_transformer(seed, **config),
-    )
-
+from kvpack.tiny import tiny_tokenizer, tiny_wan_pipeline, tiny_wan_transformer
 
 TINY = Geometry(layers=2, heads=2, head_dim=12, grid=(4, 5), rope_split=(4, 4, 4))
 

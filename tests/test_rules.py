@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CORE = sorted(path for path in (ROOT / "kvpack").glob("*.py"))
 #: Command line, demo and test helpers stand on top of the core and may know what is installed.
-ON_TOP = {"testing", "demo", "cli"}
+ON_TOP = {"testing", "tiny", "demo", "cli"}
 
 
 def python(code):
