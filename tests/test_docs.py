@@ -53,6 +53,8 @@ def test_the_readmes_leaderboard_is_the_one_that_was_measured():
         for cell, metric in zip([*cells[:3], cells[4]], [*columns, "revisit_consistency"], strict=True):
             row = measured[*key, metric]
             assert cell == f"{short(row['value'], 3)} [{short(row['low'], 2)}, {short(row['high'], 2)}]"
+        tokens = measured.get((*key, "attended_tokens"))
+        assert cells[5] == (f"{tokens['value']:,.0f}" if tokens else "")
         motion = measured.get((*key, "dynamic_degree / truth"))
         assert cells[3] == (short(motion["value"], 3) if motion else "")
     assert len(table) >= 9
