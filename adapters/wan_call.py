@@ -1,5 +1,6 @@
 """What a `WanPipeline` is asked for: arguments checked before anything is computed, prompts encoded, noise drawn."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -133,6 +134,18 @@ def _fitted(embeds: dict[str, Tensor], latents: Tensor | None) -> dict[str, Tens
             batches["latents"] = latents.shape[0]
         raise InvalidOptionError(f"batches do not go together: {', '.join(f'{k} {v}' for k, v in batches.items())}")
     return {name: each if each.shape[0] == rows else each.repeat(rows, 1, 1) for name, each in embeds.items()}
+
+
+def rewinding(generator: Any) -> Callable[[], None]:
+    """What brings a call's generators back to where they are now; noise drawn without one comes anew."""
+    generators = generator if isinstance(generator, list) else [generator] if generator is not None else []
+    states = [each.get_state() for each in generators]
+
+    def rewind() -> None:
+        for each, state in zip(generators, states, strict=True):
+            each.set_state(state)
+
+    return rewind
 
 
 def chunk_noise(pipeline: Any, call: dict[str, Any], rows: int, first_frame: int, frames: int) -> Tensor:

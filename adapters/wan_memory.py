@@ -12,12 +12,14 @@ from torch import Tensor
 from kvpack.adapters.wan_attention import attached
 from kvpack.adapters.wan_project import project_tokens
 from kvpack.adapters.wan_vae import embed, encode, forward_tokens, riding
+from kvpack.blame import blamed
 from kvpack.blocks import LatentChunk
 from kvpack.errors import GradientError, PolicyError
 from kvpack.geometry import Geometry
 from kvpack.ledger import Piece
 from kvpack.memory import Memory
 from kvpack.packed import AttendingLayer, PackedBuffer
+from kvpack.replay import CleanFrames
 from kvpack.session import AnySession, Session, finish_commits
 
 
@@ -51,6 +53,7 @@ class WanMemory:
         self.sessions: dict[str, AnySession] = {}
         self.seconds = {"denoise": 0.0, "commit": 0.0, "compress": 0.0, "decode": 0.0}
         self.compressor = stack.latent_compressor
+        self._clean = CleanFrames(0 if buffer.differentiable else stack.replay_frames)
         #: Tells a branch's session what the coming forward is.
         self._announce: Callable[[AnySession, int], None] = _denoise
 
@@ -75,6 +78,16 @@ class WanMemory:
         for session in self.sessions.values():
             session.check_policies()
 
+    def review(self, latents: Tensor) -> Tensor | None:
+        """Rows of the chunk that the memory wants made anew; None if it accepts them."""
+        vetoes = [session.review(latents) for session in self.sessions.values()]
+        return next((each for each in vetoes if each is not None), None)
+
+    def settle(self) -> None:
+        """The chunk is accepted as it is."""
+        for session in self.sessions.values():
+            session.settle()
+
     def forward(self, branch: str, latents: Tensor, timesteps: Tensor, step: int | None = None) -> Tensor:
         """The transformer's output for latents of one branch, at a denoising step."""
         with self.transformer.cache_context(branch, step_index=step):
@@ -92,21 +105,75 @@ class WanMemory:
 
         Args:
             latents: the chunk's clean latents.
-            pixels: the same decoded, if the compressor needs them.
+            pixels: the same decoded, if the stack needs them.
         """
         twins: dict[Piece, Tensor] = {}
         with self.timed("compress"):
             for piece in next(iter(self.sessions.values())).twins_due():
                 twins[piece] = self._hidden_tokens(piece, latents, pixels)
+        clean = self._clean.with_chunk(latents, twins, pixels if self.stack.reencodes else None)
+        with self._whole():
+            if self.stack.replays_always:
+                self._replay(clean, latents.shape[2])
+            else:
+                self._commit(latents, twins)
+        self._clean = clean
+
+    def turn(self, embeds: dict[str, Tensor], *, cut: bool = False) -> None:
+        """Goes on under another prompt: the memory is told, and what of it is to be computed anew is.
+
+        Args:
+            embeds: text embeddings of each guidance branch.
+            cut: whether a new scene begins.
+        """
+        with self._whole():
+            self.embeds = embeds
+            for session in self.sessions.values():
+                session.tell("prompt-changed")
+                if cut:
+                    session.tell("scene-cut")
+            if self.sessions:
+                self._replay(self._clean)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """All of it is done or nothing."""
+        embeds, pasts = self.embeds, [(session, session.past) for session in self.sessions.values()]
+        try:
+            yield
+        except BaseException:
+            self.embeds = embeds
+            for session, past in pasts:
+                session.adopt(past)
+            raise
+
+    def _replay(self, clean: "CleanFrames", coming: int = 0) -> None:
+        """Commits the last frames again; the last of them for the first time, if a chunk is coming."""
+        plan = next(iter(self.sessions.values())).replays(coming)
+        if not plan:
+            return
+        latents = clean.last(sum(plan))
+        if self.stack.reencodes and sum(plan) < self.frames + coming:
+            with torch.no_grad():
+                first = encode(self.pipeline.vae, clean.last_pixels(sum(plan))[:, :, :1])
+            latents = torch.cat([first.to(latents), latents[:, :, 1:]], dim=2)
+        for session in self.sessions.values():
+            session.rewind(sum(plan) - coming)
+        for part in latents.split(plan, dim=2):
+            session = next(iter(self.sessions.values()))
+            self._commit(part, {piece: clean.twins[piece] for piece in session.twins_due()}, again=True)
+
+    def _commit(self, latents: Tensor, twins: Mapping[Piece, Tensor], *, again: bool = False) -> None:
+        """The forwards of a clean chunk and of its twins, and the write."""
         last = max(session.step for session in self.sessions.values())
         try:
             for branch, session in self.sessions.items():
                 # A branch that guidance left out of the last step has nothing of it to keep.
-                rerun = self.stack.commit == "rerun" or session.step < last
+                rerun = again or self.stack.commit == "rerun" or session.step < last
                 rides = bool(twins) and rerun and self._ride
                 if rerun:
                     # What a chunk leaves behind whole has no gradient: a graph spans one chunk, and the twins in it.
-                    with self.timed("commit"), torch.no_grad(), self._riding(twins if rides else {}):
+                    with self.timed("commit"), torch.no_grad(), self._riding(latents, twins if rides else {}):
                         self._clean_forward(branch, latents.to(self.transformer.dtype))
                 if not rides:
                     with self.timed("compress"):
@@ -122,9 +189,9 @@ class WanMemory:
         return self.compressor is not None and self.compressor.project == "layers" and not self.buffer.differentiable
 
     @contextmanager
-    def _riding(self, twins: Mapping[Piece, Tensor]) -> Iterator[None]:
-        """Forwards are commits, with twins' tokens in them."""
-        self._announce = lambda session, _: session.commit(tuple(twins))
+    def _riding(self, latents: Tensor, twins: Mapping[Piece, Tensor]) -> Iterator[None]:
+        """Forwards are commits of clean latents, with twins' tokens in them."""
+        self._announce = lambda session, _: session.commit(tuple(twins), latents)
         with riding(self.transformer, torch.cat(list(twins.values()), dim=1)) if twins else nullcontext():
             yield
 
@@ -176,7 +243,8 @@ class WanMemory:
             width=self.geometry.width,
             dtype=self.transformer.dtype,
         )
-        tokens = self.compressor.tokens(chunk)
+        with blamed(self.compressor, "tokens", next(iter(self.sessions.values())).policy_seconds):
+            tokens = self.compressor.tokens(chunk)
         span = self.compressor.span(piece.first_frame, piece.frames, self.geometry.grid)
         wanted = (latents.shape[0], span.tokens, self.geometry.width)
         if tuple(tokens.shape) != wanted:

@@ -9,11 +9,12 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import Tensor
 
 from kvpack.adapter import Adapter, Chunk, Run
-from kvpack.adapters.wan_call import checked, chunk_noise, encode_prompts, frame_size, latent_frames
+from kvpack.adapters.wan_call import checked, chunk_noise, encode_prompts, frame_size, latent_frames, rewinding
 from kvpack.adapters.wan_memory import WanMemory
 from kvpack.adapters.wan_vae import StreamingDecoder
-from kvpack.errors import NonFiniteLatentsError, UnsupportedPipelineError
+from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, UnsupportedPipelineError
 from kvpack.memory import Memory
+from kvpack.shots import shots
 
 
 class WanRun(Run):
@@ -35,8 +36,9 @@ class WanRun(Run):
         self, adapter: Adapter, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool
     ) -> None:
         self.adapter, self.pipeline, self.stack = adapter, pipeline, stack
-        self.arguments = checked(pipeline, arguments, streaming=streaming)
-        needs_pixels = stack.latent_compressor is not None and stack.latent_compressor.needs_pixels
+        schedule = shots(arguments["prompt"])
+        self.arguments = checked(pipeline, {**arguments, "prompt": schedule[0].prompt}, streaming=streaming)
+        needs_pixels = stack.needs_pixels
         self.decodes_in_loop = needs_pixels or (streaming and arguments["output_type"] != "latent")
         self.interrupted = False
         self._bar: Any = None
@@ -49,6 +51,11 @@ class WanRun(Run):
         embeds = encode_prompts(pipeline, self.arguments)
         self.memory = WanMemory(pipeline, stack, geometry, embeds, self.arguments["attention_kwargs"])
         self.sessions, self.seconds = self.memory.sessions, self.memory.seconds
+        scale, fps = pipeline.vae_scale_factor_temporal, pipeline.packforcing.fps
+        #: What is to come: the chunk that it begins with, embeddings, and whether the scene changes.
+        self._turns = [
+            (shot.chunk(fps, stack.chunk_frames, scale), self._embeds(shot.prompt), shot.cut) for shot in schedule[1:]
+        ]
 
     def chunks(self) -> Iterator[Chunk]:
         """Generates chunk after chunk; between two of them the pipeline is the stock one."""
@@ -57,8 +64,27 @@ class WanRun(Run):
         total = float("inf") if self.total_frames is None else -(-self.total_frames // frames) * steps
         self._bar = self.pipeline._kvpack_base.progress_bar(self.pipeline, total=total)
         while (self.total_frames is None or index * frames < self.total_frames) and not self.interrupted:
+            while self._turns and self._turns[0][0] <= index:
+                self._turn(*self._turns.pop(0)[1:])
             yield self._generate(index)
             index += 1
+
+    def turn(self, prompt: str | list[str], *, cut: bool = False) -> None:
+        """Another prompt, or another scene, from the next chunk on; what a schedule says for later still holds."""
+        (shot,) = shots([(0, prompt)])
+        self._turn(self._embeds(shot.prompt), cut)
+
+    def _embeds(self, prompt: str | list[str]) -> dict[str, Tensor]:
+        embeds = encode_prompts(self.pipeline, {**self.arguments, "prompt": prompt, "prompt_embeds": None})
+        rows, wanted = (each["cond"].shape[0] for each in (embeds, self.memory.embeds))
+        if rows != wanted:
+            raise InvalidOptionError(f"a later prompt is for as many videos as the first, {wanted}, got {rows}")
+        return embeds
+
+    @torch.no_grad()
+    def _turn(self, embeds: dict[str, Tensor], cut: bool) -> None:
+        with self._driving(), self.memory.timed("commit"):
+            self.memory.turn(embeds, cut=cut)
 
     def close(self) -> None:
         """Closes the progress bar and lets offloading free the models."""
@@ -90,7 +116,10 @@ class WanRun(Run):
         if not each:
             return {"stack": self.stack.name, "chunks": 0, "branches": [], "seconds": dict(self.seconds)}
         total = {key: sum(stats[key] for stats in each) for key in each[0] if key.endswith("_bytes")}
-        return {**each[0], **total, "branches": list(self.sessions), "seconds": dict(self.seconds)}
+        spent = [stats["policy_seconds"] for stats in each]  # the first branch runs every policy that any branch runs
+        policies = {name: sum(seconds.get(name, 0.0) for seconds in spent) for name in spent[0]}
+        shared = {"branches": list(self.sessions), "seconds": dict(self.seconds), "policy_seconds": policies}
+        return {**each[0], **total, **shared}
 
     @torch.no_grad()
     def _generate(self, index: int) -> Chunk:
@@ -98,9 +127,7 @@ class WanRun(Run):
         rows = self.memory.embeds["cond"].shape[0]
         noise = chunk_noise(self.pipeline, self.arguments, rows, first, self.stack.chunk_frames)
         with self._driving():
-            with self.memory.timed("denoise"):
-                latents = self._call_upstream(noise)
-            self._check_finite(index, latents)
+            latents = self._reviewed(index, noise)
             pixels = self.decode(latents) if self.decodes_in_loop else None
             if not self.pipeline._interrupt:
                 self.memory.commit(latents, pixels)
@@ -110,6 +137,27 @@ class WanRun(Run):
             scale = self.pipeline.vae_scale_factor_temporal
             pixels = pixels[:, :, : keep * scale - (scale - 1 if index == 0 else 0)]
         return Chunk(index, latents[:, :, :keep], None if self.arguments["output_type"] == "latent" else pixels)
+
+    def _reviewed(self, index: int, noise: Tensor) -> Tensor:
+        """Clean latents that the memory accepts; rows that it vetoes are made again of the same noise."""
+        rewind = rewinding(self.arguments["generator"])
+        latents = self._denoised(index, noise)
+        for _ in range(self.stack.most_retries):
+            vetoed = self.memory.review(latents)
+            if vetoed is None:
+                return latents
+            self._bar.total += self.arguments["num_inference_steps"]
+            rewind()
+            again = self._denoised(index, noise)
+            latents = torch.where(vetoed[:, None, None, None, None].to(latents.device), again, latents)
+        self.memory.settle()
+        return latents
+
+    def _denoised(self, index: int, noise: Tensor) -> Tensor:
+        with self.memory.timed("denoise"):
+            latents = self._call_upstream(noise)
+        self._check_finite(index, latents)
+        return latents
 
     def _check_finite(self, index: int, latents: Tensor) -> None:
         if not bool(latents.isfinite().all()):

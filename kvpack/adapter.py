@@ -45,6 +45,14 @@ class Run(ABC):
         """Generates chunk by chunk. Between two chunks the pipeline is the stock one."""
 
     @abstractmethod
+    def turn(self, prompt: str | list[str], *, cut: bool = False) -> None:
+        """Another prompt, or another scene, from the next chunk on.
+
+        Raises:
+            InvalidOptionError: if it is not for as many videos as the prompt before.
+        """
+
+    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes the next latents of this video, bit-equal to decoding all at once; keeps its own feature cache."""
 

@@ -150,14 +150,17 @@ app.command()(plan)
 
 @app.command()
 def policies(as_json: Json = False) -> None:
-    """List what is installed: policies by role, stacks and adapters, and the package of each."""
-    from kvpack.cli_tables import installed
+    """List what is installed: policies by role, stacks and adapters, with paper and package, and what failed to load."""
+    from kvpack.cli_tables import installed, left_out
 
-    rows = installed()
+    rows, failures = installed(), left_out()
     if as_json:
-        print_json({"policies": rows})
-    else:
-        print_table("installed", ("kind", "name", "package", "what it does"), [list(row.values()) for row in rows])
+        print_json({"policies": rows, "failures": failures})
+        return
+    columns = ("role", "name", "paper", "package", "version")
+    print_table("installed", columns, [[row[column] for column in columns] for row in rows])
+    if failures:
+        print_table("left out", list(failures[0]), [list(row.values()) for row in failures])
 
 
 def _print_tracks(result: dict[str, Any], tracks: list[dict[str, Any]], files: list[str], as_json: bool) -> None:

@@ -33,7 +33,7 @@ class CommandGroup(TyperGroup):
         except BrokenPipeError:
             raise
         except (KVPackError, OSError) as error:
-            _fail(str(error))
+            _fail("; ".join([str(error), *getattr(error, "__notes__", [])]))  # a note names the policy that raised
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or "memory" in str(error):
                 _fail(f"out of memory: {error}; try a smaller size, a smaller dtype or a stack that keeps less")
@@ -116,10 +116,10 @@ def print_json(data: Mapping[str, Any]) -> None:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on standard output."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(*(Column(each, overflow="fold") for each in columns), title=title, title_justify="left")
     for row in rows:
         table.add_row(*map(Text, row))
     Console().print(table)

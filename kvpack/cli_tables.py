@@ -1,13 +1,17 @@
 """Rows of the tables that commands print."""
 
+import importlib.metadata
 import inspect
+import re
+import sys
+from typing import Any
 
 from kvpack.cli_support import size_text
 from kvpack.planner import Plan
 from kvpack.registry import registry
 from kvpack.training.plan import TrainingPlan
 
-KINDS = ("stack", "partitioner", "compressor", "selector", "reindexer", "adapter")
+KINDS = ("stack", "memory", "partitioner", "compressor", "selector", "reindexer", "adapter")
 
 
 def installed() -> list[dict[str, str]]:
@@ -21,13 +25,46 @@ def installed() -> list[dict[str, str]]:
     order = sorted(found.origins, key=lambda key: (KINDS.index(key[0]) if key[0] in KINDS else len(KINDS), key[1]))
     return [
         {
-            "kind": kind,
+            "role": kind,
             "name": name,
+            "paper": paper(things[kind, name]),
             "package": found.origins[kind, name],
+            "version": version(found.origins[kind, name]),
             "summary": (inspect.getdoc(things[kind, name]) or "").split("\n")[0],
         }
         for kind, name in order
     ]
+
+
+def left_out() -> list[dict[str, str]]:
+    """Plugins that failed to load."""
+    return [
+        {"plugin": each.plugin, "package": each.package, "version": version(each.package), "error": each.error}
+        for each in registry().failures
+    ]
+
+
+def paper(thing: Any) -> str:
+    """The first source that the documentation of a class or factory, or of its module, cites; empty if it cites none.
+
+    >>> from kvpack.policies import MemRoPE
+    >>> paper(MemRoPE)
+    'arXiv 2603.12513'
+    """
+    module = sys.modules.get(getattr(thing, "__module__", ""))  # a partial has none
+    text = " ".join(f"{thing.__doc__ or ''} {getattr(module, '__doc__', None) or ''}".split())
+    cited = re.search(r"arXiv[:. /\w]*?(\d{4}\.\d{4,5})|((?:https?://|github\.com/)[^\s,;)]+)", text)
+    if cited is None:
+        return ""
+    return f"arXiv {cited[1]}" if cited[1] else cited[2].rstrip(".")
+
+
+def version(package: str) -> str:
+    """Version of an installed package; empty if it is only a module."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def plan_rows(plan: Plan) -> list[list[str]]:

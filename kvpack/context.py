@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kvpack.blame import blamed
 from kvpack.blocks import grid_coordinates
 from kvpack.errors import PolicyError
 from kvpack.geometry import Geometry
@@ -64,7 +65,8 @@ class Context:
         self.uniform = len(self.spans) <= 1
 
     def _limit(self, candidates: int) -> int:
-        chosen = self.selector.limit(candidates)
+        with blamed(self.selector, "limit", self.ledger.seconds):
+            chosen = self.selector.limit(candidates)
         if not isinstance(chosen, int) or not 0 <= chosen <= candidates:
             name = type(self.selector).__name__
             raise PolicyError(f"{name}.limit returned {chosen!r}, but there are {candidates} candidates")
@@ -92,7 +94,9 @@ class Context:
 
     def _turns(self, chosen: Tensor | list[int], device: torch.device) -> Turns:
         layout = self._layout(chosen, device)
-        placement = self._checked(layout, self.reindexer.place(layout))
+        with blamed(self.reindexer, "place", self.ledger.seconds):
+            given = self.reindexer.place(layout)
+        placement = self._checked(layout, given)
         ratios = placement.lengths / layout.frames
         mid = [self.frames[0]] * self.chosen if isinstance(chosen, Tensor) else [self.frames[i] for i in chosen]
         coordinates = [

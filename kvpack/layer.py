@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
+from kvpack.blame import blamed
 from kvpack.errors import PolicyError
 from kvpack.packed import Archive, Attention, PackedBuffer
 from kvpack.roles import Candidates, Placement, Query
@@ -152,7 +153,8 @@ class LayerMemory:
             context.chunk,
             rotated=lambda: rotate(queries, context.absolute_turns(None, queries.device)),
         )
-        chosen = context.selector.select(query, candidates)
+        with blamed(context.selector, "select", context.ledger.seconds, self.index):
+            chosen = context.selector.select(query, candidates)
         wanted = (queries.shape[0], context.chosen)
         if not isinstance(chosen, Tensor) or chosen.dtype not in (torch.int64, torch.int32):
             kind = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__

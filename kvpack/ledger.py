@@ -5,10 +5,11 @@ next one.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
+from kvpack.blame import blamed
 from kvpack.errors import PolicyError
 from kvpack.roles import Part, Partitioner, Segment
 
@@ -61,6 +62,7 @@ class Ledger:
         frames: committed latent frames.
         whole: pieces held at full resolution, oldest first.
         archive: compressed pieces, oldest first.
+        seconds: spent inside each policy, by its class name; the ledgers of one generation count in one dict.
     """
 
     partitioner: Partitioner
@@ -69,6 +71,7 @@ class Ledger:
     frames: int = 0
     whole: tuple[Piece, ...] = ()
     archive: tuple[Piece, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def chunks(self) -> int:
@@ -121,6 +124,27 @@ class Ledger:
         ledger._check_whole()
         return Step(ledger, kept, tuple(leaving))
 
+    def replayable(self, most_frames: int) -> int:
+        """Last frames, in chunks and at most so many, that are all still whole."""
+        frames = 0
+        while frames + self.chunk_frames <= min(most_frames, self.frames):
+            first = self.frames - frames - self.chunk_frames
+            if sum(piece.frames for piece in self.whole if piece.first_frame >= first) < frames + self.chunk_frames:
+                break
+            frames += self.chunk_frames
+        return frames
+
+    def rewound(self, frames: int) -> "Ledger":
+        """The history without its last frames; what has left the recent ones since does not come back."""
+        first = self.frames - frames
+        return replace(self, frames=first, whole=tuple(piece for piece in self.whole if piece.first_frame < first))
+
+    def replayed(self, aim: "Ledger") -> Step:
+        """The history with the coming chunk in it again, in the parts that it has in `aim`."""
+        stop = self.frames + self.chunk_frames
+        whole = tuple(piece for piece in aim.whole if piece.stop <= stop)
+        return Step(replace(self, frames=stop, whole=whole), tuple(range(len(whole))), ())
+
     def _until_settled(self, stop: int) -> range:
         """History lengths, a chunk apart, from `stop` until no frame before `stop` changes its part any more."""
         horizon = -(-self.partitioner.horizon_frames // self.chunk_frames) * self.chunk_frames
@@ -136,7 +160,8 @@ class Ledger:
         return part_of
 
     def _partition(self, history: int) -> tuple[Segment, ...]:
-        segments = self.partitioner.partition(history, self.chunk_frames)
+        with blamed(self.partitioner, "partition", self.seconds):
+            segments = self.partitioner.partition(history, self.chunk_frames)
         position = 0
         for segment in segments:
             frames = segment.frames

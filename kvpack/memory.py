@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, PolicyError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvpack.session import AnySession
 
 Commit = Literal["rerun", "last-step"]
+Event = Literal["prompt-changed", "scene-cut"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +113,7 @@ class Chunk:
         step: denoising step; -1 in the forward of the clean chunk.
         geometry: the model.
         earlier: queries of the forwards of this chunk before this one, oldest first, if the memory hears queries.
+        latents: the clean latents, in the forward of the clean chunk.
     """
 
     queries: Float[Tensor, "batch tokens heads head_dim"]
@@ -123,6 +125,7 @@ class Chunk:
     step: int
     geometry: Geometry
     earlier: tuple[Tensor, ...] = ()
+    latents: Float[Tensor, "batch channels frames height width"] | None = None
 
     def rotated(self, queries: Tensor) -> Tensor:
         """Queries of this chunk after RoPE at their places in the video."""
@@ -136,12 +139,14 @@ class Attended:
     Args:
         tokens: at the places where they are attended.
         chunk_start: temporal position of the chunk's first frame.
-        state: what is handed to `commit` in the place of the state before.
+        state: what is handed to `remember` in the place of the state before.
+        hidden: first tokens of the chunk that not even the chunk attends.
     """
 
     tokens: tuple[Tokens, ...]
     chunk_start: float
     state: Any
+    hidden: int = 0
 
 
 class Memory(Policy, ABC):
@@ -154,6 +159,21 @@ class Memory(Policy, ABC):
     chunk_frames: int
     #: Which keys and values become history (see `Stack`).
     commit: ClassVar[Commit] = "rerun"
+    #: Latent frames, the last ones, whose clean latents are kept, and forwarded anew under a new prompt.
+    replay_frames: int = 0
+    #: Whether a replay is one forward of all its frames, which attend each other; otherwise it goes chunk by chunk.
+    replays_jointly: ClassVar[bool] = False
+    #: Whether every commit is such a replay, which ends with the new chunk.
+    replays_always: ClassVar[bool] = False
+    #: Whether the first frame of a replay is encoded anew, from its pixels, as the first of a video.
+    reencodes: ClassVar[bool] = False
+    #: Most times that a chunk is generated anew after a veto.
+    most_retries: ClassVar[int] = 0
+
+    @property
+    def needs_pixels(self) -> bool:
+        """Whether chunks must be decoded as they come."""
+        return self.reencodes or (self.latent_compressor is not None and self.latent_compressor.needs_pixels)
 
     @property
     def latent_compressor(self) -> LatentCompressor | None:
@@ -198,6 +218,24 @@ class StateMemory(Memory):
             chunk: the forward whose keys and values become history.
         """
 
+    def forget(self, state: Any, tokens: int) -> Any:
+        """The state without the newest `tokens` tokens of history, which are about to be replayed."""
+        raise NotImplementedError(f"{type(self).__name__} has replay_frames, so it must have forget()")
+
+    def happened(self, state: Any, event: Event) -> Any:
+        """The state after something has happened between two chunks, before a replay."""
+        return state
+
+    def veto(
+        self, state: Any, latents: Float[Tensor, "batch channels frames height width"]
+    ) -> tuple[Bool[Tensor, " batch"], Any]:
+        """Rows whose chunk is to be generated anew, and the state to do it with.
+
+        The state before is there again once all rows are accepted or the retries are used up. All layers must veto the
+        same rows. Called only if `most_retries` is not 0.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has most_retries, so it must have veto()")
+
     def session(self, geometry: Geometry, buffer: type[PackedBuffer] = PackedBuffer) -> "AnySession":
         """A session that holds a state for each layer."""
         from kvpack.state_session import StateSession
@@ -222,6 +260,16 @@ def consecutive(parts: Sequence[Tokens], start: float = 0.0) -> tuple[list[Token
             placed.append(part.starting_at(start))
             start = float(placed[-1].coordinates[..., 0].max()) + 1.0
     return placed, start
+
+
+def shortened(parts: Sequence[Tokens], tokens: int) -> list[Tokens]:
+    """Parts without the last `tokens` tokens of them all."""
+    left = []
+    for part in reversed(parts):
+        cut = min(tokens, len(part))
+        left.append(part[: len(part) - cut])
+        tokens -= cut
+    return left[::-1]
 
 
 def check_tokens(memory: Memory, tokens: object, like: Tensor, layer: int) -> None:

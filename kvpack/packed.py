@@ -65,8 +65,8 @@ class PackedBuffer:
         turns: Complex[Tensor, "any tokens 1 half"],
         attention: Attention,
     ) -> Float[Tensor, "rows tokens heads head_dim"]:
-        """Writes the current keys and values behind the history and attends both."""
-        queries = rotate(queries, turns)
+        """Writes the current keys and values, or the last of them, behind the history and attends both."""
+        queries, turns = rotate(queries, turns), turns[:, turns.shape[1] - keys.shape[1] :]
         results = []
         for rows in self._equal_rows():
             start = self.lengths[rows][0]

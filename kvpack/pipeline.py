@@ -1,7 +1,7 @@
 """What an enabled pipeline can do more than a stock one; `enable` gives it this class under its own name."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from functools import wraps
 from itertools import chain
@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from kvpack.adapter import Adapter, Run
-from kvpack.errors import UnsupportedPipelineError
+from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.memory import Memory
 from kvpack.session import AnySession
 
@@ -27,6 +27,7 @@ class Enabled:
         run: the generation in progress.
         driving: the same, while the upstream call runs inside it.
         last: stats of the last generation.
+        fps: pixel frames a second, which say at what chunk a prompt schedule's seconds are.
     """
 
     stack: Memory
@@ -34,6 +35,7 @@ class Enabled:
     run: Run | None = None
     driving: Run | None = None
     last: dict[str, Any] = field(default_factory=dict)
+    fps: float = 16.0
 
 
 class PackForcing:
@@ -48,6 +50,17 @@ class PackForcing:
         return self._pipeline._kvpack.stack
 
     @property
+    def fps(self) -> float:
+        """Pixel frames a second of this model's videos, by which the seconds of a prompt schedule are counted."""
+        return self._pipeline._kvpack.fps
+
+    @fps.setter
+    def fps(self, fps: float) -> None:
+        if not fps > 0:
+            raise InvalidOptionError(f"fps must be > 0, got {fps}")
+        self._pipeline._kvpack.fps = float(fps)
+
+    @property
     def sessions(self) -> dict[str, AnySession]:
         """Sessions of the generation in progress by guidance branch; empty when none is."""
         run = self._pipeline._kvpack.run
@@ -58,17 +71,55 @@ class PackForcing:
         enabled = self._pipeline._kvpack
         return enabled.last if enabled.run is None else enabled.run.stats()
 
-    def stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def stream(self, *args: Any, **kwargs: Any) -> "Stream":
         """Generates without end, or `num_frames`, and yields each chunk's frames as soon as they are decoded.
 
         Takes the arguments of the pipeline's call. Between two chunks the pipeline is the stock one, and memory does
         not grow but for the archive of compressed blocks (see `archive_blocks`).
 
-        Yields:
-            Frames in the call's `output_type`, batch first: `[batch, frames, height, width, 3]` for "np".
+        Returns:
+            An iterator over frames in the call's `output_type`, batch first: `[batch, frames, height, width, 3]` for
+            "np". Its `send(prompt)` goes on under another prompt.
         """
         arguments = _bound(self._pipeline, args, {"num_frames": None, **kwargs})
-        return _frames(self._pipeline, _start(self._pipeline, arguments, streaming=True))
+        return Stream(self._pipeline, _start(self._pipeline, arguments, streaming=True))
+
+
+class Stream(Generator[Any, str | list[str] | None, None]):
+    """Frames of a generation, chunk by chunk.
+
+    Args:
+        pipeline: an enabled pipeline.
+        run: its generation.
+    """
+
+    def __init__(self, pipeline: Any, run: Run) -> None:
+        self._run, self._frames = run, _frames(pipeline, run)
+
+    def send(self, prompt: str | list[str] | None, *, cut: bool = False) -> Any:
+        """The next chunk's frames, under another prompt unless it is None.
+
+        The prompt is heard at once, and what the stack keeps of the last frames is computed anew with it.
+
+        Args:
+            prompt: for this chunk and those behind it.
+            cut: whether another scene begins.
+
+        Raises:
+            InvalidOptionError: if it is not for as many videos as the prompt before.
+            StopIteration: if all frames are there.
+        """
+        if prompt is not None:
+            self._run.turn(prompt, cut=cut)
+        return next(self._frames)
+
+    def throw(self, *error: Any) -> Any:
+        """Ends the generation with an error."""
+        return self._frames.throw(*error)
+
+    def close(self) -> None:
+        """Ends the generation."""
+        self._frames.close()
 
 
 class PackForcingMixin:
@@ -160,7 +211,7 @@ def _start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> Run:
     return enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
 
 
-def _frames(pipeline: Any, run: Run) -> Iterator[Any]:
+def _frames(pipeline: Any, run: Run) -> Generator[Any, None, None]:
     enabled = pipeline._kvpack
     enabled.run = run
     try:

@@ -165,7 +165,7 @@ def _rehearsed(geometry: Geometry, memory: Memory, chunks: int) -> int:
             announce()
             layer.attend(zeros, zeros, zeros, lambda queries, keys, values: queries)
         session.finish_commit()
-    return layer.buffer.lengths[0]
+    return int(session.stats()["attended_tokens"])
 
 
 def attended_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> int:

@@ -4,6 +4,7 @@ import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,9 +12,19 @@ import pluggy
 
 from kvpack import hookspecs
 from kvpack.adapter import Adapter
+from kvpack.blame import blamed
 from kvpack.errors import InvalidOptionError, PluginWarning, unknown_name
 from kvpack.memory import Memory
 from kvpack.roles import Policy
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A plugin that was left out, and why."""
+
+    plugin: str
+    package: str
+    error: str
 
 
 class Registry:
@@ -29,11 +40,18 @@ class Registry:
         self.adapters: dict[str, Adapter] = {}
         #: Package that each (kind, name) came from.
         self.origins: dict[tuple[str, str], str] = {}
+        #: Plugins that were left out.
+        self.failures: list[Failure] = []
+        #: Who else wants a (kind, name) of a third party: nobody can say whose is meant.
+        self._rivals: dict[tuple[str, str], str] = {}
         for entry_point in entry_points:
             try:
                 self._load(entry_point)
-            except Exception as error:  # any plugin's any failure
+            except (Exception, SystemExit) as error:  # any plugin's any failure
                 message = f"kvpack plugin {entry_point.name!r} ({entry_point.value}) was left out: {error!r}"
+                self.failures.append(
+                    Failure(entry_point.name, _package(entry_point), f"{type(error).__name__}: {error}")
+                )
                 warnings.warn(message, PluginWarning, stacklevel=2)
 
     def _load(self, entry_point: importlib.metadata.EntryPoint) -> None:
@@ -42,14 +60,17 @@ class Registry:
         manager.add_hookspecs(hookspecs)
         manager.register(plugin, name=entry_point.name)
         manager.check_pending()
-        package = entry_point.dist.name if entry_point.dist else entry_point.value.split(".")[0]
+        package = _package(entry_point)
         found: list[tuple[str, str, Any]] = []
         manager.hook.kvpack_register_policies(register=lambda cls: found.extend(_as_installed(cls)))
         manager.hook.kvpack_register_stacks(register=lambda name, factory: found.append(("stack", name, factory)))
         manager.hook.kvpack_register_adapters(register=lambda adapter: found.append(("adapter", adapter.name, adapter)))
-        for kind, name, _ in found:
-            if (kind, name) in self.origins:
-                raise InvalidOptionError(f"{kind} {name!r} is already installed by {self.origins[kind, name]}")
+        taken = [(kind, name) for kind, name, _ in found if (kind, name) in self.origins]
+        self._rivals.update({key: package for key in taken if self.origins[key] != "kvpack"})
+        if taken:
+            kind, name = taken[0]
+            first = self.origins[kind, name]
+            raise InvalidOptionError(f"{kind} {name!r} is already installed by {first}; {package} wants it too")
         for kind, name, thing in found:
             self.origins[kind, name] = package
             if kind == "stack":
@@ -68,12 +89,11 @@ class Registry:
 
         Raises:
             UnknownNameError: if no policy of that name is installed.
-            InvalidOptionError: if an option is unknown or wrong.
+            InvalidOptionError: if two packages want the name, or an option is unknown or wrong.
         """
         if isinstance(policy, Policy):
             return policy
-        if (role, str(policy)) not in self.policies:
-            raise unknown_name(role, str(policy), self.names(role))
+        self._check_name(role, str(policy))
         return _call(f"{role} {policy}", self.policies[role, str(policy)], options or {})
 
     def stack(self, name: str, options: dict[str, Any]) -> Memory:
@@ -81,19 +101,39 @@ class Registry:
 
         Raises:
             UnknownNameError: if no stack of that name is installed.
-            InvalidOptionError: if an option is unknown or wrong.
+            InvalidOptionError: if two packages want the name, or an option is unknown or wrong.
         """
-        if name not in self.stacks:
-            raise unknown_name("stack", name, self.stacks)
+        self._check_name("stack", name)
         return _call(f"stack {name}", self.stacks[name], options)
 
     def adapter(self, pipeline: object) -> Adapter | None:
         """The adapter that drives this pipeline, if one is installed."""
-        return next((adapter for adapter in self.adapters.values() if adapter.supports(pipeline)), None)
+        for adapter in self.adapters.values():
+            with blamed(adapter, "supports", {}):
+                if adapter.supports(pipeline):
+                    return adapter
+        return None
+
+    def _check_name(self, kind: str, name: str) -> None:
+        if rival := self._rivals.get((kind, name)):
+            raise InvalidOptionError(
+                f"{kind} {name!r} is in two packages, {self.origins[kind, name]} and {rival}; uninstall one of them"
+            )
+        if (kind, name) not in self.origins:
+            error = unknown_name(kind, name, self.names(kind))
+            for each in self.failures:
+                error.add_note(f"plugin {each.plugin!r} of {each.package} was left out: {each.error}")
+            raise error
+
+
+def _package(entry_point: importlib.metadata.EntryPoint) -> str:
+    return entry_point.dist.name if entry_point.dist else entry_point.value.split(".")[0]
 
 
 def _as_installed(cls: Any) -> list[tuple[str, str, Any]]:
     """A policy; a memory is a stack of its own too."""
+    if not (isinstance(cls, type) and issubclass(cls, Policy)):
+        raise InvalidOptionError(f"kvpack_register_policies registers classes of policies, got {cls!r}")
     policy = (cls.role, cls.name, cls)
     return [policy, ("stack", cls.name, cls)] if cls.role == "memory" else [policy]
 
@@ -112,4 +152,6 @@ def _call(what: str, factory: Callable[..., Any], options: dict[str, Any]) -> An
 @cache
 def registry() -> Registry:
     """What is installed in this interpreter, discovered once, at first use."""
-    return Registry(importlib.metadata.entry_points(group="kvpack"))
+    found = importlib.metadata.entry_points(group="kvpack")
+    # Built-ins first, so that nobody takes their names; then in an order that does not depend on the file system.
+    return Registry(sorted(found, key=lambda each: (_package(each) != "kvpack", _package(each), each.name)))

@@ -8,12 +8,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from kvpack.blame import blamed
 from kvpack.blocks import KVBlock, Span, grid_coordinates
 from kvpack.context import Context, Held
 from kvpack.errors import PolicyError
 from kvpack.geometry import Geometry
 from kvpack.layer import KeysValues, LayerMemory
 from kvpack.ledger import Ledger, Piece
+from kvpack.memory import Event
 from kvpack.packed import PackedBuffer
 from kvpack.roles import Compressor, LatentCompressor, Placement
 from kvpack.stack import Stack
@@ -29,6 +31,8 @@ class History:
 
     ledger: Ledger
     held: tuple[Held, ...] = ()
+    #: The ledger that a replay will have come back to.
+    aim: Ledger | None = None
 
 
 class Session:
@@ -62,6 +66,11 @@ class Session:
         """Committed latent frames."""
         return self.history.ledger.frames
 
+    @property
+    def policy_seconds(self) -> dict[str, float]:
+        """Seconds of the host inside each policy's own methods, by its class name."""
+        return self.history.ledger.seconds
+
     def denoise(self, step: int) -> None:
         """Announces a denoising forward; step 0 chooses and places the history anew. Never writes history."""
         if step == 0 or self.current is None:
@@ -69,11 +78,12 @@ class Session:
         self._listen(self.stack.commit == "last-step")
         self.step = step
 
-    def commit(self, twins: Sequence[Piece] = ()) -> None:
+    def commit(self, twins: Sequence[Piece] = (), latents: Tensor | None = None) -> None:
         """Announces the forward of the clean chunk, whose keys and values become history.
 
         Args:
             twins: pieces whose twins' tokens follow the chunk's in the forward.
+            latents: the clean chunk, for a memory that looks at it; a stack does not.
         """
         if self.current is None:
             self._assemble()
@@ -115,12 +125,43 @@ class Session:
     def prepared(self) -> History:
         """History with the committed chunk in it; touches nothing that the present one uses."""
         self.check_policies()
-        step = self.history.ledger.commit()
+        aim = self.history.aim
+        step = self.history.ledger.commit() if aim is None else self.history.ledger.replayed(aim)
         held = (*self.history.held, *self._new_pieces())
         for index, slot in step.leaving:
             self._archive(held[index], slot)
         kept = tuple(replace(held[i], piece=piece) for i, piece in zip(step.kept, step.ledger.whole, strict=True))
-        return History(step.ledger, kept)
+        return History(step.ledger, kept, aim if aim is not None and step.ledger.frames < aim.frames else None)
+
+    @property
+    def past(self) -> History:
+        """Everything committed so far; `adopt` brings it back."""
+        return self.history
+
+    def replays(self, coming: int = 0) -> tuple[int, ...]:
+        """Frames of each forward of a replay, oldest first.
+
+        Args:
+            coming: frames of a chunk that is not committed yet and is the last of them.
+        """
+        frames = self.history.ledger.replayable(self.stack.replay_frames)
+        return (self.stack.chunk_frames,) * (frames // self.stack.chunk_frames)
+
+    def rewind(self, frames: int) -> None:
+        """Takes the last frames out of history; they must be committed again, one of `replays` after the other."""
+        ledger = self.history.ledger.rewound(frames)
+        held = tuple(held for held in self.history.held if held.piece.first_frame < ledger.frames)
+        self.adopt(History(ledger, held, self.history.ledger))
+
+    def tell(self, event: Event) -> None:
+        """Nothing that happens between two chunks changes a stack's history, unless it is replayed."""
+
+    def review(self, latents: Tensor) -> Tensor | None:
+        """A stack has no veto."""
+        return None
+
+    def settle(self) -> None:
+        """A stack has no veto."""
 
     def adopt(self, history: History) -> None:
         """Ends the chunk in progress."""
@@ -136,7 +177,7 @@ class Session:
     def snapshot(self) -> "Session":
         """An independent copy at the last commit, to resume or to fork from."""
         copy = Session(self.stack, self.geometry, self.buffer)
-        copy.history = self.history
+        copy.history = replace(self.history, ledger=replace(self.history.ledger, seconds={}))
         for mine, theirs in zip(self.layers, copy.layers, strict=True):
             theirs.archive = mine.archive.clone()
         return copy
@@ -173,6 +214,7 @@ class Session:
             "archive_bytes": sum(tensor.nbytes for block in blocks for tensor in block),
             "resident_bytes": sum(tensor.nbytes for tensor in (*stored, *buffers, *slabs)),
             "selected": self._selected(),
+            "policy_seconds": dict(self.policy_seconds),
         }
 
     def _selected(self) -> list[list[list[int]]] | None:
@@ -230,7 +272,8 @@ class Session:
             if held.twin is not None:
                 block = KVBlock(*held.twin[index], span)
             else:
-                block = compressor.compress(KVBlock(keys, values, whole), grid)
+                with blamed(compressor, "compress", self.policy_seconds, index):
+                    block = compressor.compress(KVBlock(keys, values, whole), grid)
             _check_block(compressor, block, span, keys, index)
             self.layers[index].archive.write(slot, block.keys, block.values)
 

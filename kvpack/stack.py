@@ -41,6 +41,7 @@ class Stack(Memory):
             layers; for each batch row either way.
         commit: which keys and values of a chunk become history: those of a "rerun" of the clean chunk at t = 0, or
             those of the "last-step" of denoising, which saves a forward but keeps what is left of its noise.
+        replay_frames: last latent frames that are computed anew under a new prompt, as far as they are still whole.
 
     Raises:
         InvalidOptionError: if a size or word is wrong, a policy is in the wrong role, or the roles do not fit together.
@@ -55,6 +56,7 @@ class Stack(Memory):
     archive_blocks: int | None = None
     selection: Selection = "layer"
     commit: Commit = "rerun"  # type: ignore[misc]
+    replay_frames: int = 21
 
     def __post_init__(self) -> None:
         for role, base in _ROLES.items():
@@ -64,6 +66,7 @@ class Stack(Memory):
         require_int("chunk_frames", self.chunk_frames, minimum=1)
         if self.archive_blocks is not None:
             require_int("archive_blocks", self.archive_blocks)
+        require_int("replay_frames", self.replay_frames)
         require_choice("selection", self.selection, get_args(Selection))
         require_choice("commit", self.commit, get_args(Commit))
         self.partitioner.check(self.chunk_frames)

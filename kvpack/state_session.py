@@ -1,19 +1,20 @@
 """Memory of one generation by a `StateMemory`: a state for each layer, replaced as a whole at each commit."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvpack.blame import blamed
 from kvpack.blocks import Span, grid_coordinates
 from kvpack.errors import PolicyError
 from kvpack.geometry import Geometry
 from kvpack.ledger import Piece
-from kvpack.memory import Attended, Chunk, StateMemory, Tokens, check_tokens
+from kvpack.memory import Attended, Chunk, Event, StateMemory, Tokens, check_tokens
 from kvpack.packed import Attention, PackedBuffer
 from kvpack.rope import rotations, wide_dtype
 
@@ -53,6 +54,8 @@ class StateLayer:
         self.heard: Chunk | None = None
         self.earlier: list[Tensor] = []
         self.chunk_turns: Tensor | None = None
+        #: Most tokens of history that a denoising forward of the last chunk attended; a commit may attend others.
+        self.denoised_tokens = 0
 
     def attend(
         self,
@@ -69,10 +72,11 @@ class StateLayer:
             self.index,
             session.past.chunks,
             session.frames,
-            session.stack.chunk_frames,
+            session.chunk_frames,
             session.step,
             session.geometry,
             tuple(self.earlier),
+            session.clean,
         )
         if self.pending:
             self._fill(chunk)
@@ -82,17 +86,20 @@ class StateLayer:
             self.earlier.append(queries)
         assert self.attended is not None
         assert self.chunk_turns is not None
+        keys, values = keys[:, self.attended.hidden :], values[:, self.attended.hidden :]
         return self.buffer.attend(queries, keys, values, self.chunk_turns, self._biased(self.attended, attention))
 
     def remembered(self) -> Any:
         """The state with the chunk in it."""
         if self.attended is None or self.heard is None:
             raise RuntimeError("finish_commit() must follow commit() and the forward of the chunk")
-        return self.session.stack.remember(self.attended.state, self.heard)
+        with blamed(self.session.stack, "remember", self.session.policy_seconds, self.index):
+            return self.session.stack.remember(self.attended.state, self.heard)
 
     def _fill(self, chunk: Chunk) -> None:
         memory, like = self.session.stack, chunk.queries
-        attended = memory.attend(self.session.past.states[self.index], chunk)
+        with blamed(memory, "attend", self.session.policy_seconds, self.index):
+            attended = memory.attend(self.session.states[self.index], chunk)
         if not isinstance(attended, Attended):
             raise PolicyError(
                 f"{type(memory).__name__}.attend returned {type(attended).__name__} in layer {self.index}, "
@@ -109,6 +116,8 @@ class StateLayer:
         moved = attended.chunk_start - chunk.first_frame
         self.chunk_turns = turned(chunk.tokens.moved(moved).coordinates, geometry)
         self.attended, self.pending = attended, False
+        if self.session.step >= 0:
+            self.denoised_tokens = max(total, self.denoised_tokens if self.session.step else 0)
 
     @staticmethod
     def _biased(attended: Attended, attention: Attention) -> Attention:
@@ -129,10 +138,21 @@ class StateSession:
 
     def __init__(self, stack: StateMemory, geometry: Geometry, buffer: type[PackedBuffer] = PackedBuffer) -> None:
         self.stack, self.geometry, self.buffer = stack, geometry, buffer
-        self.past = Past(0, 0, tuple(stack.start(geometry, layer) for layer in range(geometry.layers)))
+        #: Seconds of the host inside the memory's own methods, by its class name.
+        self.policy_seconds: dict[str, float] = {}
+        with blamed(stack, "start", self.policy_seconds):
+            self.past = Past(0, 0, tuple(stack.start(geometry, layer) for layer in range(geometry.layers)))
         self.layers = [StateLayer(self, index, buffer()) for index in range(geometry.layers)]
         self.step = -1
-        self._coordinates: dict[tuple[int, torch.device], Tensor] = {}
+        #: Latent frames in progress, and their clean latents if this is their commit.
+        self.chunk_frames, self.clean = stack.chunk_frames, cast("Tensor | None", None)
+        self._retry: tuple[Any, ...] | None = None
+        self._coordinates: dict[tuple[int, int, torch.device], Tensor] = {}
+
+    @property
+    def states(self) -> tuple[Any, ...]:
+        """State of each layer, for the chunk in progress."""
+        return self.past.states if self._retry is None else self._retry
 
     @property
     def frames(self) -> int:
@@ -148,9 +168,10 @@ class StateSession:
                 layer.earlier = []
         self.step = step
 
-    def commit(self, twins: Sequence[Piece] = ()) -> None:
+    def commit(self, twins: Sequence[Piece] = (), latents: Tensor | None = None) -> None:
         """Announces the forward of the clean chunk, whose keys and values become history."""
-        self.step = -1
+        self.step, self.clean = -1, latents
+        self.chunk_frames = self.stack.chunk_frames if latents is None else latents.shape[2]
         for layer in self.layers:
             layer.pending, layer.listening = layer.pending or self.stack.every_step, True
 
@@ -187,13 +208,53 @@ class StateSession:
         """The past with the committed chunk in it; touches nothing that the present one uses."""
         self.check_policies()
         states = tuple(layer.remembered() for layer in self.layers)
-        return Past(self.past.frames + self.stack.chunk_frames, self.past.chunks + 1, states)
+        frames = self.past.frames + self.chunk_frames
+        return Past(frames, frames // self.stack.chunk_frames, states)
 
     def adopt(self, past: Past) -> None:
         """Ends the chunk in progress."""
-        self.past, self.step = past, -1
+        self.past, self.step, self._retry = past, -1, None
+        self.chunk_frames, self.clean = self.stack.chunk_frames, None
         for layer in self.layers:
             layer.pending, layer.listening, layer.heard, layer.earlier = True, False, None, []
+
+    def replays(self, coming: int = 0) -> tuple[int, ...]:
+        """Frames of each forward of a replay, oldest first; arguments as those of `Session.replays`."""
+        memory = self.stack
+        frames = min(memory.replay_frames, self.frames + coming)
+        whole = frames // memory.chunk_frames
+        return ((frames,) if frames else ()) if memory.replays_jointly else (memory.chunk_frames,) * whole
+
+    def rewind(self, frames: int) -> None:
+        """Takes the last frames out of history; they must be committed again, one of `replays` after the other."""
+        tokens, left = frames * self.geometry.tokens_per_frame, self.frames - frames
+        with blamed(self.stack, "forget", self.policy_seconds):
+            states = tuple(self.stack.forget(state, tokens) for state in self.past.states)
+        self.adopt(Past(left, left // self.stack.chunk_frames, states))
+
+    def tell(self, event: Event) -> None:
+        """Lets the memory know what has happened between two chunks."""
+        with blamed(self.stack, "happened", self.policy_seconds):
+            states = tuple(self.stack.happened(state, event) for state in self.past.states)
+        self.adopt(replace(self.past, states=states))
+
+    def review(self, latents: Tensor) -> Bool[Tensor, " batch"] | None:
+        """Rows of the chunk that must be generated anew, for which the memory is then ready; None if it is accepted."""
+        if self.stack.most_retries:
+            with blamed(self.stack, "veto", self.policy_seconds):
+                rows, states = zip(*(self.stack.veto(state, latents) for state in self.past.states), strict=True)
+            if bool(rows[0].any()):
+                self._retry = states
+                return rows[0]
+        self.settle()
+        return None
+
+    def settle(self) -> None:
+        """Ends the retries: the commit attends what the first try attended."""
+        if self._retry is not None:
+            self._retry = None
+            for layer in self.layers:
+                layer.pending = True
 
     def context(self, layer: int) -> KeysValues:
         """Rotated keys and values of history that a layer attends for the chunk in progress, or attended last."""
@@ -209,27 +270,31 @@ class StateSession:
 
     def stats(self) -> dict[str, Any]:
         """Tokens and bytes of this session; keys as those of `Session.stats`."""
-        lengths = self.layers[0].buffer.lengths
         buffers = [each for layer in self.layers for each in (layer.buffer.keys, layer.buffer.values)]
+        attended = [
+            each[:, :1].nbytes * layer.denoised_tokens
+            for layer in self.layers
+            for each in (layer.buffer.keys, layer.buffer.values)
+        ]
         stored = {id(each): each.nbytes for state in self.past.states for each in tensors(state)}
-        attended = [kv for index in range(self.geometry.layers) for kv in self.context(index)]
         return {
             "stack": self.stack.name,
             "chunks": self.past.chunks,
             "frames": self.past.frames,
-            "attended_tokens": max(lengths, default=0),
-            "attended_bytes": sum(each.nbytes for each in attended),
+            "attended_tokens": self.layers[0].denoised_tokens,
+            "attended_bytes": sum(attended),
             "archive_blocks": 0,
             "archive_bytes": 0,
             "resident_bytes": sum(each.nbytes for each in buffers) + sum(stored.values()),
             "selected": None,
+            "policy_seconds": dict(self.policy_seconds),
         }
 
     def coordinates(self, device: torch.device) -> Float[Tensor, "1 tokens 3"]:
         """Where the tokens of the chunk in progress sit in the video."""
-        key = self.frames, device
+        key = self.frames, self.chunk_frames, device
         if key not in self._coordinates:
-            grid = grid_coordinates(self.stack.chunk_frames, self.geometry.grid).to(device, wide_dtype(device)).clone()
+            grid = grid_coordinates(self.chunk_frames, self.geometry.grid).to(device, wide_dtype(device)).clone()
             grid[:, 0] += self.frames
             self._coordinates = {key: grid[None]}
         return self._coordinates[key]

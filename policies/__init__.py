@@ -10,11 +10,17 @@ from kvpack.policies.contiguous import ContiguousReindexer
 from kvpack.policies.deep_forcing import DeepForcing
 from kvpack.policies.dual import DualCompressor
 from kvpack.policies.fit import FitReindexer
+from kvpack.policies.flowcache import FlowCache
 from kvpack.policies.full import FullPartitioner
+from kvpack.policies.h2o import HeavyHitters
 from kvpack.policies.hr import HighResolutionCompressor
 from kvpack.policies.identity import IdentityCompressor
 from kvpack.policies.infinite_forcing import infinite_forcing
+from kvpack.policies.infinity_rope import InfinityRoPE
+from kvpack.policies.krea import Krea
+from kvpack.policies.longlive import LongLive
 from kvpack.policies.lr import LowResolutionCompressor
+from kvpack.policies.magi import Magi
 from kvpack.policies.memrope import MemRoPE
 from kvpack.policies.pool import PoolCompressor
 from kvpack.policies.random_blocks import RandomSelector
@@ -25,6 +31,7 @@ from kvpack.policies.sink_shift import SinkShiftReindexer
 from kvpack.policies.softmax_mass import SoftmaxMassSelector
 from kvpack.policies.stacks import full, packforcing, packforcing_paper, self_forcing
 from kvpack.policies.streaming_llm import streaming_llm
+from kvpack.policies.token_trim import TokenTrim
 from kvpack.policies.topk import QueryTopK
 from kvpack.policies.uniform import UniformSelector
 from kvpack.policies.window import WindowPartitioner
@@ -55,6 +62,13 @@ def kvpack_register_policies(register: Callable[[Any], None]) -> None:
         DeepForcing,
         MemRoPE,
         RollingSink,
+        LongLive,
+        InfinityRoPE,
+        Krea,
+        TokenTrim,
+        FlowCache,
+        HeavyHitters,
+        Magi,
     ):
         register(policy)
 

@@ -96,6 +96,16 @@ class DeepForcing(StateMemory):
             queries=self._last_queries(state, chunk),
         )
 
+    @property
+    def replay_frames(self) -> int:  # type: ignore[override]
+        """The whole chunks among the recent frames."""
+        return self.recent_frames // self.chunk_frames * self.chunk_frames
+
+    def forget(self, state: DeepState, tokens: int) -> DeepState:
+        """Without the last tokens; the last queries stay."""
+        held = len(state.tokens) - tokens
+        return replace(state, tokens=state.tokens[:held], chosen=state.chosen[:, :held])
+
     def _empty(self, chunk: Chunk) -> DeepState:
         nothing = chunk.queries[:, :0]
         return DeepState(chunk.tokens[:0], 0.0, nothing[..., 0, 0].long(), nothing)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvpack.blocks import grid_coordinates
 from kvpack.errors import InvalidOptionError, require_int
-from kvpack.memory import Attended, Chunk, StateMemory, Tokens, consecutive
+from kvpack.memory import Attended, Chunk, StateMemory, Tokens, consecutive, shortened
 from kvpack.rope import wide_dtype
 
 
@@ -93,6 +93,16 @@ class MemRoPE(StateMemory):
             slow=mean if state.slow is None else state.slow.toward(mean, self.slow),
             fast=mean if state.fast is None else state.fast.toward(mean, self.fast),
         )
+
+    @property
+    def replay_frames(self) -> int:  # type: ignore[override]
+        """The whole chunks among the recent frames."""
+        return self.recent_frames // self.chunk_frames * self.chunk_frames
+
+    def forget(self, state: MemRoPEState, tokens: int) -> MemRoPEState:
+        """Without the last tokens; what has moved the averages stays in them."""
+        sink, recent = shortened((state.sink, state.recent), tokens)
+        return replace(state, sink=sink, recent=recent)
 
     def _mean(self, tokens: Tokens, each: int) -> Average:
         def mean(tensor: Tensor) -> Tensor:

@@ -60,6 +60,17 @@ class RollingSink(StateMemory):
             window = window[: -len(chunk.tokens)] + self._replacement(window[-len(chunk.tokens) :], first, each)
         return RollingState(window + chunk.tokens, first)
 
+    @property
+    def replay_frames(self) -> int:  # type: ignore[override]
+        """The newest chunk, the only true one."""
+        return self.chunk_frames
+
+    def forget(self, state: RollingState, tokens: int) -> RollingState:
+        """Without the newest chunk, in the first window too if that is not full."""
+        left = state.window[: len(state.window) - tokens]
+        begins = bool(state.window.coordinates[0, 0, 0] == 0)  # nothing has been dropped yet
+        return RollingState(left, left if begins else state.first)
+
     def _replacement(self, newest: Tokens, first: Tokens, each: int) -> Tokens:
         frames = self.source(int(newest.coordinates[0, 0, 0]))
         device = first.keys.device

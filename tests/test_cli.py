@@ -121,9 +121,9 @@ def test_misspelt_commands_exit_with_2(words: list[str]) -> None:
 def test_policies_lists_everything_with_its_package() -> None:
     result = run("policies", "--json")
     rows = json.loads(result.stdout)["policies"]
-    assert {(row["kind"], row["name"]) for row in rows} == set(registry().origins)
-    assert all(row["summary"] for row in rows if row["kind"] != "adapter")
-    assert {"kind": "selector", "name": "topk"}.items() <= next(row for row in rows if row["name"] == "topk").items()
+    assert {(row["role"], row["name"]) for row in rows} == set(registry().origins)
+    assert all(row["summary"] for row in rows if row["role"] != "adapter")
+    assert {"role": "selector", "name": "topk"}.items() <= next(row for row in rows if row["name"] == "topk").items()
     assert {row["package"] for row in rows if row["name"] in ("topk", "wan", "full")} == {"kvpack"}
     table = run("policies")
     assert table.exit_code == 0

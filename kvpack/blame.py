@@ -1,0 +1,31 @@
+"""Which policy it was: named in what it raises, its seconds in `stats()`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+
+@contextmanager
+def blamed(policy: object, method: str, seconds: dict[str, float], layer: int | None = None) -> Iterator[None]:
+    """Names the policy in any error of the block, whose type and message stay, and counts the block's seconds.
+
+    Args:
+        policy: whose method is called.
+        method: its name.
+        seconds: by class name of a policy; the host's, which on a GPU are those of launching.
+        layer: index of the layer that it is called for.
+
+    >>> with blamed(object(), "select", spent := {}):
+    ...     pass
+    >>> list(spent)
+    ['object']
+    """
+    cls, start = type(policy), perf_counter()
+    try:
+        yield
+    except Exception as error:
+        where = "" if layer is None else f", layer {layer}"
+        error.add_note(f"raised in {cls.__name__}.{method} of {cls.__module__}{where}")
+        raise
+    finally:
+        seconds[cls.__name__] = seconds.get(cls.__name__, 0.0) + perf_counter() - start
