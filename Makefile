@@ -40,18 +40,22 @@ toyworld: $(STAMP)
 	$(BIN)/python -m benchmarks.toyworld $(if $(SMOKE),--smoke)
 
 TOY := kvpack/data/toyworld
-CLIPS := runs/compressor/clips-80
-TRAIN := --model $(TOY) --data $(CLIPS) --base-model kvpack-toyworld --max-sequence-length 16 --cpu --frames 80 \
-	--batch 4 --chunks 4 --steps 800 --learning-rate 2e-3 --schedule cosine --warmup 30 --denoising-steps 3
+CLIPS := runs/compressor/clips
+ENCODE := $(BIN)/python -m benchmarks.toyworld.encode --vae $(TOY)/vae
+TRAIN := train-compressor --model $(TOY) --base-model kvpack-toyworld --max-sequence-length 16 --cpu --save-every 50 \
+	--learning-rate 2e-3 --schedule cosine
 
-# Clips of 20 seconds, whose chunks attend one to sixteen compressed blocks, as in a long video.
+# What ships, on clips of 20 seconds, whose chunks attend one to sixteen compressed blocks, as in a long video: an hour.
+# Then the learned branch alone, on clips of 8 seconds, with up to four blocks: another.
 compressor: $(STAMP)
-	test -e $(CLIPS)/latents-1.txt || $(BIN)/python -m benchmarks.toyworld.encode \
-		--vae $(TOY)/vae --out $(CLIPS) --clips 800 --frames 80 --seed 50000000
-	for branches in dual hr; do OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone \
-		--nproc_per_node 2 -m kvpack.cli train-compressor $(TRAIN) --save-every 50 --branches $$branches \
-		--output runs/compressor/$$branches-80 || exit 1; done
-	$(BIN)/python -m benchmarks.compressors --trained runs/compressor/dual-80 runs/compressor/hr-80
+	test -e $(CLIPS)-80/latents-1.txt || $(ENCODE) --out $(CLIPS)-80 --clips 800 --frames 80 --seed 50000000
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node 2 -m kvpack.cli $(TRAIN) \
+		--data $(CLIPS)-80 --frames 80 --batch 4 --chunks 4 --steps 800 --warmup 30 --denoising-steps 3 \
+		--branches dual --output runs/compressor/dual
+	test -e $(CLIPS)/latents-1.txt || $(ENCODE) --out $(CLIPS) --clips 1600 --frames 32 --seed 30000000
+	$(BIN)/kvpack $(TRAIN) --data $(CLIPS) --frames 32 --batch 8 --steps 1300 --warmup 50 --denoising-steps 6 \
+		--branches hr --output runs/compressor/hr
+	$(BIN)/python -m benchmarks.compressors --trained runs/compressor/hr runs/compressor/dual
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
