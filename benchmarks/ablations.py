@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import report
-from benchmarks.leaderboard import figures, run, tables
-from benchmarks.leaderboard.subjects import Memory
+from benchmarks.leaderboard import figures, plots, run, tables
+from benchmarks.leaderboard.subjects import Memory, collection
 from kvpack.demo import shipped_compressor
 from kvpack.video import save_bytes
 
 SECONDS, SEEDS = 60, 1
+# Not one option changed but all: every installed stack.
+COLLECTION = "collection"
 REINDEXERS = ("absolute", "sink-shift", "contiguous", "fit")
 COMPRESSORS = ("identity", "pool", "lr")
 SELECTORS = ("topk", "recency", "uniform", "random", "softmax-mass")
@@ -35,6 +37,7 @@ def _each(option: str, values: tuple[Any, ...]) -> tuple[Memory, ...]:
 
 
 ABLATIONS: dict[str, tuple[Memory, ...]] = {
+    COLLECTION: collection(),
     "positions": _changed(
         {f"{reindex}, topk {topk}": {"reindex": reindex, "topk": topk} for reindex in REINDEXERS for topk in TOPKS}
     ),
@@ -118,6 +121,9 @@ def _keep(name: str, found: list[figures.Measured], options: Any) -> None:
         path = report.write(f"ablation-{name}", rows, options.out)
         page = f"# {name.capitalize()}\n\n{tables.leaderboard(rows, [each.name for each in found], ())}\n"
         save_bytes(page.encode(), path.with_suffix(".md"))
+        if name == COLLECTION:
+            picture = plots.per_byte(rows, max(row.seconds for row in rows))
+            save_bytes(picture, path.with_suffix(".png"))
         print(f"written to {path}", flush=True)
 
 

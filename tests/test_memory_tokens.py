@@ -244,7 +244,9 @@ def test_magi_attends_less_the_cleaner_the_chunk():
     def attended():
         (tokens,) = session.layers[1].attended.tokens
         assert session.layers[1].attended.chunk_start == session.frames
-        return sorted(set(tokens.coordinates[..., 0].flatten().tolist()))
+        frames = sorted(set(tokens.coordinates[..., 0].flatten().tolist()))
+        assert len(tokens) == len(frames) * TINY.tokens_per_frame
+        return frames
 
     seen = {}
     for chunk in range(5):

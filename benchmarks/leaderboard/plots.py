@@ -1,4 +1,4 @@
-"""Every measure over time, and one caption's pictures, as PNG."""
+"""Every measure over time, quality over memory, and one caption's pictures, as PNG."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from kvpack.sheet import Row, contact_sheet
 # Okabe and Ito's colours, which all kinds of colour vision tell apart; the first is of the one that matters most.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MOST = len(COLOURS)
+RESIDENT = "resident_bytes"
 LABEL_ROOM = 0.075  # least distance of two labels, in heights of a panel
 
 
@@ -59,6 +60,57 @@ def over_time(rows: Sequence[Score], subjects: Sequence[str], title: str) -> byt
     data = BytesIO()
     page.savefig(data, format="png", dpi=130, metadata={"Software": None})
     return data.getvalue()
+
+
+def per_byte(rows: Sequence[Score], seconds: int) -> bytes:
+    """Quality over memory: a point a subject; blue where no smaller one is better.
+
+    Args:
+        rows: figures of videos.
+        seconds: the length that is shown.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    known = {(row.subject, row.metric): row for row in rows if row.seconds == seconds}
+    page = Figure(figsize=(12, 5.4), layout="constrained")
+    FigureCanvasAgg(page)
+    page.suptitle(f"Quality and memory of a video at {seconds} s: means and 95 % intervals", fontsize=13)
+    for axes, metric in zip(page.subplots(1, 2), ("subject_consistency", "revisit_consistency"), strict=True):
+        subjects = [subject for subject, name in known if name == metric and (subject, RESIDENT) in known]
+        points = {subject: (known[subject, RESIDENT].value / 1e6, known[subject, metric]) for subject in subjects}
+        for subject, (megabytes, row) in points.items():
+            best = not any(m < megabytes and other.value > row.value for m, other in points.values())
+            colour = COLOURS[0] if subject == "packforcing" else COLOURS[1] if best else "#888888"
+            interval = [[row.value - row.low], [row.high - row.value]]
+            axes.errorbar(megabytes, row.value, yerr=interval, color=colour, fmt="o", markersize=5, elinewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_title(metric.replace("_", " "), fontsize=11)
+        axes.set_xlabel("resident memory of the video, MB", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        _name(axes, {subject: (megabytes, row.value) for subject, (megabytes, row) in points.items()})
+    data = BytesIO()
+    page.savefig(data, format="png", dpi=130, metadata={"Software": None})
+    return data.getvalue()
+
+
+def _name(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names in a column at the right, each with a thin line to its point."""
+    low, high = axes.get_ylim()
+    order = sorted(points, key=lambda name: points[name][1])
+    heights = apart([(points[name][1] - low) / (high - low) for name in order], 0.045)
+    for name, height in zip(order, heights, strict=True):
+        axes.annotate(
+            name,
+            points[name],
+            xytext=(1.02, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.5},
+            annotation_clip=False,
+        )
 
 
 def _label(axes: Any, ends: Mapping[str, float], subjects: Sequence[str]) -> None:

@@ -70,9 +70,24 @@ RIVALS = (
     Memory("packforcing, lr", "packforcing", {"compressor": "lr"}),
     Memory(TRAINED, "packforcing", {"compressor": str(shipped_compressor())}),
 )
+# Published sizes that do not go with chunks of four frames or a model of twenty.
+ADAPTED = (
+    Memory("deep-forcing", "deep-forcing", {"window_frames": 20}),
+    Memory("infinite-forcing", "infinite-forcing", {"window_frames": 8}),
+    Memory("infinity-rope", "infinity-rope", {"window_frames": 8}),
+    Memory("krea", "krea", {"context_frames": 4}),
+    Memory("magi", "magi", {"previous_chunks": (4, 3, 2, 1)}),
+    Memory("rolling-sink", "rolling-sink", {"window_frames": 20}),
+    Memory("token-trim", "token-trim", {"window_frames": 20}),
+)
 
 
 def memories() -> tuple[Memory, ...]:
     """The rivals, and every installed stack that isn't one of them by name."""
-    named = {rival.name for rival in RIVALS}
-    return (*(Memory(name, name) for name in registry().names("stack") if name not in named), *RIVALS)
+    return (*collection(), *(rival for rival in RIVALS if rival.name not in registry().stacks))
+
+
+def collection() -> tuple[Memory, ...]:
+    """Every installed stack under its own name, at sizes that the toy pipeline can use."""
+    own = {each.name: each for each in (*RIVALS, *ADAPTED)}
+    return tuple(own.get(name, Memory(name, name)) for name in registry().names("stack"))
