@@ -23,7 +23,7 @@ from benchmarks.toyworld.world import Scene, Video
 from kvpack.demo import CALL
 from kvpack.enable import disable, enable
 from kvpack.evaluation.baselines import floors, through_vae
-from kvpack.stack import Stack
+from kvpack.memory import Memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ def reference(pipe: Any, name: str, scene: Scene, seed: int, seconds: int) -> Vi
 
 
 def _generated(
-    pipe: Any, stack: Stack, scenes: Sequence[Scene], first: int, seconds: int, seed: int, steps: int
+    pipe: Any, stack: Memory, scenes: Sequence[Scene], first: int, seconds: int, seed: int, steps: int
 ) -> Iterator[Piece]:
     enable(pipe, stack)
     generators = [torch.Generator().manual_seed(1000 * seed + first + index) for index in range(len(scenes))]

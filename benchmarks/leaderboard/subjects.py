@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvpack import memory
 from kvpack.demo import shipped_compressor
 from kvpack.registry import registry
-from kvpack.stack import Stack
 
 # What the toy pipeline was trained with; given to every factory that takes it.
 SIZES = {"chunk_frames": 4, "train_frames": 20}
@@ -37,7 +37,7 @@ class Memory:
     factory: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def stack(self) -> Stack:
+    def stack(self) -> memory.Memory:
         """The stack, at the sizes of the toy pipeline.
 
         Raises:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvpack.stack import Stack
+from kvpack.memory import Memory
 
 VERSION = 1  # raised where what is kept of a rollout changes its meaning
 
@@ -51,7 +51,7 @@ class Task:
     """
 
     name: str
-    source: Stack | str
+    source: Memory | str
     seed: int
     weights: str
     settings: Settings
@@ -59,8 +59,12 @@ class Task:
     def facts(self) -> dict[str, Any]:
         """Everything that the frames depend on, as plain data; not the name, so that equal stacks are made once."""
         source = self.source if isinstance(self.source, str) else self.source.to_dict()
-        if isinstance(source, dict) and (trained := source["compressor"].get("weights")):
-            source["compressor"]["weights"] = fingerprint(Path(trained))
+        if isinstance(source, dict):
+            source = {
+                option: value for option, value in source.items() if option != "replay_frames"
+            }  # no prompt changes
+            if trained := source.get("compressor", {}).get("weights"):
+                source["compressor"] = {**source["compressor"], "weights": fingerprint(Path(trained))}
         shared = asdict(self.settings)
         return {
             "version": VERSION,
