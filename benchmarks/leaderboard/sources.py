@@ -35,7 +35,7 @@ class Piece:
 
 
 def pieces(
-    pipe: Any, source: Stack | str, scenes: Sequence[Scene], first: int, seconds: int, seed: int, steps: int
+    pipe: Any, source: Memory | str, scenes: Sequence[Scene], first: int, seconds: int, seed: int, steps: int
 ) -> Iterator[Piece]:
     """The videos of some scenes, piece by piece.
 
@@ -48,7 +48,7 @@ def pieces(
         seed: of the noise, or of the reference's clips.
         steps: denoising steps of a chunk.
     """
-    if isinstance(source, Stack):
+    if isinstance(source, Memory):
         yield from _generated(pipe, source, scenes, first, seconds, seed, steps)
     else:
         rows = [reference(pipe, source, scene, 1000 * seed + first + i, seconds) for i, scene in enumerate(scenes)]

@@ -58,13 +58,11 @@ class Task:
 
     def facts(self) -> dict[str, Any]:
         """Everything that the frames depend on, as plain data; not the name, so that equal stacks are made once."""
-        source = self.source if isinstance(self.source, str) else self.source.to_dict()
+        source: Any = self.source if isinstance(self.source, str) else self.source.to_dict()
         if isinstance(source, dict):
-            source = {
-                option: value for option, value in source.items() if option != "replay_frames"
-            }  # no prompt changes
+            source.pop("replay_frames", None)  # no prompt changes
             if trained := source.get("compressor", {}).get("weights"):
-                source["compressor"] = {**source["compressor"], "weights": fingerprint(Path(trained))}
+                source["compressor"]["weights"] = fingerprint(Path(trained))
         shared = asdict(self.settings)
         return {
             "version": VERSION,
