@@ -14,7 +14,7 @@ from kvpack.adapters.wan_memory import WanMemory
 from kvpack.adapters.wan_vae import StreamingDecoder
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, UnsupportedPipelineError
 from kvpack.memory import Memory
-from kvpack.shots import shots
+from kvpack.shots import Prompt, shots
 
 
 class WanRun(Run):
@@ -36,8 +36,9 @@ class WanRun(Run):
         self, adapter: Adapter, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool
     ) -> None:
         self.adapter, self.pipeline, self.stack = adapter, pipeline, stack
-        schedule = shots(arguments["prompt"])
-        self.arguments = checked(pipeline, {**arguments, "prompt": schedule[0].prompt}, streaming=streaming)
+        spoken = "prompt_embeds" if arguments["prompt"] is None else "prompt"
+        schedule = shots(arguments[spoken])
+        self.arguments = checked(pipeline, {**arguments, spoken: schedule[0].prompt}, streaming=streaming)
         needs_pixels = stack.needs_pixels
         self.decodes_in_loop = needs_pixels or (streaming and arguments["output_type"] != "latent")
         self.interrupted = False
@@ -69,13 +70,18 @@ class WanRun(Run):
             yield self._generate(index)
             index += 1
 
-    def turn(self, prompt: str | list[str], *, cut: bool = False) -> None:
+    def turn(self, prompt: Prompt, *, cut: bool = False) -> None:
         """Another prompt, or another scene, from the next chunk on; what a schedule says for later still holds."""
         (shot,) = shots([(0, prompt)])
         self._turn(self._embeds(shot.prompt), cut)
 
-    def _embeds(self, prompt: str | list[str]) -> dict[str, Tensor]:
-        embeds = encode_prompts(self.pipeline, {**self.arguments, "prompt": prompt, "prompt_embeds": None})
+    def _embeds(self, prompt: Prompt | None) -> dict[str, Tensor]:
+        spoken = (
+            {"prompt": None, "prompt_embeds": prompt}
+            if isinstance(prompt, Tensor)
+            else {"prompt": prompt, "prompt_embeds": None}
+        )
+        embeds = encode_prompts(self.pipeline, {**self.arguments, **spoken})
         rows, wanted = (each["cond"].shape[0] for each in (embeds, self.memory.embeds))
         if rows != wanted:
             raise InvalidOptionError(f"a later prompt is for as many videos as the first, {wanted}, got {rows}")

@@ -16,6 +16,7 @@ from kvpack.geometry import Geometry
 from kvpack.memory import Memory
 from kvpack.packed import PackedBuffer
 from kvpack.session import AnySession, Session
+from kvpack.shots import Prompt
 from kvpack.stack import Stack
 
 
@@ -45,7 +46,7 @@ class Run(ABC):
         """Generates chunk by chunk. Between two chunks the pipeline is the stock one."""
 
     @abstractmethod
-    def turn(self, prompt: str | list[str], *, cut: bool = False) -> None:
+    def turn(self, prompt: Prompt, *, cut: bool = False) -> None:
         """Another prompt, or another scene, from the next chunk on.
 
         Raises:

@@ -15,6 +15,7 @@ from kvpack.adapter import Adapter, Run
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.memory import Memory
 from kvpack.session import AnySession
+from kvpack.shots import Prompt
 
 
 @dataclass
@@ -85,7 +86,7 @@ class PackForcing:
         return Stream(self._pipeline, _start(self._pipeline, arguments, streaming=True))
 
 
-class Stream(Generator[Any, str | list[str] | None, None]):
+class Stream(Generator[Any, Prompt | None, None]):
     """Frames of a generation, chunk by chunk.
 
     Args:
@@ -96,13 +97,13 @@ class Stream(Generator[Any, str | list[str] | None, None]):
     def __init__(self, pipeline: Any, run: Run) -> None:
         self._run, self._frames = run, _frames(pipeline, run)
 
-    def send(self, prompt: str | list[str] | None, *, cut: bool = False) -> Any:
+    def send(self, prompt: Prompt | None, *, cut: bool = False) -> Any:
         """The next chunk's frames, under another prompt unless it is None.
 
         The prompt is heard at once, and what the stack keeps of the last frames is computed anew with it.
 
         Args:
-            prompt: for this chunk and those behind it.
+            prompt: for this chunk and those behind it: a text, one for each video, or text embeddings.
             cut: whether another scene begins.
 
         Raises:

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from torch import Tensor
+
 from kvpack.errors import InvalidOptionError
 
-Prompt = str | list[str]
+#: A text, one for each video of a batch, or text embeddings `[batch, tokens, width]`.
+Prompt = str | list[str] | Tensor
 _FORM = '[(0, "a ..."), (20, "then ..."), (40, "elsewhere ...", "cut")]'
 
 
@@ -18,7 +21,7 @@ class Shot:
 
     Args:
         seconds: of the video, where it begins.
-        prompt: a text, or one for each video of a batch; None where embeddings are given.
+        prompt: what is heard; None if the call has none.
         cut: whether it is another scene.
     """
 
@@ -37,7 +40,7 @@ class Shot:
 
 
 def shots(prompt: Any) -> list[Shot]:
-    """The shots of a prompt, which is one text, one for each video, or a schedule of them.
+    """The shots of a prompt, which is one for the whole video or a schedule of them.
 
     Raises:
         InvalidOptionError: if it is meant as a schedule, but is none.
@@ -55,7 +58,7 @@ def shots(prompt: Any) -> list[Shot]:
             raise InvalidOptionError(
                 f"the seconds of a prompt schedule ascend, got {after.seconds:g} behind {before.seconds:g}"
             )
-    batches = {len(shot.prompt) if isinstance(shot.prompt, list) else 1 for shot in schedule}
+    batches = {1 if isinstance(shot.prompt, str | None) else len(shot.prompt) for shot in schedule}
     if len(batches) > 1:
         raise InvalidOptionError(f"all prompts of a schedule are of one batch, got batches of {sorted(batches)}")
     return schedule
@@ -69,8 +72,12 @@ def _shot(entry: Any) -> Shot:
     if not number or not math.isfinite(seconds) or seconds < 0:
         raise InvalidOptionError(f"a prompt schedule begins its prompts at seconds >= 0, got {seconds!r}; e.g. {_FORM}")
     texts = prompt if isinstance(prompt, list) else [prompt]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise InvalidOptionError(f"a prompt is a text, or a list of texts for a batch, got {prompt!r}")
+    embedded = isinstance(prompt, Tensor) and prompt.ndim == 3
+    if not embedded and (not texts or not all(isinstance(text, str) for text in texts)):
+        given = f"a tensor {tuple(prompt.shape)}" if isinstance(prompt, Tensor) else repr(prompt)
+        raise InvalidOptionError(
+            f"a prompt is a text, a list of texts for a batch, or embeddings [batch, tokens, width], got {given}"
+        )
     if cut not in ([], ["cut"]):
         raise InvalidOptionError(f'the third part of an entry is "cut" or not there, got {cut[0]!r}; e.g. {_FORM}')
     return Shot(float(seconds), prompt, bool(cut))

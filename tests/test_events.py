@@ -86,7 +86,7 @@ def test_a_prompt_is_a_schedule_if_it_has_times():
         ([(0, FOX), DOG], r"\(seconds, prompt\), got 'a red dog runs'"),
         ([(0, FOX), (float("nan"), DOG)], r"seconds >= 0, got nan"),
         ([(0, FOX), (True, DOG)], r"seconds >= 0, got True"),
-        ([(0, FOX), (2, 3)], r"a prompt is a text, or a list of texts for a batch, got 3"),
+        ([(0, FOX), (2, 3)], r"a list of texts for a batch, or embeddings \[batch, tokens, width\], got 3"),
         ([(0, FOX), (2, DOG, "fade")], r'"cut" or not there, got \'fade\''),
         ([(0, FOX), (2, [FOX, DOG])], r"of one batch, got batches of \[1, 2\]"),
     ],
@@ -133,6 +133,22 @@ def test_a_prompt_of_another_batch_changes_nothing():
         stream.send([FOX, DOG])
     parts += list(stream)
     assert torch.equal(torch.cat(parts, dim=2), generate(pipe, FOX, 3))
+
+
+def test_embeddings_may_change_as_texts_do():
+    pipe = pipeline("self-forcing", chunk_frames=1, window_frames=3, sink_frames=1)
+    with torch.no_grad():
+        fox, dog = (
+            pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=16)[0]
+            for text in (FOX, DOG)
+        )
+    spoken = generate(pipe, [(0, FOX), (0.5, DOG)], 6)
+    assert torch.equal(generate(pipe, None, 6, prompt_embeds=[(0, fox), (0.5, dog)]), spoken)
+    stream = pipe.packforcing.stream(prompt_embeds=fox, num_frames=21, generator=seeded(), **CALL)
+    parts = [next(stream), next(stream), stream.send(dog), *stream]
+    assert torch.equal(torch.cat(parts, dim=2), spoken)
+    with pytest.raises(InvalidOptionError, match=r"got a tensor \(16, 32\)"):
+        generate(pipe, None, 6, prompt_embeds=[(0, fox[0])])
 
 
 def test_seconds_are_those_of_fps():

@@ -34,7 +34,9 @@ def test_tosses_differ_by_seed_layer_and_chunk_and_come_again():
 
 
 def test_it_is_installed_and_makes_a_video():
-    assert registry().origins["selector", "coin-toss"] == registry().origins["stack", "coin-packforcing"] == "kvpack-coin"
+    assert (
+        registry().origins["selector", "coin-toss"] == registry().origins["stack", "coin-packforcing"] == "kvpack-coin"
+    )
     pipe = tiny_wan_pipeline()
     pipe.enable_packforcing("coin-packforcing", topk=2)
     size = {"num_frames": 101, "height": 64, "width": 64, "num_inference_steps": 1}
