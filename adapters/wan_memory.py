@@ -138,7 +138,8 @@ class WanMemory:
     @contextmanager
     def _whole(self) -> Iterator[None]:
         """All of it is done or nothing."""
-        embeds, pasts = self.embeds, [(session, session.past) for session in self.sessions.values()]
+        embeds = self.embeds
+        pasts: list[tuple[Any, Any]] = [(session, session.past) for session in self.sessions.values()]
         try:
             yield
         except BaseException:
