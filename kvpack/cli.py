@@ -150,7 +150,7 @@ app.command()(plan)
 
 @app.command()
 def policies(as_json: Json = False) -> None:
-    """List what is installed: policies by role, stacks and adapters, with paper and package, and what failed to load."""
+    """List what is installed: policies by role, stacks and adapters, their papers and packages, and what failed."""
     from kvpack.cli_tables import installed, left_out
 
     rows, failures = installed(), left_out()

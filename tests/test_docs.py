@@ -24,6 +24,14 @@ def test_the_policy_of_the_contributing_guide_keeps_the_contract():
     check_policy(names["StrideSelector"](topk=3))
 
 
+def test_the_memory_of_the_contributing_guide_keeps_the_contract():
+    from kvpack.testing import check_memory
+
+    names: dict = {}
+    exec(blocks("CONTRIBUTING.md", "python")[1], names)
+    check_memory(names["EverySecondFrame"]())
+
+
 def test_the_readme_has_the_two_commands_and_they_are_targets():
     commands = "".join(blocks("README.md", "console"))
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -32,9 +40,26 @@ def test_the_readme_has_the_two_commands_and_they_are_targets():
         assert command.split()[1] in targets
 
 
-def test_the_readme_names_every_stack():
+def test_the_readme_names_every_stack_and_policy():
     text = (ROOT / "README.md").read_text()
-    assert all(f"`{name}`" in text for name in registry().stacks)
+    named = [name for kind, name in registry().origins if kind != "adapter"]
+    assert [name for name in named if f"`{name}`" not in text] == []
+
+
+def test_the_contributing_guide_names_every_hook_role_and_option_of_a_memory():
+    from kvpack import hookspecs
+    from kvpack.memory import StateMemory
+
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    hooks = [name for name in vars(hookspecs) if name.startswith("kvpack_")]
+    roles = {kind for kind, _ in registry().origins} - {"stack", "adapter"}
+    hooked = {"attend", "remember", "start", "session", "to_dict", "chunk_frames", "commit", "role", "name"}
+    hooked |= {"latent_compressor", "needs_pixels"}
+    options = {name for cls in StateMemory.__mro__[:2] for name in vars(cls) if not name.startswith("_")} - hooked
+    assert len(hooks) == 3
+    assert len(roles) == 5
+    assert {"veto", "forget", "replay_frames"} <= options
+    assert [word for word in [*hooks, *roles, *options] if f"`{word}" not in text and f"{word}(" not in text] == []
 
 
 def test_the_readmes_leaderboard_is_the_one_that_was_measured():

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import kvpack
 import numpy as np
 import torch
+from torch import Tensor
+
+import kvpack
 from kvpack.errors import require_int
 from kvpack.policies.stacks import packforcing
 from kvpack.roles import Candidates, Query
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from kvpack_coin import CoinSelector
+
 from kvpack.registry import registry
 from kvpack.roles import Candidates, Query
 from kvpack.testing import check_policy, tiny_wan_pipeline
-from kvpack_coin import CoinSelector
 
 
 def test_it_keeps_the_contract():

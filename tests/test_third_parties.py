@@ -1,0 +1,121 @@
+"""What others install: named when it fails, lies or dawdles; and the example package, loaded as an installed one is."""
+
+import time
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from kvpack.cli_tables import installed, paper, version
+from kvpack.errors import InvalidOptionError, PluginWarning, PolicyError, UnknownNameError
+from kvpack.memory import Attended, StateMemory
+from kvpack.policies import MemRoPE, QueryTopK, RecencySelector, packforcing, streaming_llm
+from kvpack.registry import Registry
+from kvpack.session import Session
+from kvpack.testing import TINY, check_policy, run_session
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "kvpack-coin"
+
+
+@dataclass(frozen=True)
+class Acme(RecencySelector):
+    how: str = "raise"
+    name = "acme"
+
+    def select(self, query, candidates):
+        if self.how == "raise":
+            raise ZeroDivisionError("by acme")
+        if self.how == "nonsense":
+            return [0]
+        time.sleep(0.01)
+        return super().select(query, candidates)
+
+
+def run(selector, chunks=6):
+    session = Session(packforcing(selector=selector, chunk_frames=2, sink_frames=2, recent_frames=2), TINY)
+    run_session(session, chunks, steps=1)
+    return session
+
+
+def test_a_policy_that_raises_is_named_and_its_error_stays():
+    with pytest.raises(ZeroDivisionError, match="by acme") as error:
+        run(Acme(topk=1))
+    assert error.value.__notes__ == [f"raised in Acme.select of {__name__}, layer 0"]
+
+
+def test_a_policy_that_returns_nonsense_is_named():
+    with pytest.raises(PolicyError, match=r"Acme\.select returned list in layer 0"):
+        run(Acme(topk=1, how="nonsense"))
+
+
+def test_a_slow_policy_is_seen_in_stats():
+    spent = run(Acme(topk=1, how="slow")).stats()["policy_seconds"]
+    assert spent["Acme"] > 0.03
+    assert max(spent, key=lambda name: spent[name]) == "Acme"
+    assert {"SinkMidRecentPartitioner", "PoolCompressor", "FitReindexer"} <= set(spent)
+
+
+def test_a_memory_that_raises_is_named():
+    @dataclass(frozen=True)
+    class Broken(StateMemory):
+        chunk_frames: int = 1
+        name = "acme-broken"
+
+        def attend(self, state, chunk):
+            return Attended((), 0.0, state)
+
+        def remember(self, state, chunk):
+            raise KeyError("lost")
+
+    session = Broken().session(TINY)
+    with pytest.raises(KeyError) as error:
+        run_session(session, 1)
+    assert "raised in Broken.remember" in error.value.__notes__[0]
+    assert session.frames == 0
+
+
+@pytest.fixture
+def coin(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLE)
+    return EntryPoint("coin", "kvpack_coin", "kvpack")
+
+
+def test_the_example_is_found_as_any_package_is(coin):
+    found = Registry([coin])
+    assert found.failures == []
+    assert found.origins == {("selector", "coin-toss"): "kvpack_coin", ("stack", "coin-packforcing"): "kvpack_coin"}
+    check_policy(found.policy("selector", "coin-toss", {"topk": 2}))
+    assert found.stack("coin-packforcing", {"topk": 3}).selector.topk == 3
+
+
+def test_two_packages_that_want_a_name_are_both_named(coin, monkeypatch, tmp_path):
+    (tmp_path / "other_coin.py").write_text((EXAMPLE / "kvpack_coin.py").read_text())
+    monkeypatch.syspath_prepend(tmp_path)
+    other = EntryPoint("other", "other_coin", "kvpack")
+    with pytest.warns(PluginWarning, match="already installed by kvpack_coin; other_coin wants it too"):
+        found = Registry([coin, other])
+    assert [(each.plugin, each.package) for each in found.failures] == [("other", "other_coin")]
+    for ask in (lambda: found.policy("selector", "coin-toss"), lambda: found.stack("coin-packforcing", {})):
+        with pytest.raises(InvalidOptionError, match="in two packages, kvpack_coin and other_coin; uninstall one"):
+            ask()
+
+
+def test_a_name_of_a_plugin_that_failed_says_so(tmp_path, monkeypatch):
+    (tmp_path / "acme_broken.py").write_text("import nothing_of_that_name")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(PluginWarning, match="acme_broken"):
+        found = Registry([EntryPoint("acme", "acme_broken", "kvpack")])
+    assert "nothing_of_that_name" in found.failures[0].error
+    with pytest.raises(UnknownNameError) as error:
+        found.stack("acme", {})
+    assert "plugin 'acme' of acme_broken was left out" in error.value.__notes__[0]
+
+
+def test_the_table_has_papers_and_versions():
+    rows = {(row["role"], row["name"]): row for row in installed()}
+    assert rows["memory", "memrope"]["paper"] == paper(MemRoPE) == "arXiv 2603.12513"
+    assert rows["stack", "streaming-llm"]["paper"] == paper(streaming_llm) == "arXiv 2309.17453"
+    assert rows["selector", "topk"]["paper"] == paper(QueryTopK) == "arXiv 2603.25730"
+    assert rows["selector", "topk"]["version"] == version("kvpack") != ""
+    assert version("no-such-package") == ""
