@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kvpack.errors import PolicyError
+
 #: Where a token sits that stands for a window of cells: at its centre, at its first cell, or at its own index.
 Coordinates = Literal["centered", "strided", "compact"]
 
@@ -121,3 +123,20 @@ def grid_coordinates(
     sizes = (frames, *grid)
     axes = [window_places(size, cells, coordinates) for size, cells in zip(sizes, pooled or sizes, strict=True)]
     return torch.cartesian_prod(*axes).reshape(-1, 3)
+
+
+def check_block(compressor: object, block: object, span: Span, like: Tensor, layer: int) -> None:
+    """Raises `PolicyError` if a compressor's block is not what its span announces."""
+    name = f"{type(compressor).__name__}.compress"
+    if not isinstance(block, KVBlock):
+        raise PolicyError(f"{name} returned {type(block).__name__} in layer {layer}, but it must be a KVBlock")
+    wanted = (like.shape[0], span.tokens, *like.shape[2:])
+    for what, tensor in (("keys", block.keys), ("values", block.values)):
+        if tuple(tensor.shape) != wanted:
+            raise PolicyError(
+                f"{name} returned {what} {tuple(tensor.shape)} in layer {layer}, but span() announces {wanted}"
+            )
+        if tensor.dtype != like.dtype:
+            raise PolicyError(
+                f"{name} returned {what} {tensor.dtype} in layer {layer}, but the model's dtype is {like.dtype}"
+            )

@@ -26,9 +26,17 @@ from kvpack.video import Frames, VideoWriter, require_writable, save_bytes
 FPS = 16
 CALL = {"height": 64, "width": 64, "guidance_scale": 1.0, "max_sequence_length": 16}
 TRAINING = {"chunk_frames": 4, "train_frames": 20}
-STACK_OPTIONS = {
+#: Published sizes that do not go with chunks of four frames, or not with a model of twenty.
+STACK_OPTIONS: dict[str, dict[str, Any]] = {
     # It rolls a window of the training length and keeps no sink.
     "self-forcing": {"window_frames": 20, "sink_frames": 0},
+    "deep-forcing": {"window_frames": 20},
+    "infinite-forcing": {"window_frames": 8},
+    "infinity-rope": {"window_frames": 8},
+    "krea": {"context_frames": 4},
+    "magi": {"previous_chunks": (4, 3, 2, 1)},
+    "rolling-sink": {"window_frames": 20},
+    "token-trim": {"window_frames": 20},
 }
 PROMPT = "a red circle bouncing over dusk rings"
 

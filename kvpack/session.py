@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from kvpack.blame import blamed
-from kvpack.blocks import KVBlock, Span, grid_coordinates
+from kvpack.blocks import KVBlock, Span, check_block, grid_coordinates
 from kvpack.context import Context, Held
-from kvpack.errors import PolicyError
 from kvpack.geometry import Geometry
 from kvpack.layer import KeysValues, LayerMemory
 from kvpack.ledger import Ledger, Piece
 from kvpack.memory import Event
 from kvpack.packed import PackedBuffer
-from kvpack.roles import Compressor, LatentCompressor, Placement
+from kvpack.roles import LatentCompressor, Placement
 from kvpack.stack import Stack
 from kvpack.state_session import StateSession
 
@@ -274,7 +273,7 @@ class Session:
             else:
                 with blamed(compressor, "compress", self.policy_seconds, index):
                     block = compressor.compress(KVBlock(keys, values, whole), grid)
-            _check_block(compressor, block, span, keys, index)
+            check_block(compressor, block, span, keys, index)
             self.layers[index].archive.write(slot, block.keys, block.values)
 
 
@@ -293,19 +292,3 @@ def _own(tensor: Tensor, cut: slice) -> Tensor:
     """A part of a chunk that keeps no other part alive."""
     part = tensor[:, cut]
     return part.contiguous() if part.shape == tensor.shape else part.clone()
-
-
-def _check_block(compressor: Compressor, block: object, span: Span, like: Tensor, layer: int) -> None:
-    name = f"{type(compressor).__name__}.compress"
-    if not isinstance(block, KVBlock):
-        raise PolicyError(f"{name} returned {type(block).__name__} in layer {layer}, but it must be a KVBlock")
-    wanted = (like.shape[0], span.tokens, *like.shape[2:])
-    for what, tensor in (("keys", block.keys), ("values", block.values)):
-        if tuple(tensor.shape) != wanted:
-            raise PolicyError(
-                f"{name} returned {what} {tuple(tensor.shape)} in layer {layer}, but span() announces {wanted}"
-            )
-        if tensor.dtype != like.dtype:
-            raise PolicyError(
-                f"{name} returned {what} {tensor.dtype} in layer {layer}, but the model's dtype is {like.dtype}"
-            )

@@ -7,19 +7,18 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 from kvpack.blame import blamed
 from kvpack.blocks import Span, grid_coordinates
 from kvpack.errors import PolicyError
 from kvpack.geometry import Geometry
 from kvpack.ledger import Piece
-from kvpack.memory import Attended, Chunk, Event, StateMemory, Tokens, check_tokens
-from kvpack.packed import Attention, PackedBuffer
-from kvpack.rope import rotations, wide_dtype
+from kvpack.memory import Event, StateMemory
+from kvpack.packed import PackedBuffer
+from kvpack.rope import wide_dtype
+from kvpack.state_layer import StateLayer
 
 KeysValues = tuple[Tensor, Tensor]
-_BIAS_CHANNELS = 8  # kernels want head sizes that are multiples of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,96 +34,6 @@ class Past:
     frames: int
     chunks: int
     states: tuple[Any, ...]
-
-
-class StateLayer:
-    """What an attention processor talks to, for a layer of a `StateSession`.
-
-    Args:
-        session: whose layer it is.
-        index: index of the layer.
-        buffer: what is attended.
-    """
-
-    def __init__(self, session: "StateSession", index: int, buffer: PackedBuffer) -> None:
-        self.session, self.index, self.buffer = session, index, buffer
-        #: Whether the coming forward settles what is attended, and whether its keys and values may become history.
-        self.pending, self.listening = True, False
-        self.attended: Attended | None = None
-        self.heard: Chunk | None = None
-        self.earlier: list[Tensor] = []
-        self.chunk_turns: Tensor | None = None
-        #: Most tokens of history that a denoising forward of the last chunk attended; a commit may attend others.
-        self.denoised_tokens = 0
-
-    def attend(
-        self,
-        queries: Float[Tensor, "rows tokens heads head_dim"],
-        keys: Float[Tensor, "rows tokens heads head_dim"],
-        values: Float[Tensor, "rows tokens heads head_dim"],
-        attention: Attention,
-    ) -> Float[Tensor, "rows tokens heads head_dim"]:
-        """Attention of the chunk to the memory and to itself; arguments as those of `LayerMemory.attend`."""
-        session = self.session
-        chunk = Chunk(
-            queries,
-            Tokens(keys, values, session.coordinates(queries.device)),
-            self.index,
-            session.past.chunks,
-            session.frames,
-            session.chunk_frames,
-            session.step,
-            session.geometry,
-            tuple(self.earlier),
-            session.clean,
-        )
-        if self.pending:
-            self._fill(chunk)
-        if self.listening:
-            self.heard = chunk
-        if session.stack.hears_queries:
-            self.earlier.append(queries)
-        assert self.attended is not None
-        assert self.chunk_turns is not None
-        keys, values = keys[:, self.attended.hidden :], values[:, self.attended.hidden :]
-        return self.buffer.attend(queries, keys, values, self.chunk_turns, self._biased(self.attended, attention))
-
-    def remembered(self) -> Any:
-        """The state with the chunk in it."""
-        if self.attended is None or self.heard is None:
-            raise RuntimeError("finish_commit() must follow commit() and the forward of the chunk")
-        with blamed(self.session.stack, "remember", self.session.policy_seconds, self.index):
-            return self.session.stack.remember(self.attended.state, self.heard)
-
-    def _fill(self, chunk: Chunk) -> None:
-        memory, like = self.session.stack, chunk.queries
-        with blamed(memory, "attend", self.session.policy_seconds, self.index):
-            attended = memory.attend(self.session.states[self.index], chunk)
-        if not isinstance(attended, Attended):
-            raise PolicyError(
-                f"{type(memory).__name__}.attend returned {type(attended).__name__} in layer {self.index}, "
-                "but it must be Attended"
-            )
-        rows, geometry = like.shape[0], self.session.geometry
-        for tokens in attended.tokens:
-            check_tokens(memory, tokens, like, self.index)
-        total = sum(map(len, attended.tokens))
-        self.buffer.clear(rows, total + like.shape[1], like)
-        for tokens in attended.tokens:
-            if len(tokens):
-                self.buffer.append(slice(0, rows), tokens.keys, tokens.values, turned(tokens.coordinates, geometry))
-        moved = attended.chunk_start - chunk.first_frame
-        self.chunk_turns = turned(chunk.tokens.moved(moved).coordinates, geometry)
-        self.attended, self.pending = attended, False
-        if self.session.step >= 0:
-            self.denoised_tokens = max(total, self.denoised_tokens if self.session.step else 0)
-
-    @staticmethod
-    def _biased(attended: Attended, attention: Attention) -> Attention:
-        if not any(tokens.bias for tokens in attended.tokens):
-            return attention
-        biases = [torch.full((len(tokens),), tokens.bias) for tokens in attended.tokens]
-        return lambda queries, keys, values: biased(queries, keys, values, torch.cat(biases), attention)
 
 
 class StateSession:
@@ -298,37 +207,6 @@ class StateSession:
             grid[:, 0] += self.frames
             self._coordinates = {key: grid[None]}
         return self._coordinates[key]
-
-
-def turned(coordinates: Tensor, geometry: Geometry) -> Tensor:
-    """Rotations of tokens, or of each head's own tokens."""
-    if coordinates.ndim == 3:
-        return rotations(coordinates, geometry)
-    return rotations(coordinates.flatten(1, 2), geometry).squeeze(2).unflatten(1, coordinates.shape[1:3])
-
-
-def biased(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, attention: Attention) -> Tensor:
-    """Attention with a number added to the logits of the first keys, exactly and without a mask.
-
-    A channel is added in which every query is 1 and a key has its bias; the new head size is made up for.
-
-    Args:
-        queries: rotated queries.
-        keys: rotated keys.
-        values: values.
-        bias: of the first keys; the rest have none.
-        attention: scales by the root of the head size.
-    """
-    head_dim = queries.shape[-1]
-    wide = head_dim + _BIAS_CHANNELS
-    added = pad(bias.to(keys) * wide**0.5, (0, keys.shape[1] - bias.shape[0]))
-    extra = pad(added[None, :, None, None].expand(*keys.shape[:3], 1), (0, _BIAS_CHANNELS - 1))
-    ones = pad(torch.ones_like(queries[..., :1]), (0, _BIAS_CHANNELS - 1))
-    scaled = queries * (wide / head_dim) ** 0.5
-    out = attention(
-        torch.cat([scaled, ones], dim=-1), torch.cat([keys, extra], dim=-1), pad(values, (0, _BIAS_CHANNELS))
-    )
-    return out[..., :head_dim]
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

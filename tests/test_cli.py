@@ -94,7 +94,10 @@ def test_plan_for_a_folder_without_weights(model: Path, tmp_path: Path) -> None:
         (["--size", "833x480"], "height and width must be multiples of 16 and 16 for this model, got 480x833"),
         (["--seconds", "-2"], "seconds must be a number > 0, got -2"),
         (["--seconds", "inf"], "seconds must be a number > 0, got inf"),
-        (["--stack", "pack-forcing"], "no stack named 'pack-forcing'; did you mean 'packforcing'? Installed: full, "),
+        (
+            ["--stack", "pack-forcing"],
+            "no stack named 'pack-forcing'; did you mean 'packforcing'? Installed: deep-forcing, ",
+        ),
         (["-o", "top_k=8"], "no option of stack packforcing named 'top_k'; did you mean 'topk'?"),
         (["-o", "topk"], "an option must be NAME=VALUE, e.g. topk=8, got 'topk'"),
         (["-o", "topk=-1"], "topk must be >= 0, got -1"),

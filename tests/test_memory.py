@@ -11,7 +11,8 @@ from kvpack.memory import Attended, StateMemory, Tokens, consecutive
 from kvpack.planner import plan
 from kvpack.policies import DeepForcing, MemRoPE, RollingSink, self_forcing
 from kvpack.session import Session
-from kvpack.state_session import StateSession, biased
+from kvpack.state_layer import biased
+from kvpack.state_session import StateSession
 from kvpack.testing import TINY, run_session, tiny_wan_pipeline
 
 FRAME = TINY.tokens_per_frame

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvpack import memory
-from kvpack.demo import shipped_compressor
+from kvpack.demo import STACK_OPTIONS, shipped_compressor
 from kvpack.registry import registry
 
 # What the toy pipeline was trained with; given to every factory that takes it.
@@ -59,7 +59,6 @@ def _policy(option: str, value: Any) -> Any:
 
 # At packforcing's budget or above: with the current chunk it attends the tokens of 18 latent frames, a window of 20.
 RIVALS = (
-    Memory("self-forcing", "self-forcing", {"window_frames": 20, "sink_frames": 0}),
     Memory("window with sink 4", "self-forcing", {"window_frames": 20, "sink_frames": 4}),
     Memory(
         "window with sink 4, contiguous",
@@ -70,24 +69,13 @@ RIVALS = (
     Memory("packforcing, lr", "packforcing", {"compressor": "lr"}),
     Memory(TRAINED, "packforcing", {"compressor": str(shipped_compressor())}),
 )
-# Published sizes that do not go with chunks of four frames or a model of twenty.
-ADAPTED = (
-    Memory("deep-forcing", "deep-forcing", {"window_frames": 20}),
-    Memory("infinite-forcing", "infinite-forcing", {"window_frames": 8}),
-    Memory("infinity-rope", "infinity-rope", {"window_frames": 8}),
-    Memory("krea", "krea", {"context_frames": 4}),
-    Memory("magi", "magi", {"previous_chunks": (4, 3, 2, 1)}),
-    Memory("rolling-sink", "rolling-sink", {"window_frames": 20}),
-    Memory("token-trim", "token-trim", {"window_frames": 20}),
-)
 
 
 def memories() -> tuple[Memory, ...]:
     """The rivals, and every installed stack that isn't one of them by name."""
-    return (*collection(), *(rival for rival in RIVALS if rival.name not in registry().stacks))
+    return (*collection(), *RIVALS)
 
 
 def collection() -> tuple[Memory, ...]:
     """Every installed stack under its own name, at sizes that the toy pipeline can use."""
-    own = {each.name: each for each in (*RIVALS, *ADAPTED)}
-    return tuple(own.get(name, Memory(name, name)) for name in registry().names("stack"))
+    return tuple(Memory(name, name, STACK_OPTIONS.get(name, {})) for name in registry().names("stack"))
