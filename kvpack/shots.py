@@ -1,7 +1,6 @@
 """Prompts that change while a video is generated."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -48,7 +47,7 @@ def shots(prompt: Any) -> list[Shot]:
     >>> [shot.seconds for shot in shots([(0, "a fox"), (20, "then it rests", "cut")])]
     [0.0, 20.0]
     """
-    if not isinstance(prompt, Sequence) or isinstance(prompt, str) or not any(isinstance(s, tuple) for s in prompt):
+    if not isinstance(prompt, list) or not any(isinstance(entry, tuple) for entry in prompt):
         return [Shot(0.0, prompt)]
     schedule = [_shot(entry) for entry in prompt]
     if schedule[0].seconds != 0:

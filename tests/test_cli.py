@@ -96,7 +96,7 @@ def test_plan_for_a_folder_without_weights(model: Path, tmp_path: Path) -> None:
         (["--seconds", "inf"], "seconds must be a number > 0, got inf"),
         (
             ["--stack", "pack-forcing"],
-            "no stack named 'pack-forcing'; did you mean 'packforcing'? Installed: deep-forcing, ",
+            "no stack named 'pack-forcing'; did you mean 'packforcing'? Installed: deep-",
         ),
         (["-o", "top_k=8"], "no option of stack packforcing named 'top_k'; did you mean 'topk'?"),
         (["-o", "topk"], "an option must be NAME=VALUE, e.g. topk=8, got 'topk'"),

@@ -72,7 +72,7 @@ RIVALS = (
 
 
 def memories() -> tuple[Memory, ...]:
-    """The rivals, and every installed stack that isn't one of them by name."""
+    """Every installed stack, and variants of some."""
     return (*collection(), *RIVALS)
 
 
