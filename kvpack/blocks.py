@@ -125,16 +125,18 @@ def grid_coordinates(
     return torch.cartesian_prod(*axes).reshape(-1, 3)
 
 
-def check_block(compressor: object, block: object, span: Span, like: Tensor, layer: int) -> None:
+def check_block(
+    compressor: object, block: object, span: Span, like: Tensor, layer: int, method: str = "compress"
+) -> None:
     """Raises `PolicyError` if a compressor's block is not what its span announces."""
-    name = f"{type(compressor).__name__}.compress"
+    name = f"{type(compressor).__name__}.{method}"
     if not isinstance(block, KVBlock):
         raise PolicyError(f"{name} returned {type(block).__name__} in layer {layer}, but it must be a KVBlock")
     wanted = (like.shape[0], span.tokens, *like.shape[2:])
     for what, tensor in (("keys", block.keys), ("values", block.values)):
         if tuple(tensor.shape) != wanted:
             raise PolicyError(
-                f"{name} returned {what} {tuple(tensor.shape)} in layer {layer}, but span() announces {wanted}"
+                f"{name} returned {what} {tuple(tensor.shape)} in layer {layer}, but its span announces {wanted}"
             )
         if tensor.dtype != like.dtype:
             raise PolicyError(

@@ -61,8 +61,15 @@ class Context:
         self.spans = {frames: self.stack.compressor.span(0, frames, self.geometry.grid) for frames in set(self.frames)}
         self.tokens = [self.spans[frames].tokens for frames in self.frames]
         self.takes_all = self.chosen == len(archive)
+        compressor, grid = self.stack.compressor, self.geometry.grid
+        #: Of each mid block, how small it is attended, and the tokens that are then left.
+        self.levels = [compressor.level(age) for age in reversed(range(len(archive)))]
+        self.attended = [
+            compressor.shrunk_span(self.spans[frames], grid, level) if level else self.spans[frames]
+            for frames, level in zip(self.frames, self.levels, strict=True)
+        ]
         #: Mid blocks of one size: a choice is gathered on the device, whatever it is.
-        self.uniform = len(self.spans) <= 1
+        self.uniform = len(self.spans) <= 1 and not any(self.levels)
 
     def _limit(self, candidates: int) -> int:
         with blamed(self.selector, "limit", self.ledger.seconds):
@@ -82,7 +89,8 @@ class Context:
     def capacity(self) -> int:
         """Most tokens of history and current chunk that a row can attend."""
         whole = sum(held.piece.frames for held in self.held) + self.stack.chunk_frames
-        return whole * self.geometry.tokens_per_frame + sum(sorted(self.tokens, reverse=True)[: self.chosen])
+        mid = sorted((span.tokens for span in self.attended), reverse=True)
+        return whole * self.geometry.tokens_per_frame + sum(mid[: self.chosen])
 
     def turns(self, chosen: Tensor | list[int] | None, device: torch.device) -> Turns:
         """Rotations for a choice: indices of all rows at once, the list of one row, or None for all blocks."""
@@ -98,10 +106,10 @@ class Context:
             given = self.reindexer.place(layout)
         placement = self._checked(layout, given)
         ratios = placement.lengths / layout.frames
-        mid = [self.frames[0]] * self.chosen if isinstance(chosen, Tensor) else [self.frames[i] for i in chosen]
+        mid = [self.attended[0]] * self.chosen if isinstance(chosen, Tensor) else [self.attended[i] for i in chosen]
         coordinates = [
             *(grid_coordinates(held.piece.frames, self.geometry.grid) for held in self.sink),
-            *(self.spans[frames].coordinates for frames in mid),
+            *(span.coordinates for span in mid),
             *(grid_coordinates(held.piece.frames, self.geometry.grid) for held in self.recent),
         ]
         positions = [layout.frames.new_empty(layout.frames.shape[0], 0, 3)]

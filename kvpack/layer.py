@@ -9,6 +9,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from kvpack.blame import blamed
+from kvpack.blocks import KVBlock, check_block
 from kvpack.errors import PolicyError
 from kvpack.packed import Archive, Attention, PackedBuffer
 from kvpack.roles import Candidates, Placement, Query
@@ -121,12 +122,23 @@ class LayerMemory:
             append(*self.archive.gather(rows, slots, context.tokens[0]))
         else:
             for index in range(len(context.slots)) if chosen is None else chosen:
-                slot, tokens = context.slots[index], context.tokens[index]
-                append(self.archive.keys[rows, slot, :tokens], self.archive.values[rows, slot, :tokens])
+                append(*self._archived(context, rows, index))
         for piece in context.recent:
             keys, values = piece.layers[self.index]
             append(keys[rows], values[rows])
         return turns
+
+    def _archived(self, context: "Context", rows: slice, index: int) -> KeysValues:
+        """A mid block as it is attended."""
+        slot, tokens, level = context.slots[index], context.tokens[index], context.levels[index]
+        keys, values = self.archive.keys[rows, slot, :tokens], self.archive.values[rows, slot, :tokens]
+        if not level:
+            return keys, values
+        compressor, block = context.stack.compressor, KVBlock(keys, values, context.spans[context.frames[index]])
+        with blamed(compressor, "shrunk", context.ledger.seconds, self.index):
+            shrunk = compressor.shrunk(block, context.geometry.grid, level)
+        check_block(compressor, shrunk, context.attended[index], keys, self.index, "shrunk")
+        return shrunk.keys, shrunk.values
 
     def _select(self, context: "Context", queries: Tensor) -> Int[Tensor, "rows chosen"] | None:
         """Sorted indices of the chosen mid blocks; None if all are attended or none."""

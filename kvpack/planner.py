@@ -170,15 +170,21 @@ def _rehearsed(geometry: Geometry, memory: Memory, chunks: int) -> int:
 
 def attended_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> int:
     """Tokens of history that the chunk after `ledger` attends."""
-    mid = _mid_tokens(geometry, stack, ledger)
+    mid = _mid_tokens(geometry, stack, ledger, attended=True)
     chosen = min(stack.selector.limit(len(mid)), len(mid))
     whole = sum(piece.frames for piece in ledger.whole)
     return whole * geometry.tokens_per_frame + sum(mid[len(mid) - chosen :])
 
 
-def _mid_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> list[int]:
-    spans = (stack.compressor.span(piece.first_frame, piece.frames, geometry.grid) for piece in ledger.archive)
-    return [span.tokens for span in spans]
+def _mid_tokens(geometry: Geometry, stack: Stack, ledger: Ledger, *, attended: bool = False) -> list[int]:
+    """Tokens of each archived block, as it is kept or as it is attended."""
+    compressor, grid = stack.compressor, geometry.grid
+    spans = [compressor.span(piece.first_frame, piece.frames, grid) for piece in ledger.archive]
+    levels = [compressor.level(age) if attended else 0 for age in reversed(range(len(spans)))]
+    return [
+        (compressor.shrunk_span(span, grid, level) if level else span).tokens
+        for span, level in zip(spans, levels, strict=True)
+    ]
 
 
 def _twins(stack: Stack, ledger: Ledger) -> list[Piece]:

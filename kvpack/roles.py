@@ -64,6 +64,18 @@ class Compressor(Policy, ABC):
     def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
         """The block that stands for `block`, with the tokens that `span` announces."""
 
+    def level(self, age: int) -> int:
+        """How small a block is attended that `age` newer ones in the archive have followed; 0 as it was archived."""
+        return 0
+
+    def shrunk_span(self, span: Span, grid: tuple[int, int], level: int) -> Span:
+        """The tokens of an archived block that are attended at a level above 0, and where they sit."""
+        raise NotImplementedError(f"{type(self).__name__} has level(), so it must have shrunk_span()")
+
+    def shrunk(self, block: KVBlock, grid: tuple[int, int], level: int) -> KVBlock:
+        """An archived block as it is attended at a level above 0, with the tokens that `shrunk_span` announces."""
+        raise NotImplementedError(f"{type(self).__name__} has level(), so it must have shrunk()")
+
 
 class LatentCompressor(Compressor):
     """Makes hidden tokens of a clean latent chunk; the model turns them into each layer's keys and values."""

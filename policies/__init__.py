@@ -11,6 +11,7 @@ from kvpack.policies.deep_forcing import DeepForcing
 from kvpack.policies.dual import DualCompressor
 from kvpack.policies.fit import FitReindexer
 from kvpack.policies.flowcache import FlowCache
+from kvpack.policies.framepack import GeometricCompressor, framepack
 from kvpack.policies.full import FullPartitioner
 from kvpack.policies.h2o import HeavyHitters
 from kvpack.policies.hr import HighResolutionCompressor
@@ -46,6 +47,7 @@ def kvpack_register_policies(register: Callable[[Any], None]) -> None:
         SinkMidRecentPartitioner,
         IdentityCompressor,
         PoolCompressor,
+        GeometricCompressor,
         LowResolutionCompressor,
         HighResolutionCompressor,
         DualCompressor,
@@ -76,6 +78,7 @@ def kvpack_register_policies(register: Callable[[Any], None]) -> None:
 @hookimpl
 def kvpack_register_stacks(register: Callable[[str, Any], None]) -> None:
     """All built-in stacks."""
+    register("framepack", framepack)
     register("full", full)
     register("infinite-forcing", infinite_forcing)
     register("streaming-llm", streaming_llm)

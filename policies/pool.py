@@ -32,6 +32,15 @@ def pooled_span(first_frame: int, frames: int, grid: tuple[int, int], coordinate
     return Span(first_frame, frames, grid_coordinates(frames, grid, pooled_grid(frames, grid), coordinates))
 
 
+def averaged(
+    tokens: Float[Tensor, "b thw h d"], sizes: tuple[int, int, int], pooled: tuple[int, int, int]
+) -> Float[Tensor, "b n h d"]:
+    """Means of a grid of tokens over adaptive-pooling windows, summed in float32."""
+    cells = tokens.flatten(2).unflatten(1, sizes).movedim(-1, 1)  # (b, h*d, t, h, w)
+    means = adaptive_avg_pool3d(cells.float(), pooled).to(tokens.dtype)
+    return means.flatten(2).transpose(1, 2).unflatten(2, tokens.shape[2:])
+
+
 @dataclass(frozen=True)
 class PoolCompressor(Compressor):
     """Averages keys before RoPE, and values, over 2x4x4 windows that cover the whole grid, odd sizes included.
@@ -60,11 +69,6 @@ class PoolCompressor(Compressor):
     def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
         """The average of every window."""
         frames = block.span.frames
-        pooled = pooled_grid(frames, grid)
-
-        def pool(tokens: Float[Tensor, "b thw h d"]) -> Float[Tensor, "b n h d"]:
-            cells = tokens.flatten(2).unflatten(1, (frames, *grid)).movedim(-1, 1)  # (b, h*d, t, h, w)
-            means = adaptive_avg_pool3d(cells.float(), pooled).to(tokens.dtype)
-            return means.flatten(2).transpose(1, 2).unflatten(2, tokens.shape[2:])
-
-        return KVBlock(pool(block.keys), pool(block.values), self.span(block.span.first_frame, frames, grid))
+        sizes, pooled = (frames, *grid), pooled_grid(frames, grid)
+        keys, values = (averaged(each, sizes, pooled) for each in (block.keys, block.values))
+        return KVBlock(keys, values, self.span(block.span.first_frame, frames, grid))

@@ -1,0 +1,104 @@
+"""Older chunks are smaller (FramePack, arXiv 2504.12626; Helios, in diffusers): geometric compression of history."""
+
+from dataclasses import dataclass, replace
+
+from kvpack.blocks import KVBlock, Span, grid_coordinates
+from kvpack.errors import require_int
+from kvpack.policies.all_blocks import AllSelector
+from kvpack.policies.pool import averaged
+from kvpack.policies.sink_mid_recent import SinkMidRecentPartitioner
+from kvpack.registry import registry
+from kvpack.roles import Compressor, Reindexer
+from kvpack.stack import Stack
+
+Sizes = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class GeometricCompressor(Compressor):
+    """Averages keys before RoPE, and values, over windows whose sides double with age.
+
+    A block is archived at windows of 2x2x2 tokens. Behind the `newest_blocks` newest it is attended at 4x4x4, behind
+    twice as many at 8x8x8, and so on to `levels`: each level has as many blocks as all newer ones and an eighth of
+    their tokens. Tokens sit where the mean of the tokens sat that they stand for.
+
+    Differs from both papers' models, which embed latents anew in larger trained patches for every forward: means of keys
+    need no training.
+
+    Args:
+        newest_blocks: archived blocks that are not shrunk.
+        levels: how often the oldest block is.
+
+    Raises:
+        InvalidOptionError: if a number is negative, or no block is left as it is archived.
+
+    >>> policy = GeometricCompressor(newest_blocks=1, levels=2)
+    >>> [policy.level(age) for age in range(5)]
+    [0, 1, 2, 2, 2]
+    >>> [policy.shrunk_span(policy.span(0, 4, (8, 8)), (8, 8), level).tokens for level in (1, 2)]
+    [4, 1]
+    """
+
+    newest_blocks: int = 1
+    levels: int = 1
+    name = "geometric"
+
+    def __post_init__(self) -> None:
+        require_int("newest_blocks", self.newest_blocks, minimum=1)
+        require_int("levels", self.levels)
+
+    def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
+        """A token for every window of 2x2x2."""
+        return Span(first_frame, frames, grid_coordinates(frames, grid, _sizes(frames, grid, 0)))
+
+    def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
+        """The average of every window of 2x2x2."""
+        frames = block.span.frames
+        keys, values = (averaged(each, (frames, *grid), _sizes(frames, grid, 0)) for each in (block.keys, block.values))
+        return KVBlock(keys, values, self.span(block.span.first_frame, frames, grid))
+
+    def level(self, age: int) -> int:
+        """One more each time that the age doubles."""
+        return min(self.levels, (age // self.newest_blocks).bit_length())
+
+    def shrunk_span(self, span: Span, grid: tuple[int, int], level: int) -> Span:
+        """Means of places."""
+        old, new = _sizes(span.frames, grid, 0), _sizes(span.frames, grid, level)
+        return replace(span, coordinates=averaged(span.coordinates[None, :, None], old, new)[0, :, 0])
+
+    def shrunk(self, block: KVBlock, grid: tuple[int, int], level: int) -> KVBlock:
+        """Means of keys and of values."""
+        old, new = _sizes(block.span.frames, grid, 0), _sizes(block.span.frames, grid, level)
+        keys, values = (averaged(each, old, new) for each in (block.keys, block.values))
+        return KVBlock(keys, values, self.shrunk_span(block.span, grid, level))
+
+
+def _sizes(frames: int, grid: tuple[int, int], level: int) -> Sizes:
+    """Tokens along time, rows and columns, rounded up, so that what is left over has a window too."""
+    t, y, x = (-(-size // 2 ** (level + 1)) for size in (frames, *grid))
+    return t, y, x
+
+
+def framepack(
+    *, chunk_frames: int = 4, reindex: str | Reindexer = "contiguous", train_frames: int = 20, archive_blocks: int = 5
+) -> Stack:
+    """Helios's history: the first frame, 16 frames in 4x4x4, 4 in 2x2x2, and the last 4 whole; older ones are gone.
+
+    Its own sizes are 16, 2 and 1 frames; here they are whole chunks of four. Positions are consecutive, 29 in all.
+
+    Args:
+        chunk_frames: latent frames generated together.
+        reindex: name or instance of a re-indexer.
+        train_frames: latent frames seen in training, for `reindex="fit"`.
+        archive_blocks: compressed blocks kept.
+    """
+    options = {"train_frames": train_frames} if reindex == "fit" else {}
+    return Stack(
+        "framepack",
+        SinkMidRecentPartitioner(sink_frames=1, recent_frames=chunk_frames),
+        GeometricCompressor(),
+        AllSelector(),
+        registry().policy("reindexer", reindex, options),
+        chunk_frames,
+        archive_blocks,
+    )
