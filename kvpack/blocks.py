@@ -136,7 +136,7 @@ def check_block(
     for what, tensor in (("keys", block.keys), ("values", block.values)):
         if tuple(tensor.shape) != wanted:
             raise PolicyError(
-                f"{name} returned {what} {tuple(tensor.shape)} in layer {layer}, but its span announces {wanted}"
+                f"{name} returned {what} {tuple(tensor.shape)} in layer {layer}, but span() announces {wanted}"
             )
         if tensor.dtype != like.dtype:
             raise PolicyError(

@@ -22,8 +22,8 @@ class GeometricCompressor(Compressor):
     twice as many at 8x8x8, and so on to `levels`: each level has as many blocks as all newer ones and an eighth of
     their tokens. Tokens sit where the mean of the tokens sat that they stand for.
 
-    Differs from both papers' models, which embed latents anew in larger trained patches for every forward: means of keys
-    need no training.
+    Differs from both models, which embed latents anew in larger trained patches for every forward: means of keys need
+    no training.
 
     Args:
         newest_blocks: archived blocks that are not shrunk.
