@@ -97,10 +97,8 @@ def per_byte(rows: Sequence[Score], seconds: int) -> bytes:
 
 def _name(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
     """Names in a column at the right, each with a thin line to its point."""
-    low, high = axes.get_ylim()
     order = sorted(points, key=lambda name: points[name][1])
-    heights = apart([(points[name][1] - low) / (high - low) for name in order], 0.045)
-    for name, height in zip(order, heights, strict=True):
+    for name, height in zip(order, np.linspace(0, 1, len(order)), strict=True):
         axes.annotate(
             name,
             points[name],
