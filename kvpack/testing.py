@@ -146,15 +146,16 @@ def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
         _check_tokens(policy, chunk_frames)
 
 
-def check_memory(memory: Memory) -> None:
+def check_memory(memory: Memory, most_frames: int | None = None) -> None:
     """Tests a memory of one's own as `check_policy` does a policy, in a dozen chunks of random keys.
 
     Args:
         memory: the memory, with its options set.
+        most_frames: latent frames' worth of tokens that a chunk may attend beside itself; None does not look.
 
     Raises:
-        PolicyError: if it is not deterministic, lets rows influence each other, changes what it was given, or goes on
-            otherwise from a snapshot.
+        PolicyError: if it is not deterministic, lets rows influence each other, changes what it was given, goes on
+            otherwise from a snapshot, changes dtype, attends a token twice or too many, or cannot be replayed.
 
     >>> from kvpack.policies import MemRoPE
     >>> check_memory(MemRoPE())
@@ -177,6 +178,50 @@ def check_memory(memory: Memory) -> None:
     first, second = (outputs(each, 4, seed=1) for each in (session, fork))
     if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
         raise PolicyError(f"{name} goes on otherwise from a snapshot: something is changed in place")
+    for dtype in (torch.float32, torch.bfloat16):
+        session = memory.session(replace(TINY, dtype=dtype))
+        for chunk in range(12):
+            outputs(session, 1, seed=chunk)  # a dtype that is not kept raises
+            _check_attended(memory, session, most_frames)
+        _check_replay(memory, session)
+
+
+def _check_attended(memory: Memory, session: AnySession, most_frames: int | None) -> None:
+    """Raises `PolicyError` if the last chunk attended a token twice, or more tokens than it may."""
+    name, tokens = type(memory).__name__, session.stats()["attended_tokens"]
+    if most_frames is not None and tokens > most_frames * TINY.tokens_per_frame:
+        raise PolicyError(
+            f"{name} attends {tokens} tokens, but at most {most_frames * TINY.tokens_per_frame} are allowed"
+        )
+    for index in range(session.geometry.layers):
+        keys, _ = session.context(index)
+        for row, length in enumerate(session.layers[index].buffer.lengths):
+            for head in range(keys.shape[2]):
+                # Random keys after RoPE are equal only if both token and place are.
+                if keys[row, :length, head].unique(dim=0).shape[0] < length:
+                    raise PolicyError(f"{name} attends a token twice at one place in layer {index}")
+
+
+def _check_replay(memory: Memory, session: AnySession) -> None:
+    """Raises `PolicyError` if a memory is not as long after a replay as before."""
+    frames = session.frames
+    session.tell("prompt-changed")
+    session.tell("scene-cut")
+    plan = session.replays()
+    if not plan:
+        return
+    session.rewind(sum(plan))
+    if session.frames != frames - sum(plan):
+        raise PolicyError(f"{type(memory).__name__} forgot {frames - session.frames} frames, not {sum(plan)}")
+    for part in plan:
+        session.commit((), torch.zeros(2, 16, part, 8, 10))
+        for layer in session.layers:
+            shape = (3, 2, part * TINY.tokens_per_frame, TINY.heads, TINY.head_dim)
+            queries, keys, values = torch.ones(shape, dtype=session.geometry.dtype)
+            layer.attend(queries, keys, values, lambda queries, keys, values: queries)
+        session.finish_commit()
+    if session.frames != frames:
+        raise PolicyError(f"{type(memory).__name__} has {session.frames} frames after a replay, and {frames} before")
 
 
 def _outputs(stack: Stack, policy: Policy, rows: slice) -> list[Tensor]:

@@ -13,7 +13,7 @@ from kvpack.memory import Attended, StateMemory
 from kvpack.policies import MemRoPE, QueryTopK, RecencySelector, packforcing, streaming_llm
 from kvpack.registry import Registry
 from kvpack.session import Session
-from kvpack.testing import TINY, check_policy, run_session
+from kvpack.testing import TINY, check_memory, check_policy, run_session
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "kvpack-coin"
 
@@ -119,3 +119,40 @@ def test_the_table_has_papers_and_versions():
     assert rows["selector", "topk"]["paper"] == paper(QueryTopK) == "arXiv 2603.25730"
     assert rows["selector", "topk"]["version"] == version("kvpack") != ""
     assert version("no-such-package") == ""
+
+
+def test_check_memory_finds_what_breaks_the_contract():
+    @dataclass(frozen=True)
+    class Window(StateMemory):
+        how: str = "right"
+        chunk_frames: int = 1
+        name = "acme-window"
+        replay_frames = 1
+
+        def attend(self, state, chunk):
+            held = chunk.tokens[:0] if state is None else state
+            twice = (held, held[:3]) if self.how == "twice" else (held,)
+            return Attended(twice, chunk.first_frame, held)
+
+        def remember(self, state, chunk):
+            tokens = state + chunk.tokens
+            return tokens if self.how == "grows" else tokens[-3 * chunk.geometry.tokens_per_frame :]
+
+        def forget(self, state, tokens):
+            return state[: len(state) - tokens]
+
+    check_memory(Window(), most_frames=3)
+    check_memory(Window("grows"))
+    for how, message in (
+        ("twice", "attends a token twice at one place in layer 0"),
+        ("grows", "attends 80 tokens, but"),
+    ):
+        with pytest.raises(PolicyError, match=message):
+            check_memory(Window(how), most_frames=3 if how == "grows" else None)
+
+    class Forgetful(Window):
+        def forget(self, state, tokens):
+            raise IndexError("no such token")
+
+    with pytest.raises(IndexError, match="no such token"):
+        check_memory(Forgetful())
