@@ -9,6 +9,7 @@ from kvpack.enable import disable, enable
 from kvpack.errors import KVPackError
 from kvpack.geometry import Geometry
 from kvpack.hookspecs import hookimpl
+from kvpack.memory import Attended, StateMemory, Tokens
 from kvpack.roles import Compressor, LatentCompressor, Partitioner, Reindexer, Selector
 from kvpack.scheduler import FlowMatchFewStepScheduler
 from kvpack.session import Session
@@ -20,6 +21,7 @@ except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0"
 
 __all__ = [
+    "Attended",
     "Compressor",
     "FlowMatchFewStepScheduler",
     "Geometry",
@@ -33,6 +35,8 @@ __all__ = [
     "Session",
     "Span",
     "Stack",
+    "StateMemory",
+    "Tokens",
     "disable",
     "enable",
     "hookimpl",
