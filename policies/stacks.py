@@ -118,7 +118,7 @@ def full(
     train_frames: int = 20,
     commit: Commit = "rerun",
 ) -> Stack:
-    """All of history at full resolution; memory and time grow with the video."""
+    """All of history at full resolution, which grows (Self-Forcing, arXiv 2506.08009, global attention)."""
     reindexer = _policy("reindexer", reindex, train_frames=train_frames)
     return Stack("full", FullPartitioner(), IdentityCompressor(), AllSelector(), reindexer, chunk_frames, commit=commit)
 
