@@ -134,6 +134,10 @@ def check_block(
         raise PolicyError(f"{name} returned {type(block).__name__} in layer {layer}, but it must be a KVBlock")
     wanted = (like.shape[0], span.tokens, *like.shape[2:])
     for what, tensor in (("keys", block.keys), ("values", block.values)):
+        if not isinstance(tensor, Tensor):
+            raise PolicyError(
+                f"{name} returned {what} {type(tensor).__name__} in layer {layer}, but it must be a tensor"
+            )
         if tuple(tensor.shape) != wanted:
             raise PolicyError(
                 f"{name} returned {what} {tuple(tensor.shape)} in layer {layer}, but span() announces {wanted}"

@@ -162,6 +162,8 @@ class Ledger:
     def _partition(self, history: int) -> tuple[Segment, ...]:
         with blamed(self.partitioner, "partition", self.seconds):
             segments = self.partitioner.partition(history, self.chunk_frames)
+        if not isinstance(segments, tuple) or not all(isinstance(each, Segment) for each in segments):
+            raise self._broken(f"returned {segments!r}", "it must be a tuple of Segments")
         position = 0
         for segment in segments:
             frames = segment.frames

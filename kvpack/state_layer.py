@@ -1,5 +1,6 @@
 """The memory of one layer by a `StateMemory`: what an attention processor talks to."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,6 +88,12 @@ class StateLayer:
             raise PolicyError(
                 f"{type(memory).__name__}.attend returned {type(attended).__name__} in layer {self.index}, "
                 "but it must be Attended"
+            )
+        start = attended.chunk_start
+        if not isinstance(attended.tokens, tuple) or not isinstance(start, int | float) or not math.isfinite(start):
+            raise PolicyError(
+                f"{type(memory).__name__}.attend returned {type(attended.tokens).__name__} and chunk_start {start!r} "
+                f"in layer {self.index}, but they must be a tuple of Tokens and a finite number"
             )
         rows, geometry = like.shape[0], self.session.geometry
         for tokens in attended.tokens:

@@ -3,11 +3,12 @@
 import json
 import re
 import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
-from kvpack.registry import registry
+from kvpack.registry import Registry, registry
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,6 +31,16 @@ def test_the_memory_of_the_contributing_guide_keeps_the_contract():
     names: dict = {}
     exec(blocks("CONTRIBUTING.md", "python")[1], names)
     check_memory(names["EverySecondFrame"]())
+
+
+def test_the_plugin_of_the_contributing_guide_loads(tmp_path, monkeypatch):
+    group = tomllib.loads("".join(blocks("CONTRIBUTING.md", "toml")))["project"]["entry-points"]["kvpack"]
+    ((name, module),) = group.items()
+    (tmp_path / f"{module}.py").write_text("\n".join(blocks("CONTRIBUTING.md", "python")))
+    monkeypatch.syspath_prepend(tmp_path)
+    found = Registry([EntryPoint(name, module, "kvpack")])
+    assert sorted(found.origins) == [("adapter", "acme"), ("selector", "acme-stride"), ("stack", "acme-stride")]
+    assert found.stack("acme-stride", {"topk": 3}).selector.topk == 3
 
 
 def test_the_readme_has_the_two_commands_and_they_are_targets():

@@ -1,16 +1,26 @@
 """What others install: named when it fails, lies or dawdles; and the example package, loaded as an installed one is."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
+from kvpack.blocks import KVBlock
 from kvpack.cli_tables import installed, paper, version
 from kvpack.errors import InvalidOptionError, PluginWarning, PolicyError, UnknownNameError
 from kvpack.memory import Attended, StateMemory
-from kvpack.policies import MemRoPE, QueryTopK, RecencySelector, packforcing, streaming_llm
+from kvpack.policies import (
+    ContiguousReindexer,
+    MemRoPE,
+    PoolCompressor,
+    QueryTopK,
+    RecencySelector,
+    SinkMidRecentPartitioner,
+    packforcing,
+    streaming_llm,
+)
 from kvpack.registry import Registry
 from kvpack.session import Session
 from kvpack.testing import TINY, check_memory, check_policy, run_session
@@ -47,6 +57,55 @@ def test_a_policy_that_raises_is_named_and_its_error_stays():
 def test_a_policy_that_returns_nonsense_is_named():
     with pytest.raises(PolicyError, match=r"Acme\.select returned list in layer 0"):
         run(Acme(topk=1, how="nonsense"))
+
+
+EMPTY = KVBlock.__new__(KVBlock)  # past the check of shapes, which users do not have
+vars(EMPTY).update(keys=None, values=None)
+
+
+@pytest.mark.parametrize(
+    ("role", "base", "method", "what"),
+    [
+        ("partitioner", SinkMidRecentPartitioner, "partition", None),
+        ("compressor", PoolCompressor, "compress", EMPTY),
+        ("reindexer", ContiguousReindexer, "place", None),
+        ("selector", RecencySelector, "limit", -1),
+    ],
+)
+def test_whatever_a_policy_raises_or_returns_its_method_is_named(role, base, method, what):
+    def give(error):
+        def call(self, *_):
+            if error is not None:
+                raise error
+            return what
+
+        return call
+
+    stack = packforcing(chunk_frames=2, sink_frames=2, recent_frames=2)
+    for error in (None, KeyError("lost"), KeyboardInterrupt()):
+        mine = dataclass(frozen=True)(type("Mine", (base,), {}))
+        session = Session(replace(stack, **{role: mine()}), TINY)
+        setattr(mine, method, give(error))
+        with pytest.raises(PolicyError if error is None else type(error)) as caught:
+            run_session(session, 9, steps=1)
+        if error is None:
+            assert f"Mine.{method} returned" in str(caught.value)
+        else:
+            notes = getattr(error, "__notes__", [])
+            assert [f"Mine.{method}" in note for note in notes] == [True] * isinstance(error, Exception)
+
+
+@pytest.mark.parametrize(("tokens", "start"), [(None, 0.0), ((), None), ((), float("nan"))])
+def test_a_memory_that_returns_nonsense_is_named(tokens, start):
+    class Nonsense(MemRoPE):
+        def attend(self, state, chunk):
+            attended = super().attend(state, chunk)
+            object.__setattr__(attended, "tokens", tokens)
+            object.__setattr__(attended, "chunk_start", start)
+            return attended
+
+    with pytest.raises(PolicyError, match=r"Nonsense\.attend returned .* in layer 0"):
+        run_session(Nonsense().session(TINY), 1)
 
 
 def test_a_slow_policy_is_seen_in_stats():
