@@ -130,6 +130,7 @@ def check_block(
 ) -> None:
     """Raises `PolicyError` if a compressor's block is not what its span announces."""
     name = f"{type(compressor).__name__}.{method}"
+    announces = "span()" if method == "compress" else f"{method}_span()"
     if not isinstance(block, KVBlock):
         raise PolicyError(f"{name} returned {type(block).__name__} in layer {layer}, but it must be a KVBlock")
     wanted = (like.shape[0], span.tokens, *like.shape[2:])
@@ -140,7 +141,7 @@ def check_block(
             )
         if tuple(tensor.shape) != wanted:
             raise PolicyError(
-                f"{name} returned {what} {tuple(tensor.shape)} in layer {layer}, but span() announces {wanted}"
+                f"{name} returned {what} {tuple(tensor.shape)} in layer {layer}, but {announces} announces {wanted}"
             )
         if tensor.dtype != like.dtype:
             raise PolicyError(

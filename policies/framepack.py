@@ -19,8 +19,9 @@ class GeometricCompressor(Compressor):
     """Averages keys before RoPE, and values, over windows whose sides double with age.
 
     A block is archived at windows of 2x2x2 tokens. Behind the `newest_blocks` newest it is attended at 4x4x4, behind
-    twice as many at 8x8x8, and so on to `levels`: each level has as many blocks as all newer ones and an eighth of
-    their tokens. Tokens sit where the mean of the tokens sat that they stand for.
+    twice as many at 8x8x8, and so on to `levels`: each level has as many blocks as all newer ones together, and a block
+    an eighth of the tokens that it had a level before. Where windows do not divide a side, neighbours may overlap by a
+    token. Tokens sit where the mean of the tokens sat that they stand for.
 
     Differs from both models, which embed latents anew in larger trained patches for every forward: means of keys need
     no training.
@@ -74,7 +75,7 @@ class GeometricCompressor(Compressor):
 
 
 def _sizes(frames: int, grid: tuple[int, int], level: int) -> Sizes:
-    """Tokens along time, rows and columns, rounded up, so that what is left over has a window too."""
+    """Tokens along time, rows and columns, rounded up, so that every token is in a window."""
     t, y, x = (-(-size // 2 ** (level + 1)) for size in (frames, *grid))
     return t, y, x
 

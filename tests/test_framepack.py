@@ -1,11 +1,17 @@
 """Blocks that shrink with age: sizes, means and places, against sums by hand."""
 
+from dataclasses import replace
+from itertools import product
+
+import pytest
 import torch
 
 from kvpack.blocks import KVBlock, Span, grid_coordinates
+from kvpack.errors import PolicyError
 from kvpack.geometry import Geometry
 from kvpack.planner import plan
 from kvpack.policies import GeometricCompressor, framepack
+from kvpack.rope import rotate, rotations
 from kvpack.testing import check_policy, run_session
 
 GRID = Geometry(layers=2, heads=2, head_dim=12, grid=(4, 6), rope_split=(4, 4, 4))
@@ -51,6 +57,94 @@ def test_odd_sizes_keep_every_token():
     one_hot = torch.eye(3 * 5 * 7)[None, :, None]
     seen = policy.shrunk(policy.compress(KVBlock(one_hot, one_hot, block(3, grid).span), grid), grid, 1).keys
     assert bool((seen[0, :, 0].sum(0) > 0).all())
+
+
+def test_levels_double():
+    assert [GeometricCompressor(levels=3).level(age) for age in range(9)] == [0, 1, 2, 2, 3, 3, 3, 3, 3]
+    assert [GeometricCompressor(newest_blocks=2, levels=3).level(age) for age in range(9)] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        2,
+        2,
+        3,
+    ]
+
+
+def naive(cells, sizes, side):
+    """Means of a grid of cells over windows that reach as far as adaptive pooling's, in loops."""
+    new = [-(-size // side) for size in sizes]
+    windows = [
+        [range(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
+        for size, count in zip(sizes, new, strict=True)
+    ]
+    means = [torch.stack([cells[at] for at in product(*window)]).mean(0) for window in product(*windows)]
+    return dict(zip(product(*map(range, new)), means, strict=True)), new
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (5, 7)])
+@pytest.mark.parametrize("reindex", ["contiguous", "fit"])
+def test_a_session_attends_the_means_of_what_was_committed(grid, reindex):
+    """Keys at their places, and values, of every layer: oldest blocks smallest, the newest archived one as it is."""
+    geometry = replace(GRID, grid=grid)
+    session, generator = framepack(reindex=reindex).session(geometry), torch.Generator().manual_seed(1)
+    frames = [[] for _ in session.layers]  # each [keys or values, batch, rows, columns, heads, head_dim]
+    for chunk in range(8):
+        for announce in (lambda: session.denoise(0), session.commit):
+            announce()
+            given = [torch.randn(3, 2, 4 * grid[0] * grid[1], 2, 12, generator=generator) for _ in session.layers]
+            for layer, qkv in zip(session.layers, given, strict=True):
+                layer.attend(*qkv, lambda queries, keys, values: queries)
+        archived = [range(max(1, 4 * c), 4 * c + 4) for c in range(chunk - 1)][-5:]
+        blocks = [(range(1), 0)] + [(run, 2) for run in archived[:-1]] + [(run, 1) for run in archived[-1:]]
+        blocks += [(range(max(1, 4 * chunk - 4), 4 * chunk), 0)]
+        mid = sum(len(run) for run in archived)
+        # 20 positions less those of the sink frame, the recent chunk and the current one.
+        ratio = min(1.0, (20 - 9) / mid) if reindex == "fit" and mid else 1.0
+        for index, layer in enumerate(session.layers if chunk else []):
+            tokens, places, start = [], [], 0.0
+            for run, halvings in blocks:
+                squeeze, sizes = (ratio if halvings else 1.0), (len(run), *grid)
+                cells = {(t, y, x): frames[index][run[t]][:, :, y, x] for t, y, x in product(*map(range, sizes))}
+                at = {cell: torch.tensor(cell, dtype=torch.float64) for cell in cells}
+                for _ in range(halvings):
+                    (cells, smaller), (at, _) = naive(cells, sizes, 2), naive(at, sizes, 2)
+                    sizes = smaller
+                for cell in sorted(cells):
+                    t, y, x = at[cell].tolist()
+                    tokens.append(cells[cell])
+                    places.append((start + (t + 0.5) * squeeze - 0.5, y, x))
+                start += len(run) * squeeze
+            keys, values = torch.stack(tokens, dim=2)
+            turns = rotations(torch.tensor(places, dtype=torch.float64)[None], geometry)
+            seen = session.context(index)
+            torch.testing.assert_close(seen[0], rotate(keys, turns), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(seen[1], values, rtol=1e-5, atol=1e-6)
+            assert layer.placed[0].placement.chunk_start.tolist() == pytest.approx([start])
+        assert session.current.capacity == session.stats()["attended_tokens"] + 4 * grid[0] * grid[1]
+        session.finish_commit()
+        for index, (_, keys, values) in enumerate(given):
+            frames[index] += torch.stack([keys, values]).unflatten(2, (4, *grid)).unbind(2)
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (lambda block: (block.keys[:, 1:], block.values), r"shrunk returned keys .* but shrunk_span\(\) announces"),
+        (lambda block: (block.keys, block.values.double()), "shrunk returned values torch.float64"),
+    ],
+)
+def test_a_shrunk_block_that_is_not_as_announced_is_refused(broken, says):
+    class Breaks(GeometricCompressor):
+        def shrunk(self, block, grid, level):
+            return KVBlock(*broken(super().shrunk(block, grid, level)), block.span)
+
+    session = replace(framepack(), compressor=Breaks()).session(GRID)
+    with pytest.raises(PolicyError, match=says):
+        run_session(session, 6, steps=1)
 
 
 def test_what_each_chunk_attends():
