@@ -155,7 +155,7 @@ class WanMemory:
             return
         latents = clean.last(sum(plan))
         if self.stack.reencodes and sum(plan) < self.frames + coming:
-            with torch.no_grad():
+            with self.timed("compress"), torch.no_grad():
                 first = encode(self.pipeline.vae, clean.last_pixels(sum(plan))[:, :, :1])
             latents = torch.cat([first.to(latents), latents[:, :, 1:]], dim=2)
         for session in self.sessions.values():
@@ -246,6 +246,8 @@ class WanMemory:
         )
         with blamed(self.compressor, "tokens", next(iter(self.sessions.values())).policy_seconds):
             tokens = self.compressor.tokens(chunk)
+        if not isinstance(tokens, Tensor):
+            raise PolicyError(f"{name}.tokens returned {type(tokens).__name__}, but it must be a tensor")
         span = self.compressor.span(piece.first_frame, piece.frames, self.geometry.grid)
         wanted = (latents.shape[0], span.tokens, self.geometry.width)
         if tuple(tokens.shape) != wanted:

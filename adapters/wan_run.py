@@ -89,7 +89,7 @@ class WanRun(Run):
 
     @torch.no_grad()
     def _turn(self, embeds: dict[str, Tensor], cut: bool) -> None:
-        with self._driving(), self.memory.timed("commit"):
+        with self._driving():
             self.memory.turn(embeds, cut=cut)
 
     def close(self) -> None:
@@ -120,7 +120,8 @@ class WanRun(Run):
         """Tokens of one branch, bytes of all, and seconds of each phase."""
         each = [session.stats() for session in self.sessions.values()]
         if not each:
-            return {"stack": self.stack.name, "chunks": 0, "branches": [], "seconds": dict(self.seconds)}
+            shared = {"branches": [], "seconds": dict(self.seconds), "policy_seconds": {}}
+            return {"stack": self.stack.name, "chunks": 0, **shared}
         total = {key: sum(stats[key] for stats in each) for key in each[0] if key.endswith("_bytes")}
         spent = [stats["policy_seconds"] for stats in each]  # the first branch runs every policy that any branch runs
         policies = {name: sum(seconds.get(name, 0.0) for seconds in spent) for name in spent[0]}

@@ -63,13 +63,20 @@ class Context:
         self.takes_all = self.chosen == len(archive)
         compressor, grid = self.stack.compressor, self.geometry.grid
         #: Of each mid block, how small it is attended, and the tokens that are then left.
-        self.levels = [compressor.level(age) for age in reversed(range(len(archive)))]
+        self.levels = [self._level(age) for age in reversed(range(len(archive)))]
         self.attended = [
             compressor.shrunk_span(self.spans[frames], grid, level) if level else self.spans[frames]
             for frames, level in zip(self.frames, self.levels, strict=True)
         ]
         #: Mid blocks of one size: a choice is gathered on the device, whatever it is.
         self.uniform = len(self.spans) <= 1 and not any(self.levels)
+
+    def _level(self, age: int) -> int:
+        level = self.stack.compressor.level(age)
+        if not isinstance(level, int) or level < 0:
+            name = type(self.stack.compressor).__name__
+            raise PolicyError(f"{name}.level returned {level!r} for age {age}, but it must be a whole number >= 0")
+        return level
 
     def _limit(self, candidates: int) -> int:
         with blamed(self.selector, "limit", self.ledger.seconds):

@@ -125,14 +125,15 @@ class Ledger:
         return Step(ledger, kept, tuple(leaving))
 
     def replayable(self, most_frames: int) -> int:
-        """Last frames, in chunks and at most so many, that are all still whole."""
-        frames = 0
-        while frames + self.chunk_frames <= min(most_frames, self.frames):
-            first = self.frames - frames - self.chunk_frames
-            if sum(piece.frames for piece in self.whole if piece.first_frame >= first) < frames + self.chunk_frames:
+        """Last frames, in chunks and at most so many, of which each chunk has recent frames or is still all whole."""
+        stop = self.frames
+        while self.frames - stop + self.chunk_frames <= min(most_frames, self.frames):
+            pieces = [each for each in self.whole if stop - self.chunk_frames <= each.first_frame < stop]
+            whole = sum(piece.frames for piece in pieces) == self.chunk_frames
+            if not whole and all(piece.part != "recent" for piece in pieces):
                 break
-            frames += self.chunk_frames
-        return frames
+            stop -= self.chunk_frames
+        return self.frames - stop
 
     def rewound(self, frames: int) -> "Ledger":
         """The history without its last frames; what has left the recent ones since does not come back."""
@@ -140,10 +141,13 @@ class Ledger:
         return replace(self, frames=first, whole=tuple(piece for piece in self.whole if piece.first_frame < first))
 
     def replayed(self, aim: "Ledger") -> Step:
-        """The history with the coming chunk in it again, in the parts that it has in `aim`."""
+        """The history with those pieces of the coming chunk in it again that `aim` has, in its parts."""
         stop = self.frames + self.chunk_frames
         whole = tuple(piece for piece in aim.whole if piece.stop <= stop)
-        return Step(replace(self, frames=stop, whole=whole), tuple(range(len(whole))), ())
+        firsts = {piece.first_frame for piece in whole}
+        pieces = (*self.whole, *self.new_pieces())
+        kept = tuple(index for index, piece in enumerate(pieces) if piece.first_frame in firsts)
+        return Step(replace(self, frames=stop, whole=whole), kept, ())
 
     def _until_settled(self, stop: int) -> range:
         """History lengths, a chunk apart, from `stop` until no frame before `stop` changes its part any more."""

@@ -65,6 +65,9 @@ class Registry:
         manager.hook.kvpack_register_policies(register=lambda cls: found.extend(_as_installed(cls)))
         manager.hook.kvpack_register_stacks(register=lambda name, factory: found.append(("stack", name, factory)))
         manager.hook.kvpack_register_adapters(register=lambda adapter: found.append(("adapter", adapter.name, adapter)))
+        names = [(kind, name) for kind, name, _ in found]
+        if twice := next((each for each in names if names.count(each) > 1), None):
+            raise InvalidOptionError(f"{package} registers {twice[0]} {twice[1]!r} twice")
         taken = [(kind, name) for kind, name, _ in found if (kind, name) in self.origins]
         self._rivals.update({key: package for key in taken if self.origins[key] != "kvpack"})
         if taken:

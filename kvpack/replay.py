@@ -19,6 +19,7 @@ class CleanFrames:
         latents: clean latents of each chunk, oldest first.
         pixels: the last pixel frame of each latent frame, for a memory that encodes one anew.
         twins: hidden tokens that a compressor made of these chunks' pieces.
+        chunks: how many there have been in all.
     """
 
     most_frames: int

@@ -1,6 +1,7 @@
 """The memory of one layer by a `StateMemory`: what an attention processor talks to."""
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,8 @@ class StateLayer:
         self.heard: Chunk | None = None
         self.earlier: list[Tensor] = []
         self.chunk_turns: Tensor | None = None
+        #: What is added to the logits of the attended tokens; None if nothing is.
+        self.bias: Tensor | None = None
         #: Most tokens of history that a denoising forward of the last chunk attended; a commit may attend others.
         self.denoised_tokens = 0
 
@@ -49,8 +52,31 @@ class StateLayer:
         attention: Attention,
     ) -> Float[Tensor, "rows tokens heads head_dim"]:
         """Attention of the chunk to the memory and to itself; arguments as those of `LayerMemory.attend`."""
+        if self.pending or self.listening:
+            chunk = self._chunk(queries, keys, values)
+            if self.pending:
+                self._fill(chunk)
+            if self.listening:
+                self.heard = chunk
+        if self.session.stack.hears_queries:
+            self.earlier.append(queries)
+        assert self.attended is not None
+        assert self.chunk_turns is not None
+        keys, values = keys[:, self.attended.hidden :], values[:, self.attended.hidden :]
+        if self.bias is not None:
+            attention = partial(biased, bias=self.bias, attention=attention)
+        return self.buffer.attend(queries, keys, values, self.chunk_turns, attention)
+
+    def remembered(self) -> Any:
+        """The state with the chunk in it."""
+        if self.attended is None or self.heard is None:
+            raise RuntimeError("finish_commit() must follow commit() and the forward of the chunk")
+        with blamed(self.session.stack, "remember", self.session.policy_seconds, self.index):
+            return self.session.stack.remember(self.attended.state, self.heard)
+
+    def _chunk(self, queries: Tensor, keys: Tensor, values: Tensor) -> Chunk:
         session = self.session
-        chunk = Chunk(
+        return Chunk(
             queries,
             Tokens(keys, values, session.coordinates(queries.device)),
             self.index,
@@ -62,23 +88,6 @@ class StateLayer:
             tuple(self.earlier),
             session.clean,
         )
-        if self.pending:
-            self._fill(chunk)
-        if self.listening:
-            self.heard = chunk
-        if session.stack.hears_queries:
-            self.earlier.append(queries)
-        assert self.attended is not None
-        assert self.chunk_turns is not None
-        keys, values = keys[:, self.attended.hidden :], values[:, self.attended.hidden :]
-        return self.buffer.attend(queries, keys, values, self.chunk_turns, self._biased(self.attended, attention))
-
-    def remembered(self) -> Any:
-        """The state with the chunk in it."""
-        if self.attended is None or self.heard is None:
-            raise RuntimeError("finish_commit() must follow commit() and the forward of the chunk")
-        with blamed(self.session.stack, "remember", self.session.policy_seconds, self.index):
-            return self.session.stack.remember(self.attended.state, self.heard)
 
     def _fill(self, chunk: Chunk) -> None:
         memory, like = self.session.stack, chunk.queries
@@ -105,16 +114,11 @@ class StateLayer:
                 self.buffer.append(slice(0, rows), tokens.keys, tokens.values, turned(tokens.coordinates, geometry))
         moved = attended.chunk_start - chunk.first_frame
         self.chunk_turns = turned(chunk.tokens.moved(moved).coordinates, geometry)
+        biases = [like.new_full((len(tokens),), tokens.bias) for tokens in attended.tokens]
+        self.bias = torch.cat(biases) if any(tokens.bias for tokens in attended.tokens) else None
         self.attended, self.pending = attended, False
         if self.session.step >= 0:
             self.denoised_tokens = max(total, self.denoised_tokens if self.session.step else 0)
-
-    @staticmethod
-    def _biased(attended: Attended, attention: Attention) -> Attention:
-        if not any(tokens.bias for tokens in attended.tokens):
-            return attention
-        biases = [torch.full((len(tokens),), tokens.bias) for tokens in attended.tokens]
-        return lambda queries, keys, values: biased(queries, keys, values, torch.cat(biases), attention)
 
 
 def turned(coordinates: Tensor, geometry: Geometry) -> Tensor:

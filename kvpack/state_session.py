@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -54,7 +54,8 @@ class StateSession:
         self.layers = [StateLayer(self, index, buffer()) for index in range(geometry.layers)]
         self.step = -1
         #: Latent frames in progress, and their clean latents if this is their commit.
-        self.chunk_frames, self.clean = stack.chunk_frames, cast("Tensor | None", None)
+        self.chunk_frames = stack.chunk_frames
+        self.clean: Tensor | None = None
         self._retry: tuple[Any, ...] | None = None
         self._coordinates: dict[tuple[int, int, torch.device], Tensor] = {}
 

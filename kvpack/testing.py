@@ -203,16 +203,11 @@ def _check_attended(memory: Memory, session: AnySession, most_frames: int | None
 
 
 def _check_replay(memory: Memory, session: AnySession) -> None:
-    """Raises `PolicyError` if a memory is not as long after a replay as before."""
-    frames = session.frames
-    session.tell("prompt-changed")
-    session.tell("scene-cut")
+    """Raises `PolicyError` if a chunk attends more or less after a replay than it would have without."""
+    plain = session.snapshot()
     plan = session.replays()
-    if not plan:
-        return
-    session.rewind(sum(plan))
-    if session.frames != frames - sum(plan):
-        raise PolicyError(f"{type(memory).__name__} forgot {frames - session.frames} frames, not {sum(plan)}")
+    if plan:
+        session.rewind(sum(plan))
     for part in plan:
         session.commit((), torch.zeros(2, 16, part, 8, 10))
         for layer in session.layers:
@@ -220,8 +215,14 @@ def _check_replay(memory: Memory, session: AnySession) -> None:
             queries, keys, values = torch.ones(shape, dtype=session.geometry.dtype)
             layer.attend(queries, keys, values, lambda queries, keys, values: queries)
         session.finish_commit()
-    if session.frames != frames:
-        raise PolicyError(f"{type(memory).__name__} has {session.frames} frames after a replay, and {frames} before")
+    for each in (plain, session):
+        run_session(each, 1, batch=2)
+    before, after = (each.stats()["attended_tokens"] for each in (plain, session))
+    if before != after:
+        raise PolicyError(f"{type(memory).__name__} attends {after} tokens after a replay, but {before} without one")
+    session.tell("prompt-changed")
+    session.tell("scene-cut")
+    run_session(session, 1, batch=2)
 
 
 def _outputs(stack: Stack, policy: Policy, rows: slice) -> list[Tensor]:

@@ -1,6 +1,10 @@
 """Older chunks are smaller (FramePack, arXiv 2504.12626; Helios, in diffusers): geometric compression of history."""
 
 from dataclasses import dataclass, replace
+from functools import cache
+
+from jaxtyping import Float
+from torch import Tensor
 
 from kvpack.blocks import KVBlock, Span, grid_coordinates
 from kvpack.errors import require_int
@@ -64,8 +68,7 @@ class GeometricCompressor(Compressor):
 
     def shrunk_span(self, span: Span, grid: tuple[int, int], level: int) -> Span:
         """Means of places."""
-        old, new = _sizes(span.frames, grid, 0), _sizes(span.frames, grid, level)
-        return replace(span, coordinates=averaged(span.coordinates[None, :, None], old, new)[0, :, 0])
+        return replace(span, coordinates=_places(span.frames, grid, level))
 
     def shrunk(self, block: KVBlock, grid: tuple[int, int], level: int) -> KVBlock:
         """Means of keys and of values."""
@@ -78,6 +81,12 @@ def _sizes(frames: int, grid: tuple[int, int], level: int) -> Sizes:
     """Tokens along time, rows and columns, rounded up, so that every token is in a window."""
     t, y, x = (-(-size // 2 ** (level + 1)) for size in (frames, *grid))
     return t, y, x
+
+
+@cache
+def _places(frames: int, grid: tuple[int, int], level: int) -> Float[Tensor, "tokens 3"]:
+    old, new = _sizes(frames, grid, 0), _sizes(frames, grid, level)
+    return averaged(grid_coordinates(frames, grid, old)[None, :, None], old, new)[0, :, 0]
 
 
 def framepack(

@@ -86,11 +86,13 @@ class TokenTrim(StateMemory):
         """The chunk behind the window, and its severity among those so far."""
         assert state.window is not None
         state = replace(state, window=state.window + chunk.tokens)
-        if chunk.latents is None or chunk.frames != self.chunk_frames:
+        if chunk.latents is None:
             return state
         summary = self._summary(state, chunk.latents)
         if state.summary is None:
             return replace(state, summary=summary)
+        if chunk.index <= state.count:
+            return state  # a replay
         severity, _ = self._severity(state.summary, summary)
         count, away = state.count + 1, severity - state.mean
         mean = state.mean + away / count

@@ -464,8 +464,38 @@ def test_memories_keep_the_contract(memory):
     check_memory(memory)
 
 
-def test_stacks_of_windows_replay_what_they_hold():
-    for stack, plan in ((self_forcing(), (3,)), (infinite_forcing(), ())):
-        session = stack.session(TINY)
-        run_session(session, 6)
-        assert session.replays() == plan, stack.name
+@pytest.mark.parametrize(
+    ("stack", "plan", "anew"),
+    [
+        (self_forcing(), (3,), [15, 16, 17]),
+        (infinite_forcing(), (3,), [16, 17]),  # of the last chunk the first frame is gone
+        (packforcing(chunk_frames=2, sink_frames=2, recent_frames=3), (2, 2), [9, 10, 11]),  # of the last but one
+    ],
+    ids=["whole chunks", "a chunk without its first frame", "a chunk half compressed"],
+)
+def test_a_replay_reaches_every_recent_frame_and_no_other(stack, plan, anew):
+    session = stack.session(TINY)
+    run_session(session, 6)
+    before = session.history
+    assert replay(session) == plan
+    after = session.history
+    assert after.ledger == before.ledger
+    changed = [
+        frame
+        for old, new in zip(before.held, after.held, strict=True)
+        for frame in range(new.piece.first_frame, new.piece.stop)
+        if not torch.equal(old.layers[0][0], new.layers[0][0])
+    ]
+    assert changed == anew
+    run_session(session, 2)
+
+
+def test_token_trim_does_not_count_a_replay():
+    session = trimmed().session(TINY)
+    for value in (0.0, 0.1, 0.3, 0.4):
+        committed(session, latents(value))
+    before = session.past.states[0]
+    assert replay(session) == (1, 1, 1)
+    after = session.past.states[0]
+    assert (after.count, after.mean, after.squares) == (before.count, before.mean, before.squares)
+    assert torch.equal(after.summary, before.summary)

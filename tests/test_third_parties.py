@@ -13,6 +13,7 @@ from kvpack.errors import InvalidOptionError, PluginWarning, PolicyError, Unknow
 from kvpack.memory import Attended, StateMemory
 from kvpack.policies import (
     ContiguousReindexer,
+    LowResolutionCompressor,
     MemRoPE,
     PoolCompressor,
     QueryTopK,
@@ -23,7 +24,7 @@ from kvpack.policies import (
 )
 from kvpack.registry import Registry
 from kvpack.session import Session
-from kvpack.testing import TINY, check_memory, check_policy, run_session
+from kvpack.testing import TINY, check_memory, check_policy, run_session, tiny_wan_pipeline
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "kvpack-coin"
 
@@ -209,9 +210,52 @@ def test_check_memory_finds_what_breaks_the_contract():
         with pytest.raises(PolicyError, match=message):
             check_memory(Window(how), most_frames=3 if how == "grows" else None)
 
+    class Growing(Window):
+        def remember(self, state, chunk):
+            return state + chunk.tokens
+
+        def forget(self, state, tokens):
+            return state
+
+    with pytest.raises(PolicyError, match=r"attends 260 tokens after a replay, but 240 without one"):
+        check_memory(Growing())
+
     class Forgetful(Window):
         def forget(self, state, tokens):
             raise IndexError("no such token")
 
     with pytest.raises(IndexError, match="no such token"):
         check_memory(Forgetful())
+
+
+def test_a_plugin_that_registers_a_name_twice_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "acme_twice.py").write_text(
+        "import kvpack\n\n@kvpack.hookimpl\ndef kvpack_register_stacks(register):\n"
+        "    register('acme', dict)\n    register('acme', list)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(PluginWarning, match="acme_twice registers stack 'acme' twice"):
+        assert Registry([EntryPoint("acme", "acme_twice", "kvpack")]).origins == {}
+
+
+@pytest.mark.parametrize("level", [-1, 0.5, None])
+def test_a_level_that_is_none_is_named(level):
+    class Levels(PoolCompressor):
+        def level(self, age):
+            return level
+
+    stack = packforcing(chunk_frames=2, sink_frames=2, recent_frames=2)
+    with pytest.raises(PolicyError, match=rf"Levels\.level returned {level} for age 0"):
+        run_session(Session(replace(stack, compressor=Levels()), TINY), 6, steps=1)
+
+
+def test_hidden_tokens_that_are_no_tensor_are_named():
+    class Empty(LowResolutionCompressor):
+        def tokens(self, chunk):
+            return None
+
+    pipe = tiny_wan_pipeline()
+    pipe.enable_packforcing(compressor=Empty(), chunk_frames=1, sink_frames=1, recent_frames=1)
+    size = {"num_frames": 13, "height": 64, "width": 64, "num_inference_steps": 1, "guidance_scale": 1.0}
+    with pytest.raises(PolicyError, match=r"Empty\.tokens returned NoneType, but it must be a tensor"):
+        pipe("a fox", output_type="latent", max_sequence_length=16, **size)

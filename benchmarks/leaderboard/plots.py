@@ -57,9 +57,7 @@ def over_time(rows: Sequence[Score], subjects: Sequence[str], title: str) -> byt
         _label(axes, ends, subjects)
     for axes in page.axes[3:]:
         axes.set_xlabel("seconds", fontsize=10)
-    data = BytesIO()
-    page.savefig(data, format="png", dpi=130, metadata={"Software": None})
-    return data.getvalue()
+    return _png(page)
 
 
 def per_byte(rows: Sequence[Score], seconds: int) -> bytes:
@@ -90,6 +88,10 @@ def per_byte(rows: Sequence[Score], seconds: int) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#dddddd", linewidth=0.6)
         _name(axes, {subject: (megabytes, row.value) for subject, (megabytes, row) in points.items()})
+    return _png(page)
+
+
+def _png(page: Any) -> bytes:
     data = BytesIO()
     page.savefig(data, format="png", dpi=130, metadata={"Software": None})
     return data.getvalue()
