@@ -147,3 +147,9 @@ def check_block(
             raise PolicyError(
                 f"{name} returned {what} {tensor.dtype} in layer {layer}, but the model's dtype is {like.dtype}"
             )
+
+
+def owned(tensor: Tensor, cut: slice) -> Tensor:
+    """A part of a chunk that keeps no other part alive."""
+    part = tensor[:, cut]
+    return part.contiguous() if part.shape == tensor.shape else part.clone()

@@ -95,7 +95,7 @@ class Context:
     @cached_property
     def capacity(self) -> int:
         """Most tokens of history and current chunk that a row can attend."""
-        whole = sum(held.piece.frames for held in self.held) + self.stack.chunk_frames
+        whole = sum(held.piece.frames for held in self.held) + self.ledger.coming
         mid = sorted((span.tokens for span in self.attended), reverse=True)
         return whole * self.geometry.tokens_per_frame + sum(mid[: self.chosen])
 
@@ -127,7 +127,7 @@ class Context:
 
     @cached_property
     def _chunk_coordinates(self) -> Float[Tensor, "tokens 3"]:
-        return grid_coordinates(self.stack.chunk_frames, self.geometry.grid)
+        return grid_coordinates(self.ledger.coming, self.geometry.grid)
 
     def _layout(self, chosen: Tensor | list[int], device: torch.device) -> Layout:
         """The attended blocks; rows differ only where a tensor has chosen."""
@@ -149,7 +149,7 @@ class Context:
             first_frames=column([p.first_frame for p in sink], self.first_frames, [p.first_frame for p in recent]),
             frames=column([p.frames for p in sink], self.frames, [p.frames for p in recent]),
             chunk_first_frame=self.ledger.frames,
-            chunk_frames=self.stack.chunk_frames,
+            chunk_frames=self.ledger.coming,
         )
 
     def chunk_turns(self, placement: Placement, coordinates: Float[Tensor, "tokens 3"]) -> Tensor:

@@ -10,8 +10,19 @@ from itertools import pairwise
 from typing import Literal
 
 from kvpack.blame import blamed
-from kvpack.errors import PolicyError
+from kvpack.errors import InvalidOptionError, PolicyError
 from kvpack.roles import Part, Partitioner, Segment
+
+
+def require_length(frames: int, chunk_frames: int) -> int:
+    """Returns `frames` if a chunk can be so long.
+
+    Raises:
+        InvalidOptionError: if it is longer than the chunks of the stack.
+    """
+    if not 1 <= frames <= chunk_frames:
+        raise InvalidOptionError(f"a chunk has 1 to {chunk_frames} latent frames with this stack, got {frames}")
+    return frames
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,8 @@ class Ledger:
         chunk_frames: latent frames of a chunk.
         archive_blocks: most compressed blocks that are kept, the oldest go; None keeps all.
         frames: committed latent frames.
+        chunks: committed chunks.
+        expected: latent frames of the coming chunk, if it is of another length than the rest.
         whole: pieces held at full resolution, oldest first.
         archive: compressed pieces, oldest first.
         seconds: spent inside each policy, by its class name; the ledgers of one generation count in one dict.
@@ -69,20 +82,26 @@ class Ledger:
     chunk_frames: int
     archive_blocks: int | None = None
     frames: int = 0
+    chunks: int = 0
+    expected: int | None = None
     whole: tuple[Piece, ...] = ()
     archive: tuple[Piece, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def chunks(self) -> int:
-        """Committed chunks."""
-        return self.frames // self.chunk_frames
+    def coming(self) -> int:
+        """Latent frames of the coming chunk."""
+        return self.chunk_frames if self.expected is None else self.expected
+
+    def expecting(self, frames: int) -> "Ledger":
+        """The same history before a chunk of so many frames."""
+        return replace(self, expected=require_length(frames, self.chunk_frames))
 
     def new_pieces(self) -> tuple[Piece, ...]:
         """The coming chunk, cut wherever a part will ever begin or end."""
-        start, stop = self.frames, self.frames + self.chunk_frames
+        start, stop = self.frames, self.frames + self.coming
         cuts = {start, stop}
-        for history in self._until_settled(stop):
+        for history in self._until_settled():
             for segment in self._partition(history):
                 cuts |= {cut for cut in (segment.frames.start, segment.frames.stop) if start < cut < stop}
         edges = sorted(cuts)
@@ -91,7 +110,7 @@ class Ledger:
     def is_ever_compressed(self, piece: Piece) -> bool:
         """Whether a new piece will become part of mid and be kept there."""
         return self.archive_blocks != 0 and any(
-            self._parts(history)(piece) == "mid" for history in self._until_settled(piece.stop)
+            self._parts(history)(piece) == "mid" for history in self._until_settled()
         )
 
     def commit(self) -> Step:
@@ -100,7 +119,7 @@ class Ledger:
         Raises:
             PolicyError: if the partitioner breaks its contract.
         """
-        history = self.frames + self.chunk_frames
+        history = self.frames + self.coming
         part_of = self._parts(history)
         pieces = [replace(piece, part=part_of(piece) or "dropped") for piece in (*self.whole, *self.new_pieces())]
         kept = tuple(index for index, piece in enumerate(pieces) if piece.part in ("sink", "recent"))
@@ -120,7 +139,10 @@ class Ledger:
             archive = archive[max(0, len(archive) - self.archive_blocks) :]
             held = {piece.slot for piece in archive}
             leaving = [(index, slot) for index, slot in leaving if slot in held]
-        ledger = replace(self, frames=history, whole=tuple(pieces[index] for index in kept), archive=tuple(archive))
+        whole = tuple(pieces[index] for index in kept)
+        ledger = replace(
+            self, frames=history, chunks=self.chunks + 1, expected=None, whole=whole, archive=tuple(archive)
+        )
         ledger._check_whole()
         return Step(ledger, kept, tuple(leaving))
 
@@ -137,23 +159,29 @@ class Ledger:
 
     def rewound(self, frames: int) -> "Ledger":
         """The history without its last frames; what has left the recent ones since does not come back."""
-        first = self.frames - frames
-        return replace(self, frames=first, whole=tuple(piece for piece in self.whole if piece.first_frame < first))
+        first, chunks = self.frames - frames, self.chunks - frames // self.chunk_frames
+        return replace(
+            self,
+            frames=first,
+            chunks=chunks,
+            expected=None,
+            whole=tuple(piece for piece in self.whole if piece.first_frame < first),
+        )
 
     def replayed(self, aim: "Ledger") -> Step:
         """The history with those pieces of the coming chunk in it again that `aim` has, in its parts."""
-        stop = self.frames + self.chunk_frames
+        stop = self.frames + self.coming
         whole = tuple(piece for piece in aim.whole if piece.stop <= stop)
         firsts = {piece.first_frame for piece in whole}
         pieces = (*self.whole, *self.new_pieces())
         kept = tuple(index for index, piece in enumerate(pieces) if piece.first_frame in firsts)
-        return Step(replace(self, frames=stop, whole=whole), kept, ())
+        return Step(replace(self, frames=stop, chunks=self.chunks + 1, whole=whole), kept, ())
 
-    def _until_settled(self, stop: int) -> range:
-        """History lengths, a chunk apart, from `stop` until no frame before `stop` changes its part any more."""
+    def _until_settled(self) -> range:
+        """History lengths from the coming chunk's end on, until no frame of it changes its part any more."""
+        stop = self.frames + self.coming
         horizon = -(-self.partitioner.horizon_frames // self.chunk_frames) * self.chunk_frames
-        last = -(-stop // self.chunk_frames) * self.chunk_frames + horizon
-        return range(-(-stop // self.chunk_frames) * self.chunk_frames, last + 1, self.chunk_frames)
+        return range(stop, stop + horizon + 1, self.chunk_frames)
 
     def _parts(self, history: int) -> Callable[[Piece], Part | None]:
         segments = self._partition(history)

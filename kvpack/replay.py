@@ -19,30 +19,31 @@ class CleanFrames:
         latents: clean latents of each chunk, oldest first.
         pixels: the last pixel frame of each latent frame, for a memory that encodes one anew.
         twins: hidden tokens that a compressor made of these chunks' pieces.
-        chunks: how many there have been in all.
+        frames: latent frames there have been in all.
     """
 
     most_frames: int
     latents: tuple[Float[Tensor, "batch channels frames height width"], ...] = ()
     pixels: tuple[Float[Tensor, "batch 3 frames pixel_height pixel_width"], ...] = ()
     twins: Mapping[Piece, Float[Tensor, "batch tokens hidden"]] = field(default_factory=dict)
-    chunks: int = 0
+    frames: int = 0
 
     def with_chunk(self, latents: Tensor, twins: Mapping[Piece, Tensor], pixels: Tensor | None) -> "CleanFrames":
         """These and a chunk behind them, without what is too old for any replay."""
         if not self.most_frames:
             return self
-        frames = latents.shape[2]
-        most = -(-self.most_frames // frames)
-        seen = [] if pixels is None else [_last_of_each(pixels, frames)]
-        chunks = self.chunks + 1
-        oldest = (chunks - most) * frames
+        kept = [*self.latents, latents]
+        while sum(each.shape[2] for each in kept[1:]) >= self.most_frames:
+            del kept[0]
+        frames = self.frames + latents.shape[2]
+        oldest = frames - sum(each.shape[2] for each in kept)
+        seen = [] if pixels is None else [_last_of_each(pixels, latents.shape[2], first=not self.frames)]
         return replace(
             self,
-            latents=(*self.latents, latents)[-most:],
-            pixels=(*self.pixels, *seen)[-most:],
+            latents=tuple(kept),
+            pixels=(*self.pixels, *seen)[-len(kept) :],
             twins={piece: each for piece, each in {**self.twins, **twins}.items() if piece.first_frame >= oldest},
-            chunks=chunks,
+            frames=frames,
         )
 
     def last(self, frames: int) -> Tensor:
@@ -54,7 +55,10 @@ class CleanFrames:
         return torch.cat(self.pixels, dim=2)[:, :, -frames:]
 
 
-def _last_of_each(pixels: Tensor, frames: int) -> Tensor:
+def _last_of_each(pixels: Tensor, frames: int, *, first: bool) -> Tensor:
     """A video's first latent frame stands for one pixel frame, every other for as many as any."""
-    scale = -(-pixels.shape[2] // frames)
-    return pixels[:, :, (pixels.shape[2] - 1) % scale :: scale]
+    if frames == 1:
+        return pixels[:, :, -1:]
+    count = pixels.shape[2]
+    scale = (count - 1) // (frames - 1) if first else count // frames
+    return pixels[:, :, (count - 1) % scale :: scale]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpack.blame import blamed
-from kvpack.blocks import KVBlock, Span, check_block, grid_coordinates
+from kvpack.blocks import KVBlock, Span, check_block, grid_coordinates, owned
 from kvpack.context import Context, Held
 from kvpack.geometry import Geometry
 from kvpack.layer import KeysValues, LayerMemory
@@ -39,9 +39,9 @@ class Session:
 
     A chunk is: `denoise(step)` before each denoising forward, `commit()` before the forward of the clean chunk, and
     `finish_commit()`. Only the last one writes history; until then the chunk can be done again. A stack whose `commit`
-    is "last-step" needs no `commit()`: the keys and values of the last denoising forward are kept. Of a latent-space
-    compressor, the tokens of `twins_due()` ride in the commit's forward, or each has one of its own after
-    `compress(piece)`.
+    is "last-step" needs no `commit()`: the keys and values of the last denoising forward are kept. A chunk shorter than
+    the rest is announced by `expect(frames)`. Of a latent-space compressor, the tokens of `twins_due()` ride in the
+    commit's forward, or each has one of its own after `compress(piece)`.
 
     Args:
         stack: the policy.
@@ -69,6 +69,15 @@ class Session:
     def policy_seconds(self) -> dict[str, float]:
         """Seconds of the host inside each policy's own methods, by its class name."""
         return self.history.ledger.seconds
+
+    @property
+    def coming_frames(self) -> int:
+        """Latent frames of the coming chunk, or of the one in progress."""
+        return self.history.ledger.coming
+
+    def expect(self, frames: int) -> None:
+        """Announces a chunk of so many latent frames: at most a chunk, and less only for a video's first or last."""
+        self.adopt(replace(self.history, ledger=self.history.ledger.expecting(frames)))
 
     def denoise(self, step: int) -> None:
         """Announces a denoising forward; step 0 chooses and places the history anew. Never writes history."""
@@ -259,7 +268,7 @@ class Session:
         pieces = []
         for piece in self.history.ledger.new_pieces():
             cut = slice((piece.first_frame - first) * per_frame, (piece.stop - first) * per_frame)
-            layers = tuple((_own(keys, cut), _own(values, cut)) for keys, values in chunk)
+            layers = tuple((owned(keys, cut), owned(values, cut)) for keys, values in chunk)
             pieces.append(Held(piece, layers, twins.get(piece)))
         return pieces
 
@@ -286,9 +295,3 @@ def finish_commits(sessions: "Sequence[AnySession]") -> None:
     histories: list[Any] = [session.prepared() for session in sessions]
     for session, history in zip(sessions, histories, strict=True):
         session.adopt(history)
-
-
-def _own(tensor: Tensor, cut: slice) -> Tensor:
-    """A part of a chunk that keeps no other part alive."""
-    part = tensor[:, cut]
-    return part.contiguous() if part.shape == tensor.shape else part.clone()

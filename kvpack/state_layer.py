@@ -82,7 +82,7 @@ class StateLayer:
             self.index,
             session.past.chunks,
             session.frames,
-            session.chunk_frames,
+            session.coming_frames,
             session.step,
             session.geometry,
             tuple(self.earlier),

@@ -12,7 +12,7 @@ from kvpack.blame import blamed
 from kvpack.blocks import Span, grid_coordinates
 from kvpack.errors import PolicyError
 from kvpack.geometry import Geometry
-from kvpack.ledger import Piece
+from kvpack.ledger import Piece, require_length
 from kvpack.memory import Event, StateMemory
 from kvpack.packed import PackedBuffer
 from kvpack.rope import wide_dtype
@@ -53,8 +53,8 @@ class StateSession:
             self.past = Past(0, 0, tuple(stack.start(geometry, layer) for layer in range(geometry.layers)))
         self.layers = [StateLayer(self, index, buffer()) for index in range(geometry.layers)]
         self.step = -1
-        #: Latent frames in progress, and their clean latents if this is their commit.
-        self.chunk_frames = stack.chunk_frames
+        #: Latent frames of the coming chunk, or of the one in progress, and its clean latents if this is its commit.
+        self.coming_frames = stack.chunk_frames
         self.clean: Tensor | None = None
         self._retry: tuple[Any, ...] | None = None
         self._coordinates: dict[tuple[int, int, torch.device], Tensor] = {}
@@ -69,6 +69,11 @@ class StateSession:
         """Committed latent frames."""
         return self.past.frames
 
+    def expect(self, frames: int) -> None:
+        """Announces a chunk of so many latent frames, as `Session.expect` does."""
+        self.adopt(self.past)
+        self.coming_frames = require_length(frames, self.stack.chunk_frames)
+
     def denoise(self, step: int) -> None:
         """Announces a denoising forward; step 0 settles anew what is attended. Never writes history."""
         for layer in self.layers:
@@ -81,7 +86,7 @@ class StateSession:
     def commit(self, twins: Sequence[Piece] = (), latents: Tensor | None = None) -> None:
         """Announces the forward of the clean chunk, whose keys and values become history."""
         self.step, self.clean = -1, latents
-        self.chunk_frames = self.stack.chunk_frames if latents is None else latents.shape[2]
+        self.coming_frames = self.coming_frames if latents is None else latents.shape[2]
         for layer in self.layers:
             layer.pending, layer.listening = layer.pending or self.stack.every_step, True
 
@@ -118,13 +123,13 @@ class StateSession:
         """The past with the committed chunk in it; touches nothing that the present one uses."""
         self.check_policies()
         states = tuple(layer.remembered() for layer in self.layers)
-        frames = self.past.frames + self.chunk_frames
-        return Past(frames, frames // self.stack.chunk_frames, states)
+        chunks = -(-self.coming_frames // self.stack.chunk_frames)
+        return Past(self.past.frames + self.coming_frames, self.past.chunks + chunks, states)
 
     def adopt(self, past: Past) -> None:
         """Ends the chunk in progress."""
         self.past, self.step, self._retry = past, -1, None
-        self.chunk_frames, self.clean = self.stack.chunk_frames, None
+        self.coming_frames, self.clean = self.stack.chunk_frames, None
         for layer in self.layers:
             layer.pending, layer.listening, layer.heard, layer.earlier = True, False, None, []
 
@@ -137,10 +142,11 @@ class StateSession:
 
     def rewind(self, frames: int) -> None:
         """Takes the last frames out of history; they must be committed again, one of `replays` after the other."""
-        tokens, left = frames * self.geometry.tokens_per_frame, self.frames - frames
+        tokens = frames * self.geometry.tokens_per_frame
         with blamed(self.stack, "forget", self.policy_seconds):
             states = tuple(self.stack.forget(state, tokens) for state in self.past.states)
-        self.adopt(Past(left, left // self.stack.chunk_frames, states))
+        chunks = -(-frames // self.stack.chunk_frames)
+        self.adopt(Past(self.frames - frames, self.past.chunks - chunks, states))
 
     def tell(self, event: Event) -> None:
         """Lets the memory know what has happened between two chunks."""
@@ -202,9 +208,9 @@ class StateSession:
 
     def coordinates(self, device: torch.device) -> Float[Tensor, "1 tokens 3"]:
         """Where the tokens of the chunk in progress sit in the video."""
-        key = self.frames, self.chunk_frames, device
+        key = self.frames, self.coming_frames, device
         if key not in self._coordinates:
-            grid = grid_coordinates(self.chunk_frames, self.geometry.grid).to(device, wide_dtype(device)).clone()
+            grid = grid_coordinates(self.coming_frames, self.geometry.grid).to(device, wide_dtype(device)).clone()
             grid[:, 0] += self.frames
             self._coordinates = {key: grid[None]}
         return self._coordinates[key]

@@ -74,7 +74,6 @@ def run_session(
     """
     geometry, stack = session.geometry, session.stack
     generator = torch.Generator().manual_seed(seed)
-    tokens = stack.chunk_frames * geometry.tokens_per_frame
 
     def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         q, k, v = (each.transpose(1, 2) for each in (queries, keys, values))
@@ -90,7 +89,7 @@ def run_session(
 
     outputs = []
     for _ in range(chunks):
-        out = torch.empty(0)
+        out, tokens = torch.empty(0), session.coming_frames * geometry.tokens_per_frame
         for step in range(steps):
             session.denoise(step)
             out = forward(tokens)

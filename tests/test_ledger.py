@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpack.errors import PolicyError
+from kvpack.errors import InvalidOptionError, PolicyError
 from kvpack.ledger import Ledger
 from kvpack.policies import FullPartitioner, SinkMidRecentPartitioner, WindowPartitioner
 from kvpack.roles import Partitioner, Segment
@@ -111,3 +111,24 @@ def test_a_frame_that_was_dropped_cannot_come_back_whole():
     ledger = Ledger(Regrets(), 4).commit().ledger
     with pytest.raises(PolicyError, match="wants 8 whole frames; 4 of them are still whole"):
         ledger.commit()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sink=st.integers(0, 9), recent=st.integers(0, 9), chunk=st.integers(1, 5), data=st.data(), chunks=st.integers(1, 12)
+)
+def test_a_shorter_first_chunk_moves_all_boundaries(sink, recent, chunk, data, chunks):
+    first = data.draw(st.integers(1, chunk))
+    for index, ledger in enumerate(
+        grow(Ledger(SinkMidRecentPartitioner(sink, recent), chunk).expecting(first), chunks)
+    ):
+        n = first + index * chunk
+        assert (ledger.frames, ledger.chunks, ledger.coming) == (n, index + 1, chunk)
+        expected_whole = [f for f in range(n) if f < sink or f >= n - recent]
+        assert frames(ledger.whole) == expected_whole
+        assert frames(ledger.archive) == [f for f in range(n) if f not in expected_whole]
+
+
+def test_a_chunk_is_not_longer_than_the_stack_says():
+    with pytest.raises(InvalidOptionError, match="1 to 4 latent frames with this stack, got 5"):
+        Ledger(FullPartitioner(), 4).expecting(5)
