@@ -1,10 +1,27 @@
 """What an adapter says of its model."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, require_int
+
+
+class Rotary(Protocol):
+    """A family's own way from positions to angles; a frozen dataclass, so that geometries can be compared."""
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """Angles of a head's channel pairs, of all heads alike or of each its own, in float32 or wider.
+
+        Args:
+            positions: (t, y, x) of tokens, `[rows, tokens, 1 or heads, 3]`.
+
+        Returns:
+            `[rows, tokens, 1 or heads, head_dim / 2]`.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -19,6 +36,7 @@ class Geometry:
         rope_split: channels of a head that turn with time, row and column; they sum to `head_dim`.
         rope_theta: base of the rotary frequencies.
         dtype: dtype of keys and values.
+        rotary: angles of a family whose frequencies are others than those of `rope_split` and `rope_theta`.
 
     >>> wan = Geometry(30, 12, 128, (30, 52), (44, 42, 42), dtype=torch.bfloat16)
     >>> wan.tokens_per_frame, wan.kv_bytes_per_token
@@ -29,16 +47,18 @@ class Geometry:
     heads: int
     head_dim: int
     grid: tuple[int, int]
-    rope_split: tuple[int, int, int]
+    rope_split: tuple[int, int, int] = (0, 0, 0)
     rope_theta: float = 10000.0
     dtype: torch.dtype = torch.float32
+    rotary: Rotary | None = None
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "head_dim"):
             require_int(name, getattr(self, name), minimum=1)
         for side in self.grid:
             require_int("grid", side, minimum=1)
-        if sum(self.rope_split) != self.head_dim or any(part % 2 for part in self.rope_split):
+        split_is_wrong = sum(self.rope_split) != self.head_dim or any(part % 2 for part in self.rope_split)
+        if self.rotary is None and split_is_wrong:
             raise InvalidOptionError(
                 f"rope_split must be three even numbers that sum to head_dim {self.head_dim}, got {self.rope_split}"
             )

@@ -26,8 +26,8 @@ class Turns:
     """Rotations of a layer's context and of its current chunk, and the placement that they come from."""
 
     placement: Placement
-    context: Complex[Tensor, "rows tokens 1 half"]
-    chunk: Complex[Tensor, "rows chunk 1 half"]
+    context: Complex[Tensor, "rows tokens one_or_heads half"]
+    chunk: Complex[Tensor, "rows chunk one_or_heads half"]
 
 
 class LayerMemory:
@@ -48,7 +48,7 @@ class LayerMemory:
         #: Keys before RoPE and values are appended here if not None: only a commit listens.
         self.capture: list[KeysValues] | None = None
         #: Rotations of the current chunk.
-        self.chunk_turns: Complex[Tensor, "rows chunk 1 half"] | None = None
+        self.chunk_turns: Complex[Tensor, "rows chunk one_or_heads half"] | None = None
         #: Whether a forward's first tokens are the chunk's; rotations, by placement, of twins whose tokens follow.
         self.with_chunk = True
         self.twins: list[Callable[[Placement], Tensor]] = []

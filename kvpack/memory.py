@@ -67,10 +67,7 @@ class Tokens:
 
     def rotated_keys(self, geometry: Geometry) -> Float[Tensor, "batch tokens heads head_dim"]:
         """Keys after RoPE at these places."""
-        if self.coordinates.ndim == 3:
-            return rotate(self.keys, rotations(self.coordinates, geometry))
-        turns = rotations(self.coordinates.flatten(1, 2), geometry).squeeze(2)
-        return rotate(self.keys, turns.unflatten(1, self.coordinates.shape[1:3]))
+        return rotate(self.keys, rotations(self.coordinates, geometry))
 
     def take(self, index: Int[Tensor, "batch kept"] | Int[Tensor, "batch kept heads"]) -> "Tokens":
         """The tokens of each row, or of each row's heads, at some indices."""

@@ -50,7 +50,7 @@ class PackedBuffer:
         rows: slice,
         keys: Float[Tensor, "some tokens heads head_dim"],
         values: Float[Tensor, "some tokens heads head_dim"],
-        turns: Complex[Tensor, "any tokens 1 half"],
+        turns: Complex[Tensor, "any tokens one_or_heads half"],
     ) -> None:
         """Adds history behind the history of these rows."""
         start = self.lengths[rows][0]
@@ -62,7 +62,7 @@ class PackedBuffer:
         queries: Float[Tensor, "rows tokens heads head_dim"],
         keys: Float[Tensor, "rows tokens heads head_dim"],
         values: Float[Tensor, "rows tokens heads head_dim"],
-        turns: Complex[Tensor, "any tokens 1 half"],
+        turns: Complex[Tensor, "any tokens one_or_heads half"],
         attention: Attention,
     ) -> Float[Tensor, "rows tokens heads head_dim"]:
         """Writes the current keys and values, or the last of them, behind the history and attends both."""

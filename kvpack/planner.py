@@ -156,7 +156,7 @@ def video_frames(seconds: float, fps: float, scale: int = 4) -> tuple[int, int]:
 
 def _rehearsed(geometry: Geometry, memory: Memory, chunks: int) -> int:
     """Tokens of history that the last of some chunks attends: the memory at work in a layer of one tiny head."""
-    tiny = replace(geometry, layers=1, heads=1, head_dim=6, rope_split=(2, 2, 2), dtype=torch.float32)
+    tiny = replace(geometry, layers=1, heads=1, head_dim=6, rope_split=(2, 2, 2), dtype=torch.float32, rotary=None)
     session = memory.session(tiny)
     (layer,) = session.layers
     zeros = torch.zeros(1, memory.chunk_frames * geometry.tokens_per_frame, 1, 6)

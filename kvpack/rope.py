@@ -19,26 +19,31 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def rotations(
-    positions: Float[Tensor, "rows tokens 3"], geometry: Geometry
-) -> Complex[Tensor, "rows tokens 1 half_head_dim"]:
-    """Unit complex numbers that turn a head's channel pairs to (t, y, x) `positions`.
+    positions: Float[Tensor, "rows tokens 3"] | Float[Tensor, "rows tokens heads 3"], geometry: Geometry
+) -> Complex[Tensor, "rows tokens one_or_heads half_head_dim"]:
+    """Unit complex numbers that turn a head's channel pairs to (t, y, x) `positions`, which may differ by head.
 
     >>> tiny = Geometry(1, 1, 6, (1, 1), (2, 2, 2))
     >>> rotations(torch.zeros(1, 1, 3), tiny).flatten().tolist()
     [(1+0j), (1+0j), (1+0j)]
     """
-    wide = wide_dtype(positions.device)
+    places = positions if positions.ndim == 4 else positions.unsqueeze(2)
+    angles = _angles(places, geometry) if geometry.rotary is None else geometry.rotary(places)
+    return torch.complex(angles.cos().float(), angles.sin().float())
+
+
+def _angles(places: Float[Tensor, "rows tokens one_or_heads 3"], geometry: Geometry) -> Tensor:
+    wide = wide_dtype(places.device)
     parts = []
     for axis, width in enumerate(geometry.rope_split):
-        exponents = torch.arange(0, width, 2, device=positions.device, dtype=wide) / width
-        parts.append(positions[..., axis, None].to(wide) * geometry.rope_theta**-exponents)
-    angles = torch.cat(parts, dim=-1).unsqueeze(2)
-    return torch.complex(angles.cos().float(), angles.sin().float())
+        exponents = torch.arange(0, width, 2, device=places.device, dtype=wide) / width
+        parts.append(places[..., axis, None].to(wide) * geometry.rope_theta**-exponents)
+    return torch.cat(parts, dim=-1)
 
 
 def rotate(
     vectors: Float[Tensor, "batch tokens heads head_dim"],
-    turns: Complex[Tensor, "rows tokens 1 half_head_dim"],
+    turns: Complex[Tensor, "rows tokens one_or_heads half_head_dim"],
     out: Float[Tensor, "batch tokens heads head_dim"] | None = None,
 ) -> Float[Tensor, "batch tokens heads head_dim"]:
     """Rotates queries or keys (interleaved pairs) in float32 or wider and rounds once; writes into `out` if given.

@@ -111,21 +111,14 @@ class StateLayer:
         self.buffer.clear(rows, total + like.shape[1], like)
         for tokens in attended.tokens:
             if len(tokens):
-                self.buffer.append(slice(0, rows), tokens.keys, tokens.values, turned(tokens.coordinates, geometry))
+                self.buffer.append(slice(0, rows), tokens.keys, tokens.values, rotations(tokens.coordinates, geometry))
         moved = attended.chunk_start - chunk.first_frame
-        self.chunk_turns = turned(chunk.tokens.moved(moved).coordinates, geometry)
+        self.chunk_turns = rotations(chunk.tokens.moved(moved).coordinates, geometry)
         biases = [like.new_full((len(tokens),), tokens.bias) for tokens in attended.tokens]
         self.bias = torch.cat(biases) if any(tokens.bias for tokens in attended.tokens) else None
         self.attended, self.pending = attended, False
         if self.session.step >= 0:
             self.denoised_tokens = max(total, self.denoised_tokens if self.session.step else 0)
-
-
-def turned(coordinates: Tensor, geometry: Geometry) -> Tensor:
-    """Rotations of tokens, or of each head's own tokens."""
-    if coordinates.ndim == 3:
-        return rotations(coordinates, geometry)
-    return rotations(coordinates.flatten(1, 2), geometry).squeeze(2).unflatten(1, coordinates.shape[1:3])
 
 
 def biased(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, attention: Attention) -> Tensor:
