@@ -57,6 +57,10 @@ class Run(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes the next latents of this video, bit-equal to decoding all at once; keeps its own feature cache."""
 
+    def decoded(self, latents: list[Tensor]) -> Iterator[Tensor]:
+        """Pixels of a whole video, given each chunk's latents; in one piece where the decoder looks at what comes."""
+        return map(self.decode, latents)
+
     @abstractmethod
     def postprocess(self, pixels: Tensor) -> Any:
         """Pixels in the pipeline's `output_type`."""

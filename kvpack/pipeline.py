@@ -82,7 +82,9 @@ class PackForcing:
             An iterator over frames in the call's `output_type`, batch first: `[batch, frames, height, width, 3]` for
             "np". Its `send(prompt)` goes on under another prompt.
         """
-        arguments = _bound(self._pipeline, args, {"num_frames": None, **kwargs})
+        taken = inspect.signature(self._pipeline._kvpack_base.__call__).parameters
+        endless = {"num_frames": None} if "num_frames" in taken else {}
+        arguments = _bound(self._pipeline, args, {**endless, **kwargs})
         return Stream(self._pipeline, _start(self._pipeline, arguments, streaming=True))
 
 
@@ -234,7 +236,7 @@ def _collect(pipeline: Any, run: Run, output_type: str) -> Any:
         if output_type == "latent":
             return run.output(torch.cat(latents, dim=2))
         # Decoded after the loop, when the transformer is done, unless the compressor needed the pixels anyway.
-        frames = frames or [run.postprocess(run.decode(each)) for each in latents]
+        frames = frames or [run.postprocess(each) for each in run.decoded(latents)]
         return run.output(_joined(frames, output_type))
     finally:
         _finish(enabled, run)

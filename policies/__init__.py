@@ -27,6 +27,7 @@ from kvpack.policies.pool import PoolCompressor
 from kvpack.policies.random_blocks import RandomSelector
 from kvpack.policies.recency import RecencySelector
 from kvpack.policies.rolling_sink import RollingSink
+from kvpack.policies.sana_wm import sana_wm
 from kvpack.policies.sink_mid_recent import SinkMidRecentPartitioner
 from kvpack.policies.sink_shift import SinkShiftReindexer
 from kvpack.policies.softmax_mass import SoftmaxMassSelector
@@ -81,6 +82,7 @@ def kvpack_register_stacks(register: Callable[[str, Any], None]) -> None:
     register("framepack", framepack)
     register("full", full)
     register("infinite-forcing", infinite_forcing)
+    register("sana-wm", sana_wm)
     register("streaming-llm", streaming_llm)
     register("self-forcing", self_forcing)
     register("packforcing", packforcing)
