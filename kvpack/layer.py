@@ -1,7 +1,7 @@
 """The memory of one transformer layer: what an attention processor talks to."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -126,7 +126,8 @@ class LayerMemory:
         for piece in context.recent:
             keys, values = piece.layers[self.index]
             append(keys[rows], values[rows])
-        return turns
+        # Rotations of history have done their work; where frequencies differ by head they are as large as its keys.
+        return replace(turns, context=turns.context[:, :0].clone())
 
     def _archived(self, context: "Context", rows: slice, index: int) -> KeysValues:
         """A mid block as it is attended."""
