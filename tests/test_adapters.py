@@ -1,9 +1,7 @@
 """Every adapter does what all must do; a broken one is told what is wrong."""
 
-import pytest
 import torch
 
-from kvpack.errors import AdapterError
 from kvpack.testing import check_adapter, tiny_wan_pipeline
 
 
