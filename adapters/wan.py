@@ -23,6 +23,7 @@ class WanAdapter(Adapter):
     """Drives `WanPipeline` chunk by chunk."""
 
     name = "wan"
+    extra_arguments = {"image": None, "video": None}
 
     def supports(self, pipeline: Any) -> bool:
         """Any `WanPipeline`; image-to-video and VACE are pipelines of their own."""

@@ -7,6 +7,7 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor
 
+from kvpack.adapters.wan_given import check_given
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, require_int
 
 logger = logging.get_logger(__name__)
@@ -37,6 +38,7 @@ def checked(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> dic
         raise InvalidOptionError("prompt is an empty list; give at least one prompt")
     if call["output_type"] not in ("latent", "np", "pt", "pil"):
         raise InvalidOptionError(f"output_type must be latent, np, pt or pil, got {call['output_type']!r}")
+    check_given(pipeline, call)
     require_int("num_inference_steps", call["num_inference_steps"], minimum=1)
     call["num_videos_per_prompt"] = require_int("num_videos_per_prompt", call["num_videos_per_prompt"] or 1, minimum=1)
     if call["num_frames"] is not None:

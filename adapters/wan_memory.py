@@ -68,6 +68,13 @@ class WanMemory:
             self.sessions[branch] = self.stack.session(self.geometry, self.buffer)
         return self.sessions[branch]
 
+    def expect(self, frames: int) -> None:
+        """Announces the length of the coming chunk to every branch."""
+        for branch in self.embeds:
+            session = self.session(branch)
+            if session.coming_frames != frames:
+                session.expect(frames)
+
     def attached(self) -> AbstractContextManager[None]:
         """Kvpack's processors in the transformer, whose forwards are denoising steps unless `commit` makes them."""
         self._announce = _denoise
@@ -100,12 +107,13 @@ class WanMemory:
             )
         return output
 
-    def commit(self, latents: Tensor, pixels: Tensor | None) -> None:
+    def commit(self, latents: Tensor, pixels: Tensor | None, *, given: bool = False) -> None:
         """The clean chunk at t = 0 through every branch that has to: the only write to history.
 
         Args:
             latents: the chunk's clean latents.
             pixels: the same decoded, if the stack needs them.
+            given: whether they come from outside, so that no denoising forward has seen them.
         """
         twins: dict[Piece, Tensor] = {}
         with self.timed("compress"):
@@ -116,7 +124,7 @@ class WanMemory:
             if self.stack.replays_always:
                 self._replay(clean, latents.shape[2])
             else:
-                self._commit(latents, twins)
+                self._commit(latents, twins, again=given)
         self._clean = clean
 
     def turn(self, embeds: dict[str, Tensor], *, cut: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvpack.adapter import Adapter, Chunk, Run
 from kvpack.adapters.wan_call import checked, chunk_noise, encode_prompts, frame_size, latent_frames, rewinding
+from kvpack.adapters.wan_given import given_latents
 from kvpack.adapters.wan_memory import WanMemory
 from kvpack.adapters.wan_vae import StreamingDecoder
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, UnsupportedPipelineError
@@ -32,43 +33,82 @@ class WanRun(Run):
         NonFiniteLatentsError: if `latents` hold NaN or infinity.
     """
 
+    memory_class: ClassVar[type[WanMemory]] = WanMemory
+
     def __init__(
         self, adapter: Adapter, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool
     ) -> None:
         self.adapter, self.pipeline, self.stack = adapter, pipeline, stack
         spoken = "prompt_embeds" if arguments["prompt"] is None else "prompt"
         schedule = shots(arguments[spoken])
-        self.arguments = checked(pipeline, {**arguments, spoken: schedule[0].prompt}, streaming=streaming)
+        self.arguments = self._checked({**arguments, spoken: schedule[0].prompt}, streaming=streaming)
         needs_pixels = stack.needs_pixels
         self.decodes_in_loop = needs_pixels or (streaming and arguments["output_type"] != "latent")
         self.interrupted = False
         self._bar: Any = None
         self.total_frames = latent_frames(pipeline, self.arguments)
-        height, width = frame_size(pipeline, self.arguments)
+        size = height, width = frame_size(pipeline, self.arguments)
         decodes = arguments["output_type"] != "latent" or needs_pixels
         self.decoder = StreamingDecoder(pipeline.vae, height, width) if decodes else None
         configs = {"transformer": pipeline.transformer.config, "vae": pipeline.vae.config}
         geometry = adapter.geometry(configs, height, width, pipeline.transformer.dtype)
         embeds = encode_prompts(pipeline, self.arguments)
-        self.memory = WanMemory(pipeline, stack, geometry, embeds, self.arguments["attention_kwargs"])
+        self.memory = self.memory_class(pipeline, stack, geometry, embeds, self.arguments["attention_kwargs"])
         self.sessions, self.seconds = self.memory.sessions, self.memory.seconds
+        #: Clean latents that the video begins with.
+        self.given = self._given(size, self._rows)
+        self.first_frames = self._first_frames()
         scale, fps = pipeline.vae_scale_factor_temporal, pipeline.packforcing.fps
         #: What is to come: the chunk that it begins with, embeddings, and whether the scene changes.
         self._turns = [
-            (shot.chunk(fps, stack.chunk_frames, scale), self._embeds(shot.prompt), shot.cut) for shot in schedule[1:]
+            (shot.chunk(fps, stack.chunk_frames, scale, self.first_frames), self._embeds(shot.prompt), shot.cut)
+            for shot in schedule[1:]
         ]
 
     def chunks(self) -> Iterator[Chunk]:
         """Generates chunk after chunk; between two of them the pipeline is the stock one."""
-        frames, index = self.stack.chunk_frames, 0
-        steps = self.arguments["num_inference_steps"]
-        total = float("inf") if self.total_frames is None else -(-self.total_frames // frames) * steps
-        self._bar = self.pipeline._kvpack_base.progress_bar(self.pipeline, total=total)
-        while (self.total_frames is None or index * frames < self.total_frames) and not self.interrupted:
+        given = 0 if self.given is None else self.given.shape[2]
+        chunks = float("inf") if self.total_frames is None else self._count(self.total_frames) - self._count(given)
+        steps = chunks * self.arguments["num_inference_steps"]
+        self._bar = self.pipeline._kvpack_base.progress_bar(self.pipeline, total=steps)
+        index = first = 0
+        while (self.total_frames is None or first < self.total_frames) and not self.interrupted:
             while self._turns and self._turns[0][0] <= index:
                 self._turn(*self._turns.pop(0)[1:])
-            yield self._generate(index)
-            index += 1
+            frames = self.stack.chunk_frames if index else self.first_frames
+            self.memory.expect(frames)
+            yield self._commit_given(index, first, frames) if first < given else self._generate(index, first, frames)
+            first, index = first + frames, index + 1
+
+    def _count(self, frames: int) -> int:
+        """Chunks of so many latent frames."""
+        return frames and 1 + max(0, -(-(frames - self.first_frames) // self.stack.chunk_frames))
+
+    @property
+    def _rows(self) -> int:
+        """Videos of the batch."""
+        return next(iter(self.memory.embeds.values())).shape[0]
+
+    def _checked(self, arguments: dict[str, Any], *, streaming: bool) -> dict[str, Any]:
+        """All arguments of the call, checked before anything is computed."""
+        return checked(self.pipeline, arguments, streaming=streaming)
+
+    def _given(self, size: tuple[int, int], rows: int) -> Tensor | None:
+        """Clean latents that the video begins with."""
+        given = given_latents(self.pipeline, self.arguments, size, rows)
+        if given is not None and self.total_frames is not None and given.shape[2] >= self.total_frames:
+            raise InvalidOptionError(
+                f"what is given has {given.shape[2]} latent frames, but the whole video has {self.total_frames}; "
+                "give a larger num_frames, which counts those that are given"
+            )
+        return given
+
+    def _first_frames(self) -> int:
+        """Latent frames of the first chunk: chunks that are given are whole but for the first."""
+        frames = self.stack.chunk_frames
+        if self.given is None:
+            return self.pipeline.packforcing.first_chunk_frames or frames
+        return (self.given.shape[2] - 1) % frames + 1
 
     def turn(self, prompt: Prompt, *, cut: bool = False) -> None:
         """Another prompt, or another scene, from the next chunk on; what a schedule says for later still holds."""
@@ -129,10 +169,17 @@ class WanRun(Run):
         return {**each[0], **total, **shared}
 
     @torch.no_grad()
-    def _generate(self, index: int) -> Chunk:
-        first = index * self.stack.chunk_frames
-        rows = self.memory.embeds["cond"].shape[0]
-        noise = chunk_noise(self.pipeline, self.arguments, rows, first, self.stack.chunk_frames)
+    def _commit_given(self, index: int, first: int, frames: int) -> Chunk:
+        assert self.given is not None
+        latents = self.given[:, :, first : first + frames]
+        with self._driving():
+            pixels = self.decode(latents) if self.decodes_in_loop else None
+            self.memory.commit(latents, pixels, given=True)
+        return Chunk(index, latents, None if self.arguments["output_type"] == "latent" else pixels)
+
+    @torch.no_grad()
+    def _generate(self, index: int, first: int, frames: int) -> Chunk:
+        noise = self._noise(first, frames)
         with self._driving():
             latents = self._reviewed(index, noise)
             pixels = self.decode(latents) if self.decodes_in_loop else None
@@ -144,6 +191,10 @@ class WanRun(Run):
             scale = self.pipeline.vae_scale_factor_temporal
             pixels = pixels[:, :, : keep * scale - (scale - 1 if index == 0 else 0)]
         return Chunk(index, latents[:, :, :keep], None if self.arguments["output_type"] == "latent" else pixels)
+
+    def _noise(self, first: int, frames: int) -> Tensor:
+        """Noise of a chunk."""
+        return chunk_noise(self.pipeline, self.arguments, self._rows, first, frames)
 
     def _reviewed(self, index: int, noise: Tensor) -> Tensor:
         """Clean latents that the memory accepts; rows that it vetoes are made again of the same noise."""
@@ -184,15 +235,19 @@ class WanRun(Run):
             "negative_prompt_embeds": self.memory.embeds.get("uncond"),
             "num_videos_per_prompt": 1,
             "latents": noise,
-            "num_frames": scale * (self.stack.chunk_frames - 1) + 1,
+            "num_frames": scale * (noise.shape[2] - 1) + 1,
             "output_type": "latent",
             "return_dict": False,
             "callback_on_step_end": self._callback if call["callback_on_step_end"] is not None else None,
         }
         bind = getattr(pipeline.scheduler, "bound_generator", nullcontext)
         with bind(call["generator"]) if bind is not nullcontext else nullcontext():
-            (latents,) = pipeline._kvpack_base.__call__(pipeline, **{**call, **changed})
+            (latents,) = pipeline._kvpack_base.__call__(pipeline, **{**self._upstream(call), **changed})
         return latents
+
+    def _upstream(self, call: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that the stock pipeline knows."""
+        return {name: value for name, value in call.items() if name not in self.adapter.extra_arguments}
 
     def _callback(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """The user's callback; embeddings that it replaces stay replaced for the chunks to come."""

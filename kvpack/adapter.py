@@ -142,6 +142,8 @@ class Adapter(ABC):
     """What kvpack must know of a model family."""
 
     name: ClassVar[str]
+    #: Arguments, with their defaults, that an enabled pipeline's call takes beside those of the stock one.
+    extra_arguments: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def supports(self, pipeline: Any) -> bool:

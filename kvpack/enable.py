@@ -74,7 +74,9 @@ def resolve_stack(stack: str | Memory | Mapping[str, Any], options: Mapping[str,
 def attach(pipeline: Any, stack: Memory) -> None:
     """Puts the stack on a pipeline whose class is already the enabled one."""
     # Past DiffusionPipeline.__setattr__, which looks into the pipeline's config.
-    object.__setattr__(pipeline, "_kvpack", Enabled(stack, adapter_of(pipeline)))
+    before = vars(pipeline).get("_kvpack")
+    kept = {} if before is None else {"fps": before.fps}
+    object.__setattr__(pipeline, "_kvpack", Enabled(stack, adapter_of(pipeline), **kept))
 
 
 def adapter_of(pipeline: Any) -> Adapter:

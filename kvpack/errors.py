@@ -24,6 +24,10 @@ class PolicyError(KVPackError, RuntimeError):
     """A policy returned something that breaks its contract."""
 
 
+class AdapterError(KVPackError, RuntimeError):
+    """An adapter does not do what every adapter must."""
+
+
 class NonFiniteLatentsError(KVPackError, ValueError):
     """Latents hold NaN or infinity; they would poison the memory for the rest of the video."""
 

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 
 from kvpack.adapter import Adapter, Run
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
+from kvpack.ledger import require_length
 from kvpack.memory import Memory
 from kvpack.session import AnySession
 from kvpack.shots import Prompt
@@ -29,6 +30,7 @@ class Enabled:
         driving: the same, while the upstream call runs inside it.
         last: stats of the last generation.
         fps: pixel frames a second, which say at what chunk a prompt schedule's seconds are.
+        first_chunk_frames: latent frames of a video's first chunk; None if it is as long as the rest.
     """
 
     stack: Memory
@@ -37,6 +39,7 @@ class Enabled:
     driving: Run | None = None
     last: dict[str, Any] = field(default_factory=dict)
     fps: float = 16.0
+    first_chunk_frames: int | None = None
 
 
 class PackForcing:
@@ -60,6 +63,17 @@ class PackForcing:
         if not fps > 0:
             raise InvalidOptionError(f"fps must be > 0, got {fps}")
         self._pipeline._kvpack.fps = float(fps)
+
+    @property
+    def first_chunk_frames(self) -> int | None:
+        """Latent frames of a video's first chunk, e.g. 1 for an independent first frame; None if as many as any."""
+        return self._pipeline._kvpack.first_chunk_frames
+
+    @first_chunk_frames.setter
+    def first_chunk_frames(self, frames: int | None) -> None:
+        if frames is not None:
+            require_length(frames, self.stack.chunk_frames)
+        self._pipeline._kvpack.first_chunk_frames = frames
 
     @property
     def sessions(self) -> dict[str, AnySession]:
@@ -201,10 +215,12 @@ def _rebuild(base: type[DiffusionPipeline], stack: Memory | None) -> Any:
 
 
 def _bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of the pipeline's own call, by name."""
-    bound = inspect.signature(pipeline._kvpack_base.__call__).bind(pipeline, *args, **kwargs)
+    """All arguments of the pipeline's own call, and of the adapter's, by name."""
+    extra = dict(pipeline._kvpack.adapter.extra_arguments)
+    own = {name: value for name, value in kwargs.items() if name not in extra}
+    bound = inspect.signature(pipeline._kvpack_base.__call__).bind(pipeline, *args, **own)
     bound.apply_defaults()
-    arguments = dict(bound.arguments)
+    arguments = {**bound.arguments, **extra, **{name: kwargs[name] for name in extra if name in kwargs}}
     del arguments["self"]
     return arguments
 

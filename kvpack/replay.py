@@ -23,8 +23,8 @@ class CleanFrames:
     """
 
     most_frames: int
-    latents: tuple[Float[Tensor, "batch channels frames height width"], ...] = ()
-    pixels: tuple[Float[Tensor, "batch 3 frames pixel_height pixel_width"], ...] = ()
+    latents: tuple[Float[Tensor, "batch channels _ height width"], ...] = ()
+    pixels: tuple[Float[Tensor, "batch 3 _ pixel_height pixel_width"], ...] = ()
     twins: Mapping[Piece, Float[Tensor, "batch tokens hidden"]] = field(default_factory=dict)
     frames: int = 0
 

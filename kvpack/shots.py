@@ -28,14 +28,22 @@ class Shot:
     prompt: Prompt | None
     cut: bool = False
 
-    def chunk(self, fps: float, chunk_frames: int, temporal_scale: int) -> int:
+    def chunk(self, fps: float, chunk_frames: int, temporal_scale: int, first_frames: int | None = None) -> int:
         """The chunk whose beginning is nearest; a video's first latent frame stands for one pixel frame.
+
+        Args:
+            fps: pixel frames a second.
+            chunk_frames: latent frames of a chunk.
+            temporal_scale: pixel frames of a latent frame.
+            first_frames: latent frames of the first chunk, if it is shorter.
 
         >>> [Shot(seconds, "").chunk(16.0, 4, 4) for seconds in (0, 5, 20)]
         [0, 5, 20]
         """
-        frames = self.seconds * fps
-        return round((frames + temporal_scale - 1) / (chunk_frames * temporal_scale)) if frames else 0
+        if not self.seconds:
+            return 0
+        frames = (self.seconds * fps + temporal_scale - 1) / temporal_scale
+        return max(0, round((frames + chunk_frames - (first_frames or chunk_frames)) / chunk_frames))
 
 
 def shots(prompt: Any) -> list[Shot]:

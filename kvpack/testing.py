@@ -1,4 +1,4 @@
-"""For tests: tiny Wan pipelines made in code, and `check_policy` for a policy of one's own."""
+"""For tests: tiny pipelines made in code, `check_policy` for a policy of one's own, `check_adapter` for a family."""
 
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpack.adapter_check import check_adapter
 from kvpack.blocks import KVBlock, LatentChunk, Span, grid_coordinates
 from kvpack.errors import PolicyError
 from kvpack.geometry import Geometry
@@ -276,6 +277,7 @@ def _check_tokens(policy: LatentCompressor, frames: int) -> None:
 
 __all__ = [
     "TINY",
+    "check_adapter",
     "check_memory",
     "check_policy",
     "run_session",

@@ -1,5 +1,7 @@
 """What is generated equals what stock modules compute without any memory: a dense mask, or one stock call."""
 
+from itertools import accumulate
+
 import numpy as np
 import pytest
 import torch
@@ -45,30 +47,38 @@ class MaskedProcessor(WanAttnProcessor):
         return super().__call__(attn, hidden_states, encoder_hidden_states, self.mask, rotary_emb)
 
 
-def dense_mask(frames, chunk, visible):
+def dense_mask(sizes, visible):
     """True where a token of one frame attends a token of another; `visible(end of the chunk, frame)`."""
-    by_frame = torch.tensor([[visible((f // chunk + 1) * chunk, key) for key in range(frames)] for f in range(frames)])
+    ends = [end for size, end in zip(sizes, accumulate(sizes), strict=True) for _ in range(size)]
+    by_frame = torch.tensor([[visible(end, key) for key in range(len(ends))] for end in ends])
     tokens = GRID[0] * GRID[1]
     return by_frame.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)[None, None]
 
 
 @torch.no_grad()
-def dense_generation(pipe, noise, embeds, chunk, visible, steps=2):
-    """Generation that recomputes the whole video in every step: clean frames at t = 0, one masked forward."""
+def dense_generation(pipe, noise, embeds, chunks, visible, steps=2, given=0):
+    """Generation that recomputes the whole video in every step: clean frames at t = 0, one masked forward.
+
+    The first `given` frames of the noise are clean latents; `chunks` is one length, or that of each chunk.
+    """
     transformer, tokens = pipe.transformer, GRID[0] * GRID[1]
     processor, stock = MaskedProcessor(), [block.attn1.processor for block in transformer.blocks]
     for block in transformer.blocks:
         block.attn1.set_processor(processor)
-    video = noise[:, :, :0]
-    for part in noise.split(chunk, dim=2):
+    video, sizes = noise[:, :, :0], []
+    for part in noise.split(chunks, dim=2):
+        sizes.append(part.shape[2])
+        if video.shape[2] < given:
+            video = torch.cat([video, part], dim=2)
+            continue
         pipe.scheduler.set_timesteps(steps)
         for t in pipe.scheduler.timesteps:
             whole = torch.cat([video, part], dim=2)
-            processor.mask = dense_mask(whole.shape[2], chunk, visible)
-            times = torch.cat([torch.zeros(video.shape[2] * tokens), t.expand(chunk * tokens)])
+            processor.mask = dense_mask(sizes, visible)
+            times = torch.cat([torch.zeros(video.shape[2] * tokens), t.expand(sizes[-1] * tokens)])
             times = times.expand(noise.shape[0], -1)
             flow = transformer(whole, timestep=times, encoder_hidden_states=embeds, return_dict=False)[0]
-            part = pipe.scheduler.step(flow[:, :, -chunk:], t, part, return_dict=False)[0]
+            part = pipe.scheduler.step(flow[:, :, -sizes[-1] :], t, part, return_dict=False)[0]
         video = torch.cat([video, part], dim=2)
     for block, each in zip(transformer.blocks, stock, strict=True):
         block.attn1.set_processor(each)
@@ -106,6 +116,44 @@ def test_equals_dense_masks(case, pipe):
     # and a mask that is one frame off would not have passed
     other = dense_generation(pipe, noise, embeds, chunk, lambda end, key: visible(end, key) and key != 1)
     assert float((given - other).abs().max() / wanted.abs().max()) > 1e-3
+
+
+BEGINNINGS = {  # chunks, those of them that are given
+    "independent first frame": ([1, 3, 3, 3], 0),
+    "an image": ([1, 3, 3, 3], 1),
+    "a clip": ([2, 3, 3, 3], 5),
+    "a clip of whole chunks": ([3, 3, 3], 6),
+}
+
+
+@pytest.mark.parametrize("case", BEGINNINGS)
+@pytest.mark.parametrize("limit", [None, 5], ids=["full", "window"])
+def test_beginnings_equal_dense_masks(case, limit, pipe):
+    sizes, count = BEGINNINGS[case]
+    video = torch.rand(2, 4 * count - 3, 3, 32, 48, generator=seeded(2)) if count else None
+    noise = torch.randn(2, 16, sum(sizes), 4, 6, generator=seeded())
+    embeds = torch.randn(2, 8, 32, generator=seeded(1))
+    if count:
+        pixels = video.movedim(2, 1) * 2 - 1
+        mean, std = (
+            torch.tensor(each).view(1, -1, 1, 1, 1)
+            for each in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
+        )
+        with torch.no_grad():
+            noise[:, :, :count] = (pipe.vae.encode(pixels).latent_dist.mode() - mean) / std
+    visible = (lambda end, key: key < end) if limit is None else window(3 + limit, 1)
+    wanted = dense_generation(pipe, noise, embeds, sizes, visible, given=count)
+    options = {} if limit is None else {"window_frames": 3 + limit, "sink_frames": 1}
+    pipe.enable_packforcing("full" if limit is None else "self-forcing", chunk_frames=3, **options)
+    pipe.packforcing.first_chunk_frames = sizes[0]
+    begin = {"image": video[:, 0]} if count == 1 else {"video": video} if count else {}
+    call = {"prompt_embeds": embeds, "latents": noise, "guidance_scale": 1.0, "output_type": "latent", **SIZE}
+    given = pipe(**call, **begin).frames
+    assert given.shape == wanted.shape
+    assert float((given - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    pipe.packforcing.first_chunk_frames = None
+    if not count:  # and it is not what chunks of three are
+        assert float((pipe(**call).frames - wanted).abs().max() / wanted.abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize(
