@@ -62,7 +62,7 @@ class SanaWMAdapter(Adapter):
         if stack.latent_compressor is not None or stack.needs_pixels:
             raise InvalidOptionError(
                 f"{stack.name} looks at latents or pixels, which the refiner's adapter cannot give it; "
-                'give a compressor of keys and values, e.g. compressor="pool"'
+                'give a memory of keys and values alone, e.g. packforcing with compressor="pool"'
             )
 
     def geometry(

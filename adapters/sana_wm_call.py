@@ -74,7 +74,9 @@ def _check_latents(pipeline: Any, call: dict[str, Any]) -> None:
             f"of {patch}, got {list(shape) or type(latents).__name__}"
         )
     if shape[2] <= call["sink_size"]:
-        raise InvalidOptionError(f"sana_latent must have more frames than sink_size={call['sink_size']}, got {shape[2]}")
+        raise InvalidOptionError(
+            f"sana_latent must have more frames than sink_size={call['sink_size']}, got {shape[2]}"
+        )
     if shape[0] > 1 and call["output_type"] != "latent":
         raise InvalidOptionError(
             f"the refiner returns pixels of one video, but sana_latent has a batch of {shape[0]}; "

@@ -58,7 +58,7 @@ class LTX2Rotary:
         return torch.where(frames < 0, first + frames * long / self.fps, (start + end) / 2.0)
 
     def _channels(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Frequency and axis of each head's channel pairs: axes take turns, and what is over comes first and is still."""
+        """Frequency and axis of each head's channel pairs; axes take turns, and pairs that are over come first."""
         pairs = self.heads * self.head_dim // 2
         steps = pairs // _AXES
         dtype = torch.float64 if self.double_precision else torch.float32

@@ -13,9 +13,9 @@ from kvpack.adapters.sana_wm_call import Text, checked, encoded, spoken, with_ch
 from kvpack.adapters.sana_wm_memory import SanaWMMemory
 from kvpack.adapters.sana_wm_rope import LTX2Rotary
 from kvpack.adapters.wan_call import rewinding
-from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, UnsupportedPipelineError
+from kvpack.errors import NonFiniteLatentsError, UnsupportedPipelineError
 from kvpack.memory import Memory
-from kvpack.shots import Prompt, Shot
+from kvpack.shots import Prompt
 
 _BRANCH = "cond"
 
@@ -47,15 +47,18 @@ class SanaWMRun(Run):
         batch, _, self.total_frames, height, width = call["sana_latent"].shape
         config = pipeline.transformer.config
         _, rows, columns = config.vae_scale_factors
-        configs = {"transformer": config}
-        geometry = adapter.geometry(configs, height * rows, width * columns, pipeline.transformer.dtype)
+        geometry = adapter.geometry({"transformer": config}, height * rows, width * columns, pipeline.transformer.dtype)
         assert isinstance(geometry.rotary, LTX2Rotary)
         geometry = replace(geometry, rotary=replace(geometry.rotary, fps=float(call["fps"])))
         text = encoded(pipeline, schedule[0].prompt, batch)
         self.memory = SanaWMMemory(pipeline, self.stack, geometry, text, float(call["fps"]))
         self.sessions = {_BRANCH: self.memory.session}
         #: What is to come: the block that it begins with, what is heard, and whether the scene changes.
-        self._turns = [(self._block_at(shot), self._text(shot.prompt), shot.cut) for shot in schedule[1:]]
+        long, first = config.vae_scale_factors[0], self.sink_frames + self.block_frames
+        self._turns = [
+            (shot.chunk(call["fps"], self.block_frames, long, first), self._text(shot.prompt), shot.cut)
+            for shot in schedule[1:]
+        ]
         self._bar: Any = None
 
     def chunks(self) -> Iterator[Chunk]:
@@ -103,12 +106,6 @@ class SanaWMRun(Run):
         """Tokens, bytes and seconds of each phase."""
         return {**self.memory.session.stats(), "branches": [_BRANCH], "seconds": dict(self.memory.seconds)}
 
-    def _block_at(self, shot: Shot) -> int:
-        """The block whose beginning is nearest; a video's first latent frame stands for one pixel frame."""
-        long = self.pipeline.transformer.config.vae_scale_factors[0]
-        frame = (shot.seconds * self.arguments["fps"] + long - 1) / long
-        return max(0, round((frame - self.sink_frames) / self.block_frames))
-
     def _text(self, prompt: Prompt | None) -> Text:
         return encoded(self.pipeline, prompt, self.arguments["sana_latent"].shape[0])
 
@@ -151,7 +148,10 @@ class SanaWMRun(Run):
         pipeline, memory = self.pipeline, self.memory
         memory.begin(raw.shape[2] - self.sink_frames)
         call = {**self.arguments, "sana_latent": raw, "output_type": "latent"}
-        shadows = {"_encode_prompt": lambda *_, **__: (memory.text.embeds, memory.text.mask), "_capture_block_kv": _skip}
+        shadows: dict[str, Callable[..., Any]] = {
+            "_encode_prompt": lambda *_, **__: (memory.text.embeds, memory.text.mask),
+            "_capture_block_kv": _skip,
+        }
         with memory.timed("denoise"), _shadowed(pipeline, shadows):
             latents: Tensor = pipeline._kvpack_base.__call__(pipeline, **call)
         if not bool(latents.isfinite().all()):

@@ -11,7 +11,6 @@ from torch.nn.functional import pad
 
 from kvpack.blame import blamed
 from kvpack.errors import PolicyError
-from kvpack.geometry import Geometry
 from kvpack.memory import Attended, Chunk, Tokens, check_tokens
 from kvpack.packed import Attention, PackedBuffer
 from kvpack.rope import rotations
