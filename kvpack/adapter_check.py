@@ -41,21 +41,28 @@ def check_adapter(
     """
     adapter = adapter_of(pipeline)
     before, stock = _state(pipeline), _latents(pipeline(**call(3)))
-    if identity is not None:
-        memory, expected = identity
-        given = _latents(enable(pipeline, memory)(**call(3)))
-        error = float((given - expected).abs().max() / expected.abs().max())
-        if given.shape != expected.shape or not error <= tolerance:
-            raise _broken(adapter, f"differs from upstream by {error:.1e} with a memory that forgets nothing")
     few = {"topk": 4, "archive_blocks": 8} if stack == "packforcing" else {}
-    enable(pipeline, stack, **dict(few if options is None else options))
-    _check_streaming(adapter, pipeline, call)
-    _check_growth(adapter, pipeline, call, chunks)
-    _check_failure(adapter, pipeline, call)
-    disable(pipeline)
+    try:
+        if identity is not None:
+            enable(pipeline, identity[0])
+            _check_identity(adapter, _latents(pipeline(**call(3))), identity[1], tolerance)
+        enable(pipeline, stack, **dict(few if options is None else options))
+        _check_streaming(adapter, pipeline, call)
+        _check_growth(adapter, pipeline, call, chunks)
+        _check_failure(adapter, pipeline, call)
+    finally:
+        disable(pipeline)
     _check_stock(adapter, before, _state(pipeline))
     if not torch.equal(stock, _latents(pipeline(**call(3)))):
         raise _broken(adapter, "leaves a pipeline that makes other latents than before")
+
+
+def _check_identity(adapter: Any, given: Tensor, expected: Tensor, tolerance: float) -> None:
+    if given.shape != expected.shape:
+        raise _broken(adapter, f"makes latents {tuple(given.shape)}, but upstream {tuple(expected.shape)}")
+    error = float((given - expected).abs().max() / expected.abs().max())
+    if not error <= tolerance:
+        raise _broken(adapter, f"differs from upstream by {error:.1e} with a memory that forgets nothing")
 
 
 def _check_streaming(adapter: Any, pipeline: Any, call: Call) -> None:
@@ -70,7 +77,7 @@ def _check_streaming(adapter: Any, pipeline: Any, call: Call) -> None:
 
 def _check_growth(adapter: Any, pipeline: Any, call: Call, chunks: int) -> None:
     """Tokens and bytes of the second half of a long run are those of its middle."""
-    counts = []
+    counts: list[tuple[int, int]] = []
     for latents in pipeline.packforcing.stream(**call(chunks)):
         if not bool(latents.isfinite().all()):
             raise _broken(adapter, f"made latents that are not finite in chunk {len(counts)}")

@@ -137,8 +137,10 @@ class StateSession:
         """Frames of each forward of a replay, oldest first; arguments as those of `Session.replays`."""
         memory = self.stack
         frames = min(memory.replay_frames, self.frames + coming)
-        whole = frames // memory.chunk_frames
-        return ((frames,) if frames else ()) if memory.replays_jointly else (memory.chunk_frames,) * whole
+        if memory.replays_jointly:
+            return (frames,) if frames else ()
+        last = (coming,) if coming else ()
+        return (memory.chunk_frames,) * ((frames - coming) // memory.chunk_frames) + last
 
     def rewind(self, frames: int) -> None:
         """Takes the last frames out of history; they must be committed again, one of `replays` after the other."""
@@ -191,6 +193,7 @@ class StateSession:
             each[:, :1].nbytes * layer.denoised_tokens
             for layer in self.layers
             for each in (layer.buffer.keys, layer.buffer.values)
+            if layer.denoised_tokens
         ]
         stored = {id(each): each.nbytes for state in self.past.states for each in tensors(state)}
         return {
