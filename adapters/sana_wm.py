@@ -47,11 +47,6 @@ class SanaWMAdapter(Adapter):
                 "the attention backend is xformers, which has no CPU kernels; "
                 'call pipe.transformer.set_attention_backend("native"), or move the pipeline to a GPU'
             )
-        if transformer.gradient_checkpointing:
-            raise UnsupportedPipelineError(
-                "gradient checkpointing is enabled, which runs layers twice; "
-                "call pipe.transformer.disable_gradient_checkpointing() first"
-            )
         if transformer.config.patch_size_t != 1:
             raise UnsupportedPipelineError(
                 f"kvpack needs one token grid a latent frame, but patch_size_t is {transformer.config.patch_size_t}"
@@ -97,6 +92,10 @@ class SanaWMAdapter(Adapter):
         linear = query_tokens * 14 * width * width + text
         attention = 2 * query_tokens * (attended_tokens + _TEXT_TOKENS) * width
         return 2 * config["num_layers"] * (linear + attention)
+
+    def temporal_scale(self, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        """From `transformer/config.json`; a refiner may have no VAE."""
+        return int(configs["transformer"]["vae_scale_factors"][0])
 
     def run(self, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool) -> SanaWMRun:
         """Starts a generation; bad arguments are refused before anything is computed."""

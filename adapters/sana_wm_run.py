@@ -180,12 +180,14 @@ class SanaWMRun(Run):
 @contextmanager
 def _shadowed(pipeline: Any, methods: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """Lets a pipeline's call find other methods on the instance than on its class."""
+    before = dict(vars(pipeline))
     vars(pipeline).update(methods)
     try:
         yield
     finally:
         for name in methods:
             del vars(pipeline)[name]
+        vars(pipeline).update({name: before[name] for name in methods if name in before})
 
 
 def _skip(*, clean_block: Tensor, kv_cache: Any, **_: Any) -> None:

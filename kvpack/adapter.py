@@ -166,6 +166,10 @@ class Adapter(ABC):
     def forward_flops(self, configs: Mapping[str, Mapping[str, Any]], query_tokens: int, attended_tokens: int) -> int:
         """Floating-point operations of one forward of `query_tokens` that attends `attended_tokens`."""
 
+    def temporal_scale(self, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        """Pixel frames of a latent frame, of which a video's first stands for one alone."""
+        return int(configs["vae"].get("scale_factor_temporal", 4))
+
     def latent_shape(self, configs: Mapping[str, Mapping[str, Any]]) -> LatentShape | None:
         """What the cost of compressing latents depends on; None if nobody counts it."""
         return None

@@ -46,9 +46,8 @@ def plan(
         return
     width, height = parse_size(size)
     configs = described.configs
-    scale = int(configs["vae"].get("scale_factor_temporal", 4))
-    pixel_frames, latent_frames = planner.video_frames(seconds, fps, scale)
     adapter = adapter_for(described)
+    pixel_frames, latent_frames = planner.video_frames(seconds, fps, adapter.temporal_scale(configs))
     planned = planner.plan(
         adapter.geometry(configs, height, width, parse_dtype(dtype)),
         resolve_stack(stack, parse_options(option)),
@@ -91,7 +90,7 @@ def _plan_training(
     latents, cost = adapter.latent_shape(configs), adapter.model_cost(configs, height, width)
     if latents is None or cost is None:
         raise UnsupportedPipelineError(f"the adapter {adapter.name} cannot plan a training yet")
-    _, frames = video_frames(5, fps, int(configs["vae"].get("scale_factor_temporal", 4)))
+    _, frames = video_frames(5, fps, adapter.temporal_scale(configs))
     planned = training_plan(
         adapter.geometry(configs, height, width, parse_dtype(dtype)),
         require_stack(resolve_stack(stack, {"compressor": "dual", **options})),

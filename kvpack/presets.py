@@ -94,7 +94,11 @@ def from_folder(folder: Path) -> ModelDescription:
     index = _read(require_model_folder(folder) / "model_index.json")
     if any(index.get("transformer_2") or ()):
         raise UnsupportedPipelineError(f"kvpack drives one causal transformer, but {folder} has transformer_2 as well")
-    configs = {part: _read(folder / part / "config.json") for part in ("transformer", "vae")}
+    absent = [None, None]  # what diffusers writes for an optional part
+    configs = {
+        part: {} if index.get(part) == absent else _read(folder / part / "config.json")
+        for part in ("transformer", "vae")
+    }
     return ModelDescription(str(folder), str(index.get("_class_name")), configs)
 
 
