@@ -1,8 +1,11 @@
 """The refiner of SANA-WM over kvpack's memory, against upstream's own call."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline, SanaWMLTX2Refiner
 
 from kvpack.registry import registry
 from kvpack.testing import check_adapter, tiny_sana_wm_refiner
@@ -140,6 +143,28 @@ def test_other_memories_of_packforcing(pipe, options):
     assert bool(latents.isfinite().all())
     pipe.enable_packforcing("full")
     assert difference(pipe(**arguments()), latents) > 1e-3
+
+
+def test_the_pipeline_stays_itself(pipe, tmp_path):
+    """Copies, offloading, another dtype and backend are upstream's; what is saved is the stock pipeline."""
+    wanted = pipe(**arguments())
+    enabled = copy.copy(pipe).enable_packforcing("sana-wm")
+    assert torch.equal(copy.deepcopy(enabled)(**arguments()), enabled(**arguments()))
+    enabled.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is SanaWMLTX2Refiner
+    assert torch.equal(loaded(**arguments()), wanted)
+    loaded.enable_model_cpu_offload(device="cpu")
+    loaded.enable_packforcing("sana-wm")
+    for _ in range(2):
+        assert difference(loaded(**arguments()), wanted) <= 1e-5
+    pipe.transformer.set_attention_backend("_native_math")
+    pipe.to(dtype=torch.bfloat16)
+    wanted = pipe(**arguments())
+    latents = pipe.enable_packforcing("sana-wm")(**arguments())
+    assert latents.dtype == torch.bfloat16
+    assert difference(latents, wanted) <= 2e-2
 
 
 def test_a_prompt_schedule_is_the_same_as_sending(pipe):
