@@ -41,6 +41,11 @@ def checked(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> dic
             f"sink_size must be at most block_size {call['block_size']}, got {call['sink_size']}; "
             "keep more frames for good by the stack's sink_frames"
         )
+    if pipeline.packforcing.first_chunk_frames not in (None, call["sink_size"]):
+        raise InvalidOptionError(
+            f"the refiner's first chunk is its sink; give sink_size={pipeline.packforcing.first_chunk_frames} to the "
+            f"call in the place of packforcing.first_chunk_frames, got {call['sink_size']}"
+        )
     trained = inspect.signature(pipeline._kvpack_base.__call__).parameters["kv_max_frames"].default
     if call["kv_max_frames"] != trained:
         raise InvalidOptionError(

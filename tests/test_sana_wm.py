@@ -159,10 +159,12 @@ def test_the_pipeline_stays_itself(pipe, tmp_path):
     loaded.enable_packforcing("sana-wm")
     for _ in range(2):
         assert difference(loaded(**arguments()), wanted) <= 1e-5
-    pipe.transformer.set_attention_backend("_native_math")
-    pipe.to(dtype=torch.bfloat16)
-    wanted = pipe(**arguments())
-    latents = pipe.enable_packforcing("sana-wm")(**arguments())
+    pipe.to(dtype=torch.bfloat16).transformer.set_attention_backend("_native_math")
+    try:
+        wanted = pipe(**arguments())
+        latents = pipe.enable_packforcing("sana-wm")(**arguments())
+    finally:
+        pipe.transformer.reset_attention_backend()
     assert latents.dtype == torch.bfloat16
     assert difference(latents, wanted) <= 2e-2
 

@@ -10,7 +10,7 @@ from diffusers import TaylorSeerCacheConfig
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 import kvpack
-from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, UnsupportedPipelineError
+from kvpack.errors import GradientError, InvalidOptionError, NonFiniteLatentsError, UnsupportedPipelineError
 from kvpack.policies import SinkMidRecentPartitioner
 from kvpack.testing import tiny_sana_wm_refiner
 
@@ -62,6 +62,13 @@ def test_bad_arguments_are_refused_before_anything_is_computed(pipe, changed, me
         pipe(**{**arguments(), **changed})
 
 
+def test_the_first_chunk_is_the_calls_sink(pipe):
+    pipe.packforcing.first_chunk_frames = 2
+    with pytest.raises(InvalidOptionError, match="give sink_size=2"):
+        pipe(**arguments())
+    assert pipe(**arguments(), sink_size=2).shape[2] == 10
+
+
 def test_pixels_are_not_streamed(pipe):
     with pytest.raises(InvalidOptionError, match='stream with output_type="latent"'):
         pipe.packforcing.stream(**{**arguments(), "output_type": "np"})
@@ -106,7 +113,16 @@ class Broken(SinkMidRecentPartitioner):
         return super().partition(history_frames, chunk_frames)
 
 
-@pytest.mark.parametrize("where", ["scheduler", "transformer", "policy", "weights"])
+ERRORS = {
+    "scheduler": ZeroDivisionError,
+    "transformer": ZeroDivisionError,
+    "policy": ZeroDivisionError,
+    "weights": NonFiniteLatentsError,
+    "gradients": GradientError,
+}
+
+
+@pytest.mark.parametrize("where", ERRORS)
 def test_after_an_error_it_is_the_stock_pipeline(stock, where, monkeypatch):
     wanted, before, hooks = stock(**arguments()), processors(stock), dict(stock.transformer._forward_pre_hooks)
     pipe = kvpack.enable(copy.copy(stock), "sana-wm")
@@ -123,12 +139,16 @@ def test_after_an_error_it_is_the_stock_pipeline(stock, where, monkeypatch):
         monkeypatch.setattr(stock.scheduler, "step", fail)
     elif where == "transformer":
         handle = stock.transformer.transformer_blocks[1].register_forward_hook(fail)
+    elif where == "gradients":
+        step = stock.scheduler.step
+        monkeypatch.setattr(stock.scheduler, "step", lambda *a, **k: (torch.set_grad_enabled(True), step(*a, **k))[1])
     elif where == "weights":
         handle = stock.transformer.register_forward_hook(forget)
     else:
         kvpack.enable(pipe, dataclasses.replace(pipe.packforcing.stack, partitioner=Broken(1, 10)))
-    with pytest.raises((ZeroDivisionError, NonFiniteLatentsError, kvpack.errors.PolicyError)):
+    with pytest.raises(ERRORS[where]):
         pipe(**arguments())
+    assert torch.is_grad_enabled()
     monkeypatch.undo()
     if handle is not None:
         handle.remove()
