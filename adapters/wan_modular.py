@@ -71,7 +71,8 @@ class KVPackDenoiseStep(WanDenoiseStep):
         run = _ModularRun(self, adapter, components, block)
         noise, chunks = block.latents, []
         sizes = noise.split(self.stack.chunk_frames, dim=2)
-        with self.progress_bar(total=len(sizes) * len(block.timesteps)) as bar:
+        progress: Any = self.progress_bar
+        with progress(total=len(sizes) * len(block.timesteps)) as bar:
             for index, part in enumerate(sizes):
                 chunks.append(run.chunk(index, part, last=index == len(sizes) - 1, advance=bar.update))
         memory = run.memory
