@@ -16,8 +16,7 @@ from kvpack.adapters.wan_call import rewinding
 from kvpack.errors import NonFiniteLatentsError, UnsupportedPipelineError
 from kvpack.memory import Memory
 from kvpack.shots import Prompt
-
-_BRANCH = "cond"
+from kvpack.stats import branch_stats
 
 
 class SanaWMRun(Run):
@@ -52,7 +51,7 @@ class SanaWMRun(Run):
         geometry = replace(geometry, rotary=replace(geometry.rotary, fps=float(call["fps"])))
         text = encoded(pipeline, schedule[0].prompt, batch)
         self.memory = SanaWMMemory(pipeline, self.stack, geometry, text, float(call["fps"]))
-        self.sessions = {_BRANCH: self.memory.session}
+        self.sessions = {"cond": self.memory.session}
         #: What is to come: the block that it begins with, what is heard, and whether the scene changes.
         long, first = config.vae_scale_factors[0], self.sink_frames + self.block_frames
         self._turns = [
@@ -82,7 +81,8 @@ class SanaWMRun(Run):
     def decoded(self, latents: list[Tensor]) -> Iterator[Tensor]:
         """Pixels in [-1, 1] of the whole video at once, without the sink, as upstream's."""
         with torch.no_grad(), self.memory.timed("decode"):
-            yield self.pipeline._decode_latents(torch.cat(latents, dim=2))[:, :, self.sink_frames :]
+            pixels = self.pipeline._decode_latents(torch.cat(latents, dim=2))[:, :, self.sink_frames :]
+        return iter([pixels])
 
     def postprocess(self, pixels: Tensor) -> Any:
         """Frames in the call's `output_type`, batch first."""
@@ -104,7 +104,7 @@ class SanaWMRun(Run):
 
     def stats(self) -> dict[str, Any]:
         """Tokens, bytes and seconds of each phase."""
-        return {**self.memory.session.stats(), "branches": [_BRANCH], "seconds": dict(self.memory.seconds)}
+        return branch_stats(self.stack.name, self.sessions, self.memory.seconds)
 
     def _text(self, prompt: Prompt | None) -> Text:
         return encoded(self.pipeline, prompt, self.arguments["sana_latent"].shape[0])

@@ -1,12 +1,15 @@
 """The refiner of SANA-WM over kvpack's memory, against upstream's own call."""
 
 import copy
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, SanaWMLTX2Refiner
+from diffusers.models.attention_dispatch import attention_backend
 
+from kvpack.memory import Attended, StateMemory
 from kvpack.registry import registry
 from kvpack.testing import check_adapter, tiny_sana_wm_refiner
 
@@ -125,6 +128,45 @@ def test_the_prompt_is_encoded_once_and_forwards_are_not_repeated(pipe):
     assert modes == ["capture_pre_rope", *block, clean, *block, clean, *block, clean, *block]
 
 
+@dataclass(frozen=True)
+class Alone(StateMemory):
+    """A block attends nothing but itself."""
+
+    chunk_frames: int = 3
+    name = "alone"
+
+    def start(self, geometry, layer):
+        return 0
+
+    def attend(self, state, chunk):
+        return Attended((), float(chunk.first_frame), state)
+
+    def remember(self, state, chunk):
+        return 0
+
+    def veto(self, state, latents):
+        return torch.full((latents.shape[0],), state == 0), state + 1
+
+
+class Doubting(Alone):
+    """Vetoes the first try of each block."""
+
+    most_retries = 2
+
+
+def test_what_a_memory_vetoes_is_made_again_of_the_same_noise(pipe):
+    forwards = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, __, kwargs: forwards.append(kwargs["kv_cache_mode"]), with_kwargs=True
+    )
+    accepted = pipe.enable_packforcing(Alone())(**arguments(13))
+    assert forwards.count("inject") == 4 * 3
+    forwards.clear()
+    vetoed = pipe.enable_packforcing(Doubting())(**arguments(13))
+    assert forwards.count("inject") == 4 * 3 * 2
+    assert torch.equal(vetoed, accepted)
+
+
 def test_stats_say_what_is_kept(pipe):
     pipe.enable_packforcing("sana-wm")
     pipe(**arguments(25))
@@ -159,12 +201,11 @@ def test_the_pipeline_stays_itself(pipe, tmp_path):
     loaded.enable_packforcing("sana-wm")
     for _ in range(2):
         assert difference(loaded(**arguments()), wanted) <= 1e-5
-    pipe.to(dtype=torch.bfloat16).transformer.set_attention_backend("_native_math")
-    try:
+    pipe.to(dtype=torch.bfloat16)
+    with attention_backend("native"):  # what is active in the process is then as before
+        pipe.transformer.set_attention_backend("_native_math")
         wanted = pipe(**arguments())
         latents = pipe.enable_packforcing("sana-wm")(**arguments())
-    finally:
-        pipe.transformer.reset_attention_backend()
     assert latents.dtype == torch.bfloat16
     assert difference(latents, wanted) <= 2e-2
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -56,7 +57,7 @@ def test_operations_of_a_layer_are_those_of_the_stock_forward():
     def counted(layers):
         transformer, tokens, text = tiny_sana_wm_transformer(num_layers=layers), 24, 1024
         rotary = transformer.build_rotary_emb_for_absolute_positions(1, [0, 1, 2, 3], 2, 3, torch.device("cpu"), 16.0)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with attention_backend("native"), FlopCounterMode(display=False) as counter, torch.no_grad():
             transformer(
                 torch.zeros(1, tokens, 4),
                 torch.zeros(1, text, 16),
