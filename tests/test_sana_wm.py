@@ -149,9 +149,9 @@ class Alone(StateMemory):
 
 
 class Doubting(Alone):
-    """Vetoes the first try of each block."""
+    """Vetoes every first try."""
 
-    most_retries = 2
+    most_retries = 1
 
 
 def test_what_a_memory_vetoes_is_made_again_of_the_same_noise(pipe):
