@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpack.cli_convert import convert
 from kvpack.cli_evaluate import evaluate
 from kvpack.cli_plan import plan
 from kvpack.cli_support import (
@@ -143,6 +144,7 @@ def generate(
     _print_tracks(result, [result], [str(output)], as_json)
 
 
+app.command()(convert)
 app.command()(evaluate)
 app.command()(train_compressor)
 app.command()(plan)
