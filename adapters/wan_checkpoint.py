@@ -31,8 +31,8 @@ def transformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Wan
     """
     if config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel":
         raise InvalidOptionError(
-            f"the base's config is of a {config['_class_name']}; give a diffusers folder, whose transformer/config.json "
-            "is of a WanTransformer3DModel"
+            f"the base's config is of a {config['_class_name']}, not of a WanTransformer3DModel; "
+            "give a diffusers folder, e.g. of Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
         )
     with torch.device("meta"):
         model = WanTransformer3DModel.from_config(dict(config))

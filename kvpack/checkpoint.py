@@ -161,5 +161,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _listed(names: Iterable[object], most: int = 5) -> str:
-    names = list(map(str, names))
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "nothing"
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "") or "nothing"

@@ -10,18 +10,24 @@ from kvpack.cli_support import DTYPES, parse_dtype, print_json, print_table
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Checkpoint: .safetensors, .pt, .pth, .bin, .ckpt or a folder of shards.")],
-    base: Annotated[Path, typer.Option(help="Diffusers folder of the same model, or one with its transformer's config.")],
+    source: Annotated[
+        Path, typer.Argument(help="Checkpoint: .safetensors, .pt, .pth, .bin, .ckpt or a folder of shards.")
+    ],
+    base: Annotated[
+        Path, typer.Option(help="Diffusers folder of the same model, or one with its transformer's config.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     recipe: Annotated[
         str | None, typer.Option(help="Which known checkpoint it is.", show_default="what the source's path tells")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Where in the checkpoint.", show_default="generator_ema, generator, ...")
+        str | None,
+        typer.Option(metavar="KEY", help="Where in the checkpoint.", show_default="generator_ema, generator, ..."),
     ] = None,
     lora: Annotated[Path | None, typer.Option(help="LoRA to merge: a file, or a folder of PEFT.")] = None,
     lora_alpha: Annotated[
-        float | None, typer.Option(help="Strength of the LoRA.", show_default="the recipe's or the file's, else the rank")
+        float | None,
+        typer.Option(help="Strength of the LoRA.", show_default="the recipe's or the file's, else the rank"),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES), show_default="the checkpoint's")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of the transformer.")] = "5GB",
@@ -36,15 +42,15 @@ def convert(
 
     known = recipe_for(source, recipe)
     precision = None if dtype is None else parse_dtype(dtype)
-    asked = Conversion(
-        source, base, output, known, weights, lora, lora_alpha, precision, max_shard_size, overwrite
-    )
+    asked = Conversion(source, base, output, known, weights, lora, lora_alpha, precision, max_shard_size, overwrite)
     done = run(asked, Family(diffusers_names, transformer))
     notes = [known.note] * bool(known.note)
     if known.lora_alpha is not None and lora is None:
         notes.append(f"{known.name} is a base and a LoRA, and no --lora was given")
     if as_json:
-        print_json({"recipe": known.name, "source": known.source, "output": str(output), **asdict(done), "notes": notes})
+        print_json(
+            {"recipe": known.name, "source": known.source, "output": str(output), **asdict(done), "notes": notes}
+        )
         return
     settings = known.settings
     rows = [

@@ -118,7 +118,9 @@ def convert(asked: Conversion, family: Family) -> Converted:
 def _base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Index and transformer's config."""
     if not base.is_dir():
-        raise InvalidOptionError(f"no base folder {base}; give a diffusers folder, or one with the transformer's config")
+        raise InvalidOptionError(
+            f"no base folder {base}; give a diffusers folder, or one with the transformer's config"
+        )
     index = _json(base / _INDEX) if (base / _INDEX).is_file() else dict(_ALONE)
     if any(index.get("transformer_2") or ()):
         raise UnsupportedPipelineError(f"kvpack drives one causal transformer, but {base} has transformer_2 as well")
@@ -141,7 +143,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _copy_parts(base: Path, folder: Path, index: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Copies all but the transformer and the scheduler, and writes the index."""
-    own = {"transformer": _TRANSFORMER, "scheduler": [FlowMatchFewStepScheduler.__module__, "FlowMatchFewStepScheduler"]}
+    own = {
+        "transformer": _TRANSFORMER,
+        "scheduler": [FlowMatchFewStepScheduler.__module__, "FlowMatchFewStepScheduler"],
+    }
     parts = [name for name, value in index.items() if isinstance(value, list) and name not in (*own, "transformer_2")]
     there = [name for name in parts if (base / name).is_dir()]
     for name in there:

@@ -36,7 +36,9 @@ class LowRank:
         return rounded(weight.double() + scale * (up @ down), dtype)
 
 
-def read_lora(path: Path, alpha: float | None, rename: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, LowRank]:
+def read_lora(
+    path: Path, alpha: float | None, rename: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, LowRank]:
     """Deltas by the diffusers name of the weight that they belong to; PEFT's keys and those of `lora_up`, `lora_down`.
 
     Args:
@@ -53,7 +55,9 @@ def read_lora(path: Path, alpha: float | None, rename: Callable[[dict[str, Any]]
         factor, strength = _FACTOR.fullmatch(key), _ALPHA.fullmatch(key)
         match = factor or strength
         if match is None:
-            raise InvalidOptionError(f"{path} has {key}, which is no LoRA's; it needs ...lora_A.weight, ...lora_B.weight")
+            raise InvalidOptionError(
+                f"{path} has {key}, which is no LoRA's; it needs ...lora_A.weight, ...lora_B.weight"
+            )
         delta = found.setdefault(match["module"], LowRank())
         if factor is None:
             delta.alpha = float(tensor)
