@@ -1,6 +1,7 @@
 """Weights out of a checkpoint's file or folder, whatever they are wrapped in."""
 
 import json
+import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,8 +148,13 @@ def _load_file(path: Path) -> Mapping[str, Any]:
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise InvalidOptionError(f"{path} is not a whole checkpoint: {_first_line(error)}") from error
     except Exception as error:  # unpickling refuses in several ways
+        if not mapped:
+            raise InvalidOptionError(
+                f"{path} is no checkpoint, or not a whole one: it is no archive of torch"
+            ) from error
+        found = re.search(r"GLOBAL (\S+)", str(error))
         raise InvalidOptionError(
-            f"{path} holds more than tensors, or is no checkpoint: {_first_line(error)}. Reading the rest would run "
+            f"{path} holds more than tensors{f', e.g. a {found[1]}' if found else ''}. Reading the rest would run "
             "code from the file, which kvpack never does; where you trust it, save its state dict alone"
         ) from error
     if not isinstance(data, Mapping):

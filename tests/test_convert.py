@@ -44,7 +44,7 @@ def original(weights):
     named = {}
     for name, tensor in weights.items():
         for pattern, replacement in ORIGINAL:
-            name = re.sub(pattern, replacement, name)  # noqa: PLW2901
+            name = re.sub(pattern, replacement, name)
         named[name] = tensor
     return named
 
