@@ -149,9 +149,7 @@ def _load_file(path: Path) -> Mapping[str, Any]:
         raise InvalidOptionError(f"{path} is not a whole checkpoint: {_first_line(error)}") from error
     except Exception as error:  # unpickling refuses in several ways
         if not mapped:
-            raise InvalidOptionError(
-                f"{path} is no checkpoint, or not a whole one: it is no archive of torch"
-            ) from error
+            raise InvalidOptionError(f"{path} is no checkpoint, or not a whole one: no archive of torch") from error
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise InvalidOptionError(
             f"{path} holds more than tensors{f', e.g. a {found[1]}' if found else ''}. Reading the rest would run "

@@ -86,7 +86,7 @@ def attach(pipeline: Any, stack: Memory, settings: Settings | None = None) -> No
     """Puts the stack on a pipeline whose class is already the enabled one."""
     # Past DiffusionPipeline.__setattr__, which looks into the pipeline's config.
     before = vars(pipeline).get("_kvpack")
-    told = {} if settings is None else {"fps": settings.fps, "first_chunk_frames": settings.first_chunk_frames}
+    told = {} if settings is None else {"fps": float(settings.fps), "first_chunk_frames": settings.first_chunk_frames}
     kept = {} if before is None else {"fps": before.fps}
     object.__setattr__(pipeline, "_kvpack", Enabled(stack, adapter_of(pipeline), **{**told, **kept}))
 

@@ -59,9 +59,10 @@ class Settings:
             data = json.loads(path.read_text(encoding="utf-8"))
             stack, known = data["stack"], {"fps", "first_chunk_frames", "call", "recipe"}
             settings = cls(stack["name"], stack.get("options", {}), **{key: data[key] for key in known & set(data)})
-            good = isinstance(settings.stack, str) and settings.fps > 0 and not {*map(type, settings.options)} - {str}
-            if not good or not isinstance(settings.call, dict):
-                raise ValueError("stack must be a name with options, fps above 0 and call an object")
+            if not (isinstance(settings.stack, str) and settings.fps > 0):
+                raise ValueError("stack must have a name, and fps be above 0")
+            if not (isinstance(settings.options, dict) and isinstance(settings.call, dict)):
+                raise ValueError("options and call must be objects")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidOptionError(f"{path} does not hold kvpack's settings: {error!r}; write it anew") from error
         return settings
