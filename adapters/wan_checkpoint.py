@@ -35,10 +35,11 @@ def transformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Wan
             "give a diffusers folder, e.g. of Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
         )
     with torch.device("meta"):
-        model = WanTransformer3DModel.from_config(dict(config))
+        model: Any = WanTransformer3DModel.from_config(dict(config))
     _require_same(weights, model.state_dict())
     model.load_state_dict({name: each.contiguous() for name, each in weights.items()}, assign=True)
-    return model.eval()
+    built: WanTransformer3DModel = model.eval()
+    return built
 
 
 def _require_same(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

@@ -27,7 +27,7 @@ def convert(
     lora: Annotated[Path | None, typer.Option(help="LoRA to merge: a file, or a folder of PEFT.")] = None,
     lora_alpha: Annotated[
         float | None,
-        typer.Option(help="Strength of the LoRA.", show_default="the recipe's or the file's, else the rank"),
+        typer.Option(help="Strength of the LoRA.", show_default="the file's, else the rank"),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES), show_default="the checkpoint's")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of the transformer.")] = "5GB",
@@ -45,7 +45,7 @@ def convert(
     asked = Conversion(source, base, output, known, weights, lora, lora_alpha, precision, max_shard_size, overwrite)
     done = run(asked, Family(diffusers_names, transformer))
     notes = [known.note] * bool(known.note)
-    if known.lora_alpha is not None and lora is None:
+    if known.lora and lora is None:
         notes.append(f"{known.name} is a base and a LoRA, and no --lora was given")
     if as_json:
         print_json(

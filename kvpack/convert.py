@@ -47,7 +47,7 @@ class Conversion:
         recipe: what the checkpoint was trained for.
         weights: outermost key of the weights in the checkpoint; the recipe's, or the first known, if None.
         lora: LoRA to merge.
-        lora_alpha: its strength; what the file or the recipe says if None.
+        lora_alpha: its strength; what the file says if None, else the rank.
         dtype: of the weights; the checkpoint's own if None.
         max_shard_size: bytes of a file, or a text such as "5GB".
         overwrite: whether an output that is there is replaced.
@@ -100,12 +100,11 @@ def convert(asked: Conversion, family: Family) -> Converted:
     weights = family.rename(checkpoint.tensors)
     deltas = {}
     if asked.lora is not None:
-        alpha = asked.recipe.lora_alpha if asked.lora_alpha is None else asked.lora_alpha
-        deltas = read_lora(asked.lora, alpha, family.rename)
+        deltas = read_lora(asked.lora, asked.lora_alpha, family.rename)
         weights = merge(weights, deltas, asked.dtype)
-    model = family.build(weights, config)
     if asked.dtype is not None:
-        model = model.to(asked.dtype)
+        weights = {name: each.to(asked.dtype) for name, each in weights.items()}
+    model = family.build(weights, config)
     with _replacing(asked.output) as folder:
         model.save_pretrained(folder / "transformer", max_shard_size=asked.max_shard_size)
         FlowMatchFewStepScheduler(asked.recipe.sigmas, asked.recipe.shift).save_pretrained(folder / "scheduler")

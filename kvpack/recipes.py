@@ -28,7 +28,7 @@ class Recipe:
         sigmas: noise levels before the shift, a denoising step each.
         shift: time shift of the flow.
         nesting: which weights its own code loads, where the checkpoint has several.
-        lora_alpha: strength of the LoRA that belongs to it.
+        lora: whether a LoRA belongs to it.
         note: what a user should know.
     """
 
@@ -40,7 +40,7 @@ class Recipe:
     sigmas: tuple[float, ...] = _FOUR_STEPS
     shift: float = 5.0
     nesting: str | None = None
-    lora_alpha: float | None = None
+    lora: bool = False
     note: str = ""
 
     @property
@@ -100,12 +100,12 @@ RECIPES = {
         ),
         Recipe(
             "longlive",
-            "github.com/NVlabs/LongLive v1.0, Efficient-Large-Model/LongLive-1.3B longlive_base.pt with lora.pt",
+            "github.com/NVlabs/LongLive v1.0, Efficient-Large-Model/LongLive longlive_base.pt with lora.pt",
             ("longlive",),
             "longlive",
             {"chunk_frames": 3, "window_frames": 12, "sink_frames": 3, "global_sink": True},
             nesting="generator",
-            lora_alpha=256.0,
+            lora=True,  # of rank 256 and alpha 256, so that its factor is the default, 1
             note="trained in chunks of 3; a later config of its repository generates in chunks of 6",
         ),
         Recipe(

@@ -268,3 +268,9 @@ def test_every_recipe_enables_without_arguments(name, base, weights, tmp_path):
 )
 def test_the_path_tells_the_recipe(path, name, tmp_path):
     assert recipe_for(tmp_path / path, None).name == name
+
+
+def test_the_readme_names_every_recipe():
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    for name in RECIPES:
+        assert f"`{name}`" in text or f"`-{name.rpartition('-')[2]}`" in text, name
