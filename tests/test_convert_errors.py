@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,6 +206,22 @@ def test_all_or_nothing(there, weights, base, tmp_path, monkeypatch):
     assert "no space left on device" in result.stderr
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert output.exists() == there
+
+
+def test_what_was_there_comes_back_if_the_last_step_fails(weights, base, tmp_path, monkeypatch):
+    source, output = saved(tmp_path, weights), tmp_path / "out"
+    assert run(source, base, output).exit_code == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    rename = Path.rename
+
+    def refused(path, target):
+        if path.name == "new":
+            raise OSError("cannot be renamed")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    assert "cannot be renamed" in run(source, base, output, "--overwrite").stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_the_source_is_not_changed(weights, base, tmp_path):
