@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpack.cli_convert import convert
 from kvpack.cli_evaluate import evaluate
 from kvpack.cli_plan import plan
 from kvpack.cli_support import (
     DTYPES,
     CommandGroup,
+    StackName,
     parse_dtype,
     parse_options,
     print_json,
@@ -35,12 +37,10 @@ app = typer.Typer(
 Seconds = Annotated[float, typer.Option(help="Length of the video.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-StackName = Annotated[str, typer.Option("--stack", help="Memory; see 'kvpack policies' for what is installed.")]
 Options = Annotated[
     list[str],
     typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the stack, e.g. topk=8."),
 ]
-Fps = Annotated[float, typer.Option(help="Frames a second.")]
 
 TERMINATED = 128 + signal.SIGTERM
 TRACK_COLUMNS = ("stack", "fps", "KV attended", "KV archive")
@@ -94,13 +94,18 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What the video shows.")],
     seconds: Seconds,
     output: Annotated[Path, typer.Option(help="The mp4 to write.")],
-    stack: StackName = "packforcing",
+    stack: StackName = None,
     option: Options = [],  # noqa: B006  # typer reads it, nobody changes it
     height: Annotated[int | None, typer.Option(help="Pixels; the pipeline's own default if not given.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the pipeline's own default if not given.")] = None,
-    fps: Fps = 16.0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of a chunk.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second.", show_default="the model's own, else 16")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Denoising steps of a chunk.", show_default="the model's own, else the pipeline's"),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="1 is no guidance.", show_default="the model's own, else the pipeline's")
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What it does not show; needs guidance.")] = None,
     seed: Seed = 0,
     dtype: Annotated[
@@ -118,10 +123,13 @@ def generate(
     from kvpack.enable import resolve_stack
     from kvpack.generation import load_pipeline, started
     from kvpack.planner import video_frames
+    from kvpack.settings import Settings
     from kvpack.video import VideoWriter
 
+    settings = Settings.of_folder(model) or Settings()
+    fps = settings.fps if fps is None else fps
     frames, _ = video_frames(seconds, fps)
-    policy = resolve_stack(stack, parse_options(option))
+    policy = resolve_stack(stack, parse_options(option), settings)
     named = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
@@ -130,7 +138,8 @@ def generate(
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
     }
-    arguments = {**{name: value for name, value in named.items() if value is not None}, **parse_options(call)}
+    given = {name: value for name, value in named.items() if value is not None}
+    arguments = {**settings.call, **given, **parse_options(call)}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = parse_dtype(dtype or ("float32" if device == "cpu" else "bfloat16"))
     writer = VideoWriter(output, fps)  # finds out now whether it can be written
@@ -143,6 +152,7 @@ def generate(
     _print_tracks(result, [result], [str(output)], as_json)
 
 
+app.command()(convert)
 app.command()(evaluate)
 app.command()(train_compressor)
 app.command()(plan)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpack.cli_support import DTYPES, parse_dtype, parse_options, parse_size, print_json, print_table
+from kvpack.cli_support import DTYPES, StackName, parse_dtype, parse_options, parse_size, print_json, print_table
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 
 if TYPE_CHECKING:
@@ -17,16 +17,16 @@ def plan(
     model: Annotated[Path | None, typer.Option(help="Folder of a diffusers pipeline; no weights needed.")] = None,
     size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels of the video.")] = "832x480",
     seconds: Annotated[float, typer.Option(help="Length of the video.")] = 120.0,
-    stack: Annotated[
-        str, typer.Option("--stack", help="Memory; see 'kvpack policies' for what is installed.")
-    ] = "packforcing",
+    stack: StackName = None,
     option: Annotated[
         list[str],
         typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the stack, e.g. topk=8."),
     ] = [],  # noqa: B006
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bfloat16",
     fps: Annotated[float, typer.Option(help="Frames a second.")] = 16.0,
-    steps: Annotated[int, typer.Option(help="Denoising steps of a chunk.")] = 4,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps of a chunk.", show_default="the model's own, else 4")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Videos generated together.")] = 1,
     guidance: Annotated[bool, typer.Option("--guidance", help="Classifier-free guidance: two branches.")] = False,
     training: Annotated[bool, typer.Option("--training", help="Training a compressor instead, on 5 s clips.")] = False,
@@ -41,6 +41,7 @@ def plan(
     from kvpack.presets import adapter_for
 
     described = _described(preset, model)
+    steps = int(described.settings.call.get("num_inference_steps", 4)) if steps is None else steps
     if training:
         _plan_training(described, size, stack, parse_options(option), dtype, fps, steps, batch, as_json)
         return
@@ -48,9 +49,10 @@ def plan(
     configs = described.configs
     adapter = adapter_for(described)
     pixel_frames, latent_frames = planner.video_frames(seconds, fps, adapter.temporal_scale(configs))
+    memory = resolve_stack(stack, parse_options(option), described.settings)
     planned = planner.plan(
         adapter.geometry(configs, height, width, parse_dtype(dtype)),
-        resolve_stack(stack, parse_options(option)),
+        memory,
         latent_frames,
         batch=batch,
         branches=2 if guidance else 1,
@@ -63,13 +65,13 @@ def plan(
         print_json({**asked, "pixel_frames": pixel_frames, **planned.to_dict()})
     else:
         title = f"{described.name}, {size}, {pixel_frames:,} frames at {fps:g} fps, {dtype}"
-        print_table(title, ("", stack), plan_rows(planned))
+        print_table(title, ("", memory.name), plan_rows(planned))
 
 
 def _plan_training(
     described: "ModelDescription",
     size: str,
-    stack: str,
+    stack: str | None,
     options: dict[str, Any],
     dtype: str,
     fps: float,
@@ -91,9 +93,10 @@ def _plan_training(
     if latents is None or cost is None:
         raise UnsupportedPipelineError(f"the adapter {adapter.name} cannot plan a training yet")
     _, frames = video_frames(5, fps, adapter.temporal_scale(configs))
+    memory = require_stack(resolve_stack(stack, {"compressor": "dual", **options}, described.settings))
     planned = training_plan(
         adapter.geometry(configs, height, width, parse_dtype(dtype)),
-        require_stack(resolve_stack(stack, {"compressor": "dual", **options})),
+        memory,
         latents,
         cost,
         partial(adapter.forward_flops, configs),
@@ -104,9 +107,8 @@ def _plan_training(
     if as_json:
         print_json({"model": described.name, "size": size, "dtype": dtype, "frames": frames, **planned.to_dict()})
     else:
-        print_table(
-            f"training, {described.name}, {size}, {frames} latent frames, {dtype}", ("", stack), training_rows(planned)
-        )
+        title = f"training, {described.name}, {size}, {frames} latent frames, {dtype}"
+        print_table(title, ("", memory.name), training_rows(planned))
 
 
 def _described(preset: str | None, model: Path | None) -> "ModelDescription":

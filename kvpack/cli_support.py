@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 INTERRUPTED = 130
+
+StackName = Annotated[
+    str | None,
+    typer.Option(
+        "--stack",
+        help="Memory; see 'kvpack policies' for what is installed.",
+        show_default="the model's own in its kvpack_config.json, else packforcing",
+    ),
+]
 
 
 class CommandGroup(TyperGroup):

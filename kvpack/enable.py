@@ -7,15 +7,17 @@ from diffusers import DiffusionPipeline
 
 from kvpack.adapter import Adapter
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
+from kvpack.ledger import require_length
 from kvpack.memory import Memory
 from kvpack.pipeline import Enabled, PackForcingMixin, enabled_class
 from kvpack.registry import registry
+from kvpack.settings import Settings
 from kvpack.stack import Stack
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
-def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] = "packforcing", **options: Any) -> Pipeline:
+def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] | None = None, **options: Any) -> Pipeline:
     """Lets a causal video pipeline generate any length in bounded memory (PackForcing, arXiv 2603.25730).
 
     The pipeline keeps its class name, components and call; `num_frames` may now exceed what the model was trained with.
@@ -23,8 +25,9 @@ def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] = "packfo
 
     Args:
         pipeline: a diffusers pipeline that an installed adapter supports.
-        stack: name of an installed stack, a `Stack` or other `Memory`, or what its `to_dict` gave.
-        options: options of the named stack, e.g. `topk=16`.
+        stack: name of an installed stack, a `Stack` or other `Memory`, or what its `to_dict` gave; None is what the
+            `kvpack_config.json` of the pipeline's folder says, and "packforcing" where there is none.
+        options: options of the named stack, e.g. `topk=16`; they go before those of the file.
 
     Returns:
         The same pipeline.
@@ -34,13 +37,16 @@ def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] = "packfo
         UnknownNameError: if a stack or policy is not installed.
         InvalidOptionError: if an option is unknown or wrong, or a compressor's weights are missing or another model's.
     """
-    resolved = resolve_stack(stack, options)
+    settings = Settings.of_pipeline(pipeline) or Settings()
+    resolved = resolve_stack(stack, options, settings)
+    if settings.first_chunk_frames is not None:
+        require_length(settings.first_chunk_frames, resolved.chunk_frames)
     adapter = adapter_of(pipeline)
     adapter.check(pipeline)
     adapter.check_stack(pipeline, resolved)
     if not isinstance(pipeline, PackForcingMixin):
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
-    attach(pipeline, resolved)
+    attach(pipeline, resolved, settings)
     return pipeline
 
 
@@ -52,12 +58,17 @@ def disable(pipeline: Pipeline) -> Pipeline:
     return pipeline
 
 
-def resolve_stack(stack: str | Memory | Mapping[str, Any], options: Mapping[str, Any]) -> Memory:
-    """The stack that a name with options, a dict or a `Stack` stands for.
+def resolve_stack(
+    stack: str | Memory | Mapping[str, Any] | None, options: Mapping[str, Any], settings: Settings | None = None
+) -> Memory:
+    """The stack that a name with options, a dict, a `Stack` or a model's own settings stand for.
 
     Raises:
         InvalidOptionError: if options are given with anything but a name, or are wrong.
     """
+    if stack is None:
+        settings = settings or Settings()
+        stack, options = settings.stack, {**settings.options, **options}
     if isinstance(stack, str):
         return registry().stack(stack, dict(options))
     if options:
@@ -71,12 +82,13 @@ def resolve_stack(stack: str | Memory | Mapping[str, Any], options: Mapping[str,
     return Stack.from_dict(stack)
 
 
-def attach(pipeline: Any, stack: Memory) -> None:
+def attach(pipeline: Any, stack: Memory, settings: Settings | None = None) -> None:
     """Puts the stack on a pipeline whose class is already the enabled one."""
     # Past DiffusionPipeline.__setattr__, which looks into the pipeline's config.
     before = vars(pipeline).get("_kvpack")
+    told = {} if settings is None else {"fps": float(settings.fps), "first_chunk_frames": settings.first_chunk_frames}
     kept = {} if before is None else {"fps": before.fps}
-    object.__setattr__(pipeline, "_kvpack", Enabled(stack, adapter_of(pipeline), **kept))
+    object.__setattr__(pipeline, "_kvpack", Enabled(stack, adapter_of(pipeline), **{**told, **kept}))
 
 
 def adapter_of(pipeline: Any) -> Adapter:

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, unknown_name
+from kvpack.recipes import RECIPES, Recipe
+from kvpack.settings import Settings
 
 Configs = Mapping[str, Mapping[str, Any]]
 
@@ -19,11 +21,13 @@ class ModelDescription:
         name: preset or folder.
         pipeline_class: diffusers class that runs it.
         configs: the configs of its transformer and its VAE.
+        settings: its own memory and steps.
     """
 
     name: str
     pipeline_class: str
     configs: Configs
+    settings: Settings = field(default_factory=Settings)
 
 
 #: The VAE of Wan 2.2 TI2V; that of the other presets is the stock `AutoencoderKLWan`.
@@ -58,6 +62,16 @@ PRESETS = {
         "wan2.2-ti2v-5b", "WanPipeline", _wan(30, 24, 14336, channels=48, spatial=16, **_VAE_2_2)
     ),
 }
+
+
+def _checkpoint(recipe: Recipe) -> ModelDescription:
+    """A checkpoint that `kvpack convert` knows; it has the shape of the model that it was made of."""
+    name = recipe.name if recipe.name.endswith("-14b") else f"{recipe.name}-1.3b"
+    of = PRESETS[f"wan2.1-t2v-{name.rpartition('-')[2]}"]
+    return ModelDescription(name, of.pipeline_class, of.configs, recipe.settings)
+
+
+PRESETS |= {each.name: each for each in map(_checkpoint, RECIPES.values())}
 
 
 def preset(name: str) -> ModelDescription:
@@ -99,7 +113,8 @@ def from_folder(folder: Path) -> ModelDescription:
         part: {} if index.get(part) == absent else _read(folder / part / "config.json")
         for part in ("transformer", "vae")
     }
-    return ModelDescription(str(folder), str(index.get("_class_name")), configs)
+    settings = Settings.of_folder(folder) or Settings()
+    return ModelDescription(str(folder), str(index.get("_class_name")), configs, settings)
 
 
 def adapter_for(model: ModelDescription) -> Any:
