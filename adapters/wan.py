@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvpack.adapter import Adapter
-from kvpack.adapters.wan_memory import check_compressor, patch_of
+from kvpack.adapters.wan_config import check_compressor, patch_of
 from kvpack.adapters.wan_run import WanRun
 from kvpack.adapters.wan_trainee import WanTrainee
 from kvpack.costs import LatentShape, ModelCost
@@ -32,7 +32,7 @@ class WanAdapter(Adapter):
     def check(self, pipeline: Any) -> None:
         """Refuses what would silently give wrong keys."""
         transformer = pipeline.transformer
-        if transformer is None or pipeline.transformer_2 is not None:
+        if transformer is None or getattr(pipeline, "transformer_2", None) is not None:
             raise UnsupportedPipelineError(
                 "kvpack drives one causal transformer, but this pipeline has "
                 f"{'no transformer' if transformer is None else 'transformer_2 as well'}; load it with transformer only"

@@ -10,6 +10,7 @@ from diffusers.hooks.hooks import CacheContext
 from torch import Tensor
 
 from kvpack.adapters.wan_attention import attached
+from kvpack.adapters.wan_config import check_compressor, patch_of
 from kvpack.adapters.wan_project import project_tokens
 from kvpack.adapters.wan_vae import embed, encode, forward_tokens, riding
 from kvpack.blame import blamed
@@ -79,6 +80,9 @@ class WanMemory:
         """Kvpack's processors in the transformer, whose forwards are denoising steps unless `commit` makes them."""
         self._announce = _denoise
         return attached(self.transformer, self._memory_for)
+
+    def begin(self) -> None:
+        """The denoising of a chunk begins, or begins anew."""
 
     def check_policies(self) -> None:
         """Raises `PolicyError` if a policy broke its contract in the chunk in progress."""
@@ -214,9 +218,16 @@ class WanMemory:
         assert isinstance(session, Session)  # no other makes twins
         session.compress(piece)
         times, embeds = self._clean_times(tokens), self.embeds[branch]
-        projected = project_tokens(self.transformer, tokens, times, embeds, attention_kwargs=self.attention_kwargs)
+        projected = project_tokens(
+            self.transformer, tokens, times, embeds, self._modulation, attention_kwargs=self.attention_kwargs
+        )
         for layer, (keys, values) in zip(session.layers, projected, strict=True):
             layer.hear(keys, values)
+
+    def _modulation(self, times: Tensor, embeds: Tensor) -> Tensor:
+        """What the layers hear of the time, `[batch, 6, width]`."""
+        _, modulation, *_ = self.transformer.condition_embedder(times, embeds)
+        return modulation.unflatten(1, (6, -1))
 
     def _clean_forward(self, branch: str, latents: Tensor) -> None:
         self.forward(branch, latents, self._clean_times(latents))
@@ -283,17 +294,3 @@ class WanMemory:
 
 def _denoise(session: AnySession, step: int) -> None:
     session.denoise(step)
-
-
-def check_compressor(transformer: Any, stack: Memory) -> None:
-    """Raises `InvalidOptionError` if the stack's compressor cannot work with this transformer."""
-    if stack.latent_compressor is not None:
-        config = transformer.config
-        width = config.num_attention_heads * config.attention_head_dim
-        stack.latent_compressor.check(config.in_channels, width, patch_of(config))
-
-
-def patch_of(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Latent rows and columns of a token, from a transformer's config."""
-    _, rows, columns = config["patch_size"]
-    return rows, columns

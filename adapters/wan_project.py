@@ -1,6 +1,6 @@
 """Keys and values of hidden tokens by each layer's own projections, without a forward of the model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusers.utils.peft_utils import apply_lora_scale
@@ -15,6 +15,7 @@ def project_tokens(
     tokens: Tensor,
     timesteps: Tensor,
     embeds: Tensor,
+    modulate: Callable[[Tensor, Tensor], Tensor],
     *,
     attention_kwargs: Mapping[str, Any] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
@@ -27,11 +28,11 @@ def project_tokens(
         tokens: hidden tokens `[batch, tokens, width]`.
         timesteps: time of each row.
         embeds: text embeddings, whose dtype the time embedding takes.
+        modulate: what the layers hear of time and text, `[batch, 6, width]`.
         attention_kwargs: those of the transformer's call; `scale` is that of its LoRA layers.
     """
     onload(transformer)
-    _, modulation, *_ = transformer.condition_embedder(timesteps, embeds)
-    modulation = modulation.unflatten(1, (6, -1)).float()
+    modulation = modulate(timesteps, embeds).float()
     return [_keys_values(block, tokens, modulation) for block in transformer.blocks]
 
 
