@@ -39,7 +39,7 @@ class SkyReelsMemory(WanMemory):
         embeds: dict[str, Tensor],
         attention_kwargs: Mapping[str, Any] | None = None,
         buffer: type[PackedBuffer] = PackedBuffer,
-        fps: float = 24,
+        fps: float = 24.0,
     ) -> None:
         super().__init__(pipeline, stack, geometry, embeds, attention_kwargs, buffer)
         self._is_fast = int(fps != 16)  # all that the model hears of it

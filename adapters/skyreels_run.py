@@ -52,7 +52,7 @@ class SkyReelsRun(WanRun):
 
     def _new_memory(self, geometry: Geometry, embeds: dict[str, Tensor]) -> SkyReelsMemory:
         call = self.arguments
-        return SkyReelsMemory(self.pipeline, self.stack, geometry, embeds, call["attention_kwargs"], fps=call["fps"])
+        return SkyReelsMemory(self.pipeline, self.stack, geometry, embeds, call["attention_kwargs"], fps=self._fps)
 
     def _given_latents(self, size: tuple[int, int], rows: int) -> Tensor | None:
         pixels = given_pixels(self.pipeline, self.arguments, size)
