@@ -47,4 +47,4 @@ class SkyReelsV2Adapter(WanAdapter):
 
     def trainee(self, pipeline: Any, max_sequence_length: int | None = None) -> NoReturn:
         """Not yet."""
-        raise UnsupportedPipelineError(f"the adapter {self.name} cannot train yet; a compressor trained on Wan may fit")
+        raise UnsupportedPipelineError(f"the adapter {self.name} cannot train yet")

@@ -185,16 +185,21 @@ def fail(*_):
     raise ZeroDivisionError
 
 
+def failing(pipe):
+    with pytest.raises(ZeroDivisionError):
+        generate(pipe, callback_on_step_end=fail)
+
+
 def stopped(pipe, *_):
     pipe._interrupt = True
     return {}
 
 
 ENDINGS = {
-    "done": lambda pipe: generate(pipe),
+    "done": generate,
     "interrupted": lambda pipe: generate(pipe, callback_on_step_end=stopped),
     "closed": lambda pipe: (stream := pipe.packforcing.stream(**CALL), next(stream), stream.close()),
-    "failed": lambda pipe: pytest.raises(ZeroDivisionError, generate, pipe, callback_on_step_end=fail),
+    "failed": failing,
 }
 
 
