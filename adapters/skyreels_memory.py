@@ -42,7 +42,7 @@ class SkyReelsMemory(WanMemory):
         fps: float = 24.0,
     ) -> None:
         super().__init__(pipeline, stack, geometry, embeds, attention_kwargs, buffer)
-        self._is_fast = int(fps != 16)  # all that the model hears of it
+        self._fps_kind = int(fps != 16)  # all that the model hears of it
         self._steps = 0
 
     def begin(self) -> None:
@@ -73,7 +73,7 @@ class SkyReelsMemory(WanMemory):
         return args, {**kwargs, **one, "fps": self._fps_rows(times)}
 
     def _fps_rows(self, times: Tensor) -> list[int]:
-        return [self._is_fast] * times.shape[0]
+        return [self._fps_kind] * times.shape[0]
 
     def _memory_for(self, context: CacheContext) -> Sequence[AttendingLayer]:
         """Counts the steps, which this pipeline does not tell."""

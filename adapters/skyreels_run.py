@@ -18,22 +18,22 @@ from kvpack.geometry import Geometry
 from kvpack.pipeline import PackForcingMixin
 
 
-class TextToVideo(PackForcingMixin, SkyReelsV2DiffusionForcingPipeline):
-    """The call that denoises a chunk, on the state of another pipeline; it takes `latents`, which upstream's drops."""
-
-    _kvpack_base = SkyReelsV2DiffusionForcingPipeline
-
-    @classmethod
-    def over(cls, pipeline: Any) -> "TextToVideo":
-        """Shares everything with a pipeline: components, hooks, interrupt and progress."""
-        view = object.__new__(cls)
-        object.__setattr__(view, "__dict__", vars(pipeline))
-        return view
+class _OneChunk(PackForcingMixin):
+    """The text-to-video call denoises given noise, which upstream's own fails to."""
 
     def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
         """Given latents are returned alone upstream, where four values are awaited, and later written into."""
-        made = super().prepare_latents(*args, **kwargs)
+        made = super().prepare_latents(*args, **kwargs)  # type: ignore[misc]
         return made if isinstance(made, tuple) else (made.clone(), made.shape[2], None, 0)
+
+
+def text_to_video(pipeline: Any) -> Any:
+    """The text-to-video call over everything of an enabled pipeline: components, hooks, interrupt and progress."""
+    base = pipeline._kvpack_base
+    base = base if issubclass(base, SkyReelsV2DiffusionForcingPipeline) else SkyReelsV2DiffusionForcingPipeline
+    view: Any = object.__new__(type(base.__name__, (_OneChunk, base), {"_kvpack_base": base}))
+    object.__setattr__(view, "__dict__", vars(pipeline))
+    return view
 
 
 class SkyReelsRun(WanRun):
@@ -64,7 +64,7 @@ class SkyReelsRun(WanRun):
         return latents
 
     def _noise(self, first: int, frames: int) -> Tensor:
-        return chunk_noise(TextToVideo.over(self.pipeline), self.arguments, self._rows, first, frames)
+        return chunk_noise(text_to_video(self.pipeline), self.arguments, self._rows, first, frames)
 
     def _upstream(self, call: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the text-to-video call, for one short video without blocks."""
@@ -74,7 +74,7 @@ class SkyReelsRun(WanRun):
         return {**{name: value for name, value in call.items() if name in known}, **short, "base_num_frames": longest}
 
     def _stock_call(self, arguments: dict[str, Any]) -> Any:
-        return TextToVideo.over(self.pipeline)(**arguments)
+        return text_to_video(self.pipeline)(**arguments)
 
     def postprocess(self, pixels: Tensor) -> Any:
         """Frames in the call's `output_type`, the first behind the clip that the video goes on from, as upstream's."""

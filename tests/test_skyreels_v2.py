@@ -309,6 +309,22 @@ def test_interrupting_stops_at_the_chunk(pipe):
     assert generate(pipe, callback_on_step_end=stopped).shape[2] == 4
 
 
+def test_a_subclass_keeps_its_own_ways(pipe):
+    blocks = []
+
+    class Mine(type(pipe)):
+        def generate_timestep_matrix(self, frames, *args):
+            blocks.append(frames)
+            return super().generate_timestep_matrix(frames, *args)
+
+    wanted = generate(pipe.enable_packforcing(**FULL))
+    pipe.disable_packforcing()
+    mine = Mine(**pipe.components)
+    mine.set_progress_bar_config(disable=True)
+    assert torch.equal(generate(mine.enable_packforcing(**FULL)), wanted)
+    assert blocks == [4, 4, 4]
+
+
 def test_a_saved_pipeline_is_the_stock_one(tmp_path, pipe):
     pipe.enable_packforcing(**FULL)
     generate(pipe)

@@ -11,7 +11,9 @@ from diffusers import (
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2AttnProcessor
 from PIL import Image
 
+from kvpack.demo import demo_stack
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError
+from kvpack.registry import registry
 from kvpack.testing import check_adapter, tiny_skyreels_v2_pipeline
 
 CALL = {
@@ -151,6 +153,17 @@ def test_a_whole_clip_is_gone_on_from_without_overlap_history(from_clip):
     assert given.shape[2] == 7
 
 
+def test_each_video_has_its_own_beginning(from_image, from_clip):
+    images = torch.rand(2, 3, 32, 32, generator=seeded())
+    for pipe, name, given in ((from_image, "image", images), (from_clip, "video", clip(5, rows=2))):
+        pipe.enable_packforcing("full", chunk_frames=2)
+        call = {**CALL, "num_frames": 17}
+        both = pipe(**{**call, "prompt": [CALL["prompt"]] * 2, name: given}, generator=[seeded(0), seeded(1)]).frames
+        for row in range(2):
+            alone = pipe(**{**call, name: given[row : row + 1]}, generator=seeded(row)).frames
+            assert distance(both[row : row + 1], alone) < 1e-5
+
+
 def test_what_is_given_is_committed_and_never_denoised(from_image):
     seen = []
     handle = from_image.transformer.register_forward_pre_hook(
@@ -258,3 +271,18 @@ def test_wrong_clips(case, from_clip):
     from_clip.enable_packforcing("full", chunk_frames=2)
     with pytest.raises(error, match=words):
         from_clip(**{**CALL, "video": clip(9), "num_frames": 25, **changed})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", sorted(registry().names("stack")))
+def test_every_memory_goes_on_from_an_image_under_two_prompts(stack, from_image):
+    from_image.enable_packforcing(demo_stack(stack))
+    call = {**CALL, "height": 16, "width": 16, "image": picture(), "num_frames": 81, "num_inference_steps": 2}
+    call["prompt"] = [(0, "a red circle"), (2, "the blue square")]
+    latents = from_image(**call, generator=seeded()).frames
+    assert latents.shape == (1, 16, 21, 2, 2)
+    assert bool(latents.isfinite().all())
+    frames = from_image.packforcing.stack.chunk_frames
+    assert from_image.packforcing.stats()["frames"] == 1 - (-20 // frames) * frames
+    streamed = list(from_image.packforcing.stream(**call, generator=seeded()))
+    assert torch.equal(torch.cat(streamed, dim=2), latents)
