@@ -1,6 +1,6 @@
 """A SkyReels-V2 transformer over kvpack's memory: one time for all frames of a chunk, no mask, steps counted."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -45,9 +45,14 @@ class SkyReelsMemory(WanMemory):
         self._fps_kind = int(fps != 16)  # all that the model hears of it
         self._steps = 0
 
-    def begin(self) -> None:
-        """The denoising of a chunk begins, or begins anew."""
-        self._steps = 0
+    def accepted(self, make: Callable[[int], Tensor]) -> Tensor:
+        """Clean latents of a chunk; its steps are counted from 0 in every try."""
+
+        def from_the_first_step(retry: int) -> Tensor:
+            self._steps = 0
+            return make(retry)
+
+        return super().accepted(from_the_first_step)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -72,8 +77,8 @@ class SkyReelsMemory(WanMemory):
         one = {"timestep": times[:, 0] if times.ndim == 2 else times, "enable_diffusion_forcing": False}
         return args, {**kwargs, **one, "fps": self._fps_rows(times)}
 
-    def _fps_rows(self, times: Tensor) -> list[int]:
-        return [self._fps_kind] * times.shape[0]
+    def _fps_rows(self, rows: Tensor) -> list[int]:
+        return [self._fps_kind] * rows.shape[0]
 
     def _memory_for(self, context: CacheContext) -> Sequence[AttendingLayer]:
         """Counts the steps, which this pipeline does not tell."""
@@ -82,10 +87,10 @@ class SkyReelsMemory(WanMemory):
             context = replace(context, step_index=max(0, self._steps - 1))
         return super()._memory_for(context)
 
-    def _modulation(self, times: Tensor, embeds: Tensor) -> Tensor:
-        modulation = super()._modulation(times, embeds)
+    def _modulation(self, branch: str, rows: Tensor) -> Tensor:
+        modulation = super()._modulation(branch, rows)
         if not self.transformer.config.inject_sample_info:
             return modulation
-        rows = torch.tensor(self._fps_rows(times), device=times.device)
-        told = self.transformer.fps_projection(self.transformer.fps_embedding(rows))
+        kinds = torch.tensor(self._fps_rows(rows), device=rows.device)
+        told = self.transformer.fps_projection(self.transformer.fps_embedding(kinds))
         return modulation + told.unflatten(1, (6, -1))

@@ -10,7 +10,7 @@ from diffusers.hooks.hooks import CacheContext
 from torch import Tensor
 
 from kvpack.adapters.wan_attention import attached
-from kvpack.adapters.wan_config import check_compressor, patch_of
+from kvpack.adapters.wan_compressor import check_compressor, patch_of
 from kvpack.adapters.wan_project import project_tokens
 from kvpack.adapters.wan_vae import embed, encode, forward_tokens, riding
 from kvpack.blame import blamed
@@ -81,23 +81,28 @@ class WanMemory:
         self._announce = _denoise
         return attached(self.transformer, self._memory_for)
 
-    def begin(self) -> None:
-        """The denoising of a chunk begins, or begins anew."""
-
     def check_policies(self) -> None:
         """Raises `PolicyError` if a policy broke its contract in the chunk in progress."""
         for session in self.sessions.values():
             session.check_policies()
 
-    def review(self, latents: Tensor) -> Tensor | None:
-        """Rows of the chunk that the memory wants made anew; None if it accepts them."""
-        vetoes = [session.review(latents) for session in self.sessions.values()]
-        return next((each for each in vetoes if each is not None), None)
+    def accepted(self, make: Callable[[int], Tensor]) -> Tensor:
+        """Clean latents of a chunk that the memory accepts; rows that it vetoes are made again.
 
-    def settle(self) -> None:
-        """The chunk is accepted as it is."""
+        Args:
+            make: denoises the chunk; told how often it has been before.
+        """
+        latents = make(0)
+        for retry in range(self.stack.most_retries):
+            vetoes = [session.review(latents) for session in self.sessions.values()]
+            vetoed = next((each for each in vetoes if each is not None), None)
+            if vetoed is None:
+                return latents
+            again = make(retry + 1)
+            latents = torch.where(vetoed[:, None, None, None, None].to(latents.device), again, latents)
         for session in self.sessions.values():
             session.settle()
+        return latents
 
     def forward(self, branch: str, latents: Tensor, timesteps: Tensor, step: int | None = None) -> Tensor:
         """The transformer's output for latents of one branch, at a denoising step."""
@@ -217,16 +222,15 @@ class WanMemory:
             return
         assert isinstance(session, Session)  # no other makes twins
         session.compress(piece)
-        times, embeds = self._clean_times(tokens), self.embeds[branch]
         projected = project_tokens(
-            self.transformer, tokens, times, embeds, self._modulation, attention_kwargs=self.attention_kwargs
+            self.transformer, tokens, lambda: self._modulation(branch, tokens), attention_kwargs=self.attention_kwargs
         )
         for layer, (keys, values) in zip(session.layers, projected, strict=True):
             layer.hear(keys, values)
 
-    def _modulation(self, times: Tensor, embeds: Tensor) -> Tensor:
-        """What the layers hear of the time, `[batch, 6, width]`."""
-        _, modulation, *_ = self.transformer.condition_embedder(times, embeds)
+    def _modulation(self, branch: str, rows: Tensor) -> Tensor:
+        """What the layers hear of t = 0, `[batch, 6, width]`."""
+        _, modulation, *_ = self.transformer.condition_embedder(self._clean_times(rows), self.embeds[branch])
         return modulation.unflatten(1, (6, -1))
 
     def _clean_forward(self, branch: str, latents: Tensor) -> None:

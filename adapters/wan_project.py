@@ -13,9 +13,7 @@ from kvpack.adapters.wan_vae import onload
 def project_tokens(
     transformer: Any,
     tokens: Tensor,
-    timesteps: Tensor,
-    embeds: Tensor,
-    modulate: Callable[[Tensor, Tensor], Tensor],
+    modulation: Callable[[], Tensor],
     *,
     attention_kwargs: Mapping[str, Any] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
@@ -26,14 +24,12 @@ def project_tokens(
     Args:
         transformer: a `WanTransformer3DModel`.
         tokens: hidden tokens `[batch, tokens, width]`.
-        timesteps: time of each row.
-        embeds: text embeddings, whose dtype the time embedding takes.
-        modulate: what the layers hear of time and text, `[batch, 6, width]`.
+        modulation: makes what the layers hear of the time, `[batch, 6, width]`.
         attention_kwargs: those of the transformer's call; `scale` is that of its LoRA layers.
     """
     onload(transformer)
-    modulation = modulate(timesteps, embeds).float()
-    return [_keys_values(block, tokens, modulation) for block in transformer.blocks]
+    heard = modulation().float()
+    return [_keys_values(block, tokens, heard) for block in transformer.blocks]
 
 
 def _keys_values(block: Any, tokens: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
+from kvpack.policies.token_trim import TokenTrim
 from kvpack.registry import registry
 from kvpack.session import Session
+from kvpack.state_session import StateSession
 from kvpack.testing import check_adapter, tiny_skyreels_v2_pipeline
 
 PROMPTS = ["a red circle", "the blue square"]
@@ -166,6 +168,18 @@ def test_steps_are_counted(pipe, monkeypatch):
     steps.clear()
     generate(pipe, num_inference_steps=3)
     assert steps == [0, 1, 2] * 3
+
+
+def test_a_vetoed_chunk_begins_with_its_first_step_again(pipe, monkeypatch):
+    steps, denoise = [], StateSession.denoise
+    monkeypatch.setattr(StateSession, "denoise", lambda self, step: (steps.append(step), denoise(self, step))[1])
+    monkeypatch.setattr(TokenTrim, "veto", lambda _, state, latents: (torch.ones(latents.shape[0]) > 0, state))
+    noise = torch.randn(1, 16, 8, 4, 6, generator=seeded())
+    wanted = upstream(pipe, noise, 4)
+    pipe.enable_packforcing("token-trim", chunk_frames=4, window_frames=12)
+    given = generate(pipe, latents=noise)  # the same noise in both tries, although upstream writes into it
+    assert steps == [0, 1] * 2 * 2  # tries and chunks
+    assert distance(given, wanted) < 1e-5
 
 
 def test_the_chunk_is_the_causal_block(pipe):

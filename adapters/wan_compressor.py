@@ -1,4 +1,4 @@
-"""What a Wan transformer's config says of its tokens."""
+"""Whether a compressor goes with a Wan transformer."""
 
 from collections.abc import Mapping
 from typing import Any
