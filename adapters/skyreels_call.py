@@ -38,6 +38,7 @@ def checked_call(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -
         InvalidOptionError: if an argument cannot work.
         ValueError: if the pipeline's own check says so.
     """
+    # Upstream wants overlap_history beyond base_num_frames; there is no such length here.
     call = checked(pipeline, {**arguments, "base_num_frames": 1}, streaming=streaming)
     _check_schedule(call)
     if call["overlap_history"] is not None:

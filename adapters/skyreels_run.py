@@ -1,6 +1,7 @@
 """One generation of a SkyReels-V2 diffusion-forcing pipeline: the text-to-video call once a chunk."""
 
 import inspect
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,6 +48,10 @@ class SkyReelsRun(WanRun):
     def _fps(self) -> float:
         return float(self.arguments["fps"])
 
+    @cached_property
+    def _text_to_video(self) -> Any:
+        return text_to_video(self.pipeline)
+
     def _checked(self, arguments: dict[str, Any], *, streaming: bool) -> dict[str, Any]:
         return checked_call(self.pipeline, arguments, streaming=streaming)
 
@@ -64,7 +69,7 @@ class SkyReelsRun(WanRun):
         return latents
 
     def _noise(self, first: int, frames: int) -> Tensor:
-        return chunk_noise(text_to_video(self.pipeline), self.arguments, self._rows, first, frames)
+        return chunk_noise(self._text_to_video, self.arguments, self._rows, first, frames)
 
     def _upstream(self, call: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the text-to-video call, for one short video without blocks."""
@@ -74,7 +79,7 @@ class SkyReelsRun(WanRun):
         return {**{name: value for name, value in call.items() if name in known}, **short, "base_num_frames": longest}
 
     def _stock_call(self, arguments: dict[str, Any]) -> Any:
-        return text_to_video(self.pipeline)(**arguments)
+        return self._text_to_video(**arguments)
 
     def postprocess(self, pixels: Tensor) -> Any:
         """Frames in the call's `output_type`, the first behind the clip that the video goes on from, as upstream's."""
