@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvpack.adapters.sana_wm import SanaWMAdapter
+from kvpack.adapters.skyreels import SkyReelsV2Adapter
 from kvpack.adapters.wan import WanAdapter
 from kvpack.hookspecs import hookimpl
 
@@ -13,3 +14,4 @@ def kvpack_register_adapters(register: Callable[[Any], None]) -> None:
     """All built-in adapters."""
     register(WanAdapter())
     register(SanaWMAdapter())
+    register(SkyReelsV2Adapter())

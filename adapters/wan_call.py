@@ -1,5 +1,6 @@
 """What a `WanPipeline` is asked for: arguments checked before anything is computed, prompts encoded, noise drawn."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,6 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor
 
-from kvpack.adapters.wan_given import check_given
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, require_int
 
 logger = logging.get_logger(__name__)
@@ -24,21 +24,12 @@ def checked(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> dic
     call = dict(arguments)
     if hasattr(call["callback_on_step_end"], "tensor_inputs"):
         call["callback_on_step_end_tensor_inputs"] = call["callback_on_step_end"].tensor_inputs
-    pipeline.check_inputs(
-        call["prompt"],
-        call["negative_prompt"],
-        call["height"],
-        call["width"],
-        call["prompt_embeds"],
-        call["negative_prompt_embeds"],
-        call["callback_on_step_end_tensor_inputs"],
-        call["guidance_scale_2"],
-    )
+    own = {**call, "num_frames": 1}  # any number will do
+    pipeline.check_inputs(**{name: own[name] for name in inspect.signature(pipeline.check_inputs).parameters})
     if isinstance(call["prompt"], list) and not call["prompt"]:
         raise InvalidOptionError("prompt is an empty list; give at least one prompt")
     if call["output_type"] not in ("latent", "np", "pt", "pil"):
         raise InvalidOptionError(f"output_type must be latent, np, pt or pil, got {call['output_type']!r}")
-    check_given(pipeline, call)
     require_int("num_inference_steps", call["num_inference_steps"], minimum=1)
     call["num_videos_per_prompt"] = require_int("num_videos_per_prompt", call["num_videos_per_prompt"] or 1, minimum=1)
     if call["num_frames"] is not None:
@@ -166,4 +157,5 @@ def chunk_noise(pipeline: Any, call: dict[str, Any], rows: int, first_frame: int
         call["generator"],
         None,
     )
+    noise = noise[0] if isinstance(noise, tuple) else noise  # some pipelines tell their lengths too
     return noise if part is None else torch.cat([part.to(noise), noise[:, :, part.shape[2] :]], dim=2)

@@ -222,10 +222,16 @@ class WanMemory:
             return
         assert isinstance(session, Session)  # no other makes twins
         session.compress(piece)
-        times, embeds = self._clean_times(tokens), self.embeds[branch]
-        projected = project_tokens(self.transformer, tokens, times, embeds, attention_kwargs=self.attention_kwargs)
+        projected = project_tokens(
+            self.transformer, tokens, lambda: self._modulation(branch, tokens), attention_kwargs=self.attention_kwargs
+        )
         for layer, (keys, values) in zip(session.layers, projected, strict=True):
             layer.hear(keys, values)
+
+    def _modulation(self, branch: str, rows: Tensor) -> Tensor:
+        """What the layers hear of t = 0, `[batch, 6, width]`."""
+        _, modulation, *_ = self.transformer.condition_embedder(self._clean_times(rows), self.embeds[branch])
+        return modulation.unflatten(1, (6, -1))
 
     def _clean_forward(self, branch: str, latents: Tensor) -> None:
         self.forward(branch, latents, self._clean_times(latents))

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from kvpack.adapter import Adapter, Chunk, Run
 from kvpack.adapters.wan_call import checked, chunk_noise, encode_prompts, frame_size, latent_frames, rewinding
-from kvpack.adapters.wan_given import given_latents
+from kvpack.adapters.wan_given import check_given, given_latents
 from kvpack.adapters.wan_memory import WanMemory
 from kvpack.adapters.wan_vae import StreamingDecoder
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, UnsupportedPipelineError
+from kvpack.geometry import Geometry
+from kvpack.ledger import require_length
 from kvpack.memory import Memory
 from kvpack.shots import Prompt, shots
 from kvpack.stats import branch_stats
@@ -34,7 +36,8 @@ class WanRun(Run):
         NonFiniteLatentsError: if `latents` hold NaN or infinity.
     """
 
-    memory_class: ClassVar[type[WanMemory]] = WanMemory
+    #: What the pipeline's call returns around the frames.
+    output_class: ClassVar[Any] = WanPipelineOutput
 
     def __init__(
         self, adapter: Adapter, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool
@@ -54,12 +57,12 @@ class WanRun(Run):
         configs = {"transformer": pipeline.transformer.config, "vae": pipeline.vae.config}
         geometry = adapter.geometry(configs, height, width, pipeline.transformer.dtype)
         embeds = encode_prompts(pipeline, self.arguments)
-        self.memory = self.memory_class(pipeline, stack, geometry, embeds, self.arguments["attention_kwargs"])
+        self.memory = self._new_memory(geometry, embeds)
         self.sessions, self.seconds = self.memory.sessions, self.memory.seconds
         #: Clean latents that the video begins with.
         self.given = self._given(size, self._rows)
         self.first_frames = self._first_frames()
-        scale, fps = pipeline.vae_scale_factor_temporal, pipeline.packforcing.fps
+        scale, fps = pipeline.vae_scale_factor_temporal, self._fps
         #: What is to come: the chunk that it begins with, embeddings, and whether the scene changes.
         self._turns = [
             (shot.chunk(fps, stack.chunk_frames, scale, self.first_frames), self._embeds(shot.prompt), shot.cut)
@@ -90,13 +93,23 @@ class WanRun(Run):
         """Videos of the batch."""
         return next(iter(self.memory.embeds.values())).shape[0]
 
+    @property
+    def _fps(self) -> float:
+        """Pixel frames a second."""
+        return float(self.pipeline.packforcing.fps)
+
     def _checked(self, arguments: dict[str, Any], *, streaming: bool) -> dict[str, Any]:
         """All arguments of the call, checked before anything is computed."""
+        check_given(self.pipeline, arguments)
         return checked(self.pipeline, arguments, streaming=streaming)
+
+    def _new_memory(self, geometry: Geometry, embeds: dict[str, Tensor]) -> WanMemory:
+        """The memory of this generation."""
+        return WanMemory(self.pipeline, self.stack, geometry, embeds, self.arguments["attention_kwargs"])
 
     def _given(self, size: tuple[int, int], rows: int) -> Tensor | None:
         """Clean latents that the video begins with."""
-        given = given_latents(self.pipeline, self.arguments, size, rows)
+        given = self._given_latents(size, rows)
         if given is not None and self.total_frames is not None and given.shape[2] >= self.total_frames:
             raise InvalidOptionError(
                 f"what is given has {given.shape[2]} latent frames, but the whole video has {self.total_frames}; "
@@ -104,11 +117,14 @@ class WanRun(Run):
             )
         return given
 
+    def _given_latents(self, size: tuple[int, int], rows: int) -> Tensor | None:
+        return given_latents(self.pipeline, self.arguments, size, rows)
+
     def _first_frames(self) -> int:
         """Latent frames of the first chunk: chunks that are given are whole but for the first."""
         frames = self.stack.chunk_frames
         if self.given is None:
-            return self.pipeline.packforcing.first_chunk_frames or frames
+            return require_length(self.pipeline.packforcing.first_chunk_frames or frames, frames)
         return (self.given.shape[2] - 1) % frames + 1
 
     def turn(self, prompt: Prompt, *, cut: bool = False) -> None:
@@ -155,7 +171,7 @@ class WanRun(Run):
 
     def output(self, frames: Any) -> Any:
         """What the pipeline's call returns."""
-        return WanPipelineOutput(frames=frames) if self.arguments["return_dict"] else (frames,)
+        return self.output_class(frames=frames) if self.arguments["return_dict"] else (frames,)
 
     def stats(self) -> dict[str, Any]:
         """Tokens of one branch, bytes of all, and seconds of each phase."""
@@ -232,19 +248,22 @@ class WanRun(Run):
         }
         bind = getattr(pipeline.scheduler, "bound_generator", nullcontext)
         with bind(call["generator"]) if bind is not nullcontext else nullcontext():
-            (latents,) = pipeline._kvpack_base.__call__(pipeline, **{**self._upstream(call), **changed})
+            (latents,) = self._stock_call({**self._upstream(call), **changed})
         return latents
+
+    def _stock_call(self, arguments: dict[str, Any]) -> Any:
+        return self.pipeline._kvpack_base.__call__(self.pipeline, **arguments)
 
     def _upstream(self, call: dict[str, Any]) -> dict[str, Any]:
         """The arguments that the stock pipeline knows."""
         return {name: value for name, value in call.items() if name not in self.adapter.extra_arguments}
 
-    def _callback(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def _callback(self, _: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """The user's callback; embeddings that it replaces stay replaced for the chunks to come."""
-        outputs = self.arguments["callback_on_step_end"](pipeline, step, timestep, tensors)
+        outputs = self.arguments["callback_on_step_end"](self.pipeline, step, timestep, tensors)
         for branch, name in (("cond", "prompt_embeds"), ("uncond", "negative_prompt_embeds")):
             if outputs.get(name) is not None and branch in self.memory.embeds:
-                self.memory.embeds[branch] = outputs[name].to(pipeline.transformer.dtype)
+                self.memory.embeds[branch] = outputs[name].to(self.pipeline.transformer.dtype)
         return outputs
 
     @contextmanager

@@ -61,6 +61,12 @@ PRESETS = {
     "wan2.2-ti2v-5b": ModelDescription(
         "wan2.2-ti2v-5b", "WanPipeline", _wan(30, 24, 14336, channels=48, spatial=16, **_VAE_2_2)
     ),
+    "skyreels-v2-df-1.3b": ModelDescription(
+        "skyreels-v2-df-1.3b", "SkyReelsV2DiffusionForcingPipeline", _wan(30, 12, 8960)
+    ),
+    "skyreels-v2-df-14b": ModelDescription(
+        "skyreels-v2-df-14b", "SkyReelsV2DiffusionForcingPipeline", _wan(40, 40, 13824)
+    ),
 }
 
 

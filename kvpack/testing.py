@@ -23,7 +23,7 @@ from kvpack.roles import (
 )
 from kvpack.session import AnySession, Session
 from kvpack.stack import Stack
-from kvpack.tiny import tiny_tokenizer, tiny_wan_pipeline, tiny_wan_transformer
+from kvpack.tiny import tiny_skyreels_v2_pipeline, tiny_tokenizer, tiny_wan_pipeline, tiny_wan_transformer
 from kvpack.tiny_sana_wm import tiny_sana_wm_refiner, tiny_sana_wm_transformer
 
 TINY = Geometry(layers=2, heads=2, head_dim=12, grid=(4, 5), rope_split=(4, 4, 4))
@@ -284,6 +284,7 @@ __all__ = [
     "run_session",
     "tiny_sana_wm_refiner",
     "tiny_sana_wm_transformer",
+    "tiny_skyreels_v2_pipeline",
     "tiny_tokenizer",
     "tiny_wan_pipeline",
     "tiny_wan_transformer",

@@ -1,4 +1,4 @@
-"""Tiny Wan pipelines with random weights, made in code: no files, no network."""
+"""Tiny pipelines with random weights, made in code: no files, no network."""
 
 from typing import Any
 
@@ -28,6 +28,10 @@ def tiny_wan_transformer(seed: int = 0, **config: Any) -> Any:
     """A `WanTransformer3DModel` of two layers with random weights whose output depends on history and text."""
     from diffusers import WanTransformer3DModel
 
+    return _tiny_transformer(WanTransformer3DModel, seed, config)
+
+
+def _tiny_transformer(transformer_class: Any, seed: int, config: dict[str, Any]) -> Any:
     defaults = {
         "patch_size": (1, 2, 2),
         "num_attention_heads": 2,
@@ -42,7 +46,7 @@ def tiny_wan_transformer(seed: int = 0, **config: Any) -> Any:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer = WanTransformer3DModel(**{**defaults, **config}).eval()
+        transformer = transformer_class(**{**defaults, **config}).eval()
         for parameter in transformer.parameters():
             if parameter.ndim > 1:
                 parameter.data.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
@@ -57,7 +61,37 @@ def tiny_wan_pipeline(seed: int = 0, scheduler: Any = None, **config: Any) -> An
         scheduler: `FlowMatchEulerDiscreteScheduler(shift=3)` if None.
         config: overrides of the transformer's config.
     """
-    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    return WanPipeline(
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=tiny_wan_transformer(seed, **config),
+        **_tiny_coders(seed),
+    )
+
+
+def tiny_skyreels_v2_pipeline(seed: int = 0, pipeline_class: Any = None, scheduler: Any = None, **config: Any) -> Any:
+    """A SkyReels-V2 diffusion-forcing pipeline with random weights, made without files or network.
+
+    Args:
+        seed: of the weights; the process's random state is left alone.
+        pipeline_class: one of the three; `SkyReelsV2DiffusionForcingPipeline` if None.
+        scheduler: `UniPCMultistepScheduler(flow_shift=8, use_flow_sigmas=True)` if None.
+        config: overrides of the transformer's config.
+    """
+    from diffusers import SkyReelsV2DiffusionForcingPipeline, SkyReelsV2Transformer3DModel, UniPCMultistepScheduler
+
+    flow = {"flow_shift": 8.0, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    return (pipeline_class or SkyReelsV2DiffusionForcingPipeline)(
+        scheduler=scheduler or UniPCMultistepScheduler(**flow),
+        transformer=_tiny_transformer(SkyReelsV2Transformer3DModel, seed, config),
+        **_tiny_coders(seed),
+    )
+
+
+def _tiny_coders(seed: int) -> dict[str, Any]:
+    """Tokenizer, text encoder and VAE."""
+    from diffusers import AutoencoderKLWan
     from transformers import UMT5Config, UMT5EncoderModel
 
     with torch.random.fork_rng(devices=[]):
@@ -67,10 +101,4 @@ def tiny_wan_pipeline(seed: int = 0, scheduler: Any = None, **config: Any) -> An
         ).eval()
         text = UMT5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
         text_encoder = UMT5EncoderModel(text).eval()
-    return WanPipeline(
-        tokenizer=tiny_tokenizer(),
-        text_encoder=text_encoder,
-        vae=vae,
-        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=tiny_wan_transformer(seed, **config),
-    )
+    return {"tokenizer": tiny_tokenizer(), "text_encoder": text_encoder, "vae": vae}

@@ -245,6 +245,8 @@ def test_sizes_that_are_not_positive_are_refused(size: str) -> None:
         ("wan2.1-t2v-1.3b", 184_320, (30, 52)),
         ("wan2.1-t2v-14b", 819_200, (30, 52)),
         ("wan2.2-ti2v-5b", 368_640, (15, 26)),
+        ("skyreels-v2-df-1.3b", 184_320, (30, 52)),
+        ("skyreels-v2-df-14b", 819_200, (30, 52)),
     ],
 )
 def test_presets(name: str, token_bytes: int, grid: tuple[int, int]) -> None:

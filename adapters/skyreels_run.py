@@ -1,0 +1,87 @@
+"""One generation of a SkyReels-V2 diffusion-forcing pipeline: the text-to-video call once a chunk."""
+
+import inspect
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import SkyReelsV2DiffusionForcingPipeline
+from diffusers.pipelines.skyreels_v2.pipeline_output import SkyReelsV2PipelineOutput
+from torch import Tensor
+
+from kvpack.adapters.skyreels_call import checked_call
+from kvpack.adapters.skyreels_given import given_latents, given_pixels
+from kvpack.adapters.skyreels_memory import SkyReelsMemory
+from kvpack.adapters.wan_call import chunk_noise
+from kvpack.adapters.wan_given import in_rows
+from kvpack.adapters.wan_run import WanRun
+from kvpack.geometry import Geometry
+from kvpack.pipeline import PackForcingMixin
+
+
+class _OneChunk(PackForcingMixin):
+    """The text-to-video call denoises given noise, which upstream's own fails to."""
+
+    def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
+        """Given latents are returned alone upstream, where four values are awaited, and later written into."""
+        made = super().prepare_latents(*args, **kwargs)  # type: ignore[misc]
+        return made if isinstance(made, tuple) else (made.clone(), made.shape[2], None, 0)
+
+
+def text_to_video(pipeline: Any) -> Any:
+    """The text-to-video call over everything of an enabled pipeline: components, hooks, interrupt and progress."""
+    base = pipeline._kvpack_base
+    base = base if issubclass(base, SkyReelsV2DiffusionForcingPipeline) else SkyReelsV2DiffusionForcingPipeline
+    view: Any = object.__new__(type(base.__name__, (_OneChunk, base), {"_kvpack_base": base}))
+    object.__setattr__(view, "__dict__", vars(pipeline))
+    return view
+
+
+class SkyReelsRun(WanRun):
+    """Generates a video chunk by chunk; a chunk is a causal block."""
+
+    output_class = SkyReelsV2PipelineOutput
+    #: What upstream returns in front of the frames.
+    _clip: Tensor | None = None
+
+    @property
+    def _fps(self) -> float:
+        return float(self.arguments["fps"])
+
+    @cached_property
+    def _text_to_video(self) -> Any:
+        return text_to_video(self.pipeline)
+
+    def _checked(self, arguments: dict[str, Any], *, streaming: bool) -> dict[str, Any]:
+        return checked_call(self.pipeline, arguments, streaming=streaming)
+
+    def _new_memory(self, geometry: Geometry, embeds: dict[str, Tensor]) -> SkyReelsMemory:
+        call = self.arguments
+        return SkyReelsMemory(self.pipeline, self.stack, geometry, embeds, call["attention_kwargs"], fps=self._fps)
+
+    def _given_latents(self, size: tuple[int, int], rows: int) -> Tensor | None:
+        pixels = given_pixels(self.pipeline, self.arguments, size)
+        if pixels is None:
+            return None
+        latents = given_latents(self.pipeline, self.arguments, pixels, rows)
+        if pixels.ndim == 5:
+            self._clip = in_rows(pixels, rows, self.arguments["num_videos_per_prompt"])
+        return latents
+
+    def _noise(self, first: int, frames: int) -> Tensor:
+        return chunk_noise(self._text_to_video, self.arguments, self._rows, first, frames)
+
+    def _upstream(self, call: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the text-to-video call, for one short video without blocks."""
+        known = inspect.signature(SkyReelsV2DiffusionForcingPipeline.__call__).parameters
+        short = {"ar_step": 0, "causal_block_size": None, "overlap_history": None}
+        longest = self.pipeline.vae_scale_factor_temporal * self.stack.chunk_frames
+        return {**{name: value for name, value in call.items() if name in known}, **short, "base_num_frames": longest}
+
+    def _stock_call(self, arguments: dict[str, Any]) -> Any:
+        return self._text_to_video(**arguments)
+
+    def postprocess(self, pixels: Tensor) -> Any:
+        """Frames in the call's `output_type`, the first behind the clip that the video goes on from, as upstream's."""
+        clip, self._clip = self._clip, None
+        return super().postprocess(pixels if clip is None else torch.cat([clip, pixels.to(clip)], dim=2))
