@@ -8,12 +8,13 @@ from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHo
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
+from kvpack.opaque import Slot, attend
 from kvpack.packed import AttendingLayer
 
 _HOOK_NAME = "kvpack_branch"
 
 
-class PackedWanAttnProcessor:
+class PackedWanAttnProcessor(Slot):
     """Self-attention of one Wan layer over kvpack's memory; installed for the length of a chunk only.
 
     Args:
@@ -24,6 +25,7 @@ class PackedWanAttnProcessor:
     _parallel_config: Any = None
 
     def __init__(self, replaced: Any) -> None:
+        super().__init__()
         self._attention_backend = getattr(replaced, "_attention_backend", None)
         self.memory: AttendingLayer | None = None
 
@@ -42,9 +44,14 @@ class PackedWanAttnProcessor:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         heads = (attn.heads, -1)
         query, key = attn.norm_q(query).unflatten(2, heads), attn.norm_k(key).unflatten(2, heads)  # (b, l, h, d)
-        assert self.memory is not None
-        attended = self.memory.attend(query, key, value.unflatten(2, heads), self._attention)
+        attended = attend(self, query, [key, value.unflatten(2, heads)])
         return attn.to_out[1](attn.to_out[0](attended.flatten(2, 3).type_as(query)))
+
+    def attended(self, queries: Tensor, others: list[Tensor]) -> Tensor:
+        """Attention to the memory and to the chunk's own keys and values."""
+        assert self.memory is not None
+        keys, values = others
+        return self.memory.attend(queries, keys, values, self._attention)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return dispatch_attention_fn(query, key, value, backend=self._attention_backend)
