@@ -6,7 +6,7 @@ from typing import Any
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor
 
-from kvpack.adapters.wan_vae import onload
+from kvpack.adapters.wan_vae import onload, onloaded
 
 
 @apply_lora_scale("attention_kwargs")  # type: ignore[untyped-decorator]
@@ -32,7 +32,11 @@ def project_tokens(
     onload(transformer)
     _, modulation, *_ = transformer.condition_embedder(timesteps, embeds)
     modulation = modulation.unflatten(1, (6, -1)).float()
-    return [_keys_values(block, tokens, modulation) for block in transformer.blocks]
+    projected = []
+    for block in transformer.blocks:
+        with onloaded(block):
+            projected.append(_keys_values(block, tokens, modulation))
+    return projected
 
 
 def _keys_values(block: Any, tokens: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""An operator that `torch.compile` does not look into: what a layer does with its memory is Python, and changes by chunk.
+"""An operator that `torch.compile` does not look into: memory is Python that changes by chunk.
 
 Compiled code holds a number for each layer, as a tensor, so that neither layers nor chunks compile anew.
 """
@@ -41,7 +41,7 @@ def attend(slot: Slot, queries: Tensor, others: list[Tensor]) -> Tensor:
     return _attend(queries, others, slot.number)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _outside(slot: Slot, queries: Tensor, others: list[Tensor]) -> Tensor:
     """Gradients pass through the memory's own operations, at the price of a break in the graph."""
     return slot.attended(queries, others)
