@@ -8,6 +8,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvpack.adapter import Adapter
+from kvpack.adapters.placement import check_placement
 from kvpack.adapters.wan_compressor import check_compressor, patch_of
 from kvpack.adapters.wan_run import WanRun
 from kvpack.adapters.wan_trainee import WanTrainee
@@ -37,28 +38,9 @@ class WanAdapter(Adapter):
                 "kvpack drives one causal transformer, but this pipeline has "
                 f"{'no transformer' if transformer is None else 'transformer_2 as well'}; load it with transformer only"
             )
-        if transformer.is_cache_enabled:
-            raise UnsupportedPipelineError(
-                "a CacheMixin cache is enabled, which skips layers of the commit forward and leaves stale keys; "
-                "call pipe.transformer.disable_cache() first"
-            )
-        processors = [block.attn1.processor for block in transformer.blocks]
-        if any(getattr(each, "_parallel_config", None) is not None for each in (transformer, *processors)):
-            raise UnsupportedPipelineError(
-                "context parallelism is enabled, under which a rank sees a part of the tokens only; "
-                "load the pipeline without enable_parallelism()"
-            )
-        backends = {str(getattr(each, "_attention_backend", None)).lower() for each in processors}
-        if any("xformers" in backend for backend in backends) and pipeline._execution_device.type == "cpu":
-            raise UnsupportedPipelineError(
-                "the attention backend is xformers, which has no CPU kernels; "
-                'call pipe.transformer.set_attention_backend("native"), or move the pipeline to a GPU'
-            )
-        if transformer.gradient_checkpointing:
-            raise UnsupportedPipelineError(
-                "gradient checkpointing is enabled, which runs layers twice; "
-                "call pipe.transformer.disable_gradient_checkpointing() first"
-            )
+        attentions = [each for block in transformer.blocks for each in (block.attn1, block.attn2)]
+        head_dim = transformer.config.attention_head_dim
+        check_placement(transformer, attentions, pipeline._execution_device, head_dim)
         if transformer.config.patch_size[0] != 1:
             raise UnsupportedPipelineError(
                 f"kvpack needs one token grid a latent frame, but patch_size is {tuple(transformer.config.patch_size)}"

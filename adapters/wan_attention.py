@@ -1,6 +1,6 @@
 """The seam in a Wan transformer: one attention processor a layer, one forward pre-hook, and back."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,12 +8,15 @@ from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHo
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
+from kvpack.adapters.wan_prompt import PromptCache, PromptWanAttnProcessor, serves
+from kvpack.errors import UnsupportedPipelineError
+from kvpack.opaque import Slot, attend
 from kvpack.packed import AttendingLayer
 
 _HOOK_NAME = "kvpack_branch"
 
 
-class PackedWanAttnProcessor:
+class PackedWanAttnProcessor(Slot):
     """Self-attention of one Wan layer over kvpack's memory; installed for the length of a chunk only.
 
     Args:
@@ -24,6 +27,7 @@ class PackedWanAttnProcessor:
     _parallel_config: Any = None
 
     def __init__(self, replaced: Any) -> None:
+        super().__init__()
         self._attention_backend = getattr(replaced, "_attention_backend", None)
         self.memory: AttendingLayer | None = None
 
@@ -42,9 +46,16 @@ class PackedWanAttnProcessor:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         heads = (attn.heads, -1)
         query, key = attn.norm_q(query).unflatten(2, heads), attn.norm_k(key).unflatten(2, heads)  # (b, l, h, d)
-        assert self.memory is not None
-        attended = self.memory.attend(query, key, value.unflatten(2, heads), self._attention)
+        attended = attend(self, query, [key, value.unflatten(2, heads)])
         return attn.to_out[1](attn.to_out[0](attended.flatten(2, 3).type_as(query)))
+
+    def attended(self, queries: Tensor, others: list[Tensor]) -> Tensor:
+        """Attention to the memory and to the chunk's own keys and values."""
+        memory, self.memory = self.memory, None  # once a forward
+        if memory is None:
+            raise UnsupportedPipelineError("a layer attended twice in one forward, which the memory would count twice")
+        keys, values = others
+        return memory.attend(queries, keys, values, self._attention)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return dispatch_attention_fn(query, key, value, backend=self._attention_backend)
@@ -71,34 +82,89 @@ class _BranchHook(ModelHook):
 
 
 @contextmanager
-def attached(transformer: Any, memory_for: Callable[[CacheContext], Sequence[AttendingLayer]]) -> Iterator[None]:
+def attached(
+    transformer: Any, memory_for: Callable[[CacheContext], Sequence[AttendingLayer]], prompt: PromptCache | None = None
+) -> Iterator[None]:
     """Runs the transformer's self-attention over kvpack's memory, and leaves a stock transformer behind.
 
     Args:
         transformer: a `WanTransformer3DModel`.
         memory_for: called before every forward with the pipeline's branch and step; returns the memory of each layer.
+        prompt: keys and values of the prompt, where they are not computed in every forward.
+
+    Raises:
+        UnsupportedPipelineError: if a forward leaves a layer's attention out.
     """
     attentions = [block.attn1 for block in transformer.blocks]
-    replaced = [attention.processor for attention in attentions]
-    processors = [PackedWanAttnProcessor(processor) for processor in replaced]
+    crossing = [block.attn2 for block in transformer.blocks if prompt is not None and serves(block.attn2)]
+    processors = [PackedWanAttnProcessor(attention.processor) for attention in attentions]
+    prompted = [PromptWanAttnProcessor(attention) for attention in crossing]
+    hooked = bool(crossing) and _is_hooked(transformer)
+
+    def before_forward(context: CacheContext, embeds: Tensor) -> None:
+        for processor, memory in zip(processors, memory_for(context), strict=True):
+            processor.memory = memory
+        if prompt is not None:
+            if hooked:
+                prompt.forget()
+            for each, kept in zip(prompted, prompt.layers(context.name, embeds, len(prompted)), strict=True):
+                each.kept = kept
+
+    pairs = zip((*attentions, *crossing), (*processors, *prompted), strict=True)
+    with _told(transformer, before_forward, processors), installed(dict(pairs)):
+        yield
+
+
+@contextmanager
+def installed(processors: Mapping[Any, Any]) -> Iterator[None]:
+    """Gives attention modules these processors, and their own back."""
+    replaced = {attention: attention.processor for attention in processors}
+    try:
+        for attention, processor in processors.items():
+            attention.set_processor(processor)
+        yield
+    finally:
+        for attention, processor in replaced.items():
+            attention.set_processor(processor)
+
+
+@contextmanager
+def _told(
+    transformer: Any, before_forward: Callable[[CacheContext, Tensor], None], processors: list[PackedWanAttnProcessor]
+) -> Iterator[None]:
+    """Calls `before_forward` with branch, step and text embeddings, and checks that every layer attended."""
     branch = _BranchHook()
     had_forward = "forward" in vars(transformer)
     hooks = HookRegistry.check_if_exists_or_initialize(transformer)
 
-    def before_forward(module: Any, args: Any, kwargs: Any) -> None:
-        for processor, memory in zip(processors, memory_for(branch.manager.context), strict=True):
-            processor.memory = memory
+    def before(_: Any, args: Any, kwargs: Any) -> None:
+        before_forward(branch.manager.context, kwargs["encoder_hidden_states"] if len(args) < 3 else args[2])
 
-    handle = transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
+    def after(*_: Any) -> None:
+        left_out = [index for index, processor in enumerate(processors) if processor.memory is not None]
+        if left_out:
+            raise UnsupportedPipelineError(
+                f"a forward left the self-attention of layers {left_out} out, of which the memory would be stale; take "
+                "the cache (TeaCache or the like) or whatever else skips layers off the transformer"
+            )
+
+    handles = [
+        transformer.register_forward_pre_hook(before, with_kwargs=True),
+        transformer.register_forward_hook(after),
+    ]
     try:
         hooks.register_hook(branch, _HOOK_NAME)
-        for attention, processor in zip(attentions, processors, strict=True):
-            attention.set_processor(processor)
         yield
     finally:
-        for attention, processor in zip(attentions, replaced, strict=True):
-            attention.set_processor(processor)
         hooks.remove_hook(_HOOK_NAME, recurse=False)
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         if not had_forward:
             vars(transformer).pop("forward", None)
+
+
+def _is_hooked(transformer: Any) -> bool:
+    """Whether torch hooks of others run in its forwards, which may change anything in them."""
+    modules = list(transformer.modules())
+    hooks = [hook for m in modules for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    return any(not getattr(hook, "__module__", "").startswith("kvpack.") for hook in hooks)

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvpack.adapters.wan_attention import attached
 from kvpack.adapters.wan_compressor import check_compressor, patch_of
 from kvpack.adapters.wan_project import project_tokens
+from kvpack.adapters.wan_prompt import PromptCache
 from kvpack.adapters.wan_vae import embed, encode, forward_tokens, riding
 from kvpack.blame import blamed
 from kvpack.blocks import LatentChunk
@@ -55,6 +56,8 @@ class WanMemory:
         self.seconds = {"denoise": 0.0, "commit": 0.0, "compress": 0.0, "decode": 0.0}
         self.compressor = stack.latent_compressor
         self._clean = CleanFrames(0 if buffer.differentiable else stack.replay_frames)
+        #: Keys and values of the prompt; None where somebody else's code runs between two forwards.
+        self.prompt: PromptCache | None = None
         #: Tells a branch's session what the coming forward is.
         self._announce: Callable[[AnySession, int], None] = _denoise
 
@@ -79,7 +82,7 @@ class WanMemory:
     def attached(self) -> AbstractContextManager[None]:
         """Kvpack's processors in the transformer, whose forwards are denoising steps unless `commit` makes them."""
         self._announce = _denoise
-        return attached(self.transformer, self._memory_for)
+        return attached(self.transformer, self._memory_for, self.prompt)
 
     def check_policies(self) -> None:
         """Raises `PolicyError` if a policy broke its contract in the chunk in progress."""

@@ -6,7 +6,7 @@ from typing import Any
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor
 
-from kvpack.adapters.wan_vae import onload
+from kvpack.adapters.wan_vae import onload, onloaded
 
 
 @apply_lora_scale("attention_kwargs")  # type: ignore[untyped-decorator]
@@ -29,7 +29,11 @@ def project_tokens(
     """
     onload(transformer)
     heard = modulation().float()
-    return [_keys_values(block, tokens, heard) for block in transformer.blocks]
+    projected = []
+    for block in transformer.blocks:
+        with onloaded(block):
+            projected.append(_keys_values(block, tokens, heard))
+    return projected
 
 
 def _keys_values(block: Any, tokens: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from kvpack.adapter import Adapter, Chunk, Run
 from kvpack.adapters.wan_call import checked, chunk_noise, encode_prompts, frame_size, latent_frames, rewinding
 from kvpack.adapters.wan_given import check_given, given_latents
 from kvpack.adapters.wan_memory import WanMemory
+from kvpack.adapters.wan_prompt import PromptCache
 from kvpack.adapters.wan_vae import StreamingDecoder
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, UnsupportedPipelineError
 from kvpack.geometry import Geometry
@@ -58,6 +59,8 @@ class WanRun(Run):
         geometry = adapter.geometry(configs, height, width, pipeline.transformer.dtype)
         embeds = encode_prompts(pipeline, self.arguments)
         self.memory = self._new_memory(geometry, embeds)
+        self.prompt = self.memory.prompt = PromptCache()
+        self.streaming = streaming
         self.sessions, self.seconds = self.memory.sessions, self.memory.seconds
         #: Clean latents that the video begins with.
         self.given = self._given(size, self._rows)
@@ -261,6 +264,7 @@ class WanRun(Run):
     def _callback(self, _: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """The user's callback; embeddings that it replaces stay replaced for the chunks to come."""
         outputs = self.arguments["callback_on_step_end"](self.pipeline, step, timestep, tensors)
+        self.prompt.forget()  # a callback may change weights
         for branch, name in (("cond", "prompt_embeds"), ("uncond", "negative_prompt_embeds")):
             if outputs.get(name) is not None and branch in self.memory.embeds:
                 self.memory.embeds[branch] = outputs[name].to(self.pipeline.transformer.dtype)
@@ -273,6 +277,8 @@ class WanRun(Run):
         if enabled is None:
             raise UnsupportedPipelineError("packforcing was disabled while a stream was open; close the stream first")
         self.adapter.check(self.pipeline)  # again for each chunk: anything may be switched on between two of them
+        if self.streaming:
+            self.prompt.forget()
         enabled.driving = self
         try:
             with self.memory.attached():

@@ -1,0 +1,61 @@
+"""An operator that `torch.compile` does not look into: memory is Python that changes by chunk.
+
+Compiled code holds a number for each layer, as a tensor, so that neither layers nor chunks compile anew.
+"""
+
+from abc import ABC, abstractmethod
+from itertools import count
+from typing import ClassVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+_numbers = count()
+_slots: "WeakValueDictionary[int, Slot]" = WeakValueDictionary()
+
+
+class Slot(ABC):
+    """Something that attends and that compiled code reaches by its number; gone with its last reference."""
+
+    #: Whether tensors that it is given may be needed after the call.
+    keeps: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        number = next(_numbers)
+        #: The number, as a tensor: compiled code looks at a tensor's shape, but at a number's value.
+        self.number = torch.tensor(number)
+        _slots[number] = self
+
+    @abstractmethod
+    def attended(self, queries: Tensor, others: list[Tensor]) -> Tensor:
+        """A new tensor in the shape of the queries."""
+
+
+def attend(slot: Slot, queries: Tensor, others: list[Tensor]) -> Tensor:
+    """What the slot makes of the queries; opaque to a compiler, and nothing else where there is none."""
+    if not torch.compiler.is_compiling():
+        return slot.attended(queries, others)
+    if torch.is_grad_enabled():
+        return _outside(slot, queries, others)
+    return _attend(queries, others, slot.number)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside(slot: Slot, queries: Tensor, others: list[Tensor]) -> Tensor:
+    """Gradients pass through the memory's own operations, at the price of a break in the graph."""
+    return slot.attended(queries, others)
+
+
+# The number stands for a memory that is written: that it is "mutated" keeps calls in order, and each of them alive.
+@torch.library.custom_op("kvpack::attend", mutates_args={"number"}, tags=(torch.Tag.cudagraph_unsafe,))
+def _attend(queries: Tensor, others: list[Tensor], number: Tensor) -> Tensor:
+    slot = _slots[int(number)]
+    if slot.keeps:  # compiled code writes over tensors that it has no more use for
+        queries, others = queries.clone(), [each.clone() for each in others]
+    return slot.attended(queries, others).to(queries.dtype).contiguous()
+
+
+@_attend.register_fake
+def _(queries: Tensor, others: list[Tensor], number: Tensor) -> Tensor:
+    return queries.new_empty(queries.shape)

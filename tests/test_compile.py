@@ -1,0 +1,166 @@
+"""`torch.compile` of repeated blocks over kvpack's memory: few graphs, none broken, the same video."""
+
+import inspect
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import kvpack
+from kvpack import opaque
+from kvpack.adapters import wan_attention, wan_prompt
+from kvpack.testing import tiny_wan_pipeline
+
+CALL = {
+    "prompt": ["a red circle", "the green square"],
+    "height": 16,
+    "width": 32,
+    "num_inference_steps": 2,
+    "guidance_scale": 1.0,
+    "max_sequence_length": 8,
+    "output_type": "latent",
+}
+PACKED = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 1}
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch):
+    """The tests' own checks of shapes can't be traced."""
+    attend = inspect.unwrap(opaque.attend)
+    for module in (opaque, wan_attention, wan_prompt):
+        monkeypatch.setattr(module, "attend", attend)
+    for cls in (wan_attention.PackedWanAttnProcessor, wan_prompt.PromptWanAttnProcessor):
+        monkeypatch.setattr(cls, "__call__", inspect.unwrap(cls.__call__))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def pipeline(layers=2):
+    pipe = tiny_wan_pipeline(num_layers=layers)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe, chunks=6, **changed):
+    frames = chunks * (pipe.packforcing.stack.chunk_frames if hasattr(pipe, "packforcing") else 2)
+    call = {"generator": torch.Generator().manual_seed(0), "num_frames": 4 * frames - 3, **CALL, **changed}
+    return pipe(**call).frames
+
+
+def compile_blocks(pipe):
+    """Compiles with a backend that counts, and runs what dynamo recorded as it is."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+    return graphs
+
+
+STACKS = [
+    ("packforcing", PACKED, 1.0, 1),
+    # A compressor in latent space, whose tokens ride in the commit: two sequence lengths
+    ("packforcing", {**PACKED, "compressor": "lr"}, 1.0, 2),
+    # Compressed blocks of unequal size, of which rows choose unequally
+    ("packforcing", {**PACKED, "chunk_frames": 3, "sink_frames": 1, "topk": 2}, 4.0, 1),
+    ("memrope", {}, 4.0, 1),
+    pytest.param("packforcing-paper", {}, 4.0, 2, marks=pytest.mark.slow),
+    pytest.param("deep-forcing", {}, 4.0, 1, marks=pytest.mark.slow),
+    *(
+        pytest.param(name, {}, 1.0, 1, marks=pytest.mark.slow)
+        for name in ("flowcache", "framepack", "full", "h2o", "krea", "magi", "token-trim")
+    ),
+]
+
+
+@pytest.mark.parametrize(("stack", "options", "guidance_scale", "most"), STACKS)
+def test_few_graphs_and_the_same_bits(stack, options, guidance_scale, most):
+    pipe = kvpack.enable(pipeline(), stack, **options)
+    frames = generate(pipe, guidance_scale=guidance_scale)
+    graphs = compile_blocks(pipe)
+    for _ in range(2):
+        assert torch.equal(generate(pipe, guidance_scale=guidance_scale), frames)
+    assert len(graphs) <= most
+    assert not counters["graph_break"]
+    assert not opaque._slots  # nothing outlives its chunk
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compressor", ["pool", "lr"])
+def test_twelve_layers_over_thirty_chunks(compressor):
+    pipe = kvpack.enable(pipeline(layers=12), "packforcing", **PACKED, compressor=compressor)
+    frames = generate(pipe, chunks=30)
+    graphs = compile_blocks(pipe)
+    assert torch.equal(generate(pipe, chunks=30), frames)
+    assert len(graphs) <= 2
+    assert not counters["graph_break"]
+
+
+def test_compiled_blocks_stay_when_kvpack_goes():
+    pipe = pipeline()
+    stock = generate(pipe)
+    graphs = compile_blocks(pipe)
+    assert torch.equal(generate(pipe), stock)
+    before = len(graphs)
+    for _ in range(2):
+        pipe.enable_packforcing("packforcing", **PACKED)
+        generate(pipe)
+        pipe.disable_packforcing()
+        assert torch.equal(generate(pipe), stock)
+    assert (before, len(graphs)) == (1, 2)
+    assert not counters["graph_break"]
+
+
+def test_a_stream_a_callback_and_another_prompt_compile_nothing_anew():
+    pipe = kvpack.enable(pipeline(), "packforcing", **PACKED)
+    graphs = compile_blocks(pipe)
+    generate(pipe, callback_on_step_end=lambda pipe, step, timestep, tensors: tensors)
+    stream = pipe.packforcing.stream(**CALL)
+    next(stream)
+    stream.send(["a blue triangle", "the grass"])
+    next(stream)
+    stream.close()
+    assert len(graphs) <= 2  # another prompt's replay may be longer than a chunk
+    assert not counters["graph_break"]
+
+
+def test_gradients_pass_outside_the_graph():
+    """Training calls the memory itself: the graph breaks there, and the gradient is that of eager."""
+
+    class Memory(opaque.Slot):
+        def attended(self, queries, others):
+            return queries * others[0]
+
+    memory, queries = Memory(), torch.ones(3, requires_grad=True)
+
+    @torch.compile(backend="eager")
+    def run(queries, others):
+        return opaque.attend(memory, queries * 1, [others]) + 1
+
+    run(queries, torch.arange(3.0)).sum().backward()
+    assert queries.grad.tolist() == [0.0, 1.0, 2.0]
+    assert counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stack", "options"),
+    [("packforcing", PACKED), ("packforcing", {**PACKED, "compressor": "lr"}), ("h2o", {}), ("memrope", {})],
+)
+def test_inductor(stack, options):
+    """What a commit keeps is not written over, as inductor does with tensors that it has no more use for."""
+    pipe = kvpack.enable(pipeline(), stack, **options)
+    frames = generate(pipe, guidance_scale=3.0)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    compiled = generate(pipe, guidance_scale=3.0)
+    assert float((compiled - frames).norm() / frames.norm()) < 1e-5
+    assert counters["stats"]["unique_graphs"] <= 2
+    assert not counters["graph_break"]

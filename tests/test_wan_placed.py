@@ -1,0 +1,154 @@
+"""Offloaded, placed, cast and quantised: the video of plain kvpack over the same weights."""
+
+import pytest
+import torch
+from accelerate import cpu_offload, dispatch_model
+from diffusers import WanPipeline, WanTransformer3DModel
+
+import kvpack
+from kvpack.policies import LowResolutionCompressor
+from kvpack.testing import tiny_wan_pipeline
+
+CALL = {
+    "prompt": "a red circle",
+    "height": 16,
+    "width": 32,
+    "num_frames": 25,
+    "num_inference_steps": 2,
+    "guidance_scale": 3.0,
+    "max_sequence_length": 8,
+    "output_type": "latent",
+}
+CPU = torch.device("cpu")
+STACKS = {
+    "pool": {},
+    "lr": {"compressor": "lr"},
+    "direct": {"compressor": LowResolutionCompressor(project="direct")},
+}
+
+
+def generate(pipe, **changed):
+    return pipe(**{**CALL, "generator": torch.Generator().manual_seed(0), **changed}).frames
+
+
+def pipeline(**config):
+    pipe = tiny_wan_pipeline(**config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def enable(pipe, **options):
+    return kvpack.enable(pipe, "packforcing", chunk_frames=2, sink_frames=1, recent_frames=1, topk=1, **options)
+
+
+def rel_l2(given, wanted):
+    return float((given - wanted).norm() / wanted.norm())
+
+
+def offload_everything(pipe, folder):
+    pipe.enable_group_offload(CPU, CPU, offload_type="leaf_level")
+
+
+def offload_to_disk(pipe, folder):
+    """Weights that are not brought in are not there at all."""
+    for name in ("transformer", "vae"):
+        kind = {"offload_type": "block_level", "num_blocks_per_group": 1, "offload_to_disk_path": str(folder / name)}
+        getattr(pipe, name).enable_group_offload(CPU, CPU, **kind)
+
+
+def offload_every_layer(pipe, folder):
+    """Sequential offload of the transformer; that of the whole pipeline fails without kvpack, with this torch."""
+    cpu_offload(pipe.transformer, execution_device=CPU)
+
+
+def dispatch(pipe, folder):
+    """A device for each part."""
+    parts = [name for name, _ in pipe.transformer.named_children() if name != "blocks"]
+    placed = dict.fromkeys([*parts, "blocks.0", "blocks.1", "scale_shift_table"], "cpu")
+    dispatch_model(pipe.transformer, placed, force_hooks=True)
+
+
+PLACES = [offload_everything, offload_to_disk, offload_every_layer, dispatch]
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match")  # accelerate's, of a parameter
+@pytest.mark.parametrize("stack", ["pool", "lr", "direct"])
+@pytest.mark.parametrize(
+    "place", [each if each is offload_to_disk else pytest.param(each, marks=pytest.mark.slow) for each in PLACES]
+)
+def test_placed(place, stack, tmp_path):
+    frames = generate(enable(pipeline(), **STACKS[stack]), output_type="pt")
+    before, after = pipeline(), pipeline()
+    place(before, tmp_path / "before")
+    enable(before, **STACKS[stack])
+    enable(after, **STACKS[stack])
+    place(after, tmp_path / "after")
+    for pipe in (before, after, after):
+        assert torch.equal(generate(pipe, output_type="pt"), frames)
+
+
+def test_device_map(tmp_path):
+    pipeline().save_pretrained(tmp_path)
+    plain = WanPipeline.from_pretrained(tmp_path)
+    placed = WanPipeline.from_pretrained(tmp_path, device_map="cpu")
+    automatic = WanPipeline.from_pretrained(
+        tmp_path,
+        transformer=WanTransformer3DModel.from_pretrained(tmp_path, subfolder="transformer", device_map="auto"),
+    )
+    assert placed.hf_device_map == "cpu"
+    for pipe in (placed, automatic):
+        # Loaded weights lie elsewhere in memory: other kernels
+        assert rel_l2(generate(enable(pipe)), generate(enable(plain))) <= 1e-6
+
+
+def test_another_dtype_between_two_videos():
+    pipe = enable(pipeline())
+    frames = generate(pipe)
+    pipe.to(torch.float64)
+    assert rel_l2(generate(pipe).float(), frames) < 1e-5
+    buffers = []
+
+    def look(pipe, step, timestep, tensors):
+        layers = pipe.packforcing.sessions["cond"].layers
+        buffers.append({(layer.buffer.keys.dtype, layer.buffer.keys.device) for layer in layers})
+        return tensors
+
+    generate(pipe, callback_on_step_end=look)
+    assert buffers == [{(torch.float64, CPU)}] * len(buffers) != []
+
+
+def test_layerwise_casting():
+    """Weights kept in another dtype than computed with: one chunk is the stock video."""
+    pipe = pipeline()
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    stock = generate(pipe, num_frames=5)
+    enable(pipe)
+    assert rel_l2(generate(pipe, num_frames=5), stock) <= 1e-6
+    assert generate(pipe).isfinite().all()
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_int8_weights(stack, tmp_path):
+    """`quantization_config` of diffusers with torchao: one chunk is the stock video of the same quantised weights."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    from diffusers import TorchAoConfig
+
+    pipe = pipeline(attention_head_dim=32)
+    exact = generate(pipe, num_frames=5)
+    pipe.transformer.save_pretrained(tmp_path)
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    pipe.transformer = WanTransformer3DModel.from_pretrained(
+        tmp_path, quantization_config=config, torch_dtype=torch.bfloat16
+    )
+    quantised = [type(block.attn2.to_k.weight).__name__ for block in pipe.transformer.blocks]
+    assert quantised == ["Int8Tensor", "Int8Tensor"]
+    stock = generate(pipe, num_frames=5)
+    assert 1e-3 < rel_l2(stock, exact) < 0.1
+    enable(pipe, **STACKS[stack])
+    assert torch.equal(generate(pipe, num_frames=5), stock)
+    frames = generate(pipe)
+    assert frames.isfinite().all()
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(generate(pipe), frames)
+    pipe.disable_packforcing()
+    assert torch.equal(generate(pipe, num_frames=5), stock)
