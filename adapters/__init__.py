@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from kvpack.adapters.anyflow_far import AnyFlowFARAdapter
 from kvpack.adapters.wan import WanAdapter
 from kvpack.hookspecs import hookimpl
 
@@ -11,3 +12,4 @@ from kvpack.hookspecs import hookimpl
 def kvpack_register_adapters(register: Callable[[Any], None]) -> None:
     """All built-in adapters."""
     register(WanAdapter())
+    register(AnyFlowFARAdapter())

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvpack.adapter import Adapter
-from kvpack.adapters.wan_memory import check_compressor, patch_of
+from kvpack.adapters.wan_memory import check_compressor, native_window, patch_of
 from kvpack.adapters.wan_run import WanRun
 from kvpack.adapters.wan_trainee import WanTrainee
 from kvpack.costs import LatentShape, ModelCost
@@ -32,12 +32,12 @@ class WanAdapter(Adapter):
     def check(self, pipeline: Any) -> None:
         """Refuses what would silently give wrong keys."""
         transformer = pipeline.transformer
-        if transformer is None or pipeline.transformer_2 is not None:
+        if transformer is None or getattr(pipeline, "transformer_2", None) is not None:
             raise UnsupportedPipelineError(
                 "kvpack drives one causal transformer, but this pipeline has "
                 f"{'no transformer' if transformer is None else 'transformer_2 as well'}; load it with transformer only"
             )
-        if transformer.is_cache_enabled:
+        if getattr(transformer, "is_cache_enabled", False):
             raise UnsupportedPipelineError(
                 "a CacheMixin cache is enabled, which skips layers of the commit forward and leaves stale keys; "
                 "call pipe.transformer.disable_cache() first"
@@ -115,6 +115,7 @@ class WanAdapter(Adapter):
             patch=patch,
             pixels_per_token=(spatial * patch[0], spatial * patch[1]),
             encode_flops=encode_flops,
+            native=native_window(configs["transformer"]),
         )
 
     def model_cost(self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int) -> ModelCost:

@@ -1,5 +1,6 @@
 """What a `WanPipeline` is asked for: arguments checked before anything is computed, prompts encoded, noise drawn."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -24,16 +25,8 @@ def checked(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> dic
     call = dict(arguments)
     if hasattr(call["callback_on_step_end"], "tensor_inputs"):
         call["callback_on_step_end_tensor_inputs"] = call["callback_on_step_end"].tensor_inputs
-    pipeline.check_inputs(
-        call["prompt"],
-        call["negative_prompt"],
-        call["height"],
-        call["width"],
-        call["prompt_embeds"],
-        call["negative_prompt_embeds"],
-        call["callback_on_step_end_tensor_inputs"],
-        call["guidance_scale_2"],
-    )
+    asked = inspect.signature(pipeline.check_inputs).parameters
+    pipeline.check_inputs(**{name: call[name] for name in asked if name in call})
     if isinstance(call["prompt"], list) and not call["prompt"]:
         raise InvalidOptionError("prompt is an empty list; give at least one prompt")
     if call["output_type"] not in ("latent", "np", "pt", "pil"):

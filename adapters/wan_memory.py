@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,6 +63,11 @@ class WanMemory:
         """Committed latent frames."""
         return next(iter(self.sessions.values())).frames if self.sessions else 0
 
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Guidance branches that have a session of their own."""
+        return tuple(self.embeds)
+
     def session(self, branch: str) -> AnySession:
         """Memory of one branch, new at its first mention."""
         if branch not in self.sessions:
@@ -70,7 +76,7 @@ class WanMemory:
 
     def expect(self, frames: int) -> None:
         """Announces the length of the coming chunk to every branch."""
-        for branch in self.embeds:
+        for branch in self.branches:
             session = self.session(branch)
             if session.coming_frames != frames:
                 session.expect(frames)
@@ -78,7 +84,15 @@ class WanMemory:
     def attached(self) -> AbstractContextManager[None]:
         """Kvpack's processors in the transformer, whose forwards are denoising steps unless `commit` makes them."""
         self._announce = _denoise
+        return self._attached()
+
+    def _attached(self) -> AbstractContextManager[None]:
         return attached(self.transformer, self._memory_for)
+
+    @property
+    def denoising(self) -> bool:
+        """Whether forwards are denoising steps."""
+        return self._announce is _denoise
 
     def check_policies(self) -> None:
         """Raises `PolicyError` if a policy broke its contract in the chunk in progress."""
@@ -213,10 +227,15 @@ class WanMemory:
             return
         assert isinstance(session, Session)  # no other makes twins
         session.compress(piece)
-        times, embeds = self._clean_times(tokens), self.embeds[branch]
-        projected = project_tokens(self.transformer, tokens, times, embeds, attention_kwargs=self.attention_kwargs)
+        modulation = partial(self._modulation, branch, self._clean_times(tokens))
+        projected = project_tokens(self.transformer, tokens, modulation, attention_kwargs=self.attention_kwargs)
         for layer, (keys, values) in zip(session.layers, projected, strict=True):
             layer.hear(keys, values)
+
+    def _modulation(self, branch: str, times: Tensor) -> Tensor:
+        """Shifts and scales of a layer's input at these times, `[batch, 6, width]`."""
+        _, modulation, *_ = self.transformer.condition_embedder(times, self.embeds[branch])
+        return modulation.unflatten(1, (6, -1))
 
     def _clean_forward(self, branch: str, latents: Tensor) -> None:
         self.forward(branch, latents, self._clean_times(latents))
@@ -248,6 +267,7 @@ class WanMemory:
             pixels=piece_pixels,
             encode=lambda frames: encode(vae, frames),
             embed=lambda small: embed(self.transformer, small),
+            native=self._native(),
             pixels_per_token=(rows, columns),
             width=self.geometry.width,
             dtype=self.transformer.dtype,
@@ -262,15 +282,22 @@ class WanMemory:
             raise PolicyError(f"{name}.tokens returned {tuple(tokens.shape)}, but span() announces {wanted}")
         return tokens
 
+    def _native(self) -> Callable[[Tensor], Tensor] | None:
+        """The model's own embedding for compressed latents, if it has one."""
+        return None
+
     def _memory_for(self, context: CacheContext) -> Sequence[AttendingLayer]:
+        return self._layers_for(context.name, context.step_index or 0)
+
+    def _layers_for(self, branch: str, step: int) -> Sequence[AttendingLayer]:
         """Tells the branch's session what the coming forward is."""
         if torch.is_grad_enabled() and not self.buffer.differentiable:
             raise GradientError(
                 "gradients are enabled inside generation, where recomputation would commit a chunk twice; "
                 "remove torch.enable_grad() and torch.set_grad_enabled(True) from callbacks and wrappers"
             )
-        session = self.session(context.name)
-        self._announce(session, context.step_index or 0)
+        session = self.session(branch)
+        self._announce(session, step)
         return session.layers
 
     @contextmanager
@@ -290,10 +317,17 @@ def check_compressor(transformer: Any, stack: Memory) -> None:
     if stack.latent_compressor is not None:
         config = transformer.config
         width = config.num_attention_heads * config.attention_head_dim
-        stack.latent_compressor.check(config.in_channels, width, patch_of(config))
+        stack.latent_compressor.check(config.in_channels, width, patch_of(config), native_window(config))
 
 
 def patch_of(config: Mapping[str, Any]) -> tuple[int, int]:
     """Latent rows and columns of a token, from a transformer's config."""
     _, rows, columns = config["patch_size"]
     return rows, columns
+
+
+def native_window(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Token rows and columns of a token of the model's own embedding for compressed latents; None if it has none."""
+    frames, *compressed = config.get("compressed_patch_size") or (0, 0, 0)
+    rows, columns = (large // small for large, small in zip(compressed, patch_of(config), strict=True))
+    return (rows, columns) if frames == 1 and rows and columns else None

@@ -1,6 +1,6 @@
 """Keys and values of hidden tokens by each layer's own projections, without a forward of the model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusers.utils.peft_utils import apply_lora_scale
@@ -13,8 +13,7 @@ from kvpack.adapters.wan_vae import onload
 def project_tokens(
     transformer: Any,
     tokens: Tensor,
-    timesteps: Tensor,
-    embeds: Tensor,
+    modulation: Callable[[], Tensor],
     *,
     attention_kwargs: Mapping[str, Any] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
@@ -25,14 +24,12 @@ def project_tokens(
     Args:
         transformer: a `WanTransformer3DModel`.
         tokens: hidden tokens `[batch, tokens, width]`.
-        timesteps: time of each row.
-        embeds: text embeddings, whose dtype the time embedding takes.
+        modulation: gives shifts and scales of a clean token, `[batch, 6, width]`; called under the scale of LoRA layers.
         attention_kwargs: those of the transformer's call; `scale` is that of its LoRA layers.
     """
     onload(transformer)
-    _, modulation, *_ = transformer.condition_embedder(timesteps, embeds)
-    modulation = modulation.unflatten(1, (6, -1)).float()
-    return [_keys_values(block, tokens, modulation) for block in transformer.blocks]
+    shifts = modulation().float()
+    return [_keys_values(block, tokens, shifts) for block in transformer.blocks]
 
 
 def _keys_values(block: Any, tokens: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:

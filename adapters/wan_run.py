@@ -75,7 +75,7 @@ class WanRun(Run):
         while (self.total_frames is None or first < self.total_frames) and not self.interrupted:
             while self._turns and self._turns[0][0] <= index:
                 self._turn(*self._turns.pop(0)[1:])
-            frames = self.stack.chunk_frames if index else self.first_frames
+            frames = self._length(index, first)
             self.memory.expect(frames)
             yield self._commit_given(index, first, frames) if first < given else self._generate(index, first, frames)
             first, index = first + frames, index + 1
@@ -83,6 +83,10 @@ class WanRun(Run):
     def _count(self, frames: int) -> int:
         """Chunks of so many latent frames."""
         return frames and 1 + max(0, -(-(frames - self.first_frames) // self.stack.chunk_frames))
+
+    def _length(self, index: int, first: int) -> int:
+        """Latent frames of a chunk that begins at frame `first`."""
+        return self.stack.chunk_frames if index else self.first_frames
 
     @property
     def _rows(self) -> int:
@@ -93,9 +97,13 @@ class WanRun(Run):
         """All arguments of the call, checked before anything is computed."""
         return checked(self.pipeline, arguments, streaming=streaming)
 
+    def _given_latents(self, size: tuple[int, int], rows: int) -> Tensor | None:
+        """Clean latents that every video of the batch begins with."""
+        return given_latents(self.pipeline, self.arguments, size, rows)
+
     def _given(self, size: tuple[int, int], rows: int) -> Tensor | None:
-        """Clean latents that the video begins with."""
-        given = given_latents(self.pipeline, self.arguments, size, rows)
+        """The same, checked."""
+        given = self._given_latents(size, rows)
         if given is not None and self.total_frames is not None and given.shape[2] >= self.total_frames:
             raise InvalidOptionError(
                 f"what is given has {given.shape[2]} latent frames, but the whole video has {self.total_frames}; "
@@ -183,7 +191,8 @@ class WanRun(Run):
         with self._driving():
             latents = self._reviewed(index, noise)
             pixels = self.decode(latents) if self.decodes_in_loop else None
-            if not self.pipeline._interrupt:
+            # A chunk that is shorter than the rest without being the first is a video's last: nothing goes on from it.
+            if not self.pipeline._interrupt and (index == 0 or frames == self.stack.chunk_frames):
                 self.memory.commit(latents, pixels)
             self.interrupted = self.pipeline._interrupt
         keep = latents.shape[2] if self.total_frames is None else min(latents.shape[2], self.total_frames - first)
@@ -239,11 +248,16 @@ class WanRun(Run):
             "output_type": "latent",
             "return_dict": False,
             "callback_on_step_end": self._callback if call["callback_on_step_end"] is not None else None,
+            **self._for_chunk(noise.shape[2]),
         }
         bind = getattr(pipeline.scheduler, "bound_generator", nullcontext)
         with bind(call["generator"]) if bind is not nullcontext else nullcontext():
             (latents,) = pipeline._kvpack_base.__call__(pipeline, **{**self._upstream(call), **changed})
         return latents
+
+    def _for_chunk(self, frames: int) -> dict[str, Any]:
+        """Further arguments of the upstream call that makes a chunk of so many latent frames."""
+        return {}
 
     def _upstream(self, call: dict[str, Any]) -> dict[str, Any]:
         """The arguments that the stock pipeline knows."""

@@ -24,7 +24,8 @@ def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] = "packfo
     Args:
         pipeline: a diffusers pipeline that an installed adapter supports.
         stack: name of an installed stack, a `Stack` or other `Memory`, or what its `to_dict` gave.
-        options: options of the named stack, e.g. `topk=16`.
+        options: options of the named stack, e.g. `topk=16`; for those that are not given, the adapter may know better
+            defaults for its model (`Adapter.default_options`) than the stack has.
 
     Returns:
         The same pipeline.
@@ -34,8 +35,11 @@ def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] = "packfo
         UnknownNameError: if a stack or policy is not installed.
         InvalidOptionError: if an option is unknown or wrong, or a compressor's weights are missing or another model's.
     """
-    resolved = resolve_stack(stack, options)
     adapter = adapter_of(pipeline)
+    if isinstance(stack, str):
+        configs = {name: part.config for name, part in pipeline.components.items() if hasattr(part, "config")}
+        options = {**registry().taken(stack, adapter.default_options(configs, stack)), **options}
+    resolved = resolve_stack(stack, options)
     adapter.check(pipeline)
     adapter.check_stack(pipeline, resolved)
     if not isinstance(pipeline, PackForcingMixin):

@@ -1,10 +1,23 @@
-"""Tiny Wan pipelines with random weights, made in code: no files, no network."""
+"""Tiny pipelines with random weights, made in code: no files, no network."""
 
 from typing import Any
 
 import torch
 
 WORDS = ("a", "the", "red", "green", "blue", "circle", "square", "triangle", "moving", "over", "night", "grass")
+
+_TINY = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+}
 
 
 def tiny_tokenizer() -> Any:
@@ -28,21 +41,14 @@ def tiny_wan_transformer(seed: int = 0, **config: Any) -> Any:
     """A `WanTransformer3DModel` of two layers with random weights whose output depends on history and text."""
     from diffusers import WanTransformer3DModel
 
-    defaults = {
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": 16,
-        "out_channels": 16,
-        "text_dim": 32,
-        "freq_dim": 32,
-        "ffn_dim": 32,
-        "num_layers": 2,
-        "cross_attn_norm": True,
-    }
+    return _random(WanTransformer3DModel, seed, {**_TINY, **config})
+
+
+def _random(model: Any, seed: int, config: dict[str, Any]) -> Any:
+    """A transformer whose weights are large enough for its output to depend on all it is told."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer = WanTransformer3DModel(**{**defaults, **config}).eval()
+        transformer = model(**config).eval()
         for parameter in transformer.parameters():
             if parameter.ndim > 1:
                 parameter.data.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
@@ -73,4 +79,24 @@ def tiny_wan_pipeline(seed: int = 0, scheduler: Any = None, **config: Any) -> An
         vae=vae,
         scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=tiny_wan_transformer(seed, **config),
+    )
+
+
+def tiny_anyflow_far_pipeline(seed: int = 0, **config: Any) -> Any:
+    """A whole `AnyFlowFARPipeline` with random weights, made without files or network.
+
+    Args:
+        seed: of the weights; the process's random state is left alone.
+        config: overrides of the transformer's config.
+    """
+    from diffusers import AnyFlowFARPipeline, AnyFlowFARTransformer3DModel, FlowMapEulerDiscreteScheduler
+
+    wan = tiny_wan_pipeline(seed)
+    defaults = {**_TINY, "attention_head_dim": 16, "chunk_partition": (1, 3, 3, 3, 3, 3, 3, 2)}
+    return AnyFlowFARPipeline(
+        tokenizer=wan.tokenizer,
+        text_encoder=wan.text_encoder,
+        vae=wan.vae,
+        scheduler=FlowMapEulerDiscreteScheduler(shift=5.0),
+        transformer=_random(AnyFlowFARTransformer3DModel, seed, {**defaults, **config}),
     )
