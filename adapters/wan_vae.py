@@ -94,7 +94,7 @@ def riding(transformer: Any, tokens: Tensor) -> Iterator[None]:
         transformer.patch_embedding.register_forward_hook(
             lambda _, __, embedded: torch.cat([embedded.flatten(2), tokens.transpose(1, 2)], dim=2)[..., None, None]
         ),
-        transformer.proj_out.register_forward_hook(lambda _, __, output: output[:, :-count]),
+        transformer.proj_out.register_forward_hook(lambda _, __, output: output[:, :-count].contiguous()),
     ]
     try:
         yield
