@@ -8,7 +8,7 @@ from diffusers import AnyFlowFARPipeline
 from kvpack.adapters.anyflow_far_chunks import Chunks
 from kvpack.adapters.anyflow_far_run import AnyFlowFARRun
 from kvpack.adapters.wan import WanAdapter
-from kvpack.adapters.wan_memory import native_window
+from kvpack.adapters.wan_compressor import native_window
 from kvpack.adapters.wan_trainee import WanTrainee
 from kvpack.costs import ModelCost
 from kvpack.errors import UnsupportedPipelineError

@@ -63,6 +63,10 @@ class AnyFlowFARMemory(WanMemory):
         """Rows of the videos, once for each guidance branch."""
         return torch.cat([rows] * len(self.embeds))
 
+    def _vetoed(self, latents: Tensor) -> Tensor | None:
+        vetoed = super()._vetoed(self._all_rows(latents))
+        return None if vetoed is None else vetoed.chunk(len(self.embeds))[-1]
+
     def _commit(self, latents: Tensor, twins: Mapping[Piece, Tensor], *, again: bool = False) -> None:
         every = {piece: self._all_rows(tokens) for piece, tokens in twins.items()}
         super()._commit(self._all_rows(latents), every, again=again)

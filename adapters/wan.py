@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvpack.adapter import Adapter
-from kvpack.adapters.wan_memory import check_compressor, native_window, patch_of
+from kvpack.adapters.wan_compressor import check_compressor, native_window, patch_of
 from kvpack.adapters.wan_run import WanRun
 from kvpack.adapters.wan_trainee import WanTrainee
 from kvpack.costs import LatentShape, ModelCost

@@ -11,6 +11,7 @@ from diffusers.hooks.hooks import CacheContext
 from torch import Tensor
 
 from kvpack.adapters.wan_attention import attached
+from kvpack.adapters.wan_compressor import check_compressor, patch_of
 from kvpack.adapters.wan_project import project_tokens
 from kvpack.adapters.wan_vae import embed, encode, forward_tokens, riding
 from kvpack.blame import blamed
@@ -99,15 +100,27 @@ class WanMemory:
         for session in self.sessions.values():
             session.check_policies()
 
-    def review(self, latents: Tensor) -> Tensor | None:
+    def accepted(self, make: Callable[[int], Tensor]) -> Tensor:
+        """Clean latents of a chunk that the memory accepts; rows that it vetoes are made again.
+
+        Args:
+            make: denoises the chunk; told how often it has been before.
+        """
+        latents = make(0)
+        for retry in range(self.stack.most_retries):
+            vetoed = self._vetoed(latents)
+            if vetoed is None:
+                return latents
+            again = make(retry + 1)
+            latents = torch.where(vetoed[:, None, None, None, None].to(latents.device), again, latents)
+        for session in self.sessions.values():
+            session.settle()
+        return latents
+
+    def _vetoed(self, latents: Tensor) -> Tensor | None:
         """Rows of the chunk that the memory wants made anew; None if it accepts them."""
         vetoes = [session.review(latents) for session in self.sessions.values()]
         return next((each for each in vetoes if each is not None), None)
-
-    def settle(self) -> None:
-        """The chunk is accepted as it is."""
-        for session in self.sessions.values():
-            session.settle()
 
     def forward(self, branch: str, latents: Tensor, timesteps: Tensor, step: int | None = None) -> Tensor:
         """The transformer's output for latents of one branch, at a denoising step."""
@@ -310,24 +323,3 @@ class WanMemory:
 
 def _denoise(session: AnySession, step: int) -> None:
     session.denoise(step)
-
-
-def check_compressor(transformer: Any, stack: Memory) -> None:
-    """Raises `InvalidOptionError` if the stack's compressor cannot work with this transformer."""
-    if stack.latent_compressor is not None:
-        config = transformer.config
-        width = config.num_attention_heads * config.attention_head_dim
-        stack.latent_compressor.check(config.in_channels, width, patch_of(config), native_window(config))
-
-
-def patch_of(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Latent rows and columns of a token, from a transformer's config."""
-    _, rows, columns = config["patch_size"]
-    return rows, columns
-
-
-def native_window(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Token rows and columns of a token of the model's own embedding for compressed latents; None if it has none."""
-    frames, *compressed = config.get("compressed_patch_size") or (0, 0, 0)
-    rows, columns = (large // small for large, small in zip(compressed, patch_of(config), strict=True))
-    return (rows, columns) if frames == 1 and rows and columns else None

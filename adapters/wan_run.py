@@ -16,6 +16,7 @@ from kvpack.adapters.wan_vae import StreamingDecoder
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, UnsupportedPipelineError
 from kvpack.memory import Memory
 from kvpack.shots import Prompt, shots
+from kvpack.stats import branch_stats
 
 
 class WanRun(Run):
@@ -166,15 +167,7 @@ class WanRun(Run):
 
     def stats(self) -> dict[str, Any]:
         """Tokens of one branch, bytes of all, and seconds of each phase."""
-        each = [session.stats() for session in self.sessions.values()]
-        if not each:
-            shared = {"branches": [], "seconds": dict(self.seconds), "policy_seconds": {}}
-            return {"stack": self.stack.name, "chunks": 0, **shared}
-        total = {key: sum(stats[key] for stats in each) for key in each[0] if key.endswith("_bytes")}
-        spent = [stats["policy_seconds"] for stats in each]  # the first branch runs every policy that any branch runs
-        policies = {name: sum(seconds.get(name, 0.0) for seconds in spent) for name in spent[0]}
-        shared = {"branches": list(self.sessions), "seconds": dict(self.seconds), "policy_seconds": policies}
-        return {**each[0], **total, **shared}
+        return branch_stats(self.stack.name, self.sessions, self.seconds)
 
     @torch.no_grad()
     def _commit_given(self, index: int, first: int, frames: int) -> Chunk:
@@ -206,19 +199,16 @@ class WanRun(Run):
         return chunk_noise(self.pipeline, self.arguments, self._rows, first, frames)
 
     def _reviewed(self, index: int, noise: Tensor) -> Tensor:
-        """Clean latents that the memory accepts; rows that it vetoes are made again of the same noise."""
+        """Clean latents that the memory accepts; each try begins with the same noise."""
         rewind = rewinding(self.arguments["generator"])
-        latents = self._denoised(index, noise)
-        for _ in range(self.stack.most_retries):
-            vetoed = self.memory.review(latents)
-            if vetoed is None:
-                return latents
-            self._bar.total += self.arguments["num_inference_steps"]
-            rewind()
-            again = self._denoised(index, noise)
-            latents = torch.where(vetoed[:, None, None, None, None].to(latents.device), again, latents)
-        self.memory.settle()
-        return latents
+
+        def make(retry: int) -> Tensor:
+            if retry:
+                self._bar.total += self.arguments["num_inference_steps"]
+                rewind()
+            return self._denoised(index, noise)
+
+        return self.memory.accepted(make)
 
     def _denoised(self, index: int, noise: Tensor) -> Tensor:
         with self.memory.timed("denoise"):

@@ -26,7 +26,8 @@ class NativeCompressor(LatentCompressor):
         project: as that of `LowResolutionCompressor`.
 
     Raises:
-        InvalidOptionError: if `window` or `project` is wrong, or, where it meets a model, if that has no such embedding.
+        InvalidOptionError: if `window` or `project` is wrong, or, where it meets a model, if
+            that has no such embedding.
 
     >>> NativeCompressor().span(8, 3, (30, 52)).tokens, NativeCompressor().span(0, 1, (4, 5)).coordinates[1].tolist()
     (1170, [0.0, 0.5, 2.5])
@@ -61,7 +62,8 @@ class NativeCompressor(LatentCompressor):
             )
         if native != (self.window, self.window):
             raise InvalidOptionError(
-                f"compressor native has window {self.window}, but a patch of this model is {native[0]}x{native[1]} tokens"
+                f"compressor native has window {self.window}, but a patch of this model is {native[0]}x{native[1]} "
+                "tokens; give its own"
             )
 
     def tokens(self, chunk: LatentChunk) -> Float[Tensor, "b n d"]:
