@@ -92,6 +92,5 @@ def fitted(stack: Memory, frames: int) -> Memory:
         return replace(stack, chunk_frames=frames)  # type: ignore[type-var]  # what is no dataclass raises
     except (TypeError, ValueError) as error:
         raise InvalidOptionError(
-            f"the stack {stack.name} cannot work with chunks of {frames} latent frames, which chunk_partition asks for: "
-            f"{error}"
+            f"the stack {stack.name} cannot work with the chunks of {frames} latent frames of chunk_partition: {error}"
         ) from error

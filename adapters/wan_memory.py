@@ -11,12 +11,10 @@ from diffusers.hooks.hooks import CacheContext
 from torch import Tensor
 
 from kvpack.adapters.wan_attention import attached
-from kvpack.adapters.wan_compressor import check_compressor, patch_of
+from kvpack.adapters.wan_compressor import check_compressor, hidden_tokens, latent_chunk
 from kvpack.adapters.wan_project import project_tokens
-from kvpack.adapters.wan_vae import embed, encode, forward_tokens, riding
-from kvpack.blame import blamed
-from kvpack.blocks import LatentChunk
-from kvpack.errors import GradientError, PolicyError
+from kvpack.adapters.wan_vae import encode, forward_tokens, riding
+from kvpack.errors import GradientError
 from kvpack.geometry import Geometry
 from kvpack.ledger import Piece
 from kvpack.memory import Memory
@@ -260,40 +258,9 @@ class WanMemory:
     def _hidden_tokens(self, piece: Piece, latents: Tensor, pixels: Tensor | None) -> Tensor:
         """A latent-space compressor's tokens for a piece of the chunk."""
         assert self.compressor is not None
-        name = type(self.compressor).__name__
-        first, scale, vae = self.frames, self.pipeline.vae_scale_factor_temporal, self.pipeline.vae
-        rows, columns = (side * self.pipeline.vae_scale_factor_spatial for side in patch_of(self.transformer.config))
-
-        def pixel_index(frame: int) -> int:
-            """First pixel frame of a latent frame, from the chunk's; the video's first latent is one pixel frame."""
-            return max(0, (frame - first) * scale - (scale - 1 if first == 0 else 0))
-
-        def piece_pixels() -> Tensor:
-            if pixels is None:
-                raise PolicyError(f"{name}.tokens asked for pixels, but its needs_pixels is False")
-            return pixels[:, :, pixel_index(piece.first_frame) : pixel_index(piece.stop)]
-
-        chunk = LatentChunk(
-            latents=latents[:, :, piece.first_frame - first : piece.stop - first],
-            first_frame=piece.first_frame,
-            grid=self.geometry.grid,
-            pixels=piece_pixels,
-            encode=lambda frames: encode(vae, frames),
-            embed=lambda small: embed(self.transformer, small),
-            native=self._native(),
-            pixels_per_token=(rows, columns),
-            width=self.geometry.width,
-            dtype=self.transformer.dtype,
-        )
-        with blamed(self.compressor, "tokens", next(iter(self.sessions.values())).policy_seconds):
-            tokens = self.compressor.tokens(chunk)
-        if not isinstance(tokens, Tensor):
-            raise PolicyError(f"{name}.tokens returned {type(tokens).__name__}, but it must be a tensor")
-        span = self.compressor.span(piece.first_frame, piece.frames, self.geometry.grid)
-        wanted = (latents.shape[0], span.tokens, self.geometry.width)
-        if tuple(tokens.shape) != wanted:
-            raise PolicyError(f"{name}.tokens returned {tuple(tokens.shape)}, but span() announces {wanted}")
-        return tokens
+        seen = piece, self.frames, latents, pixels, self._native()
+        chunk = latent_chunk(self.compressor, self.pipeline, self.geometry, *seen)
+        return hidden_tokens(self.compressor, chunk, next(iter(self.sessions.values())).policy_seconds)
 
     def _native(self) -> Callable[[Tensor], Tensor] | None:
         """The model's own embedding for compressed latents, if it has one."""

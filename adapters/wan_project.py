@@ -24,7 +24,7 @@ def project_tokens(
     Args:
         transformer: a `WanTransformer3DModel`.
         tokens: hidden tokens `[batch, tokens, width]`.
-        modulation: gives shifts and scales of a clean token, `[batch, 6, width]`; called under the scale of LoRA layers.
+        modulation: gives shifts and scales of a clean token, `[batch, 6, width]`; called under LoRA's scale.
         attention_kwargs: those of the transformer's call; `scale` is that of its LoRA layers.
     """
     onload(transformer)

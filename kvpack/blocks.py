@@ -66,7 +66,7 @@ class LatentChunk:
         pixels_per_token: height and width in pixels of one token.
         width: channels of a hidden token.
         dtype: dtype of hidden tokens, the model's.
-        native: the embedding that the model itself was trained to compress latents with, as `embed`; None if it has none.
+        native: the model's own embedding for compressed latents, as `embed`; None if it has none.
     """
 
     latents: Float[Tensor, "batch channels frames height width"]
