@@ -118,7 +118,7 @@ class WanAdapter(Adapter):
             native=native_window(configs["transformer"]),
         )
 
-    def model_cost(self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int) -> ModelCost:
+    def model_cost(self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int) -> ModelCost | None:
         """From the same configs, in copies that hold no numbers."""
         config, spatial = configs["transformer"], configs["vae"].get("scale_factor_spatial", 8)
         with torch.device("meta"):

@@ -37,7 +37,7 @@ def plan(
 
     from kvpack import planner
     from kvpack.cli_tables import plan_rows
-    from kvpack.enable import resolve_stack
+    from kvpack.enable import model_options, resolve_stack
     from kvpack.presets import adapter_for
 
     described = _described(preset, model)
@@ -51,7 +51,7 @@ def plan(
     adapter = adapter_for(described)
     planned = planner.plan(
         adapter.geometry(configs, height, width, parse_dtype(dtype)),
-        resolve_stack(stack, parse_options(option)),
+        resolve_stack(stack, model_options(adapter, configs, stack, parse_options(option))),
         latent_frames,
         batch=batch,
         branches=2 if guidance else 1,

@@ -38,7 +38,7 @@ def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] = "packfo
     adapter = adapter_of(pipeline)
     if isinstance(stack, str):
         configs = {name: part.config for name, part in pipeline.components.items() if hasattr(part, "config")}
-        options = {**registry().taken(stack, adapter.default_options(configs, stack)), **options}
+        options = model_options(adapter, configs, stack, options)
     resolved = resolve_stack(stack, options)
     adapter.check(pipeline)
     adapter.check_stack(pipeline, resolved)
@@ -54,6 +54,13 @@ def disable(pipeline: Pipeline) -> Pipeline:
         pipeline.__dict__.pop("_kvpack", None)
         pipeline.__class__ = pipeline._kvpack_base  # type: ignore[assignment]
     return pipeline
+
+
+def model_options(
+    adapter: Adapter, configs: Mapping[str, Mapping[str, Any]], stack: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Options of a stack by name for a model: those that are given, and the adapter's own for the rest."""
+    return {**registry().taken(stack, adapter.default_options(configs, stack)), **options}
 
 
 def resolve_stack(stack: str | Memory | Mapping[str, Any], options: Mapping[str, Any]) -> Memory:

@@ -125,7 +125,6 @@ def test_native_is_near_upstream_and_nearer_than_forgetting(pipe):
     tokens = pipe.packforcing.stats()["attended_tokens"]
     pipe.enable_packforcing("self-forcing", window_frames=9, sink_frames=0)
     far = error(generate(pipe, **call, upstream_padding=True), upstream)
-    print(f"difference from upstream: native {near:.3f}, without the middle {far:.3f}")
     assert tokens == 13 * 4 + 6 * 20
     assert near < far / 2
 
