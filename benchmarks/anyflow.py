@@ -6,8 +6,8 @@ own compressed patches. kvpack is `packforcing` with the same patches (`native`)
 
 A chunk begins where the one before it is clean: the encoding of that one and the steps of its own. Tokens are those
 that go through a layer for it. Time of chunk n is of chunks n - 2 to n + 1, all in two rounds of the two pipelines in
-turn; low and high are the least and the greatest, and of ratios the ends of a 95 % bootstrap interval. One thread, and
-flex attention as it runs without a compiler, in upstream alone.
+turn; low and high are the least and the greatest, and of ratios the ends of a 95 % bootstrap interval. Times
+are of the processor, in one thread, so that neighbours count less; upstream's flex attention runs without a compiler.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Sample:
 def generate(pipe: Any, small: bool) -> list[Sample]:
     """Each chunk of one video."""
     steps, side = (1, 32) if small else (4, 128)
-    marks, tokens = [(time.perf_counter(), 0)], 0
+    marks, tokens = [(time.process_time(), 0)], 0
 
     def count(_: Any, inputs: Any) -> None:
         nonlocal tokens
@@ -52,7 +52,7 @@ def generate(pipe: Any, small: bool) -> list[Sample]:
 
     def mark(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if step == steps - 1:
-            marks.append((time.perf_counter(), tokens))
+            marks.append((time.process_time(), tokens))
         return tensors
 
     noise = torch.randn(1, 16, CHUNKS * FRAMES, side // 8, side // 8, generator=torch.Generator().manual_seed(SEED))
