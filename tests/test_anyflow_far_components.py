@@ -84,9 +84,7 @@ def test_rows_are_independent(pipe):
 def test_a_veto_is_for_rows_of_the_batch(pipe):
     made, prompts = [], ["a red circle", "night"]
     call = {"num_inference_steps": 1, "callback_on_step_end": lambda *_: made.append(1) or {}}
-    pipe.enable_packforcing(
-        "token-trim", deviations=-100.0
-    )  # every chunk is made twice once there are three severities
+    pipe.enable_packforcing("token-trim", deviations=-100.0)  # vetoes every chunk once it knows three
     together = generate(pipe, prompt=prompts, generator=[seeded(row) for row in range(2)], **call)
     assert len(made) > 5
     for row, prompt in enumerate(prompts):
