@@ -30,15 +30,21 @@ class AnyFlowFARAdapter(WanAdapter):
         return isinstance(pipeline, AnyFlowFARPipeline)
 
     def default_options(self, configs: Mapping[str, Mapping[str, Any]], stack: str) -> dict[str, Any]:
-        """Chunks as the model was trained; `packforcing` holds whole what the model does, and compresses as it does."""
+        """Chunks as the model was trained; `packforcing` in its sizes, with its own embedding as the compressor.
+
+        As many chunks are recent as the model holds whole, and at most as many compressed ones are attended as it has
+        seen. A block that is compressed 4x only is large, so that the archive is bounded.
+        """
         config = configs["transformer"]
-        chunks = Chunks.of(config["chunk_partition"])
+        chunks, whole = Chunks.of(config["chunk_partition"]), config["full_chunk_limit"]
         if stack != "packforcing":
             return {"chunk_frames": chunks.rest}
         return {
             "chunk_frames": chunks.rest,
-            "sink_frames": chunks.first + 2 * chunks.rest,
-            "recent_frames": max(1, config["full_chunk_limit"] - 1) * chunks.rest,
+            "sink_frames": chunks.first + chunks.rest,
+            "recent_frames": max(1, whole - 1) * chunks.rest,
+            "topk": max(1, len(config["chunk_partition"]) - whole),
+            "archive_blocks": 32,
             "train_frames": sum(config["chunk_partition"]),
             **({} if native_window(config) is None else {"compressor": "native"}),
         }

@@ -43,12 +43,12 @@ def lengths(pipe, **changed):
 
 def test_a_name_gets_what_the_model_was_trained_with(pipe):
     stack = pipe.enable_packforcing(topk=3).packforcing.stack
-    assert (stack.chunk_frames, stack.partitioner.sink_frames, stack.partitioner.recent_frames) == (3, 7, 6)
+    assert (stack.chunk_frames, stack.partitioner.sink_frames, stack.partitioner.recent_frames) == (3, 4, 6)
     assert isinstance(stack.compressor, NativeCompressor)
-    assert (stack.selector.topk, stack.reindexer.train_frames) == (3, 21)
-    other = pipe.enable_packforcing(compressor="identity", sink_frames=4).packforcing.stack
+    assert (stack.selector.topk, stack.archive_blocks, stack.reindexer.train_frames) == (3, 32, 21)
+    other = pipe.enable_packforcing(compressor="identity", sink_frames=7, archive_blocks=None).packforcing.stack
     assert isinstance(other.compressor, IdentityCompressor)
-    assert other.partitioner.sink_frames == 4
+    assert (other.partitioner.sink_frames, other.selector.topk, other.archive_blocks) == (7, 5, None)
     assert pipe.enable_packforcing("full").packforcing.stack.chunk_frames == 3
     assert pipe.enable_packforcing("packforcing-paper").packforcing.stack.chunk_frames == 4  # it takes no option
 

@@ -89,8 +89,8 @@ def test_tokens_and_places_are_the_models_own(pipe):
     given = generate(pipe)
     handle.remove()
     # One call for each chunk behind the sink, with its clean latents; the last one is short and not kept.
-    assert all(torch.equal(args, given[:, :, 7 + 3 * i : 10 + 3 * i]) for i, (args, _) in enumerate(seen))
-    assert [output.shape[2:] for _, output in seen] == [(3, 2, 2)] * 4
+    assert all(torch.equal(args, given[:, :, 4 + 3 * i : 7 + 3 * i]) for i, (args, _) in enumerate(seen))
+    assert [output.shape[2:] for _, output in seen] == [(3, 2, 2)] * 5
     frames = {"num_compressed_frames": 3}
     wanted = transformer._forward_far_patchify(torch.cat([latents, latents], dim=2), far_cfg=frames)[:, : 3 * 4]
     chunk = LatentChunk(
@@ -126,7 +126,8 @@ def test_native_is_near_upstream_and_nearer_than_forgetting(pipe):
     pipe.enable_packforcing("self-forcing", window_frames=9, sink_frames=0)
     far = error(generate(pipe, **call, upstream_padding=True), upstream)
     assert tokens == 13 * 4 + 6 * 20
-    assert near < far / 2
+    assert near < 0.004
+    assert far > 0.03  # the README's figures
 
 
 def test_a_twin_that_rides_is_one_with_a_forward_of_its_own(pipe, monkeypatch):
@@ -206,7 +207,7 @@ def test_backends(backend, pipe):
     ("frames", "options"),
     [
         (16 * 21, {"topk": 2, "archive_blocks": 8}),
-        pytest.param(24 * 21, {"archive_blocks": 32}, marks=pytest.mark.slow),
+        pytest.param(24 * 21, {}, marks=pytest.mark.slow),
     ],
 )
 def test_many_times_the_native_length_in_flat_memory(frames, options, pipe):
