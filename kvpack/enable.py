@@ -36,11 +36,11 @@ def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] = "packfo
         InvalidOptionError: if an option is unknown or wrong, or a compressor's weights are missing or another model's.
     """
     adapter = adapter_of(pipeline)
+    adapter.check(pipeline)
     if isinstance(stack, str):
         configs = {name: part.config for name, part in pipeline.components.items() if hasattr(part, "config")}
         options = model_options(adapter, configs, stack, options)
     resolved = resolve_stack(stack, options)
-    adapter.check(pipeline)
     adapter.check_stack(pipeline, resolved)
     if not isinstance(pipeline, PackForcingMixin):
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]

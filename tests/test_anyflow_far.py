@@ -136,6 +136,19 @@ def test_pixels_and_the_output_class_are_upstreams(pipe):
     assert torch.equal(torch.cat(parts, dim=1), given)
 
 
+def test_only_the_new_chunk_is_encoded_and_upstream_keeps_nothing(pipe):
+    forwards = []
+
+    def watch(_, args, kwargs):
+        forwards.append((kwargs["hidden_states"].shape[1], kwargs.get("kv_cache") is None))
+
+    handle = pipe.transformer.register_forward_pre_hook(watch, with_kwargs=True)
+    both(pipe, num_inference_steps=1)
+    handle.remove()
+    assert [frames for frames, _ in forwards[:5]] == [1, 1, 2, 3, 2]  # the third is behind an encoding of all before it
+    assert forwards[5:] == [(1, True)] * 2 + [(2, True)] * 4
+
+
 def test_no_argument_of_kvpack_reaches_upstream(pipe):
     with pytest.raises(TypeError, match="upstream_padding"):
         pipe(**CALL, upstream_padding=True)

@@ -121,3 +121,10 @@ def test_gradient_checkpointing_is_refused(pipe):
     pipe.transformer.enable_gradient_checkpointing()
     with pytest.raises(UnsupportedPipelineError, match="gradient checkpointing is enabled"):
         generate(pipe)
+
+
+def test_a_pipeline_without_a_transformer_is_refused():
+    pipe = tiny_anyflow_far_pipeline()
+    pipe.transformer = None
+    with pytest.raises(UnsupportedPipelineError, match="no transformer"):
+        pipe.enable_packforcing()
