@@ -69,25 +69,32 @@ class Chunks:
             )
 
 
-def chunks_of(pipeline: Any, partition: Sequence[int] | None) -> Chunks:
+def chunks_of(pipeline: Any, partition: Any) -> Chunks:
     """The chunks that a call asks for, or those that the model was trained with.
 
     Raises:
         InvalidOptionError: if the lengths are not such as kvpack can make.
     """
+    if not isinstance(partition, Sequence | None):
+        raise InvalidOptionError(f"chunk_partition must be a list of latent frames, got {partition!r}; e.g. [1, 3, 3]")
     own = Chunks.of(pipeline.transformer.config.chunk_partition)
     return replace(own, partition=None) if partition is None else Chunks.of(partition, own.rest)
 
 
-def fitted(stack: Memory, frames: int) -> Memory:
-    """The memory, for chunks of so many latent frames.
+def fitted(stack: Memory, chunks: Chunks) -> Memory:
+    """The memory, for chunks of this length.
 
     Raises:
         InvalidOptionError: if it cannot work with them.
     """
+    frames = chunks.rest
     if stack.chunk_frames == frames:
         return stack
-    logger.warning(f"chunks have {frames} latent frames (chunk_partition), not the {stack.chunk_frames} of the stack")
+    if chunks.partition is None:
+        logger.warning(
+            f"chunks have the {frames} latent frames of the model's chunk_partition, not the {stack.chunk_frames} of the "
+            "stack; others are asked for by the call's chunk_partition"
+        )
     try:
         return replace(stack, chunk_frames=frames)  # type: ignore[type-var]  # what is no dataclass raises
     except (TypeError, ValueError) as error:

@@ -41,7 +41,7 @@ class AnyFlowFARRun(WanRun):
         self, adapter: Adapter, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool
     ) -> None:
         self._chunks = chunks_of(pipeline, arguments["chunk_partition"])
-        super().__init__(adapter, pipeline, fitted(stack, self._chunks.rest), arguments, streaming=streaming)
+        super().__init__(adapter, pipeline, fitted(stack, self._chunks), arguments, streaming=streaming)
         self.memory.upstream_padding = bool(self.arguments["upstream_padding"])
 
     def output(self, frames: Any) -> Any:

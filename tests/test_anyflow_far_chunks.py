@@ -83,6 +83,7 @@ def test_the_first_chunk_may_be_chosen(pipe):
         ([1, 3, 2, 3], "kvpack makes chunks of one length"),
         ([1, 3, 3, 4], "kvpack makes chunks of one length"),
         ([], "chunk_partition is empty"),
+        (3, "chunk_partition must be a list of latent frames, got 3"),
         ([1, 0], "chunk_partition must be >= 1, got 0"),
         ([1, 3], r"\[1, 3\] sums to 4, but the video has 5 latent frames"),
     ],
@@ -123,9 +124,12 @@ def test_wrong_beginnings(pipe):
         pipe(**CALL, video=torch.ones(1, 1, 3, 32, 48), video_latents=torch.ones(1, 1, 16, 4, 6))
 
 
-def test_a_stack_of_another_length_is_fitted_or_refused(pipe):
-    short = lengths(pipe.enable_packforcing("self-forcing", chunk_frames=2), num_frames=29)
-    assert short == [1, 3, 3, 1]
+def test_a_stack_of_another_length_is_fitted_or_refused(pipe, caplog):
+    pipe.enable_packforcing("self-forcing", chunk_frames=2)
+    assert lengths(pipe, num_frames=29, chunk_partition=[1, 3, 3, 1]) == [1, 3, 3, 1]
+    assert not caplog.messages
+    assert lengths(pipe, num_frames=29) == [1, 3, 3, 1]
+    assert "the 3 latent frames of the model's chunk_partition, not the 2 of the stack" in caplog.text
     pipe.enable_packforcing("self-forcing", chunk_frames=2, window_frames=4, sink_frames=0)
     with pytest.raises(InvalidOptionError, match="cannot work with the chunks of 3 latent frames"):
         pipe(**CALL, num_frames=29)
