@@ -92,8 +92,8 @@ def fitted(stack: Memory, chunks: Chunks) -> Memory:
         return stack
     if chunks.partition is None:
         logger.warning(
-            f"chunks have the {frames} latent frames of the model's chunk_partition, not the {stack.chunk_frames} of the "
-            "stack; others are asked for by the call's chunk_partition"
+            f"chunks have the {frames} latent frames of the model's chunk_partition, not the {stack.chunk_frames} of "
+            "the stack; others are asked for by the call's chunk_partition"
         )
     try:
         return replace(stack, chunk_frames=frames)  # type: ignore[type-var]  # what is no dataclass raises
