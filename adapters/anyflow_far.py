@@ -13,6 +13,7 @@ from kvpack.adapters.wan_trainee import WanTrainee
 from kvpack.costs import ModelCost
 from kvpack.errors import UnsupportedPipelineError
 from kvpack.memory import Memory
+from kvpack.registry import registry
 
 
 class AnyFlowFARAdapter(WanAdapter):
@@ -46,7 +47,7 @@ class AnyFlowFARAdapter(WanAdapter):
             "topk": max(1, len(config["chunk_partition"]) - whole),
             "archive_blocks": 32,
             "train_frames": sum(config["chunk_partition"]),
-            **({} if native_window(config) is None else {"compressor": "native"}),
+            **_native(native_window(config)),
         }
 
     def model_cost(self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int) -> ModelCost | None:
@@ -61,3 +62,10 @@ class AnyFlowFARAdapter(WanAdapter):
     def trainee(self, pipeline: Any, max_sequence_length: int | None = None) -> WanTrainee:
         """Its forwards have two times, which training does not know yet."""
         raise UnsupportedPipelineError(f"the adapter {self.name} cannot train yet; it has no `trainee`")
+
+
+def _native(window: tuple[int, int] | None) -> dict[str, Any]:
+    """The compressor that is the model's own embedding, if it has one, of square patches."""
+    if window is None or window[0] != window[1]:
+        return {}
+    return {"compressor": registry().policy("compressor", "native", {"window": window[0]})}

@@ -178,6 +178,13 @@ def test_weights_of_another_model_are_refused(pipe, tmp_path):
         pipe.enable_packforcing(compressor=NativeCompressor(window=3))
 
 
+def test_the_window_is_the_models():
+    wide = tiny_anyflow_far_pipeline(compressed_patch_size=(1, 8, 8))
+    assert wide.enable_packforcing().packforcing.stack.compressor == NativeCompressor(window=4)
+    oblong = tiny_anyflow_far_pipeline(compressed_patch_size=(1, 4, 8))
+    assert oblong.enable_packforcing().packforcing.stack.compressor.name == "pool"
+
+
 def test_upstreams_padding_is_reproduced_on_request_only(pipe):
     noise = torch.randn(1, 16, 5, 8, 10, generator=seeded(3))
     call = {"latents": noise, "chunk_partition": [1, 2, 2], "num_inference_steps": 2, "guidance_scale": 2.0}
