@@ -174,7 +174,7 @@ def test_bench_runs_all_and_fails_if_one_cannot(tmp_path, monkeypatch, capsys) -
     def ran(name: str, small: bool, folder: str) -> bool:
         if name == "overhead":
             return False
-        metric = {"rotation": "worst pair", "steady": steady.SESSION}[name]
+        metric = {"rotation": "worst pair", "steady": steady.SESSION, "anyflow": anyflow.TOKENS}[name]
         report.write(
             name, [replace(ROW, metric=metric, subject=each) for each in ("kvpack", "packforcing")], Path(folder)
         )
