@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from kvpack.adapters.anyflow_far import AnyFlowFARAdapter
 from kvpack.adapters.sana_wm import SanaWMAdapter
 from kvpack.adapters.skyreels import SkyReelsV2Adapter
 from kvpack.adapters.wan import WanAdapter
@@ -15,3 +16,4 @@ def kvpack_register_adapters(register: Callable[[Any], None]) -> None:
     register(WanAdapter())
     register(SanaWMAdapter())
     register(SkyReelsV2Adapter())
+    register(AnyFlowFARAdapter())

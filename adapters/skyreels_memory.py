@@ -87,10 +87,10 @@ class SkyReelsMemory(WanMemory):
             context = replace(context, step_index=max(0, self._steps - 1))
         return super()._memory_for(context)
 
-    def _modulation(self, branch: str, rows: Tensor) -> Tensor:
-        modulation = super()._modulation(branch, rows)
+    def _modulation(self, branch: str, times: Tensor) -> Tensor:
+        modulation = super()._modulation(branch, times)
         if not self.transformer.config.inject_sample_info:
             return modulation
-        kinds = torch.tensor(self._fps_rows(rows), device=rows.device)
+        kinds = torch.tensor(self._fps_rows(times), device=times.device)
         told = self.transformer.fps_projection(self.transformer.fps_embedding(kinds))
         return modulation + told.unflatten(1, (6, -1))

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvpack.adapter import Adapter
 from kvpack.adapters.placement import check_placement
-from kvpack.adapters.wan_compressor import check_compressor, patch_of
+from kvpack.adapters.wan_compressor import check_compressor, native_window, patch_of
 from kvpack.adapters.wan_run import WanRun
 from kvpack.adapters.wan_trainee import WanTrainee
 from kvpack.costs import LatentShape, ModelCost
@@ -97,9 +97,10 @@ class WanAdapter(Adapter):
             patch=patch,
             pixels_per_token=(spatial * patch[0], spatial * patch[1]),
             encode_flops=encode_flops,
+            native=native_window(configs["transformer"]),
         )
 
-    def model_cost(self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int) -> ModelCost:
+    def model_cost(self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int) -> ModelCost | None:
         """From the same configs, in copies that hold no numbers."""
         config, spatial = configs["transformer"], configs["vae"].get("scale_factor_spatial", 8)
         with torch.device("meta"):

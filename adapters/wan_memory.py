@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +11,11 @@ from diffusers.hooks.hooks import CacheContext
 from torch import Tensor
 
 from kvpack.adapters.wan_attention import attached
-from kvpack.adapters.wan_compressor import check_compressor, patch_of
+from kvpack.adapters.wan_compressor import check_compressor, hidden_tokens, latent_chunk
 from kvpack.adapters.wan_project import project_tokens
 from kvpack.adapters.wan_prompt import PromptCache
-from kvpack.adapters.wan_vae import embed, encode, forward_tokens, riding
-from kvpack.blame import blamed
-from kvpack.blocks import LatentChunk
-from kvpack.errors import GradientError, PolicyError
+from kvpack.adapters.wan_vae import encode, forward_tokens, riding
+from kvpack.errors import GradientError
 from kvpack.geometry import Geometry
 from kvpack.ledger import Piece
 from kvpack.memory import Memory
@@ -66,6 +65,11 @@ class WanMemory:
         """Committed latent frames."""
         return next(iter(self.sessions.values())).frames if self.sessions else 0
 
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Guidance branches that have a session of their own."""
+        return tuple(self.embeds)
+
     def session(self, branch: str) -> AnySession:
         """Memory of one branch, new at its first mention."""
         if branch not in self.sessions:
@@ -74,7 +78,7 @@ class WanMemory:
 
     def expect(self, frames: int) -> None:
         """Announces the length of the coming chunk to every branch."""
-        for branch in self.embeds:
+        for branch in self.branches:
             session = self.session(branch)
             if session.coming_frames != frames:
                 session.expect(frames)
@@ -82,7 +86,15 @@ class WanMemory:
     def attached(self) -> AbstractContextManager[None]:
         """Kvpack's processors in the transformer, whose forwards are denoising steps unless `commit` makes them."""
         self._announce = _denoise
+        return self._attached()
+
+    def _attached(self) -> AbstractContextManager[None]:
         return attached(self.transformer, self._memory_for, self.prompt)
+
+    @property
+    def denoising(self) -> bool:
+        """Whether forwards are denoising steps."""
+        return self._announce is _denoise
 
     def check_policies(self) -> None:
         """Raises `PolicyError` if a policy broke its contract in the chunk in progress."""
@@ -97,8 +109,7 @@ class WanMemory:
         """
         latents = make(0)
         for retry in range(self.stack.most_retries):
-            vetoes = [session.review(latents) for session in self.sessions.values()]
-            vetoed = next((each for each in vetoes if each is not None), None)
+            vetoed = self._vetoed(latents)
             if vetoed is None:
                 return latents
             again = make(retry + 1)
@@ -106,6 +117,11 @@ class WanMemory:
         for session in self.sessions.values():
             session.settle()
         return latents
+
+    def _vetoed(self, latents: Tensor) -> Tensor | None:
+        """Rows of the chunk that the memory wants made anew; None if it accepts them."""
+        vetoes = [session.review(latents) for session in self.sessions.values()]
+        return next((each for each in vetoes if each is not None), None)
 
     def forward(self, branch: str, latents: Tensor, timesteps: Tensor, step: int | None = None) -> Tensor:
         """The transformer's output for latents of one branch, at a denoising step."""
@@ -225,15 +241,14 @@ class WanMemory:
             return
         assert isinstance(session, Session)  # no other makes twins
         session.compress(piece)
-        projected = project_tokens(
-            self.transformer, tokens, lambda: self._modulation(branch, tokens), attention_kwargs=self.attention_kwargs
-        )
+        modulation = partial(self._modulation, branch, self._clean_times(tokens))
+        projected = project_tokens(self.transformer, tokens, modulation, attention_kwargs=self.attention_kwargs)
         for layer, (keys, values) in zip(session.layers, projected, strict=True):
             layer.hear(keys, values)
 
-    def _modulation(self, branch: str, rows: Tensor) -> Tensor:
-        """What the layers hear of t = 0, `[batch, 6, width]`."""
-        _, modulation, *_ = self.transformer.condition_embedder(self._clean_times(rows), self.embeds[branch])
+    def _modulation(self, branch: str, times: Tensor) -> Tensor:
+        """Shifts and scales of a layer's input at these times, `[batch, 6, width]`."""
+        _, modulation, *_ = self.transformer.condition_embedder(times, self.embeds[branch])
         return modulation.unflatten(1, (6, -1))
 
     def _clean_forward(self, branch: str, latents: Tensor) -> None:
@@ -246,49 +261,26 @@ class WanMemory:
     def _hidden_tokens(self, piece: Piece, latents: Tensor, pixels: Tensor | None) -> Tensor:
         """A latent-space compressor's tokens for a piece of the chunk."""
         assert self.compressor is not None
-        name = type(self.compressor).__name__
-        first, scale, vae = self.frames, self.pipeline.vae_scale_factor_temporal, self.pipeline.vae
-        rows, columns = (side * self.pipeline.vae_scale_factor_spatial for side in patch_of(self.transformer.config))
+        seen = piece, self.frames, latents, pixels, self._native()
+        chunk = latent_chunk(self.compressor, self.pipeline, self.geometry, *seen)
+        return hidden_tokens(self.compressor, chunk, next(iter(self.sessions.values())).policy_seconds)
 
-        def pixel_index(frame: int) -> int:
-            """First pixel frame of a latent frame, from the chunk's; the video's first latent is one pixel frame."""
-            return max(0, (frame - first) * scale - (scale - 1 if first == 0 else 0))
-
-        def piece_pixels() -> Tensor:
-            if pixels is None:
-                raise PolicyError(f"{name}.tokens asked for pixels, but its needs_pixels is False")
-            return pixels[:, :, pixel_index(piece.first_frame) : pixel_index(piece.stop)]
-
-        chunk = LatentChunk(
-            latents=latents[:, :, piece.first_frame - first : piece.stop - first],
-            first_frame=piece.first_frame,
-            grid=self.geometry.grid,
-            pixels=piece_pixels,
-            encode=lambda frames: encode(vae, frames),
-            embed=lambda small: embed(self.transformer, small),
-            pixels_per_token=(rows, columns),
-            width=self.geometry.width,
-            dtype=self.transformer.dtype,
-        )
-        with blamed(self.compressor, "tokens", next(iter(self.sessions.values())).policy_seconds):
-            tokens = self.compressor.tokens(chunk)
-        if not isinstance(tokens, Tensor):
-            raise PolicyError(f"{name}.tokens returned {type(tokens).__name__}, but it must be a tensor")
-        span = self.compressor.span(piece.first_frame, piece.frames, self.geometry.grid)
-        wanted = (latents.shape[0], span.tokens, self.geometry.width)
-        if tuple(tokens.shape) != wanted:
-            raise PolicyError(f"{name}.tokens returned {tuple(tokens.shape)}, but span() announces {wanted}")
-        return tokens
+    def _native(self) -> Callable[[Tensor], Tensor] | None:
+        """The model's own embedding for compressed latents, if it has one."""
+        return None
 
     def _memory_for(self, context: CacheContext) -> Sequence[AttendingLayer]:
+        return self._layers_for(context.name, context.step_index or 0)
+
+    def _layers_for(self, branch: str, step: int) -> Sequence[AttendingLayer]:
         """Tells the branch's session what the coming forward is."""
         if torch.is_grad_enabled() and not self.buffer.differentiable:
             raise GradientError(
                 "gradients are enabled inside generation, where recomputation would commit a chunk twice; "
                 "remove torch.enable_grad() and torch.set_grad_enabled(True) from callbacks and wrappers"
             )
-        session = self.session(context.name)
-        self._announce(session, context.step_index or 0)
+        session = self.session(branch)
+        self._announce(session, step)
         return session.layers
 
     @contextmanager

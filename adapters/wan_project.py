@@ -24,15 +24,15 @@ def project_tokens(
     Args:
         transformer: a `WanTransformer3DModel`.
         tokens: hidden tokens `[batch, tokens, width]`.
-        modulation: makes what the layers hear of the time, `[batch, 6, width]`.
+        modulation: gives shifts and scales of a clean token, `[batch, 6, width]`; called under LoRA's scale.
         attention_kwargs: those of the transformer's call; `scale` is that of its LoRA layers.
     """
     onload(transformer)
-    heard = modulation().float()
+    shifts = modulation().float()
     projected = []
     for block in transformer.blocks:
         with onloaded(block):
-            projected.append(_keys_values(block, tokens, heard))
+            projected.append(_keys_values(block, tokens, shifts))
     return projected
 
 

@@ -82,7 +82,7 @@ class WanRun(Run):
         while (self.total_frames is None or first < self.total_frames) and not self.interrupted:
             while self._turns and self._turns[0][0] <= index:
                 self._turn(*self._turns.pop(0)[1:])
-            frames = self.stack.chunk_frames if index else self.first_frames
+            frames = self._length(index, first)
             self.memory.expect(frames)
             yield self._commit_given(index, first, frames) if first < given else self._generate(index, first, frames)
             first, index = first + frames, index + 1
@@ -90,6 +90,10 @@ class WanRun(Run):
     def _count(self, frames: int) -> int:
         """Chunks of so many latent frames."""
         return frames and 1 + max(0, -(-(frames - self.first_frames) // self.stack.chunk_frames))
+
+    def _length(self, index: int, first: int) -> int:
+        """Latent frames of a chunk that begins at frame `first`."""
+        return self.stack.chunk_frames if index else self.first_frames
 
     @property
     def _rows(self) -> int:
@@ -110,8 +114,12 @@ class WanRun(Run):
         """The memory of this generation."""
         return WanMemory(self.pipeline, self.stack, geometry, embeds, self.arguments["attention_kwargs"])
 
+    def _given_latents(self, size: tuple[int, int], rows: int) -> Tensor | None:
+        """Clean latents that every video of the batch begins with."""
+        return given_latents(self.pipeline, self.arguments, size, rows)
+
     def _given(self, size: tuple[int, int], rows: int) -> Tensor | None:
-        """Clean latents that the video begins with."""
+        """The same, checked."""
         given = self._given_latents(size, rows)
         if given is not None and self.total_frames is not None and given.shape[2] >= self.total_frames:
             raise InvalidOptionError(
@@ -119,9 +127,6 @@ class WanRun(Run):
                 "give a larger num_frames, which counts those that are given"
             )
         return given
-
-    def _given_latents(self, size: tuple[int, int], rows: int) -> Tensor | None:
-        return given_latents(self.pipeline, self.arguments, size, rows)
 
     def _first_frames(self) -> int:
         """Latent frames of the first chunk: chunks that are given are whole but for the first."""
@@ -195,7 +200,8 @@ class WanRun(Run):
         with self._driving():
             latents = self._reviewed(index, noise)
             pixels = self.decode(latents) if self.decodes_in_loop else None
-            if not self.pipeline._interrupt:
+            # A chunk that is shorter than the rest without being the first is a video's last: nothing goes on from it.
+            if not self.pipeline._interrupt and (index == 0 or frames == self.stack.chunk_frames):
                 self.memory.commit(latents, pixels)
             self.interrupted = self.pipeline._interrupt
         keep = latents.shape[2] if self.total_frames is None else min(latents.shape[2], self.total_frames - first)
@@ -248,6 +254,7 @@ class WanRun(Run):
             "output_type": "latent",
             "return_dict": False,
             "callback_on_step_end": self._callback if call["callback_on_step_end"] is not None else None,
+            **self._for_chunk(noise.shape[2]),
         }
         bind = getattr(pipeline.scheduler, "bound_generator", nullcontext)
         with bind(call["generator"]) if bind is not nullcontext else nullcontext():
@@ -256,6 +263,10 @@ class WanRun(Run):
 
     def _stock_call(self, arguments: dict[str, Any]) -> Any:
         return self.pipeline._kvpack_base.__call__(self.pipeline, **arguments)
+
+    def _for_chunk(self, frames: int) -> dict[str, Any]:
+        """Further arguments of the upstream call that makes a chunk of so many latent frames."""
+        return {}
 
     def _upstream(self, call: dict[str, Any]) -> dict[str, Any]:
         """The arguments that the stock pipeline knows."""

@@ -113,9 +113,9 @@ def riding(transformer: Any, tokens: Tensor) -> Iterator[None]:
     count = tokens.shape[1]
     handles = [
         transformer.patch_embedding.register_forward_hook(
-            lambda _, __, embedded: torch.cat([embedded.flatten(2), tokens.transpose(1, 2)], dim=2)
+            lambda _, __, embedded: torch.cat([embedded.flatten(2), tokens.transpose(1, 2)], dim=2)[..., None, None]
         ),
-        transformer.proj_out.register_forward_hook(lambda _, __, output: output[:, :-count]),
+        transformer.proj_out.register_forward_hook(lambda _, __, output: output[:, :-count].contiguous()),
     ]
     try:
         yield

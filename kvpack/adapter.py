@@ -153,6 +153,15 @@ class Adapter(ABC):
     def check(self, pipeline: Any) -> None:
         """Raises `UnsupportedPipelineError` if something is switched on that cannot work."""
 
+    def default_options(self, configs: Mapping[str, Mapping[str, Any]], stack: str) -> Mapping[str, Any]:
+        """Options that this model gives a stack by name where the user gives none; those it does not take are left out.
+
+        Args:
+            configs: the components' configs.
+            stack: name of the stack.
+        """
+        return {}
+
     def check_stack(self, pipeline: Any, stack: Memory) -> None:  # noqa: B027  # a family may have nothing to check
         """Raises `InvalidOptionError` if the stack cannot work with this pipeline's model."""
 

@@ -66,6 +66,7 @@ class LatentChunk:
         pixels_per_token: height and width in pixels of one token.
         width: channels of a hidden token.
         dtype: dtype of hidden tokens, the model's.
+        native: the model's own embedding for compressed latents, as `embed`; None if it has none.
     """
 
     latents: Float[Tensor, "batch channels frames height width"]
@@ -77,6 +78,7 @@ class LatentChunk:
     pixels_per_token: tuple[int, int]
     width: int
     dtype: torch.dtype
+    native: Callable[[Tensor], Tensor] | None = None
 
     @property
     def patch(self) -> tuple[int, int]:

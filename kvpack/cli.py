@@ -120,7 +120,7 @@ def generate(
     """Generate a video of any length with a model of your own, written while it is generated."""
     import torch
 
-    from kvpack.enable import resolve_stack
+    from kvpack.enable import enable, resolve_stack
     from kvpack.generation import load_pipeline, started
     from kvpack.planner import video_frames
     from kvpack.settings import Settings
@@ -129,7 +129,7 @@ def generate(
     settings = Settings.of_folder(model) or Settings()
     fps = settings.fps if fps is None else fps
     frames, _ = video_frames(seconds, fps)
-    policy = resolve_stack(stack, parse_options(option), settings)
+    resolve_stack(stack, parse_options(option), settings)  # finds out now whether it is one
     named = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
@@ -144,6 +144,7 @@ def generate(
     precision = parse_dtype(dtype or ("float32" if device == "cpu" else "bfloat16"))
     writer = VideoWriter(output, fps)  # finds out now whether it can be written
     pipeline = load_pipeline(model, precision, device)
+    policy = enable(pipeline, stack, **parse_options(option)).packforcing.stack
     with started(pipeline, policy, frames, seed, arguments) as track, writer, progress() as on_chunk:
         while (chunk := track.next_frames()) is not None:
             writer.write(chunk)

@@ -49,7 +49,8 @@ def plan(
     configs = described.configs
     adapter = adapter_for(described)
     pixel_frames, latent_frames = planner.video_frames(seconds, fps, adapter.temporal_scale(configs))
-    memory = resolve_stack(stack, parse_options(option), described.settings)
+    defaults = partial(adapter.default_options, configs)
+    memory = resolve_stack(stack, parse_options(option), described.settings, defaults)
     planned = planner.plan(
         adapter.geometry(configs, height, width, parse_dtype(dtype)),
         memory,

@@ -26,12 +26,15 @@ class LatentShape:
         patch: latent rows and columns of a token.
         pixels_per_token: height and width in pixels of a token.
         encode_flops: operations of VAE-encoding a clip, given its pixel frames, height and width.
+        native: token rows and columns of a token of the model's own embedding for compressed latents; None if it has
+            none.
     """
 
     channels: int
     patch: tuple[int, int]
     pixels_per_token: tuple[int, int]
     encode_flops: Callable[[int, int, int], int]
+    native: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """Swap a pipeline's memory for a stack of policies, and give it back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
@@ -27,7 +28,8 @@ def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] | None = 
         pipeline: a diffusers pipeline that an installed adapter supports.
         stack: name of an installed stack, a `Stack` or other `Memory`, or what its `to_dict` gave; None is what the
             `kvpack_config.json` of the pipeline's folder says, and "packforcing" where there is none.
-        options: options of the named stack, e.g. `topk=16`; they go before those of the file.
+        options: options of the named stack, e.g. `topk=16`; they go before those of the file, and those before what the
+            adapter knows to be better for its model than the stack's own (`Adapter.default_options`).
 
     Returns:
         The same pipeline.
@@ -38,11 +40,12 @@ def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] | None = 
         InvalidOptionError: if an option is unknown or wrong, or a compressor's weights are missing or another model's.
     """
     settings = Settings.of_pipeline(pipeline) or Settings()
-    resolved = resolve_stack(stack, options, settings)
-    if settings.first_chunk_frames is not None:
-        require_length(settings.first_chunk_frames, resolved.chunk_frames)
     adapter = adapter_of(pipeline)
     adapter.check(pipeline)
+    configs = {name: part.config for name, part in pipeline.components.items() if hasattr(part, "config")}
+    resolved = resolve_stack(stack, options, settings, partial(adapter.default_options, configs))
+    if settings.first_chunk_frames is not None:
+        require_length(settings.first_chunk_frames, resolved.chunk_frames)
     adapter.check_stack(pipeline, resolved)
     if not isinstance(pipeline, PackForcingMixin):
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
@@ -59,9 +62,18 @@ def disable(pipeline: Pipeline) -> Pipeline:
 
 
 def resolve_stack(
-    stack: str | Memory | Mapping[str, Any] | None, options: Mapping[str, Any], settings: Settings | None = None
+    stack: str | Memory | Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+    settings: Settings | None = None,
+    defaults: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> Memory:
     """The stack that a name with options, a dict, a `Stack` or a model's own settings stand for.
+
+    Args:
+        stack: the name, dict or `Stack`; None takes the settings'.
+        options: options of the named stack.
+        settings: the model's own.
+        defaults: what a family knows to be better for it than the own defaults of a stack by name.
 
     Raises:
         InvalidOptionError: if options are given with anything but a name, or are wrong.
@@ -70,7 +82,8 @@ def resolve_stack(
         settings = settings or Settings()
         stack, options = settings.stack, {**settings.options, **options}
     if isinstance(stack, str):
-        return registry().stack(stack, dict(options))
+        own = registry().taken(stack, defaults(stack)) if defaults else {}
+        return registry().stack(stack, {**own, **options})
     if options:
         raise InvalidOptionError(
             f"options {sorted(options)} belong to a named stack; use dataclasses.replace on a Stack"

@@ -30,7 +30,7 @@ class Enabled:
         driving: the same, while the upstream call runs inside it.
         last: stats of the last generation.
         fps: pixel frames a second, which say at what chunk a prompt schedule's seconds are.
-        first_chunk_frames: latent frames of a video's first chunk; None if it is as long as the rest.
+        first_chunk_frames: latent frames of a video's first chunk; None leaves it to the model.
     """
 
     stack: Memory
@@ -66,7 +66,10 @@ class PackForcing:
 
     @property
     def first_chunk_frames(self) -> int | None:
-        """Latent frames of a video's first chunk, e.g. 1 for an independent first frame; None if as many as any."""
+        """Latent frames of a video's first chunk, e.g. 1 for an independent first frame.
+
+        None leaves it to the model: as its config says (AnyFlow-FAR), or as many as any.
+        """
         return self._pipeline._kvpack.first_chunk_frames
 
     @first_chunk_frames.setter

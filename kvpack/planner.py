@@ -202,7 +202,7 @@ def _branches(
     flops: dict[str, int] = {}
     if not isinstance(stack.compressor, LatentCompressor) or latents is None:
         return parameters, flops
-    stack.compressor.check(latents.channels, geometry.width, latents.patch)
+    stack.compressor.check(latents.channels, geometry.width, latents.patch, latents.native)
     for piece in _twins(stack, ledger):
         for name, cost in stack.compressor.costs(piece.frames, geometry, latents).items():
             parameters[name] = cost.parameters

@@ -55,6 +55,16 @@ def _wan(layers: int, heads: int, ffn_dim: int, *, channels: int = 16, spatial: 
     }
 
 
+def _far(wan: Configs) -> Configs:
+    """The same as a causal model that compresses old frames itself, and what it was trained with (AnyFlow-FAR)."""
+    far = {
+        "compressed_patch_size": (1, 4, 4),
+        "full_chunk_limit": 3,
+        "chunk_partition": (1, 3, 3, 3, 3, 3, 3, 2),
+    }
+    return {**wan, "transformer": {**wan["transformer"], **far}}
+
+
 PRESETS = {
     "wan2.1-t2v-1.3b": ModelDescription("wan2.1-t2v-1.3b", "WanPipeline", _wan(30, 12, 8960)),
     "wan2.1-t2v-14b": ModelDescription("wan2.1-t2v-14b", "WanPipeline", _wan(40, 40, 13824)),
@@ -67,6 +77,7 @@ PRESETS = {
     "skyreels-v2-df-14b": ModelDescription(
         "skyreels-v2-df-14b", "SkyReelsV2DiffusionForcingPipeline", _wan(40, 40, 13824)
     ),
+    "anyflow-far-1.3b": ModelDescription("anyflow-far-1.3b", "AnyFlowFARPipeline", _far(_wan(30, 12, 8960))),
 }
 
 

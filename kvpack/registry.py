@@ -3,7 +3,7 @@
 import importlib.metadata
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -108,6 +108,12 @@ class Registry:
         """
         self._check_name("stack", name)
         return _call(f"stack {name}", self.stacks[name], options)
+
+    def taken(self, stack: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of some options that a stack by name takes; none of a stack that is not installed."""
+        factory = self.stacks.get(stack)
+        known = inspect.signature(factory).parameters if factory else {}
+        return {name: value for name, value in options.items() if name in known}
 
     def adapter(self, pipeline: object) -> Adapter | None:
         """The adapter that drives this pipeline, if one is installed."""

@@ -88,13 +88,15 @@ class LatentCompressor(Compressor):
         """How tokens become keys and values: through all "layers" in the context that the commit saw, or "direct"."""
         return "layers"
 
-    def check(self, channels: int, width: int, patch: tuple[int, int]) -> None:
+    def check(self, channels: int, width: int, patch: tuple[int, int], native: tuple[int, int] | None = None) -> None:
         """Raises `InvalidOptionError` if it cannot work with a model; called before anything is generated.
 
         Args:
             channels: channels of a latent.
             width: channels of a hidden token.
             patch: latent rows and columns of a token.
+            native: token rows and columns of a token of the model's own embedding for compressed latents; None if it
+                has none.
         """
 
     def costs(self, frames: int, geometry: Geometry, shape: LatentShape) -> dict[str, Cost]:

@@ -11,19 +11,16 @@ from kvpack.blocks import KVBlock, LatentChunk, Span, grid_coordinates
 from kvpack.errors import PolicyError
 from kvpack.geometry import Geometry
 from kvpack.memory import Memory
-from kvpack.roles import (
-    Candidates,
-    Compressor,
-    LatentCompressor,
-    Partitioner,
-    Policy,
-    Query,
-    Reindexer,
-    Selector,
-)
+from kvpack.roles import Candidates, Compressor, LatentCompressor, Partitioner, Policy, Query, Reindexer, Selector
 from kvpack.session import AnySession, Session
 from kvpack.stack import Stack
-from kvpack.tiny import tiny_skyreels_v2_pipeline, tiny_tokenizer, tiny_wan_pipeline, tiny_wan_transformer
+from kvpack.tiny import (
+    tiny_anyflow_far_pipeline,
+    tiny_skyreels_v2_pipeline,
+    tiny_tokenizer,
+    tiny_wan_pipeline,
+    tiny_wan_transformer,
+)
 from kvpack.tiny_sana_wm import tiny_sana_wm_refiner, tiny_sana_wm_transformer
 
 TINY = Geometry(layers=2, heads=2, head_dim=12, grid=(4, 5), rope_split=(4, 4, 4))
@@ -269,8 +266,11 @@ def _check_tokens(policy: LatentCompressor, frames: int) -> None:
             raise PolicyError(f"{type(policy).__name__}.tokens asked for pixels, but its needs_pixels is False")
         return torch.rand(2, 3, 4 * frames, 64, 96) * 2 - 1
 
-    policy.check(latents.shape[1], width, (2, 2))
-    chunk = LatentChunk(latents, 8, grid, pixels, encode, embed, pixels_per_token, width, torch.float32)
+    def native(latents: Tensor) -> Tensor:
+        return embed(torch.nn.functional.avg_pool3d(latents, (1, 2, 2)))
+
+    policy.check(latents.shape[1], width, (2, 2), (2, 2))
+    chunk = LatentChunk(latents, 8, grid, pixels, encode, embed, pixels_per_token, width, torch.float32, native)
     given, wanted = tuple(policy.tokens(chunk).shape), (2, policy.span(8, frames, grid).tokens, width)
     if given != wanted:
         raise PolicyError(f"{type(policy).__name__}.tokens returned {given}, but span() announces {wanted}")
@@ -282,6 +282,7 @@ __all__ = [
     "check_memory",
     "check_policy",
     "run_session",
+    "tiny_anyflow_far_pipeline",
     "tiny_sana_wm_refiner",
     "tiny_sana_wm_transformer",
     "tiny_skyreels_v2_pipeline",

@@ -6,6 +6,19 @@ import torch
 
 WORDS = ("a", "the", "red", "green", "blue", "circle", "square", "triangle", "moving", "over", "night", "grass")
 
+_TINY = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+}
+
 
 def tiny_tokenizer() -> Any:
     """A word-level tokenizer of a few words, for text encoders of `vocab_size` 32."""
@@ -28,25 +41,14 @@ def tiny_wan_transformer(seed: int = 0, **config: Any) -> Any:
     """A `WanTransformer3DModel` of two layers with random weights whose output depends on history and text."""
     from diffusers import WanTransformer3DModel
 
-    return _tiny_transformer(WanTransformer3DModel, seed, config)
+    return _random(WanTransformer3DModel, seed, {**_TINY, **config})
 
 
-def _tiny_transformer(transformer_class: Any, seed: int, config: dict[str, Any]) -> Any:
-    defaults = {
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": 16,
-        "out_channels": 16,
-        "text_dim": 32,
-        "freq_dim": 32,
-        "ffn_dim": 32,
-        "num_layers": 2,
-        "cross_attn_norm": True,
-    }
+def _random(model: Any, seed: int, config: dict[str, Any]) -> Any:
+    """A transformer whose weights are large enough for its output to depend on all it is told."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer = transformer_class(**{**defaults, **config}).eval()
+        transformer = model(**config).eval()
         for parameter in transformer.parameters():
             if parameter.ndim > 1:
                 parameter.data.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
@@ -84,7 +86,7 @@ def tiny_skyreels_v2_pipeline(seed: int = 0, pipeline_class: Any = None, schedul
     flow = {"flow_shift": 8.0, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     return (pipeline_class or SkyReelsV2DiffusionForcingPipeline)(
         scheduler=scheduler or UniPCMultistepScheduler(**flow),
-        transformer=_tiny_transformer(SkyReelsV2Transformer3DModel, seed, config),
+        transformer=_random(SkyReelsV2Transformer3DModel, seed, {**_TINY, **config}),
         **_tiny_coders(seed),
     )
 
@@ -102,3 +104,20 @@ def _tiny_coders(seed: int) -> dict[str, Any]:
         text = UMT5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
         text_encoder = UMT5EncoderModel(text).eval()
     return {"tokenizer": tiny_tokenizer(), "text_encoder": text_encoder, "vae": vae}
+
+
+def tiny_anyflow_far_pipeline(seed: int = 0, **config: Any) -> Any:
+    """A whole `AnyFlowFARPipeline` with random weights, made without files or network.
+
+    Args:
+        seed: of the weights; the process's random state is left alone.
+        config: overrides of the transformer's config.
+    """
+    from diffusers import AnyFlowFARPipeline, AnyFlowFARTransformer3DModel, FlowMapEulerDiscreteScheduler
+
+    defaults = {**_TINY, "attention_head_dim": 16, "chunk_partition": (1, 3, 3, 3, 3, 3, 3, 2)}
+    return AnyFlowFARPipeline(
+        scheduler=FlowMapEulerDiscreteScheduler(shift=5.0),
+        transformer=_random(AnyFlowFARTransformer3DModel, seed, {**defaults, **config}),
+        **_tiny_coders(seed),
+    )

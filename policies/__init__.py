@@ -23,6 +23,7 @@ from kvpack.policies.longlive import LongLive
 from kvpack.policies.lr import LowResolutionCompressor
 from kvpack.policies.magi import Magi
 from kvpack.policies.memrope import MemRoPE
+from kvpack.policies.native import NativeCompressor
 from kvpack.policies.pool import PoolCompressor
 from kvpack.policies.random_blocks import RandomSelector
 from kvpack.policies.recency import RecencySelector
@@ -48,6 +49,7 @@ def kvpack_register_policies(register: Callable[[Any], None]) -> None:
         SinkMidRecentPartitioner,
         IdentityCompressor,
         PoolCompressor,
+        NativeCompressor,
         GeometricCompressor,
         LowResolutionCompressor,
         HighResolutionCompressor,

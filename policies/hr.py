@@ -55,7 +55,7 @@ class HighResolutionCompressor(LatentCompressor):
         """A token for every window of 2x4x4 tokens."""
         return pooled_span(first_frame, frames, grid, self.coordinates)
 
-    def check(self, channels: int, width: int, patch: tuple[int, int]) -> None:
+    def check(self, channels: int, width: int, patch: tuple[int, int], native: tuple[int, int] | None = None) -> None:
         """Loads the weights and compares them with the model."""
         self._source.fitting(channels, width, patch)
 

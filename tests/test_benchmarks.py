@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import clock, overhead, report, rotation, steady, wan_layer
+from benchmarks import anyflow, clock, overhead, report, rotation, steady, wan_layer
 from benchmarks.report import Bar, Row, Score
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +57,14 @@ def test_memory_of_packforcing_is_flat_and_that_of_full_grows(tmp_path) -> None:
     assert figures(rows, "length", steady.SESSION) == [1]
     assert figures(rows, "full", steady.SESSION)[0] > 1.1
     assert figures(rows, "length", "chunks without error") == [60]
+
+
+@pytest.mark.slow
+def test_a_chunk_of_anyflow_is_as_many_tokens_late_as_early_and_upstreams_are_more(tmp_path) -> None:
+    rows = anyflow.run(small=True)
+    assert_rows(rows, anyflow.BARS, tmp_path)
+    assert figures(rows, "kvpack", anyflow.TOKENS) == [1]
+    assert figures(rows, "upstream", anyflow.TOKENS)[0] > 2
 
 
 def test_overhead_counts_the_same_attention_on_all_sides(tmp_path) -> None:
@@ -166,7 +174,7 @@ def test_bench_runs_all_and_fails_if_one_cannot(tmp_path, monkeypatch, capsys) -
     def ran(name: str, small: bool, folder: str) -> bool:
         if name == "overhead":
             return False
-        metric = {"rotation": "worst pair", "steady": steady.SESSION}[name]
+        metric = {"rotation": "worst pair", "steady": steady.SESSION, "anyflow": anyflow.TOKENS}[name]
         report.write(
             name, [replace(ROW, metric=metric, subject=each) for each in ("kvpack", "packforcing")], Path(folder)
         )

@@ -96,6 +96,23 @@ def test_the_readmes_leaderboard_is_the_one_that_was_measured():
     assert len(table) >= 9
 
 
+def test_the_readmes_figures_of_anyflow_are_those_that_were_measured():
+    rows = json.loads((ROOT / "benchmarks/results/anyflow.json").read_text())
+    found = {(row["subject"], row["metric"]): row for row in rows}
+    text = (ROOT / "README.md").read_text()
+
+    def ratio(subject):
+        row = found[subject, "time, chunk 40 / chunk 10"]
+        low, high = (re.sub(r"^0\.", ".", f"{row[end]:.2f}") for end in ("low", "high"))
+        return f"{row['value']:.2f} [{low}, {high}]"
+
+    def tokens(subject):
+        return ", ".join(f"{found[subject, f'tokens, chunk {chunk}']['value']:,.0f}" for chunk in (10, 20, 40))
+
+    for shown in (ratio, tokens):
+        assert f"| {shown('kvpack')}; {shown('upstream')} |" in text
+
+
 def test_constraints_pin_every_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}

@@ -1,0 +1,110 @@
+"""The seam in an AnyFlow-FAR transformer: one attention processor a layer, one forward pre-hook, and back."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kvpack.packed import AttendingLayer
+
+#: Upstream pads queries, keys and values to a multiple of this.
+_FLEX_BLOCK = 128
+
+
+class PackedAnyFlowAttnProcessor:
+    """Self-attention of one AnyFlow-FAR layer over kvpack's memory; installed for the length of a chunk only.
+
+    Args:
+        replaced: the processor whose backend is kept, if somebody has set it. The stock one's own is flex, for a block
+            mask that kvpack has no use for.
+    """
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __init__(self, replaced: Any) -> None:
+        self._attention_backend = vars(replaced).get("_attention_backend")
+        self.memory: AttendingLayer | None = None
+        #: Whether keys and values of zeros are attended, as many as upstream's padding has.
+        self.padded = False
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Any = None,
+        rotary_emb: dict[str, Tensor] | None = None,
+        kv_cache: dict[str, Tensor] | None = None,
+        kv_cache_flag: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Stock attention but for the keys and values; `rotary_emb` starts at frame 0 and is not used."""
+        heads, dtype = (attn.heads, -1), hidden_states.dtype
+        query = attn.norm_q(attn.to_q(hidden_states)).to(dtype).unflatten(2, heads)  # (b, l, h, d)
+        key = attn.norm_k(attn.to_k(hidden_states)).to(dtype).unflatten(2, heads)
+        value = attn.to_v(hidden_states).unflatten(2, heads)
+        assert self.memory is not None
+        attended = self.memory.attend(query, key, value, self._attention)
+        return attn.to_out[1](attn.to_out[0](attended.flatten(2, 3).type_as(query)))
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.padded:
+            zeros = (0, 0, 0, 0, 0, -query.shape[1] % _FLEX_BLOCK)
+            key, value = pad(key, zeros), pad(value, zeros)
+        return dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+
+
+@contextmanager
+def attached(transformer: Any, next_forward: Callable[[], tuple[Sequence[AttendingLayer], bool]]) -> Iterator[None]:
+    """Runs the transformer's self-attention over kvpack's memory, and leaves a stock transformer behind.
+
+    Every forward takes the transformer's path for one chunk behind a cache, whatever its caller has asked for.
+
+    Args:
+        transformer: an `AnyFlowFARTransformer3DModel`.
+        next_forward: called before every forward; returns the memory of each layer, and whether zeros are attended.
+    """
+    attentions = [block.attn1 for block in transformer.blocks]
+    replaced = [attention.processor for attention in attentions]
+    processors = [PackedAnyFlowAttnProcessor(processor) for processor in replaced]
+
+    def before_forward(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        memories, padded = next_forward()
+        for processor, memory in zip(processors, memories, strict=True):
+            processor.memory, processor.padded = memory, padded
+        flag = {"num_cached_chunks": 0, "is_cache_step": False}
+        return args, {**kwargs, "kv_cache": [None] * len(processors), "kv_cache_flag": flag}
+
+    handle = transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
+    try:
+        for attention, processor in zip(attentions, processors, strict=True):
+            attention.set_processor(processor)
+        yield
+    finally:
+        for attention, before in zip(attentions, replaced, strict=True):
+            attention.set_processor(before)
+        handle.remove()
+
+
+@contextmanager
+def clean_times_for(transformer: Any, tokens: int) -> Iterator[None]:
+    """Gives `tokens` more tokens, behind those of clean latents, the same time as these: every token has its own.
+
+    Args:
+        transformer: an `AnyFlowFARTransformer3DModel`.
+        tokens: hidden tokens that ride in the forwards.
+    """
+
+    def lengthened(_: Any, __: Any, embedded: tuple[Any, ...]) -> tuple[Any, ...]:
+        times = (torch.cat([each, each[:, :1].expand(-1, tokens, -1)], dim=1) for each in embedded[:2])
+        return (*times, *embedded[2:])
+
+    handle = transformer.condition_embedder.register_forward_hook(lengthened)
+    try:
+        yield
+    finally:
+        handle.remove()
