@@ -5,32 +5,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvpack.adapters.processor import PackedAttnProcessor, check_all_attended, installed
 from kvpack.packed import AttendingLayer
 
 #: Upstream pads queries, keys and values to a multiple of this.
 _FLEX_BLOCK = 128
 
 
-class PackedAnyFlowAttnProcessor:
-    """Self-attention of one AnyFlow-FAR layer over kvpack's memory; installed for the length of a chunk only.
+class PackedAnyFlowAttnProcessor(PackedAttnProcessor):
+    """Self-attention of one AnyFlow-FAR layer over kvpack's memory; installed for the length of a chunk only."""
 
-    Args:
-        replaced: the processor whose backend is kept, if somebody has set it. The stock one's own is flex, for a block
-            mask that kvpack has no use for.
-    """
-
-    _attention_backend: Any = None
-    _parallel_config: Any = None
-
-    def __init__(self, replaced: Any) -> None:
-        self._attention_backend = vars(replaced).get("_attention_backend")
-        self.memory: AttendingLayer | None = None
-        #: Whether keys and values of zeros are attended, as many as upstream's padding has.
-        self.padded = False
+    #: Whether keys and values of zeros are attended, as many as upstream's padding has.
+    padded = False
 
     def __call__(
         self,
@@ -47,15 +36,14 @@ class PackedAnyFlowAttnProcessor:
         query = attn.norm_q(attn.to_q(hidden_states)).to(dtype).unflatten(2, heads)  # (b, l, h, d)
         key = attn.norm_k(attn.to_k(hidden_states)).to(dtype).unflatten(2, heads)
         value = attn.to_v(hidden_states).unflatten(2, heads)
-        assert self.memory is not None
-        attended = self.memory.attend(query, key, value, self._attention)
+        attended = self.attend(query, key, value)
         return attn.to_out[1](attn.to_out[0](attended.flatten(2, 3).type_as(query)))
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.padded:
             zeros = (0, 0, 0, 0, 0, -query.shape[1] % _FLEX_BLOCK)
             key, value = pad(key, zeros), pad(value, zeros)
-        return dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        return super()._attention(query, key, value)
 
 
 @contextmanager
@@ -69,8 +57,9 @@ def attached(transformer: Any, next_forward: Callable[[], tuple[Sequence[Attendi
         next_forward: called before every forward; returns the memory of each layer, and whether zeros are attended.
     """
     attentions = [block.attn1 for block in transformer.blocks]
-    replaced = [attention.processor for attention in attentions]
-    processors = [PackedAnyFlowAttnProcessor(processor) for processor in replaced]
+    # The stock class says flex, for a block mask that kvpack has no use for; a backend that was set is kept.
+    backends = [vars(attention.processor).get("_attention_backend") for attention in attentions]
+    processors = [PackedAnyFlowAttnProcessor(backend) for backend in backends]
 
     def before_forward(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         memories, padded = next_forward()
@@ -79,15 +68,16 @@ def attached(transformer: Any, next_forward: Callable[[], tuple[Sequence[Attendi
         flag = {"num_cached_chunks": 0, "is_cache_step": False}
         return args, {**kwargs, "kv_cache": [None] * len(processors), "kv_cache_flag": flag}
 
-    handle = transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
+    handles = [
+        transformer.register_forward_pre_hook(before_forward, with_kwargs=True),
+        transformer.register_forward_hook(lambda *_: check_all_attended(processors)),
+    ]
     try:
-        for attention, processor in zip(attentions, processors, strict=True):
-            attention.set_processor(processor)
-        yield
+        with installed(dict(zip(attentions, processors, strict=True))):
+            yield
     finally:
-        for attention, before in zip(attentions, replaced, strict=True):
-            attention.set_processor(before)
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from diffusers import SanaWMLTX2Refiner
 
 from kvpack.adapter import Adapter
+from kvpack.adapters.placement import check_placement
 from kvpack.adapters.sana_wm_rope import LTX2Rotary
 from kvpack.adapters.sana_wm_run import SanaWMRun
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
@@ -30,23 +31,8 @@ class SanaWMAdapter(Adapter):
         transformer = pipeline.transformer
         if transformer is None:
             raise UnsupportedPipelineError("kvpack drives the refiner's transformer, but this pipeline has none")
-        if transformer.is_cache_enabled:
-            raise UnsupportedPipelineError(
-                "a CacheMixin cache is enabled, which skips layers of the commit forward and leaves stale keys; "
-                "call pipe.transformer.disable_cache() first"
-            )
-        processors = [block.attn1.processor for block in transformer.transformer_blocks]
-        if any(getattr(each, "_parallel_config", None) is not None for each in (transformer, *processors)):
-            raise UnsupportedPipelineError(
-                "context parallelism is enabled, under which a rank sees a part of the tokens only; "
-                "load the pipeline without enable_parallelism()"
-            )
-        backends = {str(getattr(each, "_attention_backend", None)).lower() for each in processors}
-        if any("xformers" in backend for backend in backends) and pipeline._execution_device.type == "cpu":
-            raise UnsupportedPipelineError(
-                "the attention backend is xformers, which has no CPU kernels; "
-                'call pipe.transformer.set_attention_backend("native"), or move the pipeline to a GPU'
-            )
+        attentions = [each for block in transformer.transformer_blocks for each in (block.attn1, block.attn2)]
+        check_placement(transformer, attentions, pipeline._execution_device, transformer.config.attention_head_dim)
         if transformer.config.patch_size_t != 1:
             raise UnsupportedPipelineError(
                 f"kvpack needs one token grid a latent frame, but patch_size_t is {transformer.config.patch_size_t}"

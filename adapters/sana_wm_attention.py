@@ -5,25 +5,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
+from kvpack.adapters.processor import PackedAttnProcessor, backend_of, check_all_attended, installed
 from kvpack.packed import AttendingLayer
 
 
-class PackedSanaWMAttnProcessor:
-    """Self-attention of one layer over kvpack's memory; installed for the length of a chunk only.
-
-    Args:
-        replaced: the processor whose backend is kept.
-    """
-
-    _attention_backend: Any = None
-    _parallel_config: Any = None
-
-    def __init__(self, replaced: Any) -> None:
-        self._attention_backend = getattr(replaced, "_attention_backend", None)
-        self.memory: AttendingLayer | None = None
+class PackedSanaWMAttnProcessor(PackedAttnProcessor):
+    """Self-attention of one layer over kvpack's memory; installed for the length of a chunk only."""
 
     def __call__(
         self,
@@ -44,15 +33,11 @@ class PackedSanaWMAttnProcessor:
         key = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, heads)
         if attn.rope_type == "split":
             query, key = _paired(query), _paired(key)
-        assert self.memory is not None
         value = attn.to_v(hidden_states).unflatten(2, heads)
-        attended = self.memory.attend(query, key, value, self._attention).to(query.dtype)
+        attended = self.attend(query, key, value).to(query.dtype)
         if gates is not None:
             attended = attended * gates.unsqueeze(-1)
         return attn.to_out[1](attn.to_out[0](attended.flatten(2, 3)))
-
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return dispatch_attention_fn(query, key, value, backend=self._attention_backend)
 
 
 def _paired(vectors: Tensor) -> Tensor:
@@ -69,19 +54,19 @@ def attached(transformer: Any, memory_for: Callable[[str], Sequence[AttendingLay
         memory_for: called before every forward with its `kv_cache_mode`; returns the memory of each layer.
     """
     attentions = [block.attn1 for block in transformer.transformer_blocks]
-    replaced = [attention.processor for attention in attentions]
-    processors = [PackedSanaWMAttnProcessor(processor) for processor in replaced]
+    processors = [PackedSanaWMAttnProcessor(backend_of(attention)) for attention in attentions]
 
     def before_forward(module: Any, args: Any, kwargs: Any) -> None:
         for processor, memory in zip(processors, memory_for(kwargs["kv_cache_mode"]), strict=True):
             processor.memory = memory
 
-    handle = transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
+    handles = [
+        transformer.register_forward_pre_hook(before_forward, with_kwargs=True),
+        transformer.register_forward_hook(lambda *_: check_all_attended(processors)),
+    ]
     try:
-        for attention, processor in zip(attentions, processors, strict=True):
-            attention.set_processor(processor)
-        yield
+        with installed(dict(zip(attentions, processors, strict=True))):
+            yield
     finally:
-        for attention, processor in zip(attentions, replaced, strict=True):
-            attention.set_processor(processor)
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -1,35 +1,21 @@
 """The seam in a Wan transformer: one attention processor a layer, one forward pre-hook, and back."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHook, StateManager
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
+from kvpack.adapters.processor import PackedAttnProcessor, backend_of, check_all_attended, installed
 from kvpack.adapters.wan_prompt import PromptCache, PromptWanAttnProcessor, serves
-from kvpack.errors import UnsupportedPipelineError
-from kvpack.opaque import Slot, attend
 from kvpack.packed import AttendingLayer
 
 _HOOK_NAME = "kvpack_branch"
 
 
-class PackedWanAttnProcessor(Slot):
-    """Self-attention of one Wan layer over kvpack's memory; installed for the length of a chunk only.
-
-    Args:
-        replaced: the processor whose backend is kept.
-    """
-
-    _attention_backend: Any = None
-    _parallel_config: Any = None
-
-    def __init__(self, replaced: Any) -> None:
-        super().__init__()
-        self._attention_backend = getattr(replaced, "_attention_backend", None)
-        self.memory: AttendingLayer | None = None
+class PackedWanAttnProcessor(PackedAttnProcessor):
+    """Self-attention of one Wan layer over kvpack's memory; installed for the length of a chunk only."""
 
     def __call__(
         self,
@@ -46,19 +32,8 @@ class PackedWanAttnProcessor(Slot):
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         heads = (attn.heads, -1)
         query, key = attn.norm_q(query).unflatten(2, heads), attn.norm_k(key).unflatten(2, heads)  # (b, l, h, d)
-        attended = attend(self, query, [key, value.unflatten(2, heads)])
+        attended = self.attend(query, key, value.unflatten(2, heads))
         return attn.to_out[1](attn.to_out[0](attended.flatten(2, 3).type_as(query)))
-
-    def attended(self, queries: Tensor, others: list[Tensor]) -> Tensor:
-        """Attention to the memory and to the chunk's own keys and values."""
-        memory, self.memory = self.memory, None  # once a forward
-        if memory is None:
-            raise UnsupportedPipelineError("a layer attended twice in one forward, which the memory would count twice")
-        keys, values = others
-        return memory.attend(queries, keys, values, self._attention)
-
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return dispatch_attention_fn(query, key, value, backend=self._attention_backend)
 
 
 class _NoState(BaseState):
@@ -97,7 +72,7 @@ def attached(
     """
     attentions = [block.attn1 for block in transformer.blocks]
     crossing = [block.attn2 for block in transformer.blocks if prompt is not None and serves(block.attn2)]
-    processors = [PackedWanAttnProcessor(attention.processor) for attention in attentions]
+    processors = [PackedWanAttnProcessor(backend_of(attention)) for attention in attentions]
     prompted = [PromptWanAttnProcessor(attention) for attention in crossing]
     hooked = bool(crossing) and _is_hooked(transformer)
 
@@ -116,19 +91,6 @@ def attached(
 
 
 @contextmanager
-def installed(processors: Mapping[Any, Any]) -> Iterator[None]:
-    """Gives attention modules these processors, and their own back."""
-    replaced = {attention: attention.processor for attention in processors}
-    try:
-        for attention, processor in processors.items():
-            attention.set_processor(processor)
-        yield
-    finally:
-        for attention, processor in replaced.items():
-            attention.set_processor(processor)
-
-
-@contextmanager
 def _told(
     transformer: Any, before_forward: Callable[[CacheContext, Tensor], None], processors: list[PackedWanAttnProcessor]
 ) -> Iterator[None]:
@@ -141,12 +103,7 @@ def _told(
         before_forward(branch.manager.context, kwargs["encoder_hidden_states"] if len(args) < 3 else args[2])
 
     def after(*_: Any) -> None:
-        left_out = [index for index, processor in enumerate(processors) if processor.memory is not None]
-        if left_out:
-            raise UnsupportedPipelineError(
-                f"a forward left the self-attention of layers {left_out} out, of which the memory would be stale; take "
-                "the cache (TeaCache or the like) or whatever else skips layers off the transformer"
-            )
+        check_all_attended(processors)
 
     handles = [
         transformer.register_forward_pre_hook(before, with_kwargs=True),
