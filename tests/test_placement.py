@@ -1,6 +1,7 @@
 """Attention backends and caches: what cannot work is named before anything is computed."""
 
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -157,7 +158,8 @@ def test_teacache_on_the_class(pipe):
 def test_a_cache_that_nothing_tells_of(forwards, pipe):
     """A forward of the instance's own that gives an old output now and then is caught when it leaves layers out."""
     frames = generate(enable(pipe))
-    stock, calls, kept = pipe.transformer.forward, 0, None
+    stock: Any = pipe.transformer.forward
+    calls, kept = 0, None
 
     def forward(self, *args, **kwargs):
         nonlocal calls, kept
