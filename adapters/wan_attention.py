@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHook, StateManager
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
+from kvpack.adapters.placement import compiled_from
 from kvpack.adapters.wan_prompt import PromptCache, PromptWanAttnProcessor, serves
 from kvpack.errors import UnsupportedPipelineError
 from kvpack.opaque import Slot, attend
@@ -95,6 +97,7 @@ def attached(
     Raises:
         UnsupportedPipelineError: if a forward leaves a layer's attention out.
     """
+    transformer = compiled_from(transformer)
     attentions = [block.attn1 for block in transformer.blocks]
     crossing = [block.attn2 for block in transformer.blocks if prompt is not None and serves(block.attn2)]
     processors = [PackedWanAttnProcessor(attention.processor) for attention in attentions]
@@ -148,9 +151,10 @@ def _told(
                 "the cache (TeaCache or the like) or whatever else skips layers off the transformer"
             )
 
+    outside: Any = torch.compiler.disable  # where the whole transformer is compiled, not its blocks
     handles = [
-        transformer.register_forward_pre_hook(before, with_kwargs=True),
-        transformer.register_forward_hook(after),
+        transformer.register_forward_pre_hook(outside(before), with_kwargs=True),
+        transformer.register_forward_hook(outside(after)),
     ]
     try:
         hooks.register_hook(branch, _HOOK_NAME)

@@ -158,8 +158,7 @@ def test_teacache_on_the_class(pipe):
 def test_a_cache_that_nothing_tells_of(forwards, pipe):
     """A forward of the instance's own that gives an old output now and then is caught when it leaves layers out."""
     frames = generate(enable(pipe))
-    stock: Any = pipe.transformer.forward
-    calls, kept = 0, None
+    stock, calls, kept = pipe.transformer.forward, 0, None
 
     def forward(self, *args, **kwargs):
         nonlocal calls, kept
@@ -183,7 +182,8 @@ def test_hooks_of_others_are_not_caches(pipe):
 
         def new_forward(self, module, *args, **kwargs):
             Mine.calls += 1
-            return self.fn_ref.original_forward(*args, **kwargs)
+            forward: Any = self.fn_ref.original_forward
+            return forward(*args, **kwargs)
 
     frames = generate(enable(pipe))
     HookRegistry.check_if_exists_or_initialize(pipe.transformer.blocks[0]).register_hook(Mine(), "mine")
