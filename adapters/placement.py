@@ -34,6 +34,7 @@ def check_placement(transformer: Any, attentions: Iterable[Any], device: torch.d
     Raises:
         UnsupportedPipelineError: naming what is switched on, and how it is switched off.
     """
+    transformer = compiled_from(transformer)
     processors = [attention.processor for attention in attentions]
     _check_caches(transformer)
     if any(getattr(each, "_parallel_config", None) is not None for each in (transformer, *processors)):
@@ -48,6 +49,11 @@ def check_placement(transformer: Any, attentions: Iterable[Any], device: torch.d
         )
     for backend in {getattr(each, "_attention_backend", None) for each in processors}:
         _check_backend(backend, device, transformer.dtype, head_dim)
+
+
+def compiled_from(transformer: Any) -> Any:
+    """The model that `torch.compile(model)` wraps; a model that is not wrapped as it is."""
+    return getattr(transformer, "_orig_mod", transformer)
 
 
 def _check_caches(transformer: Any) -> None:

@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHook, StateManager
 from torch import Tensor
 
+from kvpack.adapters.placement import compiled_from
 from kvpack.adapters.processor import PackedAttnProcessor, backend_of, check_all_attended, installed
 from kvpack.adapters.wan_prompt import PromptCache, PromptWanAttnProcessor, serves
 from kvpack.packed import AttendingLayer
@@ -70,6 +72,7 @@ def attached(
     Raises:
         UnsupportedPipelineError: if a forward leaves a layer's attention out.
     """
+    transformer = compiled_from(transformer)
     attentions = [block.attn1 for block in transformer.blocks]
     crossing = [block.attn2 for block in transformer.blocks if prompt is not None and serves(block.attn2)]
     processors = [PackedWanAttnProcessor(backend_of(attention)) for attention in attentions]
@@ -105,9 +108,10 @@ def _told(
     def after(*_: Any) -> None:
         check_all_attended(processors)
 
+    outside: Any = torch.compiler.disable  # where the whole transformer is compiled, not its blocks
     handles = [
-        transformer.register_forward_pre_hook(before, with_kwargs=True),
-        transformer.register_forward_hook(after),
+        transformer.register_forward_pre_hook(outside(before), with_kwargs=True),
+        transformer.register_forward_hook(outside(after)),
     ]
     try:
         hooks.register_hook(branch, _HOOK_NAME)

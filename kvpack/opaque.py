@@ -5,7 +5,7 @@ Compiled code holds a number for each layer, as a tensor, so that neither layers
 
 from abc import ABC, abstractmethod
 from itertools import count
-from typing import ClassVar
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -37,18 +37,25 @@ def attend(slot: Slot, queries: Tensor, others: list[Tensor]) -> Tensor:
     if not torch.compiler.is_compiling():
         return slot.attended(queries, others)
     if torch.is_grad_enabled():
-        return _outside(slot, queries, others)
+        attended: Tensor = _outside(slot, queries, others)
+        return attended
     return _attend(queries, others, slot.number)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _outside(slot: Slot, queries: Tensor, others: list[Tensor]) -> Tensor:
-    """Gradients pass through the memory's own operations, at the price of a break in the graph."""
+def _directly(slot: Slot, queries: Tensor, others: list[Tensor]) -> Tensor:
     return slot.attended(queries, others)
 
 
+# Gradients pass through the memory's own operations, at the price of a break in the graph.
+_outside: Any = torch.compiler.disable(_directly)
+
+
+# Recent versions of torch can be told that a CUDA graph must not replay it.
+_unsafe: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
 # The number stands for a memory that is written: that it is "mutated" keeps calls in order, and each of them alive.
-@torch.library.custom_op("kvpack::attend", mutates_args={"number"}, tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op("kvpack::attend", mutates_args={"number"}, **_unsafe)
 def _attend(queries: Tensor, others: list[Tensor], number: Tensor) -> Tensor:
     slot = _slots[int(number)]
     if slot.keeps:  # compiled code writes over tensors that it has no more use for

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch._dynamo.utils import counters
 
 import kvpack
@@ -130,6 +131,21 @@ def test_a_stream_a_callback_and_another_prompt_compile_nothing_anew():
     stream.close()
     assert len(graphs) <= 2  # another prompt's replay may be longer than a chunk
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_whole_transformer(wrapped):
+    """Its hooks break the graph; repeated blocks are the better choice."""
+    pipe = kvpack.enable(pipeline(), "packforcing", **PACKED)
+    frames = generate(pipe)
+    whole = pipe.transformer
+    if wrapped:
+        pipe.transformer = torch.compile(whole, backend="eager")
+    else:
+        whole.compile(backend="eager")
+    assert torch.equal(generate(pipe), frames)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert isinstance(whole.blocks[0].attn1.processor, WanAttnProcessor)
 
 
 def test_gradients_pass_outside_the_graph():

@@ -1,6 +1,7 @@
 """Attention backends and caches: what cannot work is named before anything is computed."""
 
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -181,7 +182,8 @@ def test_hooks_of_others_are_not_caches(pipe):
 
         def new_forward(self, module, *args, **kwargs):
             Mine.calls += 1
-            return self.fn_ref.original_forward(*args, **kwargs)
+            forward: Any = self.fn_ref.original_forward
+            return forward(*args, **kwargs)
 
     frames = generate(enable(pipe))
     HookRegistry.check_if_exists_or_initialize(pipe.transformer.blocks[0]).register_hook(Mine(), "mine")
