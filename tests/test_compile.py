@@ -10,7 +10,10 @@ from torch._dynamo.utils import counters
 import kvpack
 from kvpack import opaque
 from kvpack.adapters import wan_attention, wan_prompt
+from kvpack.adapters.wan import WanAdapter
+from kvpack.enable import resolve_stack
 from kvpack.testing import tiny_wan_pipeline
+from kvpack.training.buffer import GraphBuffer
 
 CALL = {
     "prompt": ["a red circle", "the green square"],
@@ -164,6 +167,28 @@ def test_gradients_pass_outside_the_graph():
     run(queries, torch.arange(3.0)).sum().backward()
     assert queries.grad.tolist() == [0.0, 1.0, 2.0]
     assert counters["graph_break"]
+
+
+def test_training_over_compiled_blocks():
+    def gradient(compiled):
+        pipe = pipeline()
+        if compiled:
+            pipe.transformer.compile_repeated_blocks(backend="eager")
+        trainee = WanAdapter().trainee(pipe, max_sequence_length=8)
+        rollout = trainee.rollout(
+            resolve_stack("packforcing", PACKED), trainee.embed(["a red circle"]), (2, 4), GraphBuffer
+        )
+        clean, loss = torch.randn(4, 1, 16, 2, 2, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(())
+        with rollout.attached():
+            for chunk in clean:
+                loss = loss + rollout.predict(chunk, 500.0, 0).square().mean()
+                rollout.commit(chunk)
+        loss.backward()
+        return pipe.transformer.blocks[0].attn1.to_k.weight.grad
+
+    wanted = gradient(compiled=False)
+    assert torch.equal(gradient(compiled=True), wanted)
+    assert wanted.abs().max() > 0
 
 
 @pytest.mark.slow

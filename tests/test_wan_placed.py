@@ -56,6 +56,10 @@ def offload_to_disk(pipe, folder):
         getattr(pipe, name).enable_group_offload(CPU, CPU, **kind)
 
 
+def offload_models(pipe, folder):
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
 def offload_every_layer(pipe, folder):
     """Sequential offload of the transformer; that of the whole pipeline fails without kvpack, with this torch."""
     cpu_offload(pipe.transformer, execution_device=CPU)
@@ -68,7 +72,7 @@ def dispatch(pipe, folder):
     dispatch_model(pipe.transformer, placed, force_hooks=True)
 
 
-PLACES = [offload_everything, offload_to_disk, offload_every_layer, dispatch]
+PLACES = [offload_everything, offload_to_disk, offload_models, offload_every_layer, dispatch]
 
 
 @pytest.mark.filterwarnings("ignore:The following device_map keys do not match")  # accelerate's, of a parameter
