@@ -77,10 +77,11 @@ class Plain:
     """Concatenates and rotates history and current keys in every forward."""
 
     def __init__(self, session: Session) -> None:
-        self.turns, current = session.layers[0].placed[0], session.current
+        current, chosen = session.current, session.layers[0].chosen
         assert current is not None
-        assert session.layers[0].chosen is not None
-        archive, slots = session.layers[0].archive, [current.slots[i] for i in session.layers[0].chosen[0].tolist()]
+        assert chosen is not None
+        self.turns = current.turns(chosen, chosen.device)
+        archive, slots = session.layers[0].archive, [current.slots[i] for i in chosen[0].tolist()]
         mid = [(archive.keys[:, slot], archive.values[:, slot]) for slot in slots]
         self.history = [held.layers[0] for held in current.sink] + mid + [held.layers[0] for held in current.recent]
 
@@ -98,7 +99,7 @@ class Layer:
         torch.manual_seed(SEED)
         self.size, self.dtype = size, dtype
         self.block = WanTransformerBlock(size.width, size.ffn, size.heads, cross_attn_norm=True).to(dtype).eval()
-        self.processor: Any = PackedWanAttnProcessor(self.block.attn1.processor)
+        self.processor: Any = PackedWanAttnProcessor(self.block.attn1.processor._attention_backend)
         self.block.attn1.set_processor(self.processor)
         stack = packforcing(
             compressor=compressor,

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 import kvpack
 from kvpack import opaque
-from kvpack.adapters import wan_attention, wan_prompt
+from kvpack.adapters import processor, wan_attention, wan_prompt
 from kvpack.adapters.wan import WanAdapter
 from kvpack.enable import resolve_stack
 from kvpack.testing import tiny_wan_pipeline
@@ -31,8 +31,10 @@ PACKED = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 1}
 def _unchecked(monkeypatch):
     """The tests' own checks of shapes can't be traced."""
     attend = inspect.unwrap(opaque.attend)
-    for module in (opaque, wan_attention, wan_prompt):
+    for module in (opaque, processor, wan_prompt):
         monkeypatch.setattr(module, "attend", attend)
+    base = processor.PackedAttnProcessor
+    monkeypatch.setattr(base, "attend", inspect.unwrap(base.attend))
     for cls in (wan_attention.PackedWanAttnProcessor, wan_prompt.PromptWanAttnProcessor):
         monkeypatch.setattr(cls, "__call__", inspect.unwrap(cls.__call__))
 
