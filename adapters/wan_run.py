@@ -75,7 +75,7 @@ class WanRun(Run):
     def chunks(self) -> Iterator[Chunk]:
         """Generates chunk after chunk; between two of them the pipeline is the stock one."""
         given = 0 if self.given is None else self.given.shape[2]
-        chunks = float("inf") if self.total_frames is None else self._count(self.total_frames) - self._count(given)
+        chunks = float("inf") if self.count is None else self.count - self._count(given)
         steps = chunks * self.arguments["num_inference_steps"]
         self._bar = self.pipeline._kvpack_base.progress_bar(self.pipeline, total=steps)
         index = first = 0
@@ -87,22 +87,24 @@ class WanRun(Run):
             yield self._commit_given(index, first, frames) if first < given else self._generate(index, first, frames)
             first, index = first + frames, index + 1
 
+    @property
+    def count(self) -> int | None:
+        """Chunks of the whole video."""
+        return None if self.total_frames is None else self._count(self.total_frames)
+
     def _count(self, frames: int) -> int:
         """Chunks of so many latent frames."""
         return frames and 1 + max(0, -(-(frames - self.first_frames) // self.stack.chunk_frames))
 
     def _length(self, index: int, first: int) -> int:
-        """Latent frames of a chunk that begins at frame `first`."""
         return self.stack.chunk_frames if index else self.first_frames
 
     @property
     def _rows(self) -> int:
-        """Videos of the batch."""
         return next(iter(self.memory.embeds.values())).shape[0]
 
     @property
     def _fps(self) -> float:
-        """Pixel frames a second."""
         return float(self.pipeline.packforcing.fps)
 
     def _checked(self, arguments: dict[str, Any], *, streaming: bool) -> dict[str, Any]:

@@ -45,6 +45,11 @@ class Run(ABC):
     def chunks(self) -> Iterator[Chunk]:
         """Generates chunk by chunk. Between two chunks the pipeline is the stock one."""
 
+    @property
+    def count(self) -> int | None:
+        """Chunks of the whole video; None if it is endless, or nobody counts them."""
+        return None
+
     @abstractmethod
     def turn(self, prompt: Prompt, *, cut: bool = False) -> None:
         """Another prompt, or another scene, from the next chunk on.

@@ -107,6 +107,7 @@ def generate(
         float | None, typer.Option(help="1 is no guidance.", show_default="the model's own, else the pipeline's")
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What it does not show; needs guidance.")] = None,
+    begin: Annotated[Path | None, typer.Option(help="Image or clip that the video begins with.")] = None,
     seed: Seed = 0,
     dtype: Annotated[
         str | None, typer.Option(help=", ".join(DTYPES), show_default="float32 on cpu, else bfloat16")
@@ -121,7 +122,7 @@ def generate(
     import torch
 
     from kvpack.enable import enable, resolve_stack
-    from kvpack.generation import load_pipeline, started
+    from kvpack.generation import beginning, load_pipeline, started
     from kvpack.planner import video_frames
     from kvpack.settings import Settings
     from kvpack.video import VideoWriter
@@ -137,6 +138,7 @@ def generate(
         "width": width,
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
+        "video": None if begin is None else beginning(begin),
     }
     given = {name: value for name, value in named.items() if value is not None}
     arguments = {**settings.call, **given, **parse_options(call)}

@@ -121,9 +121,23 @@ def started(pipeline: Any, stack: Memory, frames: int, seed: int, arguments: Map
         raise InvalidOptionError(f"{type(pipeline).__name__} refuses the call: {_first_line(error)}") from error
     latent_frames = (frames - 1) // getattr(pipeline, "vae_scale_factor_temporal", 4) + 1
     try:
-        yield Track(pipeline, stack, -(-latent_frames // stack.chunk_frames), stream)
+        yield Track(pipeline, stack, stream.chunks or -(-latent_frames // stack.chunk_frames), stream)
     finally:
         stream.close()
+
+
+def beginning(path: Path, scale: int = 4) -> torch.Tensor:
+    """Pixels of an image or of a clip's last frames, as a video begins with, `[1, 1 + scale * m, 3, height, width]`.
+
+    Raises:
+        InvalidOptionError: if there is no such file, or libav finds no pictures in it.
+    """
+    from kvpack.evaluation.reading import opened
+
+    with opened(path) as clip:
+        frames = np.concatenate(list(clip.frames))
+    count = (len(frames) - 1) // scale * scale + 1
+    return torch.from_numpy(frames[-count:]).movedim(-1, 1)[None] / 255
 
 
 def _first_line(error: Exception) -> str:

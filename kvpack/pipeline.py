@@ -115,6 +115,8 @@ class Stream(Generator[Any, Prompt | None, None]):
 
     def __init__(self, pipeline: Any, run: Run) -> None:
         self._run, self._frames = run, _frames(pipeline, run)
+        #: Chunks of the whole video, as far as they can be counted.
+        self.chunks = run.count
 
     def send(self, prompt: Prompt | None, *, cut: bool = False) -> Any:
         """The next chunk's frames, under another prompt unless it is None.

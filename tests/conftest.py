@@ -1,6 +1,8 @@
 """Shapes in signatures are checked in every test: wrong ones raise where they happen."""
 
+import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)  # the tensors are tiny; threads only wait for each other
@@ -10,3 +12,11 @@ with install_import_hook("kvpack", "beartype.beartype"):
     import kvpack.adapters
     import kvpack.policies
     import kvpack.testing  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def _backend():
+    """`set_attention_backend` sets diffusers' backend for the whole process; the next test has the one of before."""
+    before = _AttentionBackendRegistry._active_backend
+    yield
+    _AttentionBackendRegistry._active_backend = before

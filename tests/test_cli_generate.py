@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from kvpack import demo, generation, video
@@ -254,3 +256,19 @@ def test_a_signal_from_outside_leaves_nothing(model: Path, tmp_path: Path, signa
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("kind", "given"), [("png", 1), ("mp4", 5)])
+def test_a_video_begins_with_a_file(model: Path, tmp_path: Path, kind: str, given: int) -> None:
+    first, output = tmp_path / f"first.{kind}", tmp_path / "video.mp4"
+    pictures = np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3), dtype=np.uint8)
+    if kind == "png":
+        Image.fromarray(pictures[0]).save(first)
+    else:
+        with video.VideoWriter(first, 16) as writer:
+            writer.write(pictures)
+    result = run(*generate(model, output, "--begin", first, "--json"))
+    assert result.exit_code == 0, result.output
+    stats = json.loads(result.stdout)["stats"]
+    assert stats["frames"] == (given + 3) // 4 + 4 * (stats["chunks"] - 1)
+    assert "no video" in complaint(*generate(model, output, "--begin", tmp_path / "none.png"))
