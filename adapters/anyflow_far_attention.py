@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvpack.adapters.processor import PackedAttnProcessor, check_all_attended, installed
+from kvpack.adapters.wan_prompt import PromptCache, PromptedLayers
 from kvpack.packed import AttendingLayer
 
 #: Upstream pads queries, keys and values to a multiple of this.
@@ -47,7 +48,11 @@ class PackedAnyFlowAttnProcessor(PackedAttnProcessor):
 
 
 @contextmanager
-def attached(transformer: Any, next_forward: Callable[[], tuple[Sequence[AttendingLayer], bool]]) -> Iterator[None]:
+def attached(
+    transformer: Any,
+    next_forward: Callable[[], tuple[Sequence[AttendingLayer], bool]],
+    prompt: PromptCache | None = None,
+) -> Iterator[None]:
     """Runs the transformer's self-attention over kvpack's memory, and leaves a stock transformer behind.
 
     Every forward takes the transformer's path for one chunk behind a cache, whatever its caller has asked for.
@@ -55,16 +60,20 @@ def attached(transformer: Any, next_forward: Callable[[], tuple[Sequence[Attendi
     Args:
         transformer: an `AnyFlowFARTransformer3DModel`.
         next_forward: called before every forward; returns the memory of each layer, and whether zeros are attended.
+        prompt: keys and values of the prompt, where they are not computed in every forward.
     """
     attentions = [block.attn1 for block in transformer.blocks]
     # The stock class says flex, for a block mask that kvpack has no use for; a backend that was set is kept.
     backends = [vars(attention.processor).get("_attention_backend") for attention in attentions]
     processors = [PackedAnyFlowAttnProcessor(backend) for backend in backends]
 
+    prompted = PromptedLayers(transformer, prompt)
+
     def before_forward(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         memories, padded = next_forward()
         for processor, memory in zip(processors, memories, strict=True):
             processor.memory, processor.padded = memory, padded
+        prompted.before_forward("all", kwargs["encoder_hidden_states"])
         flag = {"num_cached_chunks": 0, "is_cache_step": False}
         return args, {**kwargs, "kv_cache": [None] * len(processors), "kv_cache_flag": flag}
 
@@ -73,7 +82,7 @@ def attached(transformer: Any, next_forward: Callable[[], tuple[Sequence[Attendi
         transformer.register_forward_hook(lambda *_: check_all_attended(processors)),
     ]
     try:
-        with installed(dict(zip(attentions, processors, strict=True))):
+        with installed({**dict(zip(attentions, processors, strict=True)), **prompted.processors}):
             yield
     finally:
         for handle in handles:

@@ -47,7 +47,7 @@ class AnyFlowFARMemory(WanMemory):
         return output.transpose(1, 2)
 
     def _attached(self) -> AbstractContextManager[None]:
-        return attached(self.transformer, self._next_forward)
+        return attached(self.transformer, self._next_forward, self.prompt)
 
     def _next_forward(self) -> tuple[Sequence[AttendingLayer], bool]:
         """Memory of each layer for the coming forward; the pipeline tells no step, so that they are counted."""
@@ -57,7 +57,8 @@ class AnyFlowFARMemory(WanMemory):
         return layers, padded
 
     def _text(self) -> Tensor:
-        return torch.cat([self.embeds[name] for name in reversed(self.embeds)])
+        texts = [self.embeds[name] for name in reversed(self.embeds)]
+        return texts[0] if len(texts) == 1 else torch.cat(texts)  # the same tensor again, by which it is known
 
     def _all_rows(self, rows: Tensor) -> Tensor:
         """Rows of the videos, once for each guidance branch."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpack.adapters.placement import compiled_from
 from kvpack.adapters.processor import PackedAttnProcessor, backend_of, check_all_attended, installed
-from kvpack.adapters.wan_prompt import PromptCache, PromptWanAttnProcessor, serves
+from kvpack.adapters.wan_prompt import PromptCache, PromptedLayers
 from kvpack.packed import AttendingLayer
 
 _HOOK_NAME = "kvpack_branch"
@@ -74,22 +74,16 @@ def attached(
     """
     transformer = compiled_from(transformer)
     attentions = [block.attn1 for block in transformer.blocks]
-    crossing = [block.attn2 for block in transformer.blocks if prompt is not None and serves(block.attn2)]
     processors = [PackedWanAttnProcessor(backend_of(attention)) for attention in attentions]
-    prompted = [PromptWanAttnProcessor(attention) for attention in crossing]
-    hooked = bool(crossing) and _is_hooked(transformer)
+    prompted = PromptedLayers(transformer, prompt)
 
     def before_forward(context: CacheContext, embeds: Tensor) -> None:
         for processor, memory in zip(processors, memory_for(context), strict=True):
             processor.memory = memory
-        if prompt is not None:
-            if hooked:
-                prompt.forget()
-            for each, kept in zip(prompted, prompt.layers(context.name, embeds, len(prompted)), strict=True):
-                each.kept = kept
+        prompted.before_forward(context.name, embeds)
 
-    pairs = zip((*attentions, *crossing), (*processors, *prompted), strict=True)
-    with _told(transformer, before_forward, processors), installed(dict(pairs)):
+    own = dict(zip(attentions, processors, strict=True))
+    with _told(transformer, before_forward, processors), installed({**own, **prompted.processors}):
         yield
 
 
@@ -122,10 +116,3 @@ def _told(
             handle.remove()
         if not had_forward:
             vars(transformer).pop("forward", None)
-
-
-def _is_hooked(transformer: Any) -> bool:
-    """Whether torch hooks of others run in its forwards, which may change anything in them."""
-    modules = list(transformer.modules())
-    hooks = [hook for m in modules for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
-    return any(not getattr(hook, "__module__", "").startswith("kvpack.") for hook in hooks)

@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_anyflow_far import AnyFlowCrossAttnProcessor
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2AttnProcessor
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
@@ -37,7 +38,8 @@ class PromptCache:
 
 def serves(attention: Any) -> bool:
     """Whether a cross-attention is a stock one, without an image beside the text."""
-    return type(attention.processor) in (WanAttnProcessor, SkyReelsV2AttnProcessor) and attention.add_k_proj is None
+    stock = (WanAttnProcessor, SkyReelsV2AttnProcessor, AnyFlowCrossAttnProcessor)
+    return type(attention.processor) in stock and getattr(attention, "add_k_proj", None) is None
 
 
 class PromptWanAttnProcessor(Slot):
@@ -79,9 +81,41 @@ class PromptWanAttnProcessor(Slot):
 
     def _keys_values(self, text: Tensor) -> _Kept:
         attention = self._module
-        if attention.fused_projections:
+        if getattr(attention, "fused_projections", False):
             keys, values = attention.to_kv(text).chunk(2, dim=-1)
         else:
             keys, values = attention.to_k(text), attention.to_v(text)
         heads = (attention.heads, -1)
         return [attention.norm_k(keys).unflatten(2, heads), values.unflatten(2, heads)]
+
+
+class PromptedLayers:
+    """A transformer's cross-attentions whose prompt is computed once.
+
+    Args:
+        transformer: has `blocks` with an `attn2`.
+        prompt: what is kept; None leaves all of them stock.
+    """
+
+    def __init__(self, transformer: Any, prompt: PromptCache | None) -> None:
+        attentions = [] if prompt is None else [block.attn2 for block in transformer.blocks if serves(block.attn2)]
+        #: What is to be installed.
+        self.processors = {attention: PromptWanAttnProcessor(attention) for attention in attentions}
+        self._prompt, self._hooked = prompt, bool(attentions) and _is_hooked(transformer)
+
+    def before_forward(self, branch: str, embeds: Tensor) -> None:
+        """Hands each layer what is kept of these text embeddings."""
+        if self._prompt is None:
+            return
+        if self._hooked:
+            self._prompt.forget()
+        kept = self._prompt.layers(branch, embeds, len(self.processors))
+        for processor, each in zip(self.processors.values(), kept, strict=True):
+            processor.kept = each
+
+
+def _is_hooked(transformer: Any) -> bool:
+    """Whether torch hooks of others run in its forwards, which may change anything in them."""
+    modules = list(transformer.modules())
+    hooks = [hook for m in modules for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    return any(not getattr(hook, "__module__", "").startswith("kvpack.") for hook in hooks)

@@ -155,3 +155,17 @@ def test_no_argument_of_kvpack_reaches_upstream(pipe):
     pipe.enable_packforcing()
     with pytest.raises(InvalidOptionError, match=r"use_kv_cache=False cannot work here, since kvpack is the cache"):
         pipe(**CALL, use_kv_cache=False)
+
+
+@pytest.mark.parametrize(("guidance_scale", "times"), [(1.0, 1), (3.0, 6)])
+def test_the_prompt_is_projected_once(guidance_scale, times, pipe):
+    """With guidance once in a chunk's upstream call, which joins its texts anew, and once in its commit."""
+    pipe.enable_packforcing("full")
+    to_k = pipe.transformer.blocks[0].attn2.to_k
+    seen = []
+    stock, to_k.forward = to_k.forward, lambda text: seen.append(text) or stock(text)
+    try:
+        pipe(generator=seeded(), guidance_scale=guidance_scale, **CALL)
+    finally:
+        del to_k.forward
+    assert len(seen) == times

@@ -5,7 +5,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import kvpack
-from kvpack.adapters import wan_attention
+from kvpack.adapters import wan_prompt
 from kvpack.testing import tiny_wan_pipeline
 
 CALL = {
@@ -54,7 +54,7 @@ def generate(pipe, chunks=3, **changed):
 def stock(pipe, monkeypatch, make=generate, **changed):
     """The same with stock cross-attention."""
     with monkeypatch.context() as patch:
-        patch.setattr(wan_attention, "serves", lambda attention: False)
+        patch.setattr(wan_prompt, "serves", lambda attention: False)
         return make(pipe, **changed)
 
 
