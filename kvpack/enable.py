@@ -49,7 +49,9 @@ def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] | None = 
     adapter.check_stack(pipeline, resolved)
     if not isinstance(pipeline, PackForcingMixin):
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
-    attach(pipeline, resolved, settings)
+    told = {"fps": float(settings.fps), "first_chunk_frames": settings.first_chunk_frames, "call": settings.call}
+    before = vars(pipeline).get("_kvpack")
+    attach(pipeline, resolved, **{**told, **({} if before is None else {"fps": before.fps})})
     return pipeline
 
 
@@ -95,13 +97,10 @@ def resolve_stack(
     return Stack.from_dict(stack)
 
 
-def attach(pipeline: Any, stack: Memory, settings: Settings | None = None) -> None:
-    """Puts the stack on a pipeline whose class is already the enabled one."""
+def attach(pipeline: Any, stack: Memory, **told: Any) -> None:
+    """Puts the stack on a pipeline whose class is already the enabled one, and what is `told` of the model."""
     # Past DiffusionPipeline.__setattr__, which looks into the pipeline's config.
-    before = vars(pipeline).get("_kvpack")
-    told = {} if settings is None else {"fps": float(settings.fps), "first_chunk_frames": settings.first_chunk_frames}
-    kept = {} if before is None else {"fps": before.fps}
-    object.__setattr__(pipeline, "_kvpack", Enabled(stack, adapter_of(pipeline), **{**told, **kept}))
+    object.__setattr__(pipeline, "_kvpack", Enabled(stack, adapter_of(pipeline), **told))
 
 
 def adapter_of(pipeline: Any) -> Adapter:

@@ -1,7 +1,7 @@
 """What an enabled pipeline can do more than a stock one; `enable` gives it this class under its own name."""
 
 import inspect
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from itertools import chain
@@ -31,6 +31,7 @@ class Enabled:
         last: stats of the last generation.
         fps: pixel frames a second, which say at what chunk a prompt schedule's seconds are.
         first_chunk_frames: latent frames of a video's first chunk; None leaves it to the model.
+        call: arguments of the pipeline's call that are the model's own, where a call does not give them.
     """
 
     stack: Memory
@@ -40,6 +41,11 @@ class Enabled:
     last: dict[str, Any] = field(default_factory=dict)
     fps: float = 16.0
     first_chunk_frames: int | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+    def told(self) -> dict[str, Any]:
+        """What the model's settings and the user have said, which copies take along."""
+        return {"fps": self.fps, "first_chunk_frames": self.first_chunk_frames, "call": self.call}
 
 
 class PackForcing:
@@ -175,7 +181,8 @@ class PackForcingMixin:
         _, _, state, *rest = reduced
         state = dict(state)
         enabled = state.pop("_kvpack", None)
-        return (_rebuild, (self._kvpack_base, enabled and enabled.stack), state, *rest)
+        told = None if enabled is None else (enabled.stack, enabled.told())
+        return (_rebuild, (self._kvpack_base, told), state, *rest)
 
 
 class _StepBar:
@@ -209,13 +216,13 @@ def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     return type(base.__name__, (PackForcingMixin, base), {**names, "__call__": call, "_kvpack_base": base})
 
 
-def _rebuild(base: type[DiffusionPipeline], stack: Memory | None) -> Any:
+def _rebuild(base: type[DiffusionPipeline], told: tuple[Memory, dict[str, Any]] | None) -> Any:
     from kvpack.enable import attach
 
     cls = enabled_class(base)
     pipeline: Any = object.__new__(cls)
-    if stack is not None:
-        attach(pipeline, stack)
+    if told is not None:
+        attach(pipeline, told[0], **told[1])
     return pipeline
 
 
@@ -224,8 +231,16 @@ def _bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
     extra = dict(pipeline._kvpack.adapter.extra_arguments)
     own = {name: value for name, value in kwargs.items() if name not in extra}
     bound = inspect.signature(pipeline._kvpack_base.__call__).bind(pipeline, *args, **own)
+    given = dict(bound.arguments)
     bound.apply_defaults()
-    arguments = {**bound.arguments, **extra, **{name: kwargs[name] for name in extra if name in kwargs}}
+    models = {name: value for name, value in pipeline._kvpack.call.items() if name in bound.arguments}
+    arguments = {
+        **bound.arguments,
+        **models,
+        **given,
+        **extra,
+        **{name: kwargs[name] for name in extra if name in kwargs},
+    }
     del arguments["self"]
     return arguments
 

@@ -1,5 +1,6 @@
 """`kvpack_config.json`: enable, generate and plan do what the model was trained for, unless told otherwise."""
 
+import copy
 import json
 import shutil
 
@@ -62,9 +63,19 @@ def test_the_file_says_what_the_recipe_is(longlive):
 def test_enabling_without_arguments_is_the_models_own_memory(pipe):
     pipe.enable_packforcing()
     assert pipe.packforcing.stack.to_dict() == {"memory": "longlive", **RECIPES["longlive"].options}
-    call = RECIPES["longlive"].settings.call
-    video = pipe("a red circle", num_frames=33, height=32, width=32, output_type="np", max_sequence_length=8, **call)
-    assert video.frames.shape == (1, 33, 32, 32, 3)
+    steps = []
+    call = {"num_frames": 33, "height": 32, "width": 32, "output_type": "latent", "max_sequence_length": 8}
+
+    def seen(pipe, step, timestep, tensors):
+        steps.append((step, pipe.guidance_scale))
+        return tensors
+
+    for each in (pipe, copy.deepcopy(pipe)):
+        each("a red circle", callback_on_step_end=seen, **call)
+        assert steps == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0)] * 3  # the model's own steps and guidance
+        steps.clear()
+    pipe("a red circle", guidance_scale=3.0, callback_on_step_end=seen, **call)
+    assert steps[0] == (0, 3.0)  # what a call gives goes before it
 
 
 def test_options_alone_are_those_of_the_models_own_memory(pipe):
