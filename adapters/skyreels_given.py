@@ -1,12 +1,15 @@
-"""The image or clip that a SkyReels-V2 video goes on from, encoded by the pipeline's own method for its very bits."""
+"""What a SkyReels-V2 video goes on from or ends with, encoded by the pipeline's own method for its very bits."""
 
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from torch import Tensor
 
 from kvpack.adapters.wan_given import in_rows
-from kvpack.errors import InvalidOptionError, NonFiniteLatentsError
+from kvpack.errors import NonFiniteLatentsError
+
+logger = logging.get_logger(__name__)
 
 
 def given_pixels(pipeline: Any, call: dict[str, Any], size: tuple[int, int]) -> Tensor | None:
@@ -18,17 +21,38 @@ def given_pixels(pipeline: Any, call: dict[str, Any], size: tuple[int, int]) -> 
         size: height and width in pixels.
 
     Raises:
-        InvalidOptionError: if what is taken of a clip has a length that a causal VAE does not have.
         NonFiniteLatentsError: if the pixels hold NaN or infinity.
     """
     height, width = size
     if "image" in call:
-        pixels = pipeline.video_processor.preprocess(call["image"], height=height, width=width)
-    elif "video" in call:
-        pixels = pipeline.video_processor.preprocess_video(call["video"], height=height, width=width)
-        _check_length(pipeline, call, pixels)
-    else:
+        return _on_device(pipeline, pipeline.video_processor.preprocess(call["image"], height=height, width=width))
+    if "video" not in call:
         return None
+    pixels = pipeline.video_processor.preprocess_video(call["video"], height=height, width=width)
+    scale, taken = pipeline.vae_scale_factor_temporal, taken_frames(pipeline, call, pixels)
+    if taken != (call["overlap_history"] or pixels.shape[2]):
+        logger.warning(f"a video goes on from 1 + {scale}m frames of a clip: here from the last {taken}")
+    return _on_device(pipeline, pixels)
+
+
+def last_pixels(pipeline: Any, call: dict[str, Any], size: tuple[int, int]) -> Tensor | None:
+    """The image that the video ends with, `[batch, 3, height, width]` in [-1, 1]; None if the call has none.
+
+    Args:
+        pipeline: one of the three pipelines.
+        call: arguments of its call.
+        size: height and width in pixels.
+
+    Raises:
+        NonFiniteLatentsError: if the pixels hold NaN or infinity.
+    """
+    image = call.get("last_image")
+    if image is None:
+        return None
+    return _on_device(pipeline, pipeline.video_processor.preprocess(image, height=size[0], width=size[1]))
+
+
+def _on_device(pipeline: Any, pixels: Tensor) -> Tensor:
     if not bool(pixels.isfinite().all()):
         raise NonFiniteLatentsError("image or video holds NaN or infinity; give finite pixels")
     return pixels.to(pipeline._execution_device, torch.float32)
@@ -36,12 +60,12 @@ def given_pixels(pipeline: Any, call: dict[str, Any], size: tuple[int, int]) -> 
 
 @torch.no_grad()
 def given_latents(pipeline: Any, call: dict[str, Any], pixels: Tensor, rows: int) -> Tensor:
-    """Normalised latents that every video of the batch begins with.
+    """Normalised latents that every video of the batch begins or ends with.
 
     Args:
         pipeline: one of the three pipelines.
         call: arguments of its call.
-        pixels: what `given_pixels` gave.
+        pixels: what `given_pixels` or `last_pixels` gave.
         rows: videos of the batch.
 
     Raises:
@@ -58,9 +82,8 @@ def given_latents(pipeline: Any, call: dict[str, Any], pixels: Tensor, rows: int
     if pixels.ndim == 4:
         _, _, latents, _ = pipeline.prepare_latents(pixels, num_frames=1, latents=pixels[:0], **shared)
     else:
-        frames = taken_frames(call, pixels)
-        scale = pipeline.vae_scale_factor_temporal
-        latent_frames = (frames - 1) // scale + 1
+        frames = taken_frames(pipeline, call, pixels)
+        latent_frames = (frames - 1) // pipeline.vae_scale_factor_temporal + 1
         _, _, latents, _ = pipeline.prepare_latents(
             pixels,
             num_frames=frames,
@@ -77,16 +100,7 @@ def given_latents(pipeline: Any, call: dict[str, Any], pixels: Tensor, rows: int
     return in_rows(latents, rows, call["num_videos_per_prompt"])
 
 
-def taken_frames(call: dict[str, Any], pixels: Tensor) -> int:
-    """Frames, the last of a clip, that the video goes on from: all unless `overlap_history` says fewer."""
-    return min(call["overlap_history"] or pixels.shape[2], pixels.shape[2])
-
-
-def _check_length(pipeline: Any, call: dict[str, Any], pixels: Tensor) -> None:
-    frames, scale = taken_frames(call, pixels), pipeline.vae_scale_factor_temporal
-    if frames % scale != 1:
-        fitting = max(frames - 1, 0) // scale * scale + 1
-        raise InvalidOptionError(
-            f"a video goes on from the last 1 + {scale}m frames of a clip with this VAE, got overlap_history "
-            f"{call['overlap_history']} and a clip of {pixels.shape[2]} frames; pass e.g. overlap_history={fitting}"
-        )
+def taken_frames(pipeline: Any, call: dict[str, Any], pixels: Tensor) -> int:
+    """Frames, the last of a clip, that the video goes on from: what its VAE has of all, or of `overlap_history`."""
+    scale, most = pipeline.vae_scale_factor_temporal, pixels.shape[2]
+    return int((min(call["overlap_history"] or most, most) - 1) // scale * scale + 1)

@@ -44,6 +44,8 @@ class SkyReelsMemory(WanMemory):
         super().__init__(pipeline, stack, geometry, embeds, attention_kwargs, buffer)
         self._fps_kind = int(fps != 16)  # all that the model hears of it
         self._steps = 0
+        #: Whether the last frame of the chunk is given, and clean at every step.
+        self.ends = False
 
     def accepted(self, make: Callable[[int], Tensor]) -> Tensor:
         """Clean latents of a chunk; its steps are counted from 0 in every try."""
@@ -74,8 +76,10 @@ class SkyReelsMemory(WanMemory):
     def _with_one_time(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The frames of a chunk share their time, so that no modulation of every token is made of it."""
         times = kwargs["timestep"]
-        one = {"timestep": times[:, 0] if times.ndim == 2 else times, "enable_diffusion_forcing": False}
-        return args, {**kwargs, **one, "fps": self._fps_rows(times)}
+        of_frames = times.ndim == 2 and self.ends
+        one = times[:, 0] if times.ndim == 2 and not of_frames else times
+        changed = {"timestep": one, "enable_diffusion_forcing": of_frames, "fps": self._fps_rows(times)}
+        return args, {**kwargs, **changed}
 
     def _fps_rows(self, rows: Tensor) -> list[int]:
         return [self._fps_kind] * rows.shape[0]

@@ -1,6 +1,7 @@
 """One generation of a SkyReels-V2 diffusion-forcing pipeline: the text-to-video call once a chunk."""
 
 import inspect
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -9,8 +10,9 @@ from diffusers import SkyReelsV2DiffusionForcingPipeline
 from diffusers.pipelines.skyreels_v2.pipeline_output import SkyReelsV2PipelineOutput
 from torch import Tensor
 
-from kvpack.adapters.skyreels_call import checked_call
-from kvpack.adapters.skyreels_given import given_latents, given_pixels
+from kvpack.adapter import Chunk
+from kvpack.adapters.skyreels_call import check_end, checked_call
+from kvpack.adapters.skyreels_given import given_latents, given_pixels, last_pixels
 from kvpack.adapters.skyreels_memory import SkyReelsMemory
 from kvpack.adapters.wan_call import chunk_noise
 from kvpack.adapters.wan_given import in_rows
@@ -22,10 +24,19 @@ from kvpack.pipeline import PackForcingMixin
 class _OneChunk(PackForcingMixin):
     """The text-to-video call denoises given noise, which upstream's own fails to."""
 
+    _kvpack: Any
+
     def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
         """Given latents are returned alone upstream, where four values are awaited, and later written into."""
         made = super().prepare_latents(*args, **kwargs)  # type: ignore[misc]
         return made if isinstance(made, tuple) else (made.clone(), made.shape[2], None, 0)
+
+    def generate_timestep_matrix(self, *args: Any, **kwargs: Any) -> Any:
+        """A frame that the video ends with is clean from the first step on."""
+        times, indices, updated, intervals = super().generate_timestep_matrix(*args, **kwargs)  # type: ignore[misc]
+        if self._kvpack.driving.memory.ends:
+            times[:, -1], updated[:, -1] = 0, False
+        return times, indices, updated, intervals
 
 
 def text_to_video(pipeline: Any) -> Any:
@@ -41,8 +52,11 @@ class SkyReelsRun(WanRun):
     """Generates a video chunk by chunk; a chunk is a causal block."""
 
     output_class = SkyReelsV2PipelineOutput
+    memory: SkyReelsMemory
     #: What upstream returns in front of the frames.
     _clip: Tensor | None = None
+    #: Latents of the image that the video ends with: one frame more, in the last chunk.
+    _end: Tensor | None = None
 
     @property
     def _fps(self) -> float:
@@ -66,10 +80,34 @@ class SkyReelsRun(WanRun):
         latents = given_latents(self.pipeline, self.arguments, pixels, rows)
         if pixels.ndim == 5:
             self._clip = in_rows(pixels, rows, self.arguments["num_videos_per_prompt"])
+        end = last_pixels(self.pipeline, self.arguments, size)
+        if end is not None:
+            assert self.total_frames is not None
+            check_end(self.total_frames - 1, self.stack.chunk_frames, self.pipeline.vae_scale_factor_temporal)
+            self._end = given_latents(self.pipeline, self.arguments, end, rows)
         return latents
 
+    def _end_behind(self, first: int) -> Tensor | None:
+        """What the last chunk, if it begins with this frame, ends with."""
+        last = self.total_frames is not None and 0 < self.total_frames - first < self.stack.chunk_frames
+        return self._end if last and first else None
+
+    def _length(self, index: int, first: int) -> int:
+        if self.total_frames is None or self._end_behind(first) is None:
+            return super()._length(index, first)
+        return self.total_frames - first + 1
+
     def _noise(self, first: int, frames: int) -> Tensor:
-        return chunk_noise(self._text_to_video, self.arguments, self._rows, first, frames)
+        end = self._end_behind(first)
+        self.memory.ends = end is not None
+        noise = chunk_noise(self._text_to_video, self.arguments, self._rows, first, frames - (end is not None))
+        return noise if end is None else torch.cat([noise, end.to(noise)], dim=2)
+
+    def _generate(self, index: int, first: int, frames: int) -> Chunk:
+        chunk, end = super()._generate(index, first, frames), self._end_behind(first)
+        if end is None or self.arguments["output_type"] != "latent":
+            return chunk
+        return replace(chunk, latents=torch.cat([chunk.latents, end.to(chunk.latents)], dim=2))  # as upstream
 
     def _upstream(self, call: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the text-to-video call, for one short video without blocks."""

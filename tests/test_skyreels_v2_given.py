@@ -1,5 +1,7 @@
 """SkyReels-V2 videos that go on from an image or a clip, through the pipelines that are made for it."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -153,6 +155,73 @@ def test_a_whole_clip_is_gone_on_from_without_overlap_history(from_clip):
     assert given.shape[2] == 7
 
 
+def test_a_clip_of_any_length_is_gone_on_from(from_clip, caplog, monkeypatch):
+    """From its last frames that the VAE can encode, and the user is told; upstream keeps others, which end earlier."""
+    from_clip.enable_packforcing("full", chunk_frames=2)
+    call = {**CALL, "num_frames": 17, "generator": seeded()}
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    given = from_clip(**call, video=clip(10), overlap_history=8).frames
+    assert "from the last 5" in caplog.text
+    wanted = from_clip(**{**call, "generator": seeded()}, video=clip(10)[:, -5:]).frames
+    assert torch.equal(given, wanted)
+
+
+class TwoBlocks(SkyReelsV2AttnProcessor):
+    """Stock self-attention in which the first frame of four tokens attends itself, and the others attend all."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        tokens = torch.arange(hidden_states.shape[1])
+        mask = ((tokens[:, None] >= 4) | (tokens[None] < 4))[None, None]
+        return super().__call__(attn, hidden_states, encoder_hidden_states, mask, rotary_emb)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_last_image_equals_upstream_under_a_mask(rows, from_image):
+    """One chunk between an image and the other: upstream's synchronous schedule, but for the mask of the first."""
+    noise = drawn(4, rows=rows)
+    stock = [block.attn1.processor for block in from_image.transformer.blocks]
+    call = {**CALL, "prompt": [CALL["prompt"]] * rows, "image": picture(), "num_frames": 13, "latents": noise}
+    call["last_image"] = picture(2)
+    for block in from_image.transformer.blocks:
+        block.attn1.set_processor(TwoBlocks())
+    wanted = from_image(**{**call, "latents": noise.clone()}).frames
+    for block, each in zip(from_image.transformer.blocks, stock, strict=True):
+        block.attn1.set_processor(each)
+    from_image.enable_packforcing("full", chunk_frames=4)
+    given = from_image(**call).frames
+    assert given.shape == wanted.shape == (rows, 16, 5, 4, 4)  # the end is among the latents, as upstream
+    assert distance(given, wanted) < 1e-5
+    other = from_image(**{**call, "last_image": picture(3)}).frames
+    assert distance(given[:, :, 1:4], other[:, :, 1:4]) > 1e-4
+
+
+@pytest.mark.parametrize("options", [{"stack": "full"}, {"topk": 2}, {"topk": 2, "compressor": "lr"}], ids=str)
+def test_the_last_chunk_alone_goes_towards_the_last_image(options, from_image):
+    sizes = {} if options.get("stack") else {"sink_frames": 2, "recent_frames": 2}
+    from_image.enable_packforcing(chunk_frames=2, **options, **sizes)
+    call = {**CALL, "image": picture(), "num_frames": 29, "output_type": "pt"}  # 1, 2, 2, 2 and 1 with the end
+    without = from_image(**call, generator=seeded()).frames
+    frames = from_image(**call, last_image=picture(2), generator=seeded()).frames
+    assert frames.shape == without.shape == (1, 29, 3, 32, 32)  # the end itself is not shown, as upstream
+    assert torch.equal(frames[:, :25], without[:, :25])
+    assert distance(frames[:, 25:], without[:, 25:]) > 1e-3
+    parts = list(from_image.packforcing.stream(**call, last_image=picture(2), generator=seeded()))
+    assert [each.shape[1] for each in parts] == [1, 8, 8, 8, 4]
+    assert torch.equal(torch.cat(parts, dim=1), frames)
+    assert from_image.packforcing.stats()["frames"] == 9  # the last chunk with the end in it is whole, and committed
+
+
+def test_a_short_chunk_before_the_last_image(from_image):
+    """One frame and the end, where chunks have three; every other frame is what it would be in chunks of three."""
+    from_image.enable_packforcing("full", chunk_frames=3)
+    call = {**CALL, "image": picture(), "num_frames": 17, "latents": drawn(5)}
+    without = from_image(**call).frames
+    given = from_image(**call, last_image=picture(2)).frames
+    assert given.shape[2] == without.shape[2] + 1
+    assert torch.equal(given[:, :, :4], without[:, :, :4])
+    assert distance(given[:, :, 4:5], without[:, :, 4:5]) > 1e-3
+
+
 def test_each_video_has_its_own_beginning(from_image, from_clip):
     images = torch.rand(2, 3, 32, 32, generator=seeded())
     for pipe, name, given in ((from_image, "image", images), (from_clip, "video", clip(5, rows=2))):
@@ -241,7 +310,14 @@ def test_siblings_are_stock_ones(from_image):
 
 
 IMAGE = {
-    "the end": ({"last_image": picture()}, InvalidOptionError, "last_image=None"),
+    "alone": ({"last_image": picture()}, InvalidOptionError, "behind 6 .* of 2, .* num_frames=21 or 29"),
+    "no room": ({"last_image": picture(), "causal_block_size": 1}, InvalidOptionError, "causal_block_size of 2"),
+    "an end without an end": ({"last_image": picture(), "num_frames": None}, InvalidOptionError, "endless"),
+    "not finite end": (
+        {"last_image": torch.full((1, 3, 32, 32), float("nan")), "num_frames": 21},
+        NonFiniteLatentsError,
+        "finite pixels",
+    ),
     "embeddings": ({"image": None, "image_embeds": torch.ones(1, 1)}, InvalidOptionError, "pass image instead"),
     "not finite": ({"image": torch.full((1, 3, 32, 32), float("nan"))}, NonFiniteLatentsError, "finite pixels"),
     "too many": ({"image": torch.rand(3, 3, 32, 32)}, InvalidOptionError, "one for each of 1 videos, got 3"),
@@ -250,8 +326,7 @@ IMAGE = {
 }
 CLIP = {
     "none": ({"video": None}, InvalidOptionError, "video is None"),
-    "length": ({"video": clip(10)}, InvalidOptionError, "overlap_history=9"),
-    "overlap": ({"overlap_history": 6}, InvalidOptionError, "overlap_history 6 .* overlap_history=5"),
+    "overlap": ({"overlap_history": 0}, InvalidOptionError, "overlap_history must be >= 1"),
     "too short": ({"num_frames": 9}, InvalidOptionError, "give a larger num_frames"),
     "async": ({"ar_step": 2}, InvalidOptionError, "ar_step=0"),
 }
