@@ -23,32 +23,19 @@ def given_pixels(pipeline: Any, call: dict[str, Any], size: tuple[int, int]) -> 
     Raises:
         NonFiniteLatentsError: if the pixels hold NaN or infinity.
     """
-    height, width = size
     if "image" in call:
-        return _on_device(pipeline, pipeline.video_processor.preprocess(call["image"], height=height, width=width))
+        return image_pixels(pipeline, call["image"], size)
     if "video" not in call:
         return None
-    pixels = pipeline.video_processor.preprocess_video(call["video"], height=height, width=width)
+    pixels = pipeline.video_processor.preprocess_video(call["video"], height=size[0], width=size[1])
     scale, taken = pipeline.vae_scale_factor_temporal, taken_frames(pipeline, call, pixels)
     if taken != (call["overlap_history"] or pixels.shape[2]):
         logger.warning(f"a video goes on from 1 + {scale}m frames of a clip: here from the last {taken}")
     return _on_device(pipeline, pixels)
 
 
-def last_pixels(pipeline: Any, call: dict[str, Any], size: tuple[int, int]) -> Tensor | None:
-    """The image that the video ends with, `[batch, 3, height, width]` in [-1, 1]; None if the call has none.
-
-    Args:
-        pipeline: one of the three pipelines.
-        call: arguments of its call.
-        size: height and width in pixels.
-
-    Raises:
-        NonFiniteLatentsError: if the pixels hold NaN or infinity.
-    """
-    image = call.get("last_image")
-    if image is None:
-        return None
+def image_pixels(pipeline: Any, image: Any, size: tuple[int, int]) -> Tensor:
+    """An image in this size, `[batch, 3, height, width]` in [-1, 1]; NaN and infinity raise `NonFiniteLatentsError`."""
     return _on_device(pipeline, pipeline.video_processor.preprocess(image, height=size[0], width=size[1]))
 
 
@@ -65,7 +52,7 @@ def given_latents(pipeline: Any, call: dict[str, Any], pixels: Tensor, rows: int
     Args:
         pipeline: one of the three pipelines.
         call: arguments of its call.
-        pixels: what `given_pixels` or `last_pixels` gave.
+        pixels: what `given_pixels` or `image_pixels` gave.
         rows: videos of the batch.
 
     Raises:

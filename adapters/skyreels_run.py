@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvpack.adapter import Chunk
 from kvpack.adapters.skyreels_call import check_end, checked_call
-from kvpack.adapters.skyreels_given import given_latents, given_pixels, last_pixels
+from kvpack.adapters.skyreels_given import given_latents, given_pixels, image_pixels
 from kvpack.adapters.skyreels_memory import SkyReelsMemory
 from kvpack.adapters.wan_call import chunk_noise
 from kvpack.adapters.wan_given import in_rows
@@ -77,19 +77,19 @@ class SkyReelsRun(WanRun):
         pixels = given_pixels(self.pipeline, self.arguments, size)
         if pixels is None:
             return None
-        latents = given_latents(self.pipeline, self.arguments, pixels, rows)
-        if pixels.ndim == 5:
-            self._clip = in_rows(pixels, rows, self.arguments["num_videos_per_prompt"])
-        end = last_pixels(self.pipeline, self.arguments, size)
-        if end is not None:
+        image = self.arguments.get("last_image")
+        if image is not None:
             assert self.total_frames is not None
             check_end(self.total_frames - 1, self.stack.chunk_frames, self.pipeline.vae_scale_factor_temporal)
+            end = image_pixels(self.pipeline, image, size)
             self._end = given_latents(self.pipeline, self.arguments, end, rows)
-        return latents
+        if pixels.ndim == 5:
+            self._clip = in_rows(pixels, rows, self.arguments["num_videos_per_prompt"])
+        return given_latents(self.pipeline, self.arguments, pixels, rows)
 
     def _end_behind(self, first: int) -> Tensor | None:
         """What the last chunk, if it begins with this frame, ends with."""
-        last = self.total_frames is not None and 0 < self.total_frames - first < self.stack.chunk_frames
+        last = self.total_frames is not None and self.total_frames - first < self.stack.chunk_frames
         return self._end if last and first else None
 
     def _length(self, index: int, first: int) -> int:

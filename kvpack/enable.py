@@ -22,7 +22,8 @@ def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] | None = 
     """Lets a causal video pipeline generate any length in bounded memory (PackForcing, arXiv 2603.25730).
 
     The pipeline keeps its class name, components and call; `num_frames` may now exceed what the model was trained with.
-    Enabling again replaces the stack.
+    Enabling again replaces the stack. Where the pipeline's folder has a `kvpack_config.json`, its frame rate, first
+    chunk and arguments of the call (steps, guidance) hold with any stack; what a call gives goes before them.
 
     Args:
         pipeline: a diffusers pipeline that an installed adapter supports.
