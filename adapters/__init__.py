@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from kvpack.adapters.anyflow_far import AnyFlowFARAdapter
-from kvpack.adapters.sana_wm import SanaWMAdapter
-from kvpack.adapters.skyreels import SkyReelsV2Adapter
-from kvpack.adapters.wan import WanAdapter
-from kvpack.hookspecs import hookimpl
+from kvpack.adapters.anyflow_far.adapter import AnyFlowFARAdapter
+from kvpack.adapters.sana_wm.adapter import SanaWMAdapter
+from kvpack.adapters.skyreels.adapter import SkyReelsV2Adapter
+from kvpack.adapters.wan.adapter import WanAdapter
+from kvpack.plugins.hookspecs import hookimpl
 
 
 @hookimpl

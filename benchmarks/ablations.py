@@ -14,8 +14,8 @@ from typing import Any
 from benchmarks import report
 from benchmarks.leaderboard import figures, plots, run, tables
 from benchmarks.leaderboard.subjects import Memory, collection
-from kvpack.demo import shipped_compressor
-from kvpack.video import save_bytes
+from kvpack.media.video import save_bytes
+from kvpack.shipped import shipped_compressor
 
 SECONDS, SEEDS = 60, 1
 # Not one option changed but all: every installed stack.

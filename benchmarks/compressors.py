@@ -27,10 +27,10 @@ from benchmarks.clock import seconds
 from benchmarks.leaderboard import bootstrap
 from benchmarks.report import Score
 from benchmarks.toyworld import world
-from kvpack.adapter import Trainee
 from kvpack.adapters import WanAdapter
-from kvpack.demo import CALL, shipped_folder
+from kvpack.generation.adapter import Trainee
 from kvpack.policies import packforcing
+from kvpack.shipped import CALL, shipped_folder
 from kvpack.training.clips import Clip
 from kvpack.training.compressor import frozen
 from kvpack.training.distillation import ContextDistillation

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from benchmarks.report import SEED, Bar, Row, say, script
 from kvpack import Stack
-from kvpack.blocks import grid_coordinates
-from kvpack.geometry import Geometry
+from kvpack.memory.blocks import grid_coordinates
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.rope import rotate, rotations
+from kvpack.memory.session import Session
 from kvpack.policies.all_blocks import AllSelector
 from kvpack.policies.identity import IdentityCompressor
 from kvpack.policies.sink_shift import SinkShiftReindexer
 from kvpack.policies.window import WindowPartitioner
-from kvpack.rope import rotate, rotations
-from kvpack.session import Session
 
 CHUNK = 4
 GEOMETRY = Geometry(1, 2, 128, (2, 4), (44, 42, 42), dtype=torch.bfloat16)

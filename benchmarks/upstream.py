@@ -30,7 +30,7 @@ def run(checkout: Path, select: list[str], options: dict[str, Any] | None) -> di
     Args:
         checkout: a clone of diffusers at the installed version's tag.
         select: test files or ids.
-        options: of `kvpack.enable`, or None for stock pipelines.
+        options: of `kvpack.pipeline.enable`, or None for stock pipelines.
     """
     with tempfile.TemporaryDirectory() as folder:
         seen = Path(folder) / "outcomes.json"

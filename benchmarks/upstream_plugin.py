@@ -19,7 +19,7 @@ from transformers import T5Config, T5EncoderModel
 
 import kvpack
 from kvpack.errors import UnsupportedPipelineError
-from kvpack.tiny import tiny_tokenizer
+from kvpack.testing.pipelines import tiny_tokenizer
 
 #: Text encoders that the suites take from the Hub.
 _T5 = ("hf-internal-testing/tiny-random-t5", "hf-internal-testing/tiny-random-umt5")
@@ -40,7 +40,7 @@ class Upstream:
     """What is done to a session of pytest.
 
     Args:
-        options: of `kvpack.enable`, or None.
+        options: of `kvpack.pipeline.enable`, or None.
         outcomes: where outcomes are written.
     """
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from benchmarks.clock import Clock, seconds
 from benchmarks.report import SEED
 from kvpack import Geometry, Session
-from kvpack.adapters.wan_attention import PackedWanAttnProcessor
+from kvpack.adapters.wan.attention import PackedWanAttnProcessor
+from kvpack.memory.rope import rotate
 from kvpack.policies.stacks import packforcing
-from kvpack.rope import rotate
 
 STEPS, FRAMES, WAN_LAYERS, TEXT_TOKENS = 4, 4, 30, 512
 SINK, RECENT, TOPK, ARCHIVED = 8, 4, 16, 20
@@ -170,7 +170,7 @@ class Layer:
         projections, clock = self.projections(), self.clock
         clock.seconds = defaultdict(float)
         start = time.perf_counter()
-        with patch("kvpack.packed.rotate", clock.timed(rotate, QUERIES)):
+        with patch("kvpack.memory.store.rotate", clock.timed(rotate, QUERIES)):
             for step in range(STEPS):
                 self.denoise(step)
                 self.memory.attend(*projections, nothing)

@@ -1,24 +1,18 @@
 """Packed key/value memory for causal video transformers on stock diffusers pipelines."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 from diffusers import DiffusionPipeline
 
-from kvpack.blocks import KVBlock, LatentChunk, Span
-from kvpack.enable import disable, enable
 from kvpack.errors import KVPackError
-from kvpack.geometry import Geometry
-from kvpack.hookspecs import hookimpl
-from kvpack.memory import Attended, StateMemory, Tokens
-from kvpack.roles import Compressor, LatentCompressor, Partitioner, Reindexer, Selector
+from kvpack.memory.base import Attended, StateMemory, Tokens
+from kvpack.memory.blocks import KVBlock, LatentChunk, Span
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.roles import Compressor, LatentCompressor, Partitioner, Reindexer, Selector
+from kvpack.memory.session import Session
+from kvpack.memory.stack import Stack
+from kvpack.pipeline.enable import disable, enable
+from kvpack.plugins.hookspecs import hookimpl
 from kvpack.scheduler import FlowMatchFewStepScheduler
-from kvpack.session import Session
-from kvpack.stack import Stack
-
-try:
-    __version__ = version("kvpack")
-except PackageNotFoundError:  # run from a checkout that was never installed
-    __version__ = "0"
+from kvpack.version import __version__ as __version__
 
 __all__ = [
     "Attended",

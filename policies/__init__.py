@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from kvpack.hookspecs import hookimpl
+from kvpack.plugins.hookspecs import hookimpl
 from kvpack.policies.absolute import AbsoluteReindexer
 from kvpack.policies.all_blocks import AllSelector
 from kvpack.policies.contiguous import ContiguousReindexer

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Int
 from torch import Tensor
 
-from kvpack.roles import Candidates, Query, Selector, as_indices
+from kvpack.memory.roles import Candidates, Query, Selector, as_indices
 
 
 @dataclass(frozen=True)

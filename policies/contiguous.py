@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvpack.roles import Layout, Placement, Reindexer
+from kvpack.memory.roles import Layout, Placement, Reindexer
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from kvpack.blocks import LatentChunk
-from kvpack.branches import branch_config
-from kvpack.costs import Cost, LatentShape
-from kvpack.geometry import Geometry
+from kvpack.compressors.weights import branch_config
+from kvpack.memory.blocks import LatentChunk
+from kvpack.memory.costs import Cost, LatentShape
+from kvpack.memory.geometry import Geometry
 from kvpack.policies.hr import HighResolutionCompressor
 from kvpack.policies.lr import LowResolutionCompressor
 

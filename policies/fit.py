@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from kvpack.errors import InvalidOptionError, require_int
-from kvpack.roles import Layout, Partitioner, Placement, Reindexer
+from kvpack.memory.roles import Layout, Partitioner, Placement, Reindexer
 
 
 @dataclass(frozen=True)

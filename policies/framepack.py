@@ -6,14 +6,14 @@ from functools import cache
 from jaxtyping import Float
 from torch import Tensor
 
-from kvpack.blocks import KVBlock, Span, grid_coordinates
 from kvpack.errors import require_int
+from kvpack.memory.blocks import KVBlock, Span, grid_coordinates
+from kvpack.memory.roles import Compressor, Reindexer
+from kvpack.memory.stack import Stack
+from kvpack.plugins.registry import registry
 from kvpack.policies.all_blocks import AllSelector
 from kvpack.policies.pool import averaged
 from kvpack.policies.sink_mid_recent import SinkMidRecentPartitioner
-from kvpack.registry import registry
-from kvpack.roles import Compressor, Reindexer
-from kvpack.stack import Stack
 
 Sizes = tuple[int, int, int]
 

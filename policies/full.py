@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kvpack.roles import Partitioner, Segment
+from kvpack.memory.roles import Partitioner, Segment
 
 
 @dataclass(frozen=True)

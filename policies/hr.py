@@ -8,14 +8,14 @@ from typing import get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from kvpack.blocks import Coordinates, LatentChunk, Span
-from kvpack.branches import BranchSource
-from kvpack.compressor import HighResolutionBranch, branch_flops
-from kvpack.costs import Cost, LatentShape
+from kvpack.compressors.network import HighResolutionBranch, branch_flops
+from kvpack.compressors.weights import BranchSource
 from kvpack.errors import InvalidOptionError, require_choice
-from kvpack.geometry import Geometry
+from kvpack.memory.blocks import Coordinates, LatentChunk, Span
+from kvpack.memory.costs import Cost, LatentShape
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.roles import LatentCompressor, Project
 from kvpack.policies.pool import pooled_grid, pooled_span
-from kvpack.roles import LatentCompressor, Project
 
 
 @dataclass(frozen=True)

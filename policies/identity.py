@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from kvpack.blocks import KVBlock, Span, grid_coordinates
-from kvpack.roles import Compressor
+from kvpack.memory.blocks import KVBlock, Span, grid_coordinates
+from kvpack.memory.roles import Compressor
 
 
 @dataclass(frozen=True)

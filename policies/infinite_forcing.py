@@ -1,10 +1,10 @@
 """A short window behind a sink, at positions from 0 on (github.com/SOTAMak1r/Infinite-Forcing, "V-sink")."""
 
+from kvpack.memory.stack import Stack
 from kvpack.policies.all_blocks import AllSelector
 from kvpack.policies.contiguous import ContiguousReindexer
 from kvpack.policies.identity import IdentityCompressor
 from kvpack.policies.window import WindowPartitioner
-from kvpack.stack import Stack
 
 
 def infinite_forcing(*, chunk_frames: int = 3, window_frames: int = 6, sink_frames: int = 1) -> Stack:

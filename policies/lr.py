@@ -7,12 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d
 
-from kvpack.blocks import Coordinates, LatentChunk, Span
-from kvpack.costs import Cost, LatentShape
 from kvpack.errors import require_choice
-from kvpack.geometry import Geometry
+from kvpack.memory.blocks import Coordinates, LatentChunk, Span
+from kvpack.memory.costs import Cost, LatentShape
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.roles import LatentCompressor, Project
 from kvpack.policies.pool import pooled_grid, pooled_span
-from kvpack.roles import LatentCompressor, Project
 
 
 @dataclass(frozen=True)

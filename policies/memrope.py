@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from jaxtyping import Float
 from torch import Tensor
 
-from kvpack.blocks import grid_coordinates
 from kvpack.errors import InvalidOptionError, require_int
 from kvpack.memory import Attended, Chunk, StateMemory, Tokens, consecutive, shortened
-from kvpack.rope import wide_dtype
+from kvpack.memory.blocks import grid_coordinates
+from kvpack.memory.rope import wide_dtype
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,11 +7,11 @@ from typing import get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from kvpack.blocks import LatentChunk, Span, grid_coordinates
-from kvpack.costs import Cost, LatentShape
 from kvpack.errors import InvalidOptionError, require_choice, require_int
-from kvpack.geometry import Geometry
-from kvpack.roles import LatentCompressor, Project
+from kvpack.memory.blocks import LatentChunk, Span, grid_coordinates
+from kvpack.memory.costs import Cost, LatentShape
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.roles import LatentCompressor, Project
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d
 
-from kvpack.blocks import Coordinates, KVBlock, Span, grid_coordinates
 from kvpack.errors import require_choice
-from kvpack.roles import Compressor
+from kvpack.memory.blocks import Coordinates, KVBlock, Span, grid_coordinates
+from kvpack.memory.roles import Compressor
 
 
 def pooled_grid(frames: int, grid: tuple[int, int]) -> tuple[int, int, int]:

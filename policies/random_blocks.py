@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kvpack.errors import require_int
-from kvpack.roles import Candidates, Query, Selector
+from kvpack.memory.roles import Candidates, Query, Selector
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kvpack.errors import require_int
-from kvpack.roles import Candidates, Query, Selector, as_indices
+from kvpack.memory.roles import Candidates, Query, Selector, as_indices
 
 
 @dataclass(frozen=True)

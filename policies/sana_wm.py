@@ -2,11 +2,11 @@
 
 from kvpack.errors import require_int
 from kvpack.memory import Commit
+from kvpack.memory.stack import Stack
 from kvpack.policies.all_blocks import AllSelector
 from kvpack.policies.identity import IdentityCompressor
 from kvpack.policies.sink_mid_recent import SinkMidRecentPartitioner
 from kvpack.policies.sink_shift import SinkShiftReindexer
-from kvpack.stack import Stack
 
 
 def sana_wm(*, window_frames: int = 11, sink_frames: int = 1, chunk_frames: int = 3, commit: Commit = "rerun") -> Stack:

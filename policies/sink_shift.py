@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kvpack.roles import Layout, Placement, Reindexer
+from kvpack.memory.roles import Layout, Placement, Reindexer
 
 
 @dataclass(frozen=True)

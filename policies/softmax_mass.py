@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvpack.errors import require_int
+from kvpack.memory.roles import Candidates, Query
 from kvpack.policies.topk import QueryTopK
-from kvpack.roles import Candidates, Query
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,12 @@ import inspect
 import os
 from typing import Any
 
-from kvpack.blocks import Coordinates
 from kvpack.errors import UnknownNameError
 from kvpack.memory import Commit
+from kvpack.memory.blocks import Coordinates
+from kvpack.memory.roles import Compressor, Reindexer, Selector
+from kvpack.memory.stack import Selection, Stack
+from kvpack.plugins.registry import registry
 from kvpack.policies.all_blocks import AllSelector
 from kvpack.policies.contiguous import ContiguousReindexer
 from kvpack.policies.dual import trained_compressor
@@ -16,9 +19,6 @@ from kvpack.policies.lr import LowResolutionCompressor
 from kvpack.policies.sink_mid_recent import SinkMidRecentPartitioner
 from kvpack.policies.topk import QueryTopK
 from kvpack.policies.window import WindowPartitioner
-from kvpack.registry import registry
-from kvpack.roles import Compressor, Reindexer, Selector
-from kvpack.stack import Selection, Stack
 
 
 def packforcing(

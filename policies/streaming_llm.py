@@ -1,10 +1,10 @@
 """Attention sinks and a window, positions counted inside the cache (StreamingLLM, arXiv 2309.17453, section 3.2)."""
 
+from kvpack.memory.stack import Stack
 from kvpack.policies.all_blocks import AllSelector
 from kvpack.policies.contiguous import ContiguousReindexer
 from kvpack.policies.identity import IdentityCompressor
 from kvpack.policies.window import WindowPartitioner
-from kvpack.stack import Stack
 
 
 def streaming_llm(*, chunk_frames: int = 4, window_frames: int = 20, sink_frames: int = 4) -> Stack:

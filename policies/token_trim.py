@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d
 
 from kvpack.errors import InvalidOptionError, require_int
-from kvpack.geometry import Geometry
 from kvpack.memory import Attended, Chunk, StateMemory, Tokens
+from kvpack.memory.geometry import Geometry
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from kvpack.errors import InvalidOptionError, require_int
-from kvpack.roles import Partitioner, Segment
+from kvpack.memory.roles import Partitioner, Segment
 
 
 @dataclass(frozen=True)

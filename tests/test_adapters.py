@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kvpack.adapters.wan_run import WanRun
+from kvpack.adapters.wan.run import WanRun
 from kvpack.errors import AdapterError
-from kvpack.pipeline import PackForcing
-from kvpack.registry import registry
+from kvpack.pipeline.enabled import PackForcing
+from kvpack.plugins.registry import registry
 from kvpack.testing import check_adapter, tiny_wan_pipeline
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, UnsupportedPipelineError
+from kvpack.planning.presets import adapter_for, from_folder
 from kvpack.policies import IdentityCompressor, NativeCompressor
-from kvpack.presets import adapter_for, from_folder
 from kvpack.testing import tiny_anyflow_far_pipeline, tiny_wan_pipeline
 
 CALL = {

@@ -5,11 +5,11 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from kvpack import Stack
-from kvpack.blocks import LatentChunk
-from kvpack.compressor import HighResolutionBranch
+from kvpack.compressors.network import HighResolutionBranch
 from kvpack.errors import InvalidOptionError
+from kvpack.memory.blocks import LatentChunk
+from kvpack.memory.rope import rotations
 from kvpack.policies import AbsoluteReindexer, AllSelector, NativeCompressor, SinkMidRecentPartitioner
-from kvpack.rope import rotations
 from kvpack.testing import check_policy, tiny_anyflow_far_pipeline
 
 CALL = {
@@ -133,7 +133,7 @@ def test_native_is_near_upstream_and_nearer_than_forgetting(pipe):
 def test_a_twin_that_rides_is_one_with_a_forward_of_its_own(pipe, monkeypatch):
     call = {"guidance_scale": 2.0}
     riding = generate(pipe.enable_packforcing(), **call)
-    monkeypatch.setattr("kvpack.adapters.anyflow_far_memory.AnyFlowFARMemory._ride", property(lambda _: False))
+    monkeypatch.setattr("kvpack.adapters.anyflow_far.denoiser.AnyFlowFARMemory._ride", property(lambda _: False))
     assert error(generate(pipe, **call), riding) < 1e-5
 
 

@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import kvpack
-from kvpack import cli_support
 from kvpack.cli import app
-from kvpack.registry import registry
+from kvpack.cli import support as cli_support
+from kvpack.plugins.registry import registry
 from kvpack.testing import tiny_wan_pipeline
 
 REFERENCE = ["plan", "--preset", "wan2.1-t2v-1.3b", "--size", "832x480", "--seconds", "120", "--stack", "packforcing"]

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from kvpack import demo, generation, video
-from kvpack.cli import app
+from kvpack.cli import app, demo
+from kvpack.media import video
+from kvpack.pipeline import track as generation
 from kvpack.testing import tiny_wan_pipeline
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from kvpack.errors import InvalidOptionError
-from kvpack.layer import LayerMemory
-from kvpack.planner import plan
+from kvpack.memory.layer import LayerMemory
+from kvpack.memory.session import Session
+from kvpack.memory.stack import Stack
+from kvpack.planning.planner import plan
+from kvpack.plugins.registry import registry
+from kvpack.plugins.resolve import stack_from_dict
 from kvpack.policies import IdentityCompressor, LowResolutionCompressor
-from kvpack.registry import registry
-from kvpack.session import Session
-from kvpack.stack import Stack
 from kvpack.testing import TINY, run_session, tiny_wan_pipeline
 
 CALL = {
@@ -179,9 +180,9 @@ def test_every_stack_takes_it_and_gives_it_back_as_data(name):
     stack = registry().stack(name, {"commit": "last-step"})
     assert stack.commit == "last-step"
     assert stack.to_dict()["commit"] == "last-step"
-    assert Stack.from_dict(stack.to_dict()) == stack
+    assert stack_from_dict(stack.to_dict()) == stack
     old = {key: value for key, value in stack.to_dict().items() if key not in ("commit", "selection")}
-    assert Stack.from_dict(old).commit == "rerun"
+    assert stack_from_dict(old).commit == "rerun"
 
 
 def test_a_wrong_word_is_refused():

@@ -8,10 +8,12 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch._dynamo.utils import counters
 
 import kvpack
-from kvpack import opaque
-from kvpack.adapters import processor, wan_attention, wan_prompt
+from kvpack.adapters import attention as processor
 from kvpack.adapters.wan import WanAdapter
-from kvpack.enable import resolve_stack
+from kvpack.adapters.wan import attention as wan_attention
+from kvpack.adapters.wan import prompt_cache as wan_prompt
+from kvpack.generation import compile_boundary as opaque
+from kvpack.plugins.resolve import resolve_stack
 from kvpack.testing import tiny_wan_pipeline
 from kvpack.training.buffer import GraphBuffer
 

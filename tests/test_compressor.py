@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvpack import branches
-from kvpack.branches import BranchSource, branch_config, load_branch
-from kvpack.compressor import HighResolutionBranch, branch_flops, strides
+from kvpack.compressors import weights as branches
+from kvpack.compressors.network import HighResolutionBranch, branch_flops, strides
+from kvpack.compressors.weights import BranchSource, branch_config, load_branch
 from kvpack.errors import InvalidOptionError
+from kvpack.plugins.registry import registry
+from kvpack.plugins.resolve import stack_from_dict
 from kvpack.policies import DualCompressor, HighResolutionCompressor
 from kvpack.policies.dual import trained_compressor
 from kvpack.policies.pool import pooled_grid
-from kvpack.registry import registry
-from kvpack.stack import Stack
 from kvpack.testing import check_policy
 
 TINY = {"channels": 16, "width": 24, "patch": (2, 2), "hidden": 4}
@@ -47,8 +47,8 @@ def no_network(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a local folder must not reach the network")
 
-    monkeypatch.setattr("kvpack.branches.hf_hub_download", refuse)
-    monkeypatch.setattr("kvpack.compressor.hf_hub_download", refuse)
+    monkeypatch.setattr("kvpack.compressors.weights.hf_hub_download", refuse)
+    monkeypatch.setattr("kvpack.compressors.network.hf_hub_download", refuse)
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", refuse)
 
 
@@ -250,7 +250,7 @@ def test_policies_are_data(folder, trained, tmp_path):
     assert stack.compressor == DualCompressor(folder)
     data = json.loads(json.dumps(stack.to_dict()))
     assert data["compressor"]["weights"] == folder
-    assert Stack.from_dict(data) == stack
+    assert stack_from_dict(data) == stack
     stack.compressor.check(16, 24, (2, 2))  # loads
     assert pickle.loads(pickle.dumps(stack)) == copy.deepcopy(stack) == stack
     assert HighResolutionCompressor(tmp_path).weights == str(tmp_path)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import kvpack
-from kvpack.checkpoint import read_checkpoint
+from kvpack.checkpoints.reading import read_checkpoint
+from kvpack.checkpoints.recipes import RECIPES, recipe_for
 from kvpack.cli import app
-from kvpack.recipes import RECIPES, recipe_for
 from kvpack.testing import tiny_wan_pipeline
 
 DATA = Path(__file__).parent / "golden_data"

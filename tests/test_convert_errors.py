@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from kvpack import convert as converting
+from kvpack.checkpoints import convert as converting
 from kvpack.cli import app
-from kvpack.tiny import tiny_wan_transformer
+from kvpack.testing.pipelines import tiny_wan_transformer
 
 
 @pytest.fixture(scope="module")

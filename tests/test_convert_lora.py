@@ -9,10 +9,10 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from kvpack.checkpoints.lora import LowRank, merge, read_lora, rounded
 from kvpack.cli import app
 from kvpack.errors import InvalidOptionError
-from kvpack.lora import LowRank, merge, read_lora, rounded
-from kvpack.tiny import tiny_wan_transformer
+from kvpack.testing.pipelines import tiny_wan_transformer
 
 MODULES = ("self_attn.q", "self_attn.o", "cross_attn.v", "ffn.0", "ffn.2")
 DIFFUSERS = {

@@ -4,6 +4,11 @@ import pytest
 import torch
 
 from kvpack.errors import InvalidOptionError
+from kvpack.memory.rope import rotate, rotations
+from kvpack.memory.session import Session
+from kvpack.memory.stack import Stack
+from kvpack.plugins.registry import registry
+from kvpack.plugins.resolve import stack_from_dict
 from kvpack.policies import (
     ContiguousReindexer,
     FitReindexer,
@@ -12,10 +17,6 @@ from kvpack.policies import (
     QueryTopK,
     SinkMidRecentPartitioner,
 )
-from kvpack.registry import registry
-from kvpack.rope import rotate, rotations
-from kvpack.session import Session
-from kvpack.stack import Stack
 from kvpack.testing import TINY, check_policy, run_session
 
 #: Times, rows and columns of a block of 4 frames of 8 x 12 cells.
@@ -83,7 +84,7 @@ def test_positions_in_the_packed_buffer(name, places, reindexer, squeeze):
 def test_packforcing_hands_them_through(compressor):
     made = registry().stack("packforcing", {"compressor": compressor, "coordinates": "strided"})
     assert made.compressor.coordinates == "strided"
-    assert Stack.from_dict(made.to_dict()) == made
+    assert stack_from_dict(made.to_dict()) == made
     assert registry().stack("packforcing", {"compressor": compressor}).compressor.coordinates == "centered"
     whole = registry().stack("packforcing", {"compressor": "identity", "coordinates": "strided"})
     assert whole.compressor.name == "identity"

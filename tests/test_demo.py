@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 
 import kvpack
-from kvpack import demo, planner
+from kvpack import shipped
+from kvpack.cli import demo
 from kvpack.errors import InvalidOptionError, OutputError, UnknownNameError
-from kvpack.generation import Track
-from kvpack.registry import registry
+from kvpack.pipeline.track import Track
+from kvpack.planning import planner
+from kvpack.plugins.registry import registry
 from kvpack.testing import tiny_wan_pipeline
 
 SHIPPED = Path(kvpack.__file__).parent / "data" / "toyworld"
@@ -51,7 +53,7 @@ def test_one_stack(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (result["frames"], result["fps"]) == (21, 16)
     assert torch.get_num_threads() == threads
     (only,) = result["stacks"]
-    assert only["stack"] == demo.demo_stack("packforcing").to_dict()
+    assert only["stack"] == shipped.demo_stack("packforcing").to_dict()
     assert only["stats"]["attended_bytes"] > 0
     assert len(only["chunk_seconds"]) == 2
     assert Image.open(tmp_path / "new" / "out" / "demo.png").size[0] > 128
@@ -89,16 +91,16 @@ def test_stacks_of_other_chunk_lengths_are_kept_in_step(
 
 def test_stacks_of_the_demo_have_the_sizes_of_the_training() -> None:
     for name in ("full", "self-forcing", "packforcing", "packforcing-paper"):
-        assert demo.demo_stack(name).chunk_frames == 4
-    assert demo.demo_stack("self-forcing").to_dict()["partitioner"] == {
+        assert shipped.demo_stack(name).chunk_frames == 4
+    assert shipped.demo_stack("self-forcing").to_dict()["partitioner"] == {
         "policy": "window",
         "window_frames": 20,
         "sink_frames": 0,
     }
-    packed = demo.demo_stack("packforcing").to_dict()
-    assert packed["reindexer"] == {"policy": "fit", "train_frames": demo.TRAINING["train_frames"]}
+    packed = shipped.demo_stack("packforcing").to_dict()
+    assert packed["reindexer"] == {"policy": "fit", "train_frames": shipped.TRAINING["train_frames"]}
     with pytest.raises(UnknownNameError, match="did you mean 'packforcing'"):
-        demo.demo_stack("packforcin")
+        shipped.demo_stack("packforcin")
 
 
 def test_samples_are_the_same_however_the_frames_arrive() -> None:
@@ -149,9 +151,9 @@ def test_an_interrupted_demo_leaves_nothing(model: Path, tmp_path: Path) -> None
 
 
 def test_a_missing_pipeline_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(demo.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr(shipped.resources, "files", lambda _: tmp_path)
     with pytest.raises(InvalidOptionError, match="not in this installation"):
-        demo.shipped_folder()
+        shipped.shipped_folder()
 
 
 def test_the_shipped_pipeline_knows_the_default_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

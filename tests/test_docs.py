@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvpack.registry import Registry, registry
+from kvpack.plugins.registry import Registry, registry
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,8 +58,8 @@ def test_the_readme_names_every_stack_and_policy():
 
 
 def test_the_contributing_guide_names_every_hook_role_and_option_of_a_memory():
-    from kvpack import hookspecs
     from kvpack.memory import StateMemory
+    from kvpack.plugins import hookspecs
 
     text = (ROOT / "CONTRIBUTING.md").read_text()
     hooks = [name for name in vars(hookspecs) if name.startswith("kvpack_")]

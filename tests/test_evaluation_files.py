@@ -15,8 +15,8 @@ from benchmarks.toyworld import world
 from kvpack.cli import app
 from kvpack.errors import InvalidOptionError, OutputError
 from kvpack.evaluation import METRICS, vbench
-from kvpack.evaluation.reading import opened
-from kvpack.video import VideoWriter
+from kvpack.media.reading import opened
+from kvpack.media.video import VideoWriter
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvpack.adapters import wan_memory
-from kvpack.adapters.wan_vae import StreamingDecoder
+from kvpack.adapters.wan import denoiser as wan_memory
+from kvpack.adapters.wan.vae import StreamingDecoder
 from kvpack.errors import InvalidOptionError
+from kvpack.generation.prompts import Shot, shots
 from kvpack.memory import StateMemory
+from kvpack.memory.state_session import StateSession
+from kvpack.plugins.registry import registry
 from kvpack.policies import InfinityRoPE, Krea, LongLive, TokenTrim, infinite_forcing, packforcing, self_forcing
-from kvpack.registry import registry
-from kvpack.shots import Shot, shots
-from kvpack.state_session import StateSession
 from kvpack.testing import TINY, check_memory, run_session, tiny_wan_pipeline
 
 FRAME = TINY.tokens_per_frame

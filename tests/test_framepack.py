@@ -6,12 +6,12 @@ from itertools import product
 import pytest
 import torch
 
-from kvpack.blocks import KVBlock, Span, grid_coordinates
 from kvpack.errors import PolicyError
-from kvpack.geometry import Geometry
-from kvpack.planner import plan
+from kvpack.memory.blocks import KVBlock, Span, grid_coordinates
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.rope import rotate, rotations
+from kvpack.planning.planner import plan
 from kvpack.policies import GeometricCompressor, framepack
-from kvpack.rope import rotate, rotations
 from kvpack.testing import check_policy, run_session
 
 GRID = Geometry(layers=2, heads=2, head_dim=12, grid=(4, 6), rope_split=(4, 4, 4))

@@ -10,11 +10,11 @@ from diffusers import WanPipeline
 from typer.testing import CliRunner
 
 import kvpack
+from kvpack.checkpoints.config import Settings
+from kvpack.checkpoints.recipes import RECIPES
 from kvpack.cli import app
 from kvpack.errors import InvalidOptionError, UnknownNameError
-from kvpack.presets import PRESETS
-from kvpack.recipes import RECIPES
-from kvpack.settings import Settings
+from kvpack.planning.presets import PRESETS
 from kvpack.testing import tiny_wan_pipeline
 
 

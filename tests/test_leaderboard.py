@@ -17,9 +17,9 @@ from benchmarks.leaderboard.subjects import Memory
 from benchmarks.leaderboard.tasks import Settings, Task, fingerprint
 from benchmarks.report import Score
 from benchmarks.toyworld import world
-from kvpack.demo import shipped_folder
 from kvpack.errors import UnknownNameError
 from kvpack.evaluation import METRICS, drift
+from kvpack.shipped import shipped_folder
 from kvpack.testing import tiny_wan_pipeline
 
 SCORE = Score("packforcing", 5, "dynamic_degree", 0.5, 0.25, 1.0, 3, "python -m benchmarks.leaderboard", "abc")

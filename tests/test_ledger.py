@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpack.errors import InvalidOptionError, PolicyError
-from kvpack.ledger import Ledger
+from kvpack.memory.ledger import Ledger
+from kvpack.memory.roles import Partitioner, Segment
 from kvpack.policies import FullPartitioner, SinkMidRecentPartitioner, WindowPartitioner
-from kvpack.roles import Partitioner, Segment
 
 
 def frames(pieces):

@@ -5,7 +5,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from kvpack.adapters import WanAdapter
-from kvpack.adapters.wan_memory import WanMemory
+from kvpack.adapters.wan.denoiser import WanMemory
 from kvpack.policies import LongLive
 from kvpack.testing import tiny_wan_pipeline
 

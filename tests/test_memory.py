@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from kvpack.errors import PolicyError
-from kvpack.geometry import Geometry
 from kvpack.memory import Attended, StateMemory, Tokens, consecutive
-from kvpack.planner import plan
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.session import Session
+from kvpack.memory.state_layer import biased
+from kvpack.memory.state_session import StateSession
+from kvpack.planning.planner import plan
 from kvpack.policies import DeepForcing, MemRoPE, RollingSink, self_forcing
-from kvpack.session import Session
-from kvpack.state_layer import biased
-from kvpack.state_session import StateSession
 from kvpack.testing import TINY, run_session, tiny_wan_pipeline
 
 FRAME = TINY.tokens_per_frame

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpack.blocks import grid_coordinates
 from kvpack.errors import InvalidOptionError
-from kvpack.geometry import Geometry
 from kvpack.memory import Chunk, Tokens
+from kvpack.memory.blocks import grid_coordinates
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.state_session import StateSession
+from kvpack.plugins.registry import registry
 from kvpack.policies import FlowCache, HeavyHitters, Magi
-from kvpack.registry import registry
-from kvpack.state_session import StateSession
 from kvpack.testing import TINY, check_memory, run_session
 
 SMALL = Geometry(layers=1, heads=2, head_dim=12, grid=(1, 7), rope_split=(4, 4, 4))

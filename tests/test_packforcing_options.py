@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from kvpack.errors import InvalidOptionError
-from kvpack.ledger import Ledger
+from kvpack.memory.ledger import Ledger
+from kvpack.memory.session import Session
+from kvpack.memory.stack import Stack
+from kvpack.plugins.registry import registry
+from kvpack.plugins.resolve import stack_from_dict
 from kvpack.policies import ContiguousReindexer, LowResolutionCompressor, QueryTopK, SinkMidRecentPartitioner
-from kvpack.registry import registry
-from kvpack.session import Session
-from kvpack.stack import Stack
 from kvpack.testing import TINY, run_session, tiny_wan_pipeline
 
 CALL = {
@@ -100,7 +101,7 @@ def test_by_layer_is_the_default_and_both_come_back_from_data():
     default = registry().stack("packforcing", {})
     assert default.selection == default.to_dict()["selection"] == "layer"
     shared = registry().stack("packforcing", {"selection": "chunk"})
-    assert Stack.from_dict(shared.to_dict()) == shared != replace(shared, selection="layer")
+    assert stack_from_dict(shared.to_dict()) == shared != replace(shared, selection="layer")
     with pytest.raises(InvalidOptionError, match="selection must be one of layer, chunk, got 'head'"):
         replace(default, selection="head")
 

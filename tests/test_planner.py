@@ -11,14 +11,15 @@ import pytest
 import torch
 
 import kvpack
-from kvpack import Compressor, planner, presets
-from kvpack.cli_tables import plan_rows
-from kvpack.compressor import HighResolutionBranch, branch_flops
-from kvpack.costs import LatentShape
-from kvpack.demo import CALL, demo_stack
+from kvpack import Compressor
+from kvpack.cli.tables import plan_rows
+from kvpack.compressors.network import HighResolutionBranch, branch_flops
 from kvpack.errors import InvalidOptionError, UnknownNameError, UnsupportedPipelineError
+from kvpack.memory.costs import LatentShape
+from kvpack.planning import planner, presets
+from kvpack.plugins.registry import registry
 from kvpack.policies import HighResolutionCompressor
-from kvpack.registry import registry
+from kvpack.shipped import CALL, demo_stack
 from kvpack.testing import TINY, tiny_wan_pipeline
 
 SHIPPED = Path(kvpack.__file__).parent / "data" / "toyworld"

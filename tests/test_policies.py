@@ -5,8 +5,12 @@ from dataclasses import FrozenInstanceError, dataclass, replace
 import pytest
 import torch
 
-from kvpack.blocks import KVBlock, LatentChunk, Span, grid_coordinates
 from kvpack.errors import InvalidOptionError, PolicyError
+from kvpack.memory.blocks import KVBlock, LatentChunk, Span, grid_coordinates
+from kvpack.memory.roles import Candidates, Layout, Query
+from kvpack.memory.session import Session
+from kvpack.memory.stack import Stack
+from kvpack.plugins.registry import registry
 from kvpack.policies import (
     AbsoluteReindexer,
     ContiguousReindexer,
@@ -21,10 +25,6 @@ from kvpack.policies import (
     SinkShiftReindexer,
     WindowPartitioner,
 )
-from kvpack.registry import registry
-from kvpack.roles import Candidates, Layout, Query
-from kvpack.session import Session
-from kvpack.stack import Stack
 from kvpack.testing import TINY, check_policy, run_session
 
 OPTIONS = {"fit": {"train_frames": 40}}

@@ -8,11 +8,10 @@ from importlib.metadata import EntryPoint, entry_points
 
 import pytest
 
-from kvpack.enable import resolve_stack
 from kvpack.errors import InvalidOptionError, PluginWarning, UnknownNameError
+from kvpack.plugins.registry import Registry, registry
+from kvpack.plugins.resolve import resolve_stack, stack_from_dict
 from kvpack.policies import QueryTopK
-from kvpack.registry import Registry, registry
-from kvpack.stack import Stack
 
 BUILT_INS = entry_points(group="kvpack")
 
@@ -124,7 +123,7 @@ def test_stacks_are_plain_data_and_come_back():
         assert data.get("memory", data.get("name")) == name
         assert resolve_stack(json.loads(json.dumps(data)), {}) == stack
     changed = replace(registry().stack("packforcing", {}), selector=QueryTopK(3), archive_blocks=9)
-    assert Stack.from_dict(changed.to_dict()) == changed
+    assert stack_from_dict(changed.to_dict()) == changed
 
 
 @pytest.mark.parametrize(
@@ -133,11 +132,11 @@ def test_stacks_are_plain_data_and_come_back():
 def test_bad_stack_data_is_refused(change):
     data = registry().stack("packforcing", {}).to_dict()
     with pytest.raises(InvalidOptionError):
-        Stack.from_dict({**data, **change})
+        stack_from_dict({**data, **change})
 
 
 def test_stack_data_without_a_role_is_refused():
     data = registry().stack("packforcing", {}).to_dict()
     del data["reindexer"]
     with pytest.raises(InvalidOptionError, match="missing \\['reindexer'\\]"):
-        Stack.from_dict(data)
+        stack_from_dict(data)

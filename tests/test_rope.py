@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpack.blocks import cell_centers, grid_coordinates
-from kvpack.geometry import Geometry
-from kvpack.rope import rotate, rotations
+from kvpack.memory.blocks import cell_centers, grid_coordinates
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.rope import rotate, rotations
 from kvpack.testing import tiny_wan_transformer
 
 WAN = Geometry(1, 2, 128, (3, 4), (44, 42, 42))

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, SanaWMLTX2Refiner
 from diffusers.models.attention_dispatch import attention_backend
 
 from kvpack.memory import Attended, StateMemory
-from kvpack.registry import registry
+from kvpack.plugins.registry import registry
 from kvpack.testing import check_adapter, tiny_sana_wm_refiner
 
 UNBOUNDED = 1000  # frames of upstream's window, in which nothing is forgotten

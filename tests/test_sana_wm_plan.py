@@ -8,10 +8,10 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from kvpack.adapters.sana_wm import SanaWMAdapter
+from kvpack.adapters.sana_wm.adapter import SanaWMAdapter
 from kvpack.cli import app
-from kvpack.planner import plan
-from kvpack.registry import registry
+from kvpack.planning.planner import plan
+from kvpack.plugins.registry import registry
 from kvpack.testing import tiny_sana_wm_refiner, tiny_sana_wm_transformer
 
 #: The config of the released checkpoint, as far as a plan needs it: diffusers' defaults, at 1280x704.

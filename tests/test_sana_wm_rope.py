@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from kvpack.adapters.sana_wm_rope import LTX2Rotary
-from kvpack.blocks import grid_coordinates
-from kvpack.geometry import Geometry
+from kvpack.adapters.sana_wm.rope import LTX2Rotary
 from kvpack.memory import Tokens
-from kvpack.rope import rotate, rotations
+from kvpack.memory.blocks import grid_coordinates
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.rope import rotate, rotations
 from kvpack.testing import tiny_sana_wm_transformer
 
 FRAMES = [0, 1, 2, 3, 11, 264, 5000]

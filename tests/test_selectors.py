@@ -6,9 +6,15 @@ from math import cos, log, sqrt
 import pytest
 import torch
 
-from kvpack.blocks import grid_coordinates
 from kvpack.errors import InvalidOptionError
-from kvpack.geometry import Geometry
+from kvpack.memory.blocks import grid_coordinates
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.roles import Candidates, Query
+from kvpack.memory.rope import rotate, rotations
+from kvpack.memory.session import Session
+from kvpack.memory.stack import Stack
+from kvpack.plugins.registry import registry
+from kvpack.plugins.resolve import stack_from_dict
 from kvpack.policies import (
     ContiguousReindexer,
     IdentityCompressor,
@@ -19,11 +25,6 @@ from kvpack.policies import (
     SoftmaxMassSelector,
     UniformSelector,
 )
-from kvpack.registry import registry
-from kvpack.roles import Candidates, Query
-from kvpack.rope import rotate, rotations
-from kvpack.session import Session
-from kvpack.stack import Stack
 from kvpack.testing import TINY, check_policy, run_session
 
 
@@ -189,4 +190,4 @@ def test_bad_options_are_refused(make, message):
 def test_packforcing_hands_topk_to_a_selector_by_name(name):
     stack = registry().stack("packforcing", {"selector": name, "topk": 3})
     assert (stack.selector.name, stack.selector.topk) == (name, 3)
-    assert Stack.from_dict(stack.to_dict()) == stack
+    assert stack_from_dict(stack.to_dict()) == stack

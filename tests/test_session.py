@@ -8,8 +8,11 @@ import torch
 from torch.nn.functional import adaptive_avg_pool3d, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvpack.blocks import grid_coordinates
-from kvpack.geometry import Geometry
+from kvpack.memory.blocks import grid_coordinates
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.rope import rotate, rotations
+from kvpack.memory.session import Session
+from kvpack.memory.stack import Stack
 from kvpack.policies import (
     AbsoluteReindexer,
     AllSelector,
@@ -23,9 +26,6 @@ from kvpack.policies import (
     SinkShiftReindexer,
     WindowPartitioner,
 )
-from kvpack.rope import rotate, rotations
-from kvpack.session import Session
-from kvpack.stack import Stack
 from kvpack.testing import TINY, run_session
 
 GRID = TINY.grid

@@ -7,10 +7,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
+from kvpack.memory.session import Session
+from kvpack.memory.state_session import StateSession
+from kvpack.plugins.registry import registry
 from kvpack.policies.token_trim import TokenTrim
-from kvpack.registry import registry
-from kvpack.session import Session
-from kvpack.state_session import StateSession
 from kvpack.testing import check_adapter, tiny_skyreels_v2_pipeline
 
 PROMPTS = ["a red circle", "the blue square"]

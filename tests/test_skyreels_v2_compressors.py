@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvpack.adapters.skyreels_memory import SkyReelsMemory
-from kvpack.compressor import HighResolutionBranch
+from kvpack.adapters.skyreels.denoiser import SkyReelsMemory
+from kvpack.compressors.network import HighResolutionBranch
 from kvpack.policies import DualCompressor, HighResolutionCompressor, LowResolutionCompressor, PoolCompressor
 from kvpack.testing import tiny_skyreels_v2_pipeline
 

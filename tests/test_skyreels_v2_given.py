@@ -13,9 +13,9 @@ from diffusers import (
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2AttnProcessor
 from PIL import Image
 
-from kvpack.demo import demo_stack
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError
-from kvpack.registry import registry
+from kvpack.plugins.registry import registry
+from kvpack.shipped import demo_stack
 from kvpack.testing import check_adapter, tiny_skyreels_v2_pipeline
 
 CALL = {

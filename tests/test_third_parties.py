@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from kvpack.blocks import KVBlock
-from kvpack.cli_tables import installed, paper, version
+from kvpack.cli.tables import installed, paper, version
 from kvpack.errors import InvalidOptionError, PluginWarning, PolicyError, UnknownNameError
 from kvpack.memory import Attended, StateMemory
+from kvpack.memory.blocks import KVBlock
+from kvpack.memory.session import Session
+from kvpack.plugins.registry import Registry
 from kvpack.policies import (
     ContiguousReindexer,
     LowResolutionCompressor,
@@ -22,8 +24,6 @@ from kvpack.policies import (
     packforcing,
     streaming_llm,
 )
-from kvpack.registry import Registry
-from kvpack.session import Session
 from kvpack.testing import TINY, check_memory, check_policy, run_session, tiny_wan_pipeline
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "kvpack-coin"

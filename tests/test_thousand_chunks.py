@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kvpack.blocks import grid_coordinates
-from kvpack.geometry import Geometry
-from kvpack.registry import registry
-from kvpack.session import Session
+from kvpack.memory.blocks import grid_coordinates
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.session import Session
+from kvpack.plugins.registry import registry
 from kvpack.testing import run_session
 
 pytestmark = pytest.mark.slow

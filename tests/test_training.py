@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import kvpack.registry
+import kvpack.plugins.registry
 from kvpack.cli import app
 from kvpack.errors import BrokenClipError, InvalidOptionError, TrainingError
 from kvpack.testing import tiny_wan_pipeline
@@ -257,7 +257,7 @@ class MeanLatent:
 
 
 def test_accumulation_is_a_larger_batch(model, data, tmp_path):
-    trainee = kvpack.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
+    trainee = kvpack.plugins.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
     clips, found = ClipFolder(data, trainee, 2 * CHUNKS, 16), []
     for batch, accumulation in ((1, 4), (2, 2), (4, 1)):
         torch.manual_seed(0)
@@ -302,7 +302,7 @@ def test_killed_while_it_saves(broken, training, tmp_path, monkeypatch):
 def test_a_broken_clip_is_named_or_skipped(changed, told, model, data, tmp_path):
     folder = write_clips(tmp_path / "data", "a-good")
     write_clips(folder, "b-bad", **{"frames": 2 * CHUNKS, **changed, **({"frames": 2} if "frames" in changed else {})})
-    trainee = kvpack.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
+    trainee = kvpack.plugins.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
     with pytest.raises(BrokenClipError, match=rf"b-bad.*{told}.*let broken clips be skipped"):
         ClipFolder(folder, trainee, 2 * CHUNKS, 16)
     clips = ClipFolder(folder, trainee, 2 * CHUNKS, 16, broken="skip")
@@ -313,7 +313,7 @@ def test_a_broken_clip_is_named_or_skipped(changed, told, model, data, tmp_path)
 
 
 def test_other_broken_files(model, tmp_path):
-    trainee = kvpack.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
+    trainee = kvpack.plugins.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
     folder = tmp_path / "data"
     folder.mkdir()
     with pytest.raises(BrokenClipError, match="holds no usable clip"):
@@ -337,7 +337,7 @@ def test_other_broken_files(model, tmp_path):
 def test_videos_are_encoded_once(model, tmp_path):
     import numpy as np
 
-    from kvpack.video import VideoWriter
+    from kvpack.media.video import VideoWriter
 
     folder = tmp_path / "data"
     folder.mkdir()
@@ -345,7 +345,7 @@ def test_videos_are_encoded_once(model, tmp_path):
     with VideoWriter(folder / "one.mp4", 32) as writer:
         writer.write(frames)
     (folder / "one.txt").write_text("a red circle\n")
-    trainee = kvpack.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
+    trainee = kvpack.plugins.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
     cache = tmp_path / "cache"
     clips = ClipFolder(folder, trainee, 3, 16, size=(32, 32), cache=cache)
     assert tuple(clips[0].latents.shape) == (16, 3, 4, 4)  # nine of the ten frames at 16 a second

@@ -9,9 +9,9 @@ from torch import nn
 
 from kvpack.adapters import WanAdapter
 from kvpack.errors import GradientError
+from kvpack.memory.roles import LatentCompressor
 from kvpack.policies import QueryTopK, packforcing
 from kvpack.policies.pool import pooled_grid, pooled_span
-from kvpack.roles import LatentCompressor
 from kvpack.testing import tiny_wan_pipeline
 from kvpack.training.buffer import GraphBuffer, backward_history, histories
 from kvpack.training.distillation import ContextDistillation
@@ -126,7 +126,7 @@ def test_gradients_are_those_of_finite_differences(reindex, selection, pipe, mod
 
 def test_the_graph_says_what_generation_says(pipe, module):
     """The buffer that lets gradients through attends what the packed one does."""
-    from kvpack.packed import PackedBuffer
+    from kvpack.memory.store import PackedBuffer
 
     stack = stack_of(module.requires_grad_(False), topk=2)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_the_graph_says_what_generation_says(pipe, module):
 
 
 def test_the_packed_buffer_refuses_gradients(pipe, module):
-    from kvpack.packed import PackedBuffer
+    from kvpack.memory.store import PackedBuffer
 
     with pytest.raises(GradientError, match="gradients are enabled"):
         predictions(pipe, stack_of(module), PackedBuffer)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from kvpack import presets
 from kvpack.adapters import WanAdapter
 from kvpack.cli import app
 from kvpack.errors import InvalidOptionError
+from kvpack.planning import presets
 from kvpack.policies import packforcing
 from kvpack.testing import tiny_wan_pipeline
 from kvpack.training.buffer import GraphBuffer
@@ -48,7 +48,7 @@ def kept(pipe, size, width):
 
 @pytest.mark.parametrize(("layers", "head_dim", "ffn", "size"), [(2, 12, 64, (8, 8)), (4, 24, 128, (8, 16))])
 def test_the_graph_is_as_large_as_planned(layers, head_dim, ffn, size, monkeypatch):
-    monkeypatch.setattr("kvpack.adapters.wan._TEXT_TOKENS", 8)
+    monkeypatch.setattr("kvpack.adapters.wan.adapter._TEXT_TOKENS", 8)
     pipe = tiny_wan_pipeline(num_layers=layers, attention_head_dim=head_dim, ffn_dim=ffn)
     for each in (pipe.transformer, pipe.vae):
         each.requires_grad_(False)

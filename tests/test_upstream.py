@@ -11,7 +11,7 @@ SUITE = """
 import pytest, torch
 from diffusers import WanPipeline
 from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
-from kvpack.tiny import tiny_wan_pipeline
+from kvpack.testing.pipelines import tiny_wan_pipeline
 
 
 class TestOfTheirs:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kvpack import video
 from kvpack.errors import OutputError
-from kvpack.sheet import Row, banner, contact_sheet, side_by_side
-from kvpack.video import Frames, VideoWriter, require_writable, save_bytes
+from kvpack.media import video
+from kvpack.media.contact_sheet import Row, banner, contact_sheet, side_by_side
+from kvpack.media.video import Frames, VideoWriter, require_writable, save_bytes
 
 
 def noise(frames: int, height: int = 64, width: int = 48, seed: int = 0) -> Frames:

@@ -10,7 +10,6 @@ from diffusers import DDPMPipeline, DDPMScheduler, FirstBlockCacheConfig, UNet2D
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 import kvpack
-from kvpack.blocks import KVBlock
 from kvpack.errors import (
     GradientError,
     InvalidOptionError,
@@ -20,6 +19,8 @@ from kvpack.errors import (
     UnknownNameError,
     UnsupportedPipelineError,
 )
+from kvpack.memory.blocks import KVBlock
+from kvpack.memory.roles import Placement, Segment
 from kvpack.policies import (
     ContiguousReindexer,
     LowResolutionCompressor,
@@ -27,7 +28,6 @@ from kvpack.policies import (
     QueryTopK,
     SinkMidRecentPartitioner,
 )
-from kvpack.roles import Placement, Segment
 from kvpack.testing import tiny_wan_pipeline, tiny_wan_transformer
 
 CALL = {
@@ -74,7 +74,7 @@ def untouched(shared):
         assert not module._forward_hooks
     assert not pipe.transformer._diffusers_hook.hooks
     assert torch.is_grad_enabled()
-    if isinstance(pipe, kvpack.pipeline.PackForcingMixin):
+    if isinstance(pipe, kvpack.pipeline.enabled.PackForcingMixin):
         assert pipe.packforcing.sessions == {}
         assert pipe._kvpack.driving is None
     pipe.disable_packforcing()

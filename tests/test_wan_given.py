@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from kvpack.demo import demo_stack
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError
-from kvpack.registry import registry
+from kvpack.plugins.registry import registry
+from kvpack.shipped import demo_stack
 from kvpack.testing import tiny_wan_pipeline
 
 CALL = {

@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 
-from kvpack.adapters.wan_memory import WanMemory
-from kvpack.adapters.wan_vae import StreamingDecoder
-from kvpack.compressor import HighResolutionBranch
+from kvpack.adapters.wan.denoiser import WanMemory
+from kvpack.adapters.wan.vae import StreamingDecoder
+from kvpack.compressors.network import HighResolutionBranch
 from kvpack.errors import InvalidOptionError, PolicyError
 from kvpack.policies import DualCompressor, HighResolutionCompressor, LowResolutionCompressor
 from kvpack.testing import tiny_wan_pipeline

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvpack.adapters.wan_vae import StreamingDecoder, embed, encode
+from kvpack.adapters.wan.vae import StreamingDecoder, embed, encode
 from kvpack.policies import LowResolutionCompressor
 from kvpack.testing import tiny_wan_pipeline
 

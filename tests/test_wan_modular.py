@@ -11,7 +11,7 @@ from diffusers import (
 )
 from diffusers.modular_pipelines.wan import WanBlocks
 
-from kvpack.adapters.wan_modular import KVPackDenoiseStep
+from kvpack.adapters.wan.modular import KVPackDenoiseStep
 from kvpack.errors import NonFiniteLatentsError, UnknownNameError, UnsupportedPipelineError
 from kvpack.testing import tiny_wan_pipeline
 

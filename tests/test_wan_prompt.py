@@ -5,7 +5,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import kvpack
-from kvpack.adapters import wan_prompt
+from kvpack.adapters.wan import prompt_cache as wan_prompt
 from kvpack.testing import tiny_wan_pipeline
 
 CALL = {

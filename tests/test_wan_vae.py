@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from kvpack.adapters.wan_vae import StreamingDecoder, encode
+from kvpack.adapters.wan.vae import StreamingDecoder, encode
 from kvpack.errors import UnsupportedPipelineError
 
 COMMON = {"dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}

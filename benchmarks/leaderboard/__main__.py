@@ -19,7 +19,7 @@ from benchmarks.leaderboard.figures import Measured
 from benchmarks.leaderboard.subjects import COMPARED, HERO, REFERENCES, TRAINED, Memory, memories
 from benchmarks.report import Score
 from benchmarks.toyworld import world
-from kvpack.video import save_bytes
+from kvpack.media.video import save_bytes
 
 SECONDS, SEEDS = 120, 3
 SMOKE = (HERO, "truth")

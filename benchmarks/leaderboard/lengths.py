@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.toyworld.world import FPS
-from kvpack.planner import video_frames
+from kvpack.planning.planner import video_frames
 
 LENGTHS = (5, 30, 60, 120, 600)  # seconds of the videos that tables tell of
 BIN = 5  # seconds

@@ -13,7 +13,7 @@ from benchmarks.leaderboard.lengths import BIN
 from benchmarks.report import Score
 from benchmarks.toyworld import world
 from kvpack.evaluation import METRICS
-from kvpack.sheet import Row, contact_sheet
+from kvpack.media.contact_sheet import Row, contact_sheet
 
 # Okabe and Ito's colours, which all kinds of colour vision tell apart; the first is of the one that matters most.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -20,8 +20,8 @@ from benchmarks.toyworld import world
 from benchmarks.toyworld.facts import facts_of
 from benchmarks.toyworld.world import Video
 from kvpack.evaluation import Observation, Observer
-from kvpack.generation import load_pipeline
-from kvpack.video import VideoWriter
+from kvpack.media.video import VideoWriter
+from kvpack.pipeline.track import load_pipeline
 
 VIDEO = "first.mp4"
 

@@ -18,8 +18,8 @@ from benchmarks.leaderboard.subjects import Memory
 from benchmarks.leaderboard.tasks import Settings, Task, fingerprint
 from benchmarks.report import Score
 from benchmarks.toyworld import world
-from kvpack.demo import shipped_folder
 from kvpack.errors import KVPackError
+from kvpack.shipped import shipped_folder
 
 RUNS = report.ROOT / "runs" / "leaderboard"
 SMOKE = {"seconds": 2, "captions": 1, "seeds": 1, "resamples": 20, "processes": 1}

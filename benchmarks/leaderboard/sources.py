@@ -20,10 +20,10 @@ from benchmarks.leaderboard.lengths import frames
 from benchmarks.leaderboard.store import COSTS
 from benchmarks.toyworld import world
 from benchmarks.toyworld.world import Scene, Video
-from kvpack.demo import CALL
-from kvpack.enable import disable, enable
 from kvpack.evaluation.baselines import floors, through_vae
 from kvpack.memory import Memory
+from kvpack.pipeline.enable import disable, enable
+from kvpack.shipped import CALL
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvpack import memory
-from kvpack.demo import STACK_OPTIONS, shipped_compressor
-from kvpack.registry import registry
+from kvpack.plugins.registry import registry
+from kvpack.shipped import STACK_OPTIONS, shipped_compressor
 
 # What the toy pipeline was trained with; given to every factory that takes it.
 SIZES = {"chunk_frames": 4, "train_frames": 20}

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import kvpack
 from kvpack.errors import require_int
+from kvpack.memory.roles import Candidates, Query
 from kvpack.policies.stacks import packforcing
-from kvpack.roles import Candidates, Query
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from kvpack_coin import CoinSelector
 
-from kvpack.registry import registry
-from kvpack.roles import Candidates, Query
+from kvpack.memory.roles import Candidates, Query
+from kvpack.plugins.registry import registry
 from kvpack.testing import check_policy, tiny_wan_pipeline
 
 

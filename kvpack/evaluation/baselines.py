@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from kvpack.evaluation.facts import Facts, Frames
+from kvpack.evaluation.facts import Facts
 from kvpack.evaluation.measures import METRICS, measures
 from kvpack.evaluation.observer import Observer
+from kvpack.media.video import Frames
 
 TRUTH, CEILING = "truth", "truth through the VAE"
 CHUNK = 4  # frames that a latent frame of a causal VAE stands for, after the first one

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack.errors import InvalidOptionError, unknown_name
+from kvpack.media.video import Frames
 
-Frames = NDArray[np.uint8]
 Values = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Colour = tuple[float, float, float]

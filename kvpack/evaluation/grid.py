@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack.errors import InvalidOptionError
-from kvpack.evaluation.facts import Frames, Mask, Values
+from kvpack.evaluation.facts import Mask, Values
+from kvpack.media.video import Frames
 
 HEIGHT = 64  # rows that are looked at; larger frames are reduced
 ROWS = 16  # of a thumbnail

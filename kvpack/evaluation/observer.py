@@ -6,9 +6,10 @@ import numpy as np
 
 from kvpack.errors import InvalidOptionError
 from kvpack.evaluation import motion, subject, surroundings
-from kvpack.evaluation.facts import Facts, Frames, Mask, Values
+from kvpack.evaluation.facts import Facts, Mask, Values
 from kvpack.evaluation.grid import grown, means, require_frames, thumbnail_size, working_size
 from kvpack.evaluation.observation import REFERENCE_SECONDS, Observation
+from kvpack.media.video import Frames
 
 BLOCK = 64  # frames that are looked at together; always the same, so that a stream and a whole give equal bits
 FLOW_PAIRS = 2  # a second

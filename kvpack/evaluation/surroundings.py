@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvpack.evaluation.facts import Frames, Mask, Values
+from kvpack.evaluation.facts import Mask, Values
 from kvpack.evaluation.grid import cells, thumbnail_size
+from kvpack.media.video import Frames
 
 CELL_SHARE = 0.25  # of a cell that must be background for the cell to count
 SAMPLES = 64  # pixels of a landmark that are looked at

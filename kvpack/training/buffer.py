@@ -7,9 +7,9 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvpack.packed import Attention, PackedBuffer
-from kvpack.rope import rotate
-from kvpack.session import Session
+from kvpack.memory.rope import rotate
+from kvpack.memory.session import Session
+from kvpack.memory.store import Attention, PackedBuffer
 
 Cut = tuple[Tensor, Tensor]
 

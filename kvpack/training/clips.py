@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from kvpack.adapter import Trainee
 from kvpack.errors import BrokenClipError, InvalidOptionError
-from kvpack.evaluation.reading import opened
-from kvpack.video import Frames, save_bytes
+from kvpack.generation.adapter import Trainee
+from kvpack.media.reading import opened
+from kvpack.media.video import Frames, save_bytes
 
 Broken = Literal["stop", "skip"]
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")

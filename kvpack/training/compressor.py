@@ -10,14 +10,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from kvpack.branches import BranchSource
-from kvpack.compressor import Branches, HighResolutionBranch
-from kvpack.enable import adapter_of, resolve_stack
+from kvpack.compressors.network import Branches, HighResolutionBranch
+from kvpack.compressors.weights import BranchSource
 from kvpack.errors import InvalidOptionError, require_choice, require_int
-from kvpack.generation import load_pipeline
-from kvpack.registry import registry
-from kvpack.roles import Project
-from kvpack.stack import Stack, require_stack
+from kvpack.memory.roles import Project
+from kvpack.memory.stack import Stack
+from kvpack.pipeline.enabled import adapter_of
+from kvpack.pipeline.track import load_pipeline
+from kvpack.plugins.registry import registry
+from kvpack.plugins.resolve import require_stack, resolve_stack
 from kvpack.training.clips import Broken, ClipFolder
 from kvpack.training.distillation import ContextDistillation
 from kvpack.training.matching import DistributionMatching

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvpack.adapter import Rollout, Trainee
-from kvpack.packed import PackedBuffer
-from kvpack.registry import registry
-from kvpack.session import Session
-from kvpack.stack import Stack
+from kvpack.generation.adapter import Rollout, Trainee
+from kvpack.memory.session import Session
+from kvpack.memory.stack import Stack
+from kvpack.memory.store import PackedBuffer
+from kvpack.plugins.registry import registry
 from kvpack.training.buffer import Cut, GraphBuffer, backward_history, histories
 from kvpack.training.clips import Clip
 from kvpack.training.noise import generator, mixed, noise_levels, noise_like

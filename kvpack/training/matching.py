@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvpack.adapter import Trainee
-from kvpack.stack import Stack
+from kvpack.generation.adapter import Trainee
+from kvpack.memory.stack import Stack
 from kvpack.training.buffer import Cut, GraphBuffer, backward_history, histories
 from kvpack.training.clips import Clip
 from kvpack.training.noise import mixed, noise_levels, noise_like

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvpack.costs import LatentShape, ModelCost
-from kvpack.geometry import Geometry
-from kvpack.ledger import Ledger
-from kvpack.planner import attended_tokens, twin_tokens
-from kvpack.roles import LatentCompressor
-from kvpack.stack import Stack
+from kvpack.memory.costs import LatentShape, ModelCost
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.ledger import Ledger
+from kvpack.memory.roles import LatentCompressor
+from kvpack.memory.stack import Stack
+from kvpack.planning.planner import attended_tokens, twin_tokens
 from kvpack.training.targets import targets
 
 #: Weight, gradient and the two moments of AdamW, in float32.

@@ -1,8 +1,8 @@
 """Which chunks of a clip there is something to learn from."""
 
 from kvpack.errors import InvalidOptionError
-from kvpack.ledger import Ledger
-from kvpack.stack import Stack
+from kvpack.memory.ledger import Ledger
+from kvpack.memory.stack import Stack
 
 
 def targets(stack: Stack, frames: int) -> list[int]:
@@ -11,7 +11,7 @@ def targets(stack: Stack, frames: int) -> list[int]:
     Raises:
         InvalidOptionError: if none does.
 
-    >>> from kvpack.registry import registry
+    >>> from kvpack.plugins.registry import registry
     >>> targets(registry().stack("packforcing", {"sink_frames": 4}), 20)
     [3, 4]
     """

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kvpack.errors import InvalidOptionError, TrainingError, require_int
+from kvpack.media.video import save_bytes
 from kvpack.training.clips import Clip, ClipFolder
 from kvpack.training.noise import generator
-from kvpack.video import save_bytes
 
 STATE, LOG, RECIPE = "state.pt", "log.csv", "recipe.json"
 

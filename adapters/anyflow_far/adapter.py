@@ -1,0 +1,71 @@
+"""AnyFlow-FAR (`AnyFlowFARPipeline`, arXiv 2605.13724): causal Wan 2.1, text-, image- and video-to-video."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import AnyFlowFARPipeline
+
+from kvpack.adapters.anyflow_far.chunks import Chunks
+from kvpack.adapters.anyflow_far.run import AnyFlowFARRun
+from kvpack.adapters.wan.adapter import WanAdapter
+from kvpack.adapters.wan.compression import native_window
+from kvpack.adapters.wan.training import WanTrainee
+from kvpack.errors import UnsupportedPipelineError
+from kvpack.memory.base import Memory
+from kvpack.memory.costs import ModelCost
+from kvpack.plugins.registry import registry
+
+
+class AnyFlowFARAdapter(WanAdapter):
+    """Drives `AnyFlowFARPipeline` chunk by chunk; only a new chunk is encoded, where upstream encodes all of history.
+
+    Further argument of the pipeline's call: `upstream_padding`, False. On its reads upstream pads to a multiple of 128
+    tokens without a mask, so that keys of zeros are attended; True does so too, for a comparison with it.
+    """
+
+    name = "anyflow-far"
+    extra_arguments = {"upstream_padding": False}
+
+    def supports(self, pipeline: Any) -> bool:
+        """Any `AnyFlowFARPipeline`; the bidirectional `AnyFlowPipeline` has no history."""
+        return isinstance(pipeline, AnyFlowFARPipeline)
+
+    def default_options(self, configs: Mapping[str, Mapping[str, Any]], stack: str) -> dict[str, Any]:
+        """Chunks as the model was trained; `packforcing` in its sizes, with its own embedding as the compressor.
+
+        As many chunks are recent as the model holds whole, and at most as many compressed ones are attended as it has
+        seen. A block that is compressed 4x only is large, so that the archive is bounded.
+        """
+        config = configs["transformer"]
+        chunks, whole = Chunks.of(config["chunk_partition"]), config["full_chunk_limit"]
+        if stack != "packforcing":
+            return {"chunk_frames": chunks.rest}
+        return {
+            "chunk_frames": chunks.rest,
+            "sink_frames": chunks.first + chunks.rest,
+            "recent_frames": max(1, whole - 1) * chunks.rest,
+            "topk": max(1, len(config["chunk_partition"]) - whole),
+            "archive_blocks": 32,
+            "train_frames": sum(config["chunk_partition"]),
+            **_native(native_window(config)),
+        }
+
+    def model_cost(self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int) -> ModelCost | None:
+        """Nobody has counted it."""
+        return None
+
+    def run(self, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool) -> AnyFlowFARRun:
+        """Starts a generation; bad arguments are refused before anything is computed."""
+        self.check(pipeline)
+        return AnyFlowFARRun(self, pipeline, stack, arguments, streaming=streaming)
+
+    def trainee(self, pipeline: Any, max_sequence_length: int | None = None) -> WanTrainee:
+        """Its forwards have two times, which training does not know yet."""
+        raise UnsupportedPipelineError(f"the adapter {self.name} cannot train yet; it has no `trainee`")
+
+
+def _native(window: tuple[int, int] | None) -> dict[str, Any]:
+    """The compressor that is the model's own embedding, if it has one, of square patches."""
+    if window is None or window[0] != window[1]:
+        return {}
+    return {"compressor": registry().policy("compressor", "native", {"window": window[0]})}

@@ -1,0 +1,1 @@
+"""SkyReels-V2 diffusion forcing."""

@@ -1,0 +1,93 @@
+"""What a SkyReels-V2 video goes on from or ends with, encoded by the pipeline's own method for its very bits."""
+
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from torch import Tensor
+
+from kvpack.adapters.wan.conditioning import in_rows
+from kvpack.errors import NonFiniteLatentsError
+
+logger = logging.get_logger(__name__)
+
+
+def given_pixels(pipeline: Any, call: dict[str, Any], size: tuple[int, int]) -> Tensor | None:
+    """The call's image `[batch, 3, height, width]` or clip `[batch, 3, frames, height, width]` in [-1, 1].
+
+    Args:
+        pipeline: one of the three pipelines.
+        call: arguments of its call.
+        size: height and width in pixels.
+
+    Raises:
+        NonFiniteLatentsError: if the pixels hold NaN or infinity.
+    """
+    if "image" in call:
+        return image_pixels(pipeline, call["image"], size)
+    if "video" not in call:
+        return None
+    pixels = pipeline.video_processor.preprocess_video(call["video"], height=size[0], width=size[1])
+    scale, taken = pipeline.vae_scale_factor_temporal, taken_frames(pipeline, call, pixels)
+    if taken != (call["overlap_history"] or pixels.shape[2]):
+        logger.warning(f"a video goes on from 1 + {scale}m frames of a clip: here from the last {taken}")
+    return _on_device(pipeline, pixels)
+
+
+def image_pixels(pipeline: Any, image: Any, size: tuple[int, int]) -> Tensor:
+    """An image in this size, `[batch, 3, height, width]` in [-1, 1]; NaN and infinity raise `NonFiniteLatentsError`."""
+    return _on_device(pipeline, pipeline.video_processor.preprocess(image, height=size[0], width=size[1]))
+
+
+def _on_device(pipeline: Any, pixels: Tensor) -> Tensor:
+    if not bool(pixels.isfinite().all()):
+        raise NonFiniteLatentsError("image or video holds NaN or infinity; give finite pixels")
+    return pixels.to(pipeline._execution_device, torch.float32)
+
+
+@torch.no_grad()
+def given_latents(pipeline: Any, call: dict[str, Any], pixels: Tensor, rows: int) -> Tensor:
+    """Normalised latents that every video of the batch begins or ends with.
+
+    Args:
+        pipeline: one of the three pipelines.
+        call: arguments of its call.
+        pixels: what `given_pixels` or `image_pixels` gave.
+        rows: videos of the batch.
+
+    Raises:
+        InvalidOptionError: if there are neither one nor as many as there are prompts or videos.
+    """
+    shared = {
+        "batch_size": 1,
+        "num_channels_latents": pipeline.transformer.config.in_channels,
+        "height": pixels.shape[-2],
+        "width": pixels.shape[-1],
+        "dtype": torch.float32,
+        "device": pixels.device,
+    }
+    if pixels.ndim == 4:
+        _, _, latents, _ = pipeline.prepare_latents(pixels, num_frames=1, latents=pixels[:0], **shared)
+    else:
+        frames = taken_frames(pipeline, call, pixels)
+        latent_frames = (frames - 1) // pipeline.vae_scale_factor_temporal + 1
+        _, _, latents, _ = pipeline.prepare_latents(
+            pixels,
+            num_frames=frames,
+            generator=torch.Generator(),  # noise is drawn too, and not used
+            base_latent_num_frames=latent_frames,
+            overlap_history=frames,
+            overlap_history_latent_frames=latent_frames,
+            causal_block_size=1,
+            long_video_iter=0,
+            **shared,
+        )
+    # The pipeline, too, keeps them in the transformer's dtype.
+    latents = latents.to(pipeline.transformer.dtype).float()
+    return in_rows(latents, rows, call["num_videos_per_prompt"])
+
+
+def taken_frames(pipeline: Any, call: dict[str, Any], pixels: Tensor) -> int:
+    """Frames, the last of a clip, that the video goes on from: what its VAE has of all, or of `overlap_history`."""
+    scale, most = pipeline.vae_scale_factor_temporal, pixels.shape[2]
+    return int((min(call["overlap_history"] or most, most) - 1) // scale * scale + 1)

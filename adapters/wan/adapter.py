@@ -1,0 +1,134 @@
+"""Wan 2.1 and 2.2 text-to-video (`WanPipeline`) and everything trained from it in that format."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from kvpack.adapters.compatibility import check_placement
+from kvpack.adapters.wan.compression import check_compressor, native_window, patch_of
+from kvpack.adapters.wan.run import WanRun
+from kvpack.adapters.wan.training import WanTrainee
+from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
+from kvpack.generation.adapter import Adapter
+from kvpack.memory.base import Memory
+from kvpack.memory.costs import LatentShape, ModelCost
+from kvpack.memory.geometry import Geometry
+
+_TEXT_TOKENS = 512
+
+
+class WanAdapter(Adapter):
+    """Drives `WanPipeline` chunk by chunk."""
+
+    name = "wan"
+    extra_arguments = {"image": None, "video": None}
+
+    def supports(self, pipeline: Any) -> bool:
+        """Any `WanPipeline`; image-to-video and VACE are pipelines of their own."""
+        return isinstance(pipeline, WanPipeline)
+
+    def check(self, pipeline: Any) -> None:
+        """Refuses what would silently give wrong keys."""
+        transformer = pipeline.transformer
+        if transformer is None or getattr(pipeline, "transformer_2", None) is not None:
+            raise UnsupportedPipelineError(
+                "kvpack drives one causal transformer, but this pipeline has "
+                f"{'no transformer' if transformer is None else 'transformer_2 as well'}; load it with transformer only"
+            )
+        attentions = [each for block in transformer.blocks for each in (block.attn1, block.attn2)]
+        head_dim = transformer.config.attention_head_dim
+        check_placement(transformer, attentions, pipeline._execution_device, head_dim)
+        if transformer.config.patch_size[0] != 1:
+            raise UnsupportedPipelineError(
+                f"kvpack needs one token grid a latent frame, but patch_size is {tuple(transformer.config.patch_size)}"
+            )
+
+    def check_stack(self, pipeline: Any, stack: Memory) -> None:
+        """Refuses compressor weights of another model."""
+        check_compressor(pipeline.transformer, stack)
+
+    def geometry(
+        self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int, dtype: torch.dtype
+    ) -> Geometry:
+        """Geometry from `transformer/config.json` and `vae/config.json`."""
+        config, spatial = configs["transformer"], configs["vae"].get("scale_factor_spatial", 8)
+        rows, columns = (spatial * patch for patch in config["patch_size"][1:])
+        if height < rows or width < columns or height % rows or width % columns:
+            raise InvalidOptionError(
+                f"height and width must be multiples of {rows} and {columns} for this model, got {height}x{width}"
+            )
+        head_dim = config["attention_head_dim"]
+        side = 2 * (head_dim // 6)
+        return Geometry(
+            layers=config["num_layers"],
+            heads=config["num_attention_heads"],
+            head_dim=head_dim,
+            grid=(height // rows, width // columns),
+            rope_split=(head_dim - 2 * side, side, side),
+            dtype=dtype,
+        )
+
+    def forward_flops(self, configs: Mapping[str, Mapping[str, Any]], query_tokens: int, attended_tokens: int) -> int:
+        """Multiplications and additions of all layers: projections, both attentions and feed-forward."""
+        config = configs["transformer"]
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        linear = query_tokens * (6 * width * width + 2 * width * config["ffn_dim"]) + _TEXT_TOKENS * 2 * width * width
+        attention = 2 * query_tokens * (attended_tokens + _TEXT_TOKENS) * width
+        return 2 * config["num_layers"] * (linear + attention)
+
+    def latent_shape(self, configs: Mapping[str, Mapping[str, Any]]) -> LatentShape:
+        """From the same configs; a VAE's operations are counted in a copy of it that holds no numbers."""
+        vae = configs["vae"]
+
+        def encode_flops(frames: int, height: int, width: int) -> int:
+            with torch.device("meta"):
+                model: Any = AutoencoderKLWan.from_config(dict(vae))
+                clip = torch.zeros(1, 3, frames, height, width)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model.encode(clip)
+            return counter.get_total_flops()
+
+        spatial, patch = vae.get("scale_factor_spatial", 8), patch_of(configs["transformer"])
+        return LatentShape(
+            channels=configs["transformer"]["in_channels"],
+            patch=patch,
+            pixels_per_token=(spatial * patch[0], spatial * patch[1]),
+            encode_flops=encode_flops,
+            native=native_window(configs["transformer"]),
+        )
+
+    def model_cost(self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int) -> ModelCost | None:
+        """From the same configs, in copies that hold no numbers."""
+        config, spatial = configs["transformer"], configs["vae"].get("scale_factor_spatial", 8)
+        with torch.device("meta"):
+            vae: Any = AutoencoderKLWan.from_config(dict(configs["vae"]))
+            parts = [WanTransformer3DModel.from_config(dict(config)), vae]
+        inner = config["num_attention_heads"] * config["attention_head_dim"]
+
+        def graph_elements(query_tokens: int, attended_tokens: int) -> int:
+            # Counted with frozen weights: 11 vectors a token, those of the feed-forward, attended keys and values.
+            own = query_tokens * (11 * inner + config["ffn_dim"])
+            return config["num_layers"] * (own + 2 * inner * (attended_tokens + _TEXT_TOKENS))
+
+        def decode_flops(frames: int) -> int:
+            channels = config["in_channels"]
+            latents = torch.zeros(1, channels, frames, height // spatial, width // spatial, device="meta")
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                vae.decode(latents)
+            return counter.get_total_flops()
+
+        parameters = sum(each.numel() for part in parts for each in part.parameters())
+        return ModelCost(parameters, graph_elements, decode_flops)
+
+    def run(self, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool) -> WanRun:
+        """Starts a generation; bad arguments are refused before anything is computed."""
+        self.check(pipeline)
+        return WanRun(self, pipeline, stack, arguments, streaming=streaming)
+
+    def trainee(self, pipeline: Any, max_sequence_length: int | None = None) -> WanTrainee:
+        """What training does with a `WanPipeline`."""
+        self.check(pipeline)
+        return WanTrainee(self, pipeline, max_sequence_length)

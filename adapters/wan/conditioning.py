@@ -1,0 +1,72 @@
+"""Frames that a video begins with: an image or a clip, encoded, that is committed before anything is generated."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpack.adapters.wan.vae import encode, onload
+from kvpack.errors import InvalidOptionError, NonFiniteLatentsError
+
+
+def check_given(pipeline: Any, call: dict[str, Any]) -> None:
+    """Refuses an image and a clip together, and a clip of a length that a causal VAE does not have.
+
+    Raises:
+        InvalidOptionError: if the two cannot be what a video begins with.
+    """
+    image, video = call.get("image"), call.get("video")
+    if image is not None and video is not None:
+        raise InvalidOptionError("a video begins with an image or with a clip; give image or video, not both")
+    if video is None:
+        return
+    shape, scale = _clip(pipeline, video).shape, pipeline.vae_scale_factor_temporal
+    if shape[2] % scale != 1:
+        raise InvalidOptionError(
+            f"video must have 1 + {scale}m frames for this VAE, got {shape[2]}; e.g. {shape[2] // scale * scale + 1}"
+        )
+
+
+@torch.no_grad()
+def given_latents(pipeline: Any, call: dict[str, Any], size: tuple[int, int], rows: int) -> Tensor | None:
+    """Normalised latents of the frames that every video of the batch begins with; None if nothing is given.
+
+    Args:
+        pipeline: has a VAE and a video processor.
+        call: arguments of the pipeline's call with `image` and `video`.
+        size: height and width in pixels.
+        rows: videos of the batch.
+
+    Raises:
+        InvalidOptionError: if there are neither one nor as many as there are prompts or videos.
+        NonFiniteLatentsError: if the pixels hold NaN or infinity.
+    """
+    image, video = call.get("image"), call.get("video")
+    if image is None and video is None:
+        return None
+    if image is not None:
+        pixels = pipeline.video_processor.preprocess(image, height=size[0], width=size[1]).unsqueeze(2)
+    else:
+        pixels = _clip(pipeline, video, size)
+    if not bool(pixels.isfinite().all()):
+        raise NonFiniteLatentsError("image or video holds NaN or infinity; give finite pixels")
+    onload(pipeline.vae)
+    latents = encode(pipeline.vae, pixels.to(pipeline._execution_device, pipeline.vae.dtype)).float()
+    return in_rows(latents, rows, call["num_videos_per_prompt"] or 1)
+
+
+def in_rows(latents: Tensor, rows: int, videos: int) -> Tensor:
+    """One beginning for all videos, or one for each prompt or video.
+
+    Raises:
+        InvalidOptionError: if there are neither one nor as many as there are prompts or videos.
+    """
+    count = latents.shape[0]
+    if count not in (1, rows) and count * videos != rows:
+        raise InvalidOptionError(f"give one image or clip, or one for each of {rows} videos, got {count}")
+    return latents if count == rows else latents.repeat_interleave(rows // count, dim=0)
+
+
+def _clip(pipeline: Any, video: Any, size: tuple[int, int] = (16, 16)) -> Tensor:
+    """A clip's pixels in [-1, 1], `[batch, 3, frames, height, width]`."""
+    return pipeline.video_processor.preprocess_video(video, height=size[0], width=size[1])

@@ -1,0 +1,168 @@
+"""The denoising block of a modular Wan pipeline over kvpack's memory: put it in the place of the stock one.
+
+```python
+from diffusers.modular_pipelines.wan import WanBlocks
+from kvpack.adapters.wan.modular import KVPackDenoiseStep
+
+blocks = WanBlocks()
+blocks.sub_blocks["denoise"].sub_blocks["denoise"] = KVPackDenoiseStep("packforcing", topk=16)
+pipe = blocks.init_pipeline(repository)
+```
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
+from diffusers.modular_pipelines.wan.denoise import WanDenoiseStep
+from torch import Tensor
+
+from kvpack.adapters.wan.adapter import WanAdapter
+from kvpack.adapters.wan.denoiser import WanMemory
+from kvpack.adapters.wan.vae import StreamingDecoder
+from kvpack.errors import NonFiniteLatentsError, UnsupportedPipelineError
+from kvpack.generation.stats import branch_stats
+from kvpack.memory.base import Memory
+from kvpack.plugins.resolve import resolve_stack
+
+_FIELDS = {"pred_cond": "prompt_embeds", "pred_uncond": "negative_prompt_embeds"}
+
+
+class KVPackDenoiseStep(WanDenoiseStep):
+    """Denoises the latents chunk by chunk, each with kvpack's memory of those before it (arXiv 2603.25730).
+
+    Its inputs are those of `WanDenoiseStep`, and so are its parts, which may be replaced. One more output,
+    `memory_stats`, is what `pipe.packforcing.stats()` gives of a `WanPipeline`. If the frames are no multiple of the
+    stack's chunk, the last chunk is shorter.
+
+    Args:
+        stack: name of an installed stack, a `Stack` or other `Memory`, or what its `to_dict` gave.
+        options: options of the named stack, e.g. `topk=16`.
+
+    Raises:
+        UnknownNameError: if a stack or policy is not installed.
+        InvalidOptionError: if an option is unknown or wrong.
+    """
+
+    def __init__(self, stack: str | Memory | Mapping[str, Any] = "packforcing", **options: Any) -> None:
+        super().__init__()
+        self.stack = resolve_stack(stack, options)
+
+    @property
+    def description(self) -> str:
+        """What diffusers prints of the block."""
+        return f"Denoises chunk by chunk, with kvpack's memory {self.stack.name} of the chunks before."
+
+    @property
+    def loop_intermediate_outputs(self) -> list[OutputParam]:
+        """What the block leaves beside its parts' outputs."""
+        return [OutputParam("memory_stats", type_hint=dict, description="Tokens and bytes of the memory, and seconds")]
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
+        """Denoises and remembers chunk after chunk; the transformer is the stock one before and after."""
+        block: Any = self.get_block_state(state)
+        adapter = WanAdapter()
+        adapter.check(components)
+        adapter.check_stack(components, self.stack)
+        run = _ModularRun(self, adapter, components, block)
+        noise, chunks = block.latents, []
+        sizes = noise.split(self.stack.chunk_frames, dim=2)
+        progress: Any = self.progress_bar
+        with progress(total=len(sizes) * len(block.timesteps)) as bar:
+            for index, part in enumerate(sizes):
+                chunks.append(run.chunk(index, part, last=index == len(sizes) - 1, advance=bar.update))
+        memory = run.memory
+        block.latents = torch.cat(chunks, dim=2)
+        block.memory_stats = branch_stats(self.stack.name, memory.sessions, memory.seconds)
+        self.set_block_state(state, block)
+        return components, state
+
+
+class _ModularRun:
+    """One generation of a modular pipeline.
+
+    Args:
+        step: the block.
+        adapter: of the family.
+        components: the modular pipeline.
+        block: what the block knows of the call.
+    """
+
+    def __init__(self, step: KVPackDenoiseStep, adapter: WanAdapter, components: Any, block: Any) -> None:
+        self.step, self.adapter, self.components, self.block = step, adapter, components, block
+        height, width = (side * components.vae_scale_factor_spatial for side in block.latents.shape[3:])
+        config = {"scale_factor_spatial": components.vae_scale_factor_spatial}
+        configs = {"transformer": components.transformer.config, "vae": config}
+        geometry = adapter.geometry(configs, height, width, components.transformer.dtype)
+        #: Names of the guider's predictions at each step, in the order in which it asks for them.
+        self.branches = [self._branches(i, t) for i, t in enumerate(block.timesteps)]
+        names = {name for step_names in self.branches for name in step_names}
+        embeds = {
+            name: getattr(block, field).to(components.transformer.dtype)
+            for name, field in _FIELDS.items()
+            if name in names
+        }
+        self.memory = WanMemory(components, step.stack, geometry, embeds, block.attention_kwargs)
+        self.decoder = StreamingDecoder(components.vae, height, width) if step.stack.needs_pixels else None
+        self._schedule = deepcopy(vars(components.scheduler))
+        #: Branches of the forwards to come.
+        self._coming: Iterator[tuple[str, int]] = iter(())
+
+    def chunk(self, index: int, noise: Tensor, *, last: bool, advance: Any) -> Tensor:
+        """Clean latents of a chunk, which are in the memory unless it is the last."""
+        self.memory.expect(noise.shape[2])
+        with self.memory.attached():
+            with self._branches_told():
+                latents = self.memory.accepted(lambda _: self._denoised(index, noise, advance))
+            if not last:
+                pixels = None if self.decoder is None else self.decoder(latents)
+                self.memory.commit(latents, pixels)
+        return latents
+
+    def _denoised(self, index: int, noise: Tensor, advance: Any) -> Tensor:
+        """The upstream steps of a chunk, which begin the scheduler's schedule anew."""
+        block = self.block
+        block.latents = noise
+        vars(self.components.scheduler).update(deepcopy(self._schedule))
+        with self.memory.timed("denoise"):
+            for i, t in enumerate(block.timesteps):
+                self._coming = iter([(name, i) for name in self.branches[i]])
+                self.step.loop_step(self.components, block, i=i, t=t)
+                advance()
+        if not bool(block.latents.isfinite().all()):
+            self.memory.check_policies()  # a policy is the likelier cause
+            raise NonFiniteLatentsError(f"chunk {index} holds NaN or infinity after denoising; nothing of it was kept")
+        return block.latents
+
+    def _branches(self, i: int, t: Tensor) -> list[str]:
+        guider, steps = self.components.guider, self.block.num_inference_steps
+        guider.set_state(step=i, num_inference_steps=steps, timestep=t)
+        batches = guider.prepare_inputs_from_block_state(self.block, {"encoder_hidden_states": tuple(_FIELDS.values())})
+        names = [getattr(batch, guider._identifier_key) for batch in batches]
+        if not set(names) <= set(_FIELDS):
+            raise UnsupportedPipelineError(
+                f"{type(guider).__name__} asks for {', '.join(names)}, but kvpack has a memory for each of "
+                f"{', '.join(_FIELDS)} only; use ClassifierFreeGuidance"
+            )
+        return names
+
+    @contextmanager
+    def _branches_told(self) -> Iterator[None]:
+        """Every forward of the denoiser is in the cache context of its prediction, which modular blocks do not tell."""
+        transformer = self.components.transformer
+        with ExitStack() as context:
+
+            def enter(*_: Any) -> None:
+                context.close()
+                name, step = next(self._coming)
+                context.enter_context(transformer.cache_context(name, step_index=step))
+
+            handle = transformer.register_forward_pre_hook(enter, prepend=True)
+            try:
+                yield
+            finally:
+                handle.remove()

@@ -1,0 +1,121 @@
+"""Cross-attention of a Wan transformer to a prompt whose keys and values are computed once."""
+
+from typing import Any, ClassVar
+
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_anyflow_far import AnyFlowCrossAttnProcessor
+from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2AttnProcessor
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import Tensor
+
+from kvpack.generation.compile_boundary import Slot, attend
+
+#: Keys and values of the prompt in one layer, once they are computed.
+_Kept = list[Tensor]
+
+
+class PromptCache:
+    """Keys and values of each guidance branch's prompt, layer by layer.
+
+    They hold for as long as nobody else's code runs, which may change weights or adapters in ways that leave no trace:
+    who runs a callback, or hands a chunk out, calls `forget`.
+    """
+
+    def __init__(self) -> None:
+        self._branches: dict[str, tuple[Tensor, list[_Kept]]] = {}
+
+    def forget(self) -> None:
+        """All are computed anew when they are needed next."""
+        self._branches.clear()
+
+    def layers(self, branch: str, embeds: Tensor, count: int) -> list[_Kept]:
+        """What is kept of a branch's prompt in each of `count` layers; nothing of another tensor than `embeds`."""
+        kept = self._branches.get(branch)
+        if kept is None or kept[0] is not embeds:
+            kept = self._branches[branch] = embeds, [[] for _ in range(count)]
+        return kept[1]
+
+
+def serves(attention: Any) -> bool:
+    """Whether a cross-attention is a stock one, without an image beside the text."""
+    stock = (WanAttnProcessor, SkyReelsV2AttnProcessor, AnyFlowCrossAttnProcessor)
+    return type(attention.processor) in stock and getattr(attention, "add_k_proj", None) is None
+
+
+class PromptWanAttnProcessor(Slot):
+    """Cross-attention of one Wan layer, bit-equal to the stock one; installed for the length of a chunk only.
+
+    Args:
+        attention: the layer's cross-attention, whose backend is kept.
+    """
+
+    keeps: ClassVar[bool] = False
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self._attention_backend = attention.processor._attention_backend
+        self._module = attention
+        self.kept: _Kept = []
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Stock cross-attention, which has neither mask nor RoPE."""
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        attended = attend(self, query, [encoder_hidden_states])
+        return attn.to_out[1](attn.to_out[0](attended.flatten(2, 3).type_as(query)))
+
+    def attended(self, queries: Tensor, others: list[Tensor]) -> Tensor:
+        """Attention to the prompt."""
+        if not self.kept:
+            self.kept += self._keys_values(others[0])
+        keys, values = self.kept
+        return dispatch_attention_fn(queries, keys, values, backend=self._attention_backend)
+
+    def _keys_values(self, text: Tensor) -> _Kept:
+        attention = self._module
+        if getattr(attention, "fused_projections", False):
+            keys, values = attention.to_kv(text).chunk(2, dim=-1)
+        else:
+            keys, values = attention.to_k(text), attention.to_v(text)
+        heads = (attention.heads, -1)
+        return [attention.norm_k(keys).unflatten(2, heads), values.unflatten(2, heads)]
+
+
+class PromptedLayers:
+    """A transformer's cross-attentions whose prompt is computed once.
+
+    Args:
+        transformer: has `blocks` with an `attn2`.
+        prompt: what is kept; None leaves all of them stock.
+    """
+
+    def __init__(self, transformer: Any, prompt: PromptCache | None) -> None:
+        attentions = [] if prompt is None else [block.attn2 for block in transformer.blocks if serves(block.attn2)]
+        #: What is to be installed.
+        self.processors = {attention: PromptWanAttnProcessor(attention) for attention in attentions}
+        self._prompt, self._hooked = prompt, bool(attentions) and _is_hooked(transformer)
+
+    def before_forward(self, branch: str, embeds: Tensor) -> None:
+        """Hands each layer what is kept of these text embeddings."""
+        if self._prompt is None:
+            return
+        if self._hooked:
+            self._prompt.forget()
+        kept = self._prompt.layers(branch, embeds, len(self.processors))
+        for processor, each in zip(self.processors.values(), kept, strict=True):
+            processor.kept = each
+
+
+def _is_hooked(transformer: Any) -> bool:
+    """Whether torch hooks of others run in its forwards, which may change anything in them."""
+    modules = list(transformer.modules())
+    hooks = [hook for m in modules for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    return any(not getattr(hook, "__module__", "").startswith("kvpack.") for hook in hooks)

@@ -1,0 +1,1 @@
+"""What a checkpoint holds: reading, LoRA, known recipes, conversion and the model's own settings."""

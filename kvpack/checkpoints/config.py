@@ -1,0 +1,102 @@
+"""`kvpack_config.json`: what a model was trained for, in its folder, for those who enable it without arguments."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvpack.errors import InvalidOptionError
+from kvpack.version import __version__
+
+FILE = "kvpack_config.json"
+#: Where it may be in a model's folder. Of a Hub repository diffusers fetches only what belongs to a component.
+PLACES = (FILE, f"scheduler/{FILE}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A model's own memory.
+
+    Args:
+        stack: name of an installed stack.
+        options: its options; among them the chunk length that the model was trained with.
+        fps: pixel frames a second.
+        first_chunk_frames: latent frames of a video's first chunk; None if it is as long as the rest.
+        call: arguments of the pipeline's call, e.g. `num_inference_steps`.
+        recipe: the known checkpoint that it was converted from.
+    """
+
+    stack: str = "packforcing"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    fps: float = 16.0
+    first_chunk_frames: int | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
+    recipe: str | None = None
+
+    def write(self, folder: Path) -> None:
+        """Writes the file into a model's folder, which has a `scheduler`."""
+        data = {
+            "kvpack_version": __version__,
+            "recipe": self.recipe,
+            "stack": {"name": self.stack, "options": dict(self.options)},
+            "fps": self.fps,
+            "first_chunk_frames": self.first_chunk_frames,
+            "call": dict(self.call),
+        }
+        for place in PLACES:
+            (folder / place).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> "Settings":
+        """Reads the file.
+
+        Raises:
+            InvalidOptionError: if it does not hold settings.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            stack, known = data["stack"], {"fps", "first_chunk_frames", "call", "recipe"}
+            settings = cls(stack["name"], stack.get("options", {}), **{key: data[key] for key in known & set(data)})
+            if not (isinstance(settings.stack, str) and settings.fps > 0):
+                raise ValueError("stack must have a name, and fps be above 0")
+            if not (isinstance(settings.options, dict) and isinstance(settings.call, dict)):
+                raise ValueError("options and call must be objects")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidOptionError(f"{path} does not hold kvpack's settings: {error!r}; write it anew") from error
+        return settings
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "Settings | None":
+        """The settings in a model's folder, if there are any."""
+        return next((cls.read(folder / place) for place in PLACES if (folder / place).is_file()), None)
+
+    @classmethod
+    def of_pipeline(cls, pipeline: Any) -> "Settings | None":
+        """The settings in the folder, or the Hub's cache, that a pipeline was loaded from; the network is not asked."""
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        name = getattr(pipeline, "name_or_path", None)
+        if not name:
+            return None
+        if Path(name).is_dir():
+            return cls.of_folder(Path(name))
+        try:
+            cached = [try_to_load_from_cache(str(name), place) for place in PLACES]
+        except HFValidationError:  # a folder that is gone
+            return None
+        return next((cls.read(Path(path)) for path in cached if isinstance(path, str)), None)
+
+
+def require_model_folder(folder: Path) -> Path:
+    """Returns `folder` if it looks like a diffusers pipeline.
+
+    Raises:
+        InvalidOptionError: if it does not.
+    """
+    if not folder.is_dir():
+        raise InvalidOptionError(f"no model folder {folder}; give the folder of a whole diffusers pipeline")
+    if not (folder / "model_index.json").is_file():
+        raise InvalidOptionError(f"{folder} has no model_index.json; give the folder of a whole diffusers pipeline")
+    return folder

@@ -1,0 +1,184 @@
+"""A causal checkpoint of research code becomes a diffusers folder that kvpack needs no arguments for."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvpack.checkpoints.lora import merge, read_lora
+from kvpack.checkpoints.reading import NESTINGS, read_checkpoint
+from kvpack.checkpoints.recipes import Recipe
+from kvpack.errors import InvalidOptionError, OutputError, UnsupportedPipelineError
+from kvpack.scheduler import FlowMatchFewStepScheduler
+
+_INDEX = "model_index.json"
+#: What a base without other parts lacks; they can be passed to `from_pretrained`.
+_ALONE = {"_class_name": "WanPipeline", "text_encoder": [None, None], "tokenizer": [None, None], "vae": [None, None]}
+_TRANSFORMER = ["diffusers", "WanTransformer3DModel"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the layout of a model family's checkpoints is.
+
+    Args:
+        rename: gives weights by name their diffusers names.
+        build: makes a diffusers model of renamed weights and a config.
+    """
+
+    rename: Callable[..., dict[str, Any]]
+    build: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is converted into what.
+
+    Args:
+        source: checkpoint, a file or a folder of shards.
+        base: diffusers folder of the same model, or of its transformer's config alone.
+        output: folder to write.
+        recipe: what the checkpoint was trained for.
+        weights: outermost key of the weights in the checkpoint; the recipe's, or the first known, if None.
+        lora: LoRA to merge.
+        lora_alpha: its strength; what the file says if None, else the rank.
+        dtype: of the weights; the checkpoint's own if None.
+        max_shard_size: bytes of a file, or a text such as "5GB".
+        overwrite: whether an output that is there is replaced.
+    """
+
+    source: Path
+    base: Path
+    output: Path
+    recipe: Recipe
+    weights: str | None = None
+    lora: Path | None = None
+    lora_alpha: float | None = None
+    dtype: torch.dtype | None = None
+    max_shard_size: int | str = "5GB"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What came of it.
+
+    Args:
+        nesting: keys under which the weights were.
+        tensors: weights converted.
+        parameters: numbers in them.
+        merged: weights with a LoRA's delta.
+        copied: parts of the base that were copied.
+        absent: parts that the base names but does not have, or has not named.
+    """
+
+    nesting: tuple[str, ...]
+    tensors: int
+    parameters: int
+    merged: int
+    copied: tuple[str, ...]
+    absent: tuple[str, ...]
+
+
+def convert(asked: Conversion, family: Family) -> Converted:
+    """Converts a checkpoint; all of the output is there at the end, or nothing of it.
+
+    Raises:
+        InvalidOptionError: if the checkpoint, the LoRA or the base is not what it must be, or the output is in the way.
+        UnsupportedPipelineError: if the base has two transformers.
+    """
+    index, config = _base(asked.base)
+    _require_free(asked)
+    prefer = (asked.recipe.nesting,) if asked.recipe.nesting else ()
+    checkpoint = read_checkpoint(asked.source, asked.weights, (*prefer, *NESTINGS))
+    weights = family.rename(checkpoint.tensors)
+    deltas = {}
+    if asked.lora is not None:
+        deltas = read_lora(asked.lora, asked.lora_alpha, family.rename)
+        weights = merge(weights, deltas, asked.dtype)
+    if asked.dtype is not None:
+        weights = {name: each.to(asked.dtype) for name, each in weights.items()}
+    model = family.build(weights, config)
+    with _replacing(asked.output) as folder:
+        model.save_pretrained(folder / "transformer", max_shard_size=asked.max_shard_size)
+        FlowMatchFewStepScheduler(asked.recipe.sigmas, asked.recipe.shift).save_pretrained(folder / "scheduler")
+        asked.recipe.settings.write(folder)
+        copied, absent = _copy_parts(asked.base, folder, index)
+    parameters = sum(each.numel() for each in model.parameters())
+    return Converted(checkpoint.nesting, len(weights), parameters, len(deltas), copied, absent)
+
+
+def _base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Index and transformer's config."""
+    if not base.is_dir():
+        raise InvalidOptionError(
+            f"no base folder {base}; give a diffusers folder, or one with the transformer's config"
+        )
+    index = _json(base / _INDEX) if (base / _INDEX).is_file() else dict(_ALONE)
+    if any(index.get("transformer_2") or ()):
+        raise UnsupportedPipelineError(f"kvpack drives one causal transformer, but {base} has transformer_2 as well")
+    places = [base / "transformer/config.json", base / "config.json"]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise InvalidOptionError(f"{base} has neither transformer/config.json nor config.json")
+    return index, _json(found)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InvalidOptionError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise InvalidOptionError(f"{path} must hold a JSON object, got a {type(data).__name__}")
+    return data
+
+
+def _copy_parts(base: Path, folder: Path, index: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Copies all but the transformer and the scheduler, and writes the index."""
+    own = {
+        "transformer": _TRANSFORMER,
+        "scheduler": [FlowMatchFewStepScheduler.__module__, "FlowMatchFewStepScheduler"],
+    }
+    parts = [name for name, value in index.items() if isinstance(value, list) and name not in (*own, "transformer_2")]
+    there = [name for name in parts if (base / name).is_dir()]
+    for name in there:
+        shutil.copytree(base / name, folder / name)
+    (folder / _INDEX).write_text(json.dumps(dict(sorted({**index, **own}.items())), indent=2) + "\n", encoding="utf-8")
+    return tuple(there), tuple(name for name in parts if name not in there)
+
+
+def _require_free(asked: Conversion) -> None:
+    output = asked.output.resolve()
+    for needed in (asked.source, asked.base, *([asked.lora] if asked.lora else [])):
+        if needed.resolve().is_relative_to(output):
+            raise InvalidOptionError(f"the output {asked.output} holds {needed}, which is read; give another folder")
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"the output {asked.output} is a file; give a folder")
+    if output.is_dir() and any(output.iterdir()) and not asked.overwrite:
+        raise OutputError(f"the output {asked.output} is not empty; give another folder or --overwrite")
+
+
+@contextmanager
+def _replacing(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place at the end, unless something fails."""
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as staging:
+        new, old = Path(staging) / "new", Path(staging) / "old"
+        new.mkdir()
+        yield new
+        if output.exists():
+            output.rename(old)
+        try:
+            new.rename(output)
+        except BaseException:
+            if old.exists():
+                old.rename(output)
+            raise

@@ -1,0 +1,67 @@
+"""`kvpack convert`: a research checkpoint becomes a diffusers folder."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpack.cli.support import DTYPES, parse_dtype, print_json, print_table
+
+
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="Checkpoint: .safetensors, .pt, .pth, .bin, .ckpt or a folder of shards.")
+    ],
+    base: Annotated[
+        Path, typer.Option(help="Diffusers folder of the same model, or one with its transformer's config.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="Which known checkpoint it is.", show_default="what the source's path tells")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Where in the checkpoint.", show_default="generator_ema, generator, ..."),
+    ] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA to merge: a file, or a folder of PEFT.")] = None,
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option(help="Strength of the LoRA.", show_default="the file's, else the rank"),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES), show_default="the checkpoint's")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of the transformer.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Make a diffusers folder of a causal Wan checkpoint, with the scheduler, chunk length and memory that it needs."""
+    from kvpack.adapters.wan.checkpoint import diffusers_names, transformer
+    from kvpack.checkpoints.convert import Conversion, Family
+    from kvpack.checkpoints.convert import convert as run
+    from kvpack.checkpoints.recipes import recipe_for
+
+    known = recipe_for(source, recipe)
+    precision = None if dtype is None else parse_dtype(dtype)
+    asked = Conversion(source, base, output, known, weights, lora, lora_alpha, precision, max_shard_size, overwrite)
+    done = run(asked, Family(diffusers_names, transformer))
+    notes = [known.note] * bool(known.note)
+    if known.lora and lora is None:
+        notes.append(f"{known.name} is a base and a LoRA, and no --lora was given")
+    if as_json:
+        print_json(
+            {"recipe": known.name, "source": known.source, "output": str(output), **asdict(done), "notes": notes}
+        )
+        return
+    settings = known.settings
+    rows = [
+        ("recipe", f"{known.name} ({known.source})"),
+        ("weights", f"{' > '.join(done.nesting) or 'all'}: {done.tensors:,} tensors, {done.parameters:,} numbers"),
+        ("LoRA", f"{done.merged} weights merged"),
+        ("memory", f"{settings.stack}, " + ", ".join(f"{name}={value}" for name, value in settings.options.items())),
+        ("sampler", f"sigmas {', '.join(f'{sigma:g}' for sigma in known.sigmas)}, shift {known.shift:g}"),
+        ("call", ", ".join(f"{name}={value}" for name, value in settings.call.items())),
+        ("copied from the base", ", ".join(done.copied) or "nothing"),
+        ("not in the base", ", ".join(done.absent) or "nothing"),
+        *(("note", note) for note in notes),
+    ]
+    print_table(f"wrote {output}", ("", known.name), rows)

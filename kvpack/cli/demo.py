@@ -1,0 +1,195 @@
+"""The demo: the pipeline that comes with kvpack makes minutes of video, through one memory or several side by side."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvpack.errors import OutputError
+from kvpack.media.contact_sheet import Row, banner, contact_sheet, side_by_side
+from kvpack.media.video import Frames, VideoWriter, require_writable, save_bytes
+from kvpack.pipeline.track import Track, load_pipeline, started
+from kvpack.planning.planner import video_frames
+from kvpack.shipped import CALL, FPS, demo_stack, shipped_folder
+
+PROMPT = "a red circle bouncing over dusk rings"
+
+COLUMNS = 10
+TRAIL_SECONDS = 2
+TRAIL_STEP = 4
+GAP = 8
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What to generate and where to put it.
+
+    Args:
+        prompt: the caption.
+        seconds: length of the video.
+        stacks: names of the stacks, side by side.
+        folder: where demo.mp4, demo.png and demo.json go; made if it is not there.
+        seed: of the noise, the same for every stack.
+        steps: denoising steps of a chunk.
+        model: another pipeline folder than the shipped one.
+    """
+
+    prompt: str
+    seconds: float
+    stacks: tuple[str, ...]
+    folder: Path
+    seed: int = 0
+    steps: int = 6
+    model: Path | None = None
+
+
+@dataclass
+class Samples:
+    """Pictures for the contact sheet, picked while the frames go by.
+
+    Args:
+        starts: first frame of each column.
+        trail: frames that a trail lasts.
+    """
+
+    starts: list[int]
+    trail: int
+    stills: dict[int, Frames] = field(default_factory=dict)
+    trails: dict[int, Frames] = field(default_factory=dict)
+
+    def add(self, first: int, frames: Frames) -> None:
+        """Looks at the frames from `first` on. A trail, the brightest of each pixel, is a bright object's path."""
+        for column, start in enumerate(self.starts):
+            for index in range(max(start, first), min(start + self.trail, first + len(frames))):
+                frame = frames[index - first]
+                if index == start:
+                    self.stills[column] = frame.copy()
+                if (index - start) % TRAIL_STEP == 0:
+                    self.trails[column] = np.maximum(self.trails.setdefault(column, frame), frame)
+
+    def rows(self, label: str) -> list[Row]:
+        """A row of stills and one of trails."""
+        return [
+            Row(label, [self.stills[column] for column in sorted(self.stills)]),
+            Row(
+                f"its path in the\nnext {self.trail / FPS:.2g} s",
+                [self.trails[column] for column in sorted(self.trails)],
+            ),
+        ]
+
+
+def run(demo: Demo, on_chunk: Callable[[Track], None]) -> dict[str, Any]:
+    """Generates the video, the contact sheet and the figures; returns the figures.
+
+    Several stacks take turns, chunk by chunk, so that the video is written while it is generated, in constant memory.
+
+    Args:
+        demo: what to generate.
+        on_chunk: called after every chunk.
+
+    Raises:
+        KVPackError: if something cannot work or cannot be written; most of it before anything is generated.
+    """
+    total, _ = video_frames(demo.seconds, FPS)
+    stacks = [demo_stack(name) for name in demo.stacks]
+    video, sheet, figures = _outputs(demo.folder)
+    pipeline = load_pipeline(demo.model or shipped_folder(), torch.float32, "cpu")
+    _warn_of_unknown_words(pipeline.tokenizer, demo.prompt)
+    trail = min(TRAIL_SECONDS * FPS, total)
+    starts = sorted({round(start) for start in np.linspace(0, total - trail, COLUMNS)})
+    samples = [Samples(starts, trail) for _ in stacks]
+    arguments = {**CALL, "prompt": demo.prompt, "num_inference_steps": demo.steps}
+    with ExitStack() as open_things:
+        open_things.enter_context(_one_thread())
+        # The weights are shared; a pipeline is the stock one whenever another's turn comes.
+        tracks = [
+            open_things.enter_context(
+                started(type(pipeline)(**pipeline.components), stack, total, demo.seed, arguments)
+            )
+            for stack in stacks
+        ]
+        writer = open_things.enter_context(VideoWriter(video, FPS, upscale=6 if len(tracks) == 1 else 1))
+        _generate(tracks, samples, writer, on_chunk)
+    result = _report(demo, tracks, (video, sheet, figures))
+    columns = [f"{start / FPS:.1f} s" for start in starts]
+    rows = [row for label, each in zip(demo.stacks, samples, strict=True) for row in each.rows(label)]
+    save_bytes(contact_sheet(f'"{demo.prompt}", {total / FPS:.0f} s, seed {demo.seed}', columns, rows), sheet)
+    save_bytes((json.dumps(result, indent=2) + "\n").encode(), figures)
+    return result
+
+
+def _generate(
+    tracks: Sequence[Track], samples: Sequence[Samples], writer: VideoWriter, on_chunk: Callable[[Track], None]
+) -> None:
+    """Every track in turn; what all of them have is written."""
+    pending: list[Frames] = [np.empty((0, 0, 0, 3), dtype=np.uint8) for _ in tracks]
+    top: Frames | None = None
+    while True:
+        for index, (track, picked) in enumerate(zip(tracks, samples, strict=True)):
+            if len(pending[index]) == 0:
+                frames = track.next_frames()
+                if frames is None:
+                    return
+                picked.add(track.frames - len(frames), frames)
+                pending[index] = frames
+                on_chunk(track)
+        common = min(len(frames) for frames in pending)
+        panels = [frames[:common] for frames in pending]
+        pending = [frames[common:] for frames in pending]
+        if len(panels) > 1:
+            upscale = 4
+            if top is None:
+                top = banner([track.stack.name for track in tracks], upscale * panels[0].shape[2], GAP)
+            writer.write(side_by_side(panels, upscale, top, GAP))
+        else:
+            writer.write(panels[0])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors are so small that threads would only wait for each other, the longer the busier the machine is."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _outputs(folder: Path) -> tuple[Path, Path, Path]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the directory {folder}: {error.strerror}; give another --output") from error
+    video, sheet, figures = (require_writable(folder / f"demo.{suffix}") for suffix in ("mp4", "png", "json"))
+    return video, sheet, figures
+
+
+def _report(demo: Demo, tracks: Sequence[Track], files: Sequence[Path]) -> dict[str, Any]:
+    return {
+        "prompt": demo.prompt,
+        "seed": demo.seed,
+        "steps": demo.steps,
+        "fps": FPS,
+        "frames": tracks[0].frames,
+        "seconds": tracks[0].frames / FPS,
+        "files": [str(file) for file in files],
+        "stacks": [track.report() for track in tracks],
+    }
+
+
+def _warn_of_unknown_words(tokenizer: Any, prompt: str) -> None:
+    """The shipped pipeline knows two dozen words; any other is noise to it."""
+    unknown = [
+        word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids
+    ]
+    if unknown:
+        known = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+        words = f"{', '.join(unknown)}; it knows {', '.join(known)}"
+        sys.stderr.write(f"warning: the demo's pipeline does not know {words}\n")

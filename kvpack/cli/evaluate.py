@@ -1,0 +1,101 @@
+"""The command `kvpack evaluate`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvpack.cli.support import print_json, print_table
+from kvpack.errors import InvalidOptionError
+
+
+def evaluate(
+    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Video files of any kind.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    vbench: Annotated[bool, typer.Option("--vbench", help="Run VBench instead, where it is installed.")] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file with the prompt of each video, one a line; for --vbench.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for the videos under VBench's names; for --vbench.")
+    ] = None,
+) -> None:
+    """Measure videos by plain vision: is the subject itself, the background steady, does it move, what comes back.
+
+    All measures are better the higher; all lie in 0..1 but dynamic_degree, which is in frame heights a second. drift
+    is the last five seconds less the first. What can't be said of a video, such as whether it follows a prompt that
+    nothing tells, is left empty.
+    """
+    if vbench:
+        _vbench(videos, prompts, output, as_json)
+        return
+    for name, given in (("--prompts", prompts), ("--output", output)):
+        if given is not None:
+            raise InvalidOptionError(f"{name} goes with --vbench, got it without; add --vbench or leave {name} out")
+    rows = [measured(video) for video in videos]
+    if as_json:
+        print_json({"videos": [_plain(row) for row in rows]})
+        return
+    for row in rows:
+        lines = [[name, _text(value), _text(row["drift"][name])] for name, value in row["measures"].items()]
+        title = f"{row['video']}, {row['frames']:,} frames at {row['fps']:g} fps"
+        print_table(title, ("measure", "value", "drift"), lines)
+
+
+def measured(video: Path) -> dict[str, Any]:
+    """The measures of one video file and their drift.
+
+    Raises:
+        InvalidOptionError: if it isn't a video.
+    """
+    from kvpack.evaluation import Facts, Observer, drift, measures
+    from kvpack.media.reading import opened
+
+    with opened(video) as file:
+        observer = Observer(Facts(fps=file.fps))
+        for frames in file.frames:
+            observer.add(frames)
+        fps = file.fps
+    observation = observer.finish()
+    return {
+        "video": str(video),
+        "fps": fps,
+        "frames": observation.frames,
+        "measures": measures(observation, 0, observation.frames),
+        "drift": drift(observation),
+    }
+
+
+def _vbench(videos: Sequence[Path], prompts: Path | None, output: Path | None, as_json: bool) -> None:
+    from kvpack.evaluation import vbench
+
+    if prompts is None or output is None:
+        lacking = " and ".join(n for n, given in (("--prompts", prompts), ("--output", output)) if given is None)
+        raise InvalidOptionError(f"--vbench needs the prompts and a directory, got no {lacking}")
+    vbench.require_installed()
+    made = vbench.lay_out(videos, vbench.read_prompts(prompts), output)
+
+    import torch
+
+    found = vbench.run(output, "cuda" if torch.cuda.is_available() else "cpu")
+    if as_json:
+        print_json({"videos": [str(path) for path in made], "vbench": _plain(found)})
+    else:
+        print_table(f"VBench, {len(made)} videos", ("dimension", "value"), [[n, _text(v)] for n, v in found.items()])
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return _plain(value)
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return {name: plain(value) for name, value in row.items()}
+
+
+def _text(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"

@@ -1,0 +1,112 @@
+"""Rows of the tables that commands print."""
+
+import importlib.metadata
+import inspect
+import re
+import sys
+from typing import Any
+
+from kvpack.cli.support import size_text
+from kvpack.planning.planner import Plan
+from kvpack.plugins.registry import registry
+from kvpack.training.plan import TrainingPlan
+
+KINDS = ("stack", "memory", "partitioner", "compressor", "selector", "reindexer", "adapter")
+
+
+def installed() -> list[dict[str, str]]:
+    """Everything that is installed, by kind and name."""
+    found = registry()
+    things = {
+        **found.policies,
+        **{("stack", name): factory for name, factory in found.stacks.items()},
+        **{("adapter", name): type(adapter) for name, adapter in found.adapters.items()},
+    }
+    order = sorted(found.origins, key=lambda key: (KINDS.index(key[0]) if key[0] in KINDS else len(KINDS), key[1]))
+    return [
+        {
+            "role": kind,
+            "name": name,
+            "paper": paper(things[kind, name]),
+            "package": found.origins[kind, name],
+            "version": version(found.origins[kind, name]),
+            "summary": (inspect.getdoc(things[kind, name]) or "").split("\n")[0],
+        }
+        for kind, name in order
+    ]
+
+
+def left_out() -> list[dict[str, str]]:
+    """Plugins that failed to load."""
+    return [
+        {"plugin": each.plugin, "package": each.package, "version": version(each.package), "error": each.error}
+        for each in registry().failures
+    ]
+
+
+def paper(thing: Any) -> str:
+    """The first source that the documentation of a class or factory, or of its module, cites; empty if it cites none.
+
+    >>> from kvpack.policies import MemRoPE
+    >>> paper(MemRoPE)
+    'arXiv 2603.12513'
+    """
+    module = sys.modules.get(getattr(thing, "__module__", ""))  # a partial has none
+    text = " ".join(f"{thing.__doc__ or ''} {getattr(module, '__doc__', None) or ''}".split())
+    cited = re.search(r"arXiv[:. /\w]*?(\d{4}\.\d{4,5})|((?:https?://|github\.com/)[^\s,;)]+)", text)
+    if cited is None:
+        return ""
+    return f"arXiv {cited[1]}" if cited[1] else cited[2].rstrip(".")
+
+
+def version(package: str) -> str:
+    """Version of an installed package; empty if it is only a module."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def plan_rows(plan: Plan) -> list[list[str]]:
+    """A plan for a reader."""
+    share = plan.attended_kv_bytes / plan.full_kv_bytes
+    rows = [
+        ["chunks", f"{plan.chunks:,} of {plan.chunk_tokens:,} tokens"],
+        ["attended by the last chunk", f"{plan.attended_tokens:,} tokens, itself included"],
+        ["KV attended", f"{size_text(plan.attended_kv_bytes)} ({plan.attended_kv_bytes:,} B)"],
+        ["KV archived", f"{size_text(plan.archive_kv_bytes)}: {_archived(plan)}"],
+        ["full history", f"{plan.full_tokens:,} tokens, {size_text(plan.full_kv_bytes)}"],
+        ["attended of full history", f"{share:.2%}"],
+        ["transformer, per chunk", f"{plan.flops_per_chunk:.3g} FLOPs"],
+    ]
+    return [*rows, ["compression, per chunk", _compression(plan)]] if plan.compressor_flops else rows
+
+
+def _archived(plan: Plan) -> str:
+    each = f" of {plan.archive_tokens / plan.archive_blocks:,.4g} tokens" if plan.archive_blocks else ""
+    return f"{plan.archive_blocks:,} blocks{each}"
+
+
+def _compression(plan: Plan) -> str:
+    total = sum(plan.compressor_flops.values())
+    parts = " + ".join(f"{name} {count:.2g}" for name, count in plan.compressor_flops.items())
+    learned = [f"; {name} {count:,} parameters" for name, count in plan.compressor_parameters.items() if count]
+    decoded = "; lr's decoding is the user's own" if "lr" in plan.compressor_flops else ""
+    return f"{parts} FLOPs, {total / (plan.flops_per_chunk + total):.2%} of the chunk{''.join(learned)}{decoded}"
+
+
+def training_rows(plan: TrainingPlan) -> list[list[str]]:
+    """A training plan for a reader."""
+    seconds = plan.flops_per_step / _SUSTAINED
+    return [
+        ["frozen model", f"{plan.model_parameters / 1e9:.3g} G parameters, {size_text(plan.model_bytes)}"],
+        ["compressor", f"{plan.trained_parameters:,} parameters, {size_text(plan.trained_bytes)} with its optimiser"],
+        ["graph of a chunk and its twins", size_text(plan.graph_bytes)],
+        ["KV, packed and whole", size_text(plan.kv_bytes)],
+        ["together", f"{size_text(plan.total_bytes)}, text encoder not counted: captions are embedded first"],
+        ["a step", f"{plan.flops_per_step:.3g} FLOPs; {seconds:.3g} s at a sustained 100 TFLOP/s"],
+    ]
+
+
+#: Operations a second of which a plan makes seconds.
+_SUSTAINED = 1e14

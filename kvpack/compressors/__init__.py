@@ -1,0 +1,1 @@
+"""Learned compressors: the network and where its weights come from."""

@@ -1,0 +1,185 @@
+"""The learned branch of the PackForcing compressor (arXiv 2603.25730, section 4): clean latents to hidden tokens."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool3d, silu
+
+from kvpack.errors import require_choice, require_int
+from kvpack.memory.blocks import Coordinates
+from kvpack.memory.roles import Project
+from kvpack.version import __version__
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+KERNEL = 3
+
+Branches = Literal["dual", "hr"]
+
+
+class HighResolutionBranch(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="kvpack",
+    license="apache-2.0",
+    pipeline_tag="text-to-video",
+    tags=["kvpack", "packforcing", "video-generation", "kv-cache"],
+    paper_url="https://arxiv.org/abs/2603.25730",
+):
+    """Four strided convolutions and a projection: what the compressors `dual` and `hr` make of a chunk's latents.
+
+    The projection is zero at the start, so that training begins at the compressor without it. Saved and shared as any
+    model of the Hub: `save_pretrained`, `from_pretrained`, `push_to_hub`; the config says how it is to be used.
+
+    Differs from the paper: latents are pooled adaptively to the exact token grid, so that no row of an odd grid is
+    dropped, and a model with another patch has as many 2x convolutions in space as it needs.
+
+    Args:
+        channels: channels of a latent.
+        width: channels of a hidden token, heads times head_dim.
+        patch: latent rows and columns of a token.
+        hidden: channels between the convolutions.
+        branches: "dual" if its tokens are added to those of `lr`, "hr" if they stand alone.
+        project: how tokens become keys and values (see `LatentCompressor.project`).
+        coordinates: where tokens sit (see `PoolCompressor`).
+        base_model: the model that it was trained for.
+        kvpack_version: version that made it.
+        seed: of the weights at the start; the process's random state is left alone.
+
+    Raises:
+        InvalidOptionError: if a size or word is wrong.
+
+    >>> branch = HighResolutionBranch(channels=16, width=24, patch=(2, 2))
+    >>> tokens = branch(torch.randn(1, 16, 4, 60, 104), (2, 7, 13))
+    >>> tuple(tokens.shape), bool(tokens.any())
+    ((1, 182, 24), False)
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        width: int,
+        patch: tuple[int, int],
+        hidden: int = 64,
+        branches: Branches = "dual",
+        project: Project = "layers",
+        coordinates: Coordinates = "centered",
+        base_model: str | None = None,
+        kvpack_version: str = __version__,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("channels", channels), ("width", width), ("hidden", hidden)):
+            require_int(name, value, minimum=1)
+        for side in patch:
+            require_int("patch", side, minimum=1)
+        require_choice("branches", branches, get_args(Branches))
+        require_choice("project", project, get_args(Project))
+        require_choice("coordinates", coordinates, get_args(Coordinates))
+        self.channels, self.width, self.patch, self.hidden = channels, width, patch, hidden
+        self.branches, self.project, self.coordinates = branches, project, coordinates
+        self.base_model, self.kvpack_version = base_model, kvpack_version
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            convolutions = [
+                nn.Conv3d(inputs, hidden, KERNEL, stride, padding=KERNEL // 2)
+                for inputs, stride in zip((channels, hidden, hidden, hidden), strides(patch), strict=True)
+            ]
+            self.convolutions = nn.ModuleList(convolutions)
+            self.projection = nn.Linear(hidden, width)
+            for convolution in convolutions:
+                # The default start halves the signal in every layer, and the projection would learn from the rest.
+                nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+                assert convolution.bias is not None  # narrows the type
+                nn.init.zeros_(convolution.bias)
+        nn.init.zeros_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
+
+    def forward(self, latents: Float[Tensor, "b c t y x"], grid: tuple[int, int, int]) -> Float[Tensor, "b n d"]:
+        """Hidden tokens in row-major order, on the device and in the dtype of the weights.
+
+        Args:
+            latents: normalised clean latents.
+            grid: frames, rows and columns of tokens.
+        """
+        weight = self.projection.weight
+        hidden = latents.to(weight.device, weight.dtype)
+        for convolution in self.convolutions:
+            hidden = silu(convolution(hidden))
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        cells = adaptive_avg_pool3d(hidden.to(wide), grid).to(hidden.dtype)
+        return self.projection(cells.flatten(2).transpose(1, 2))
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        map_location: str = "cpu",
+        strict: bool = True,
+        **options: Any,
+    ) -> "HighResolutionBranch":
+        """As the mixin's, but never from a pickle, in the dtype of the file, and without printing."""
+        if os.path.isdir(model_id):
+            path = os.path.join(model_id, WEIGHTS_FILE)
+        else:
+            path = hf_hub_download(
+                model_id,
+                WEIGHTS_FILE,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        branch = cls(**{**options, "patch": tuple(options["patch"])})
+        branch.load_state_dict(load_file(path, device=map_location), strict=strict, assign=True)
+        return branch.eval()
+
+
+def strides(patch: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Strides of the four convolutions: 2x in time, then 2x in space as often as it takes to reach 4 x 4 tokens.
+
+    >>> strides((2, 2))
+    [(2, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2)]
+    >>> strides((1, 1))
+    [(2, 1, 1), (1, 2, 2), (1, 2, 2), (1, 1, 1)]
+    """
+    rows, columns = (int(math.log2(4 * side)) for side in patch)
+    return [(2, 1, 1), *((1, 1 + (index < rows), 1 + (index < columns)) for index in range(3))]
+
+
+def branch_flops(
+    channels: int, width: int, patch: Sequence[int], hidden: int, latents: tuple[int, int, int], tokens: int
+) -> int:
+    """Operations of a `HighResolutionBranch` for one video, an addition and a multiplication being two.
+
+    Args:
+        channels: as those of the branch.
+        width: as that of the branch.
+        patch: as that of the branch.
+        hidden: as that of the branch.
+        latents: frames, rows and columns of the latents.
+        tokens: tokens that are made.
+
+    >>> branch_flops(16, 1536, (2, 2), 64, (4, 60, 104), 182)
+    1634500608
+    """
+    shape, flops = latents, 2 * hidden * width * tokens
+    for inputs, stride in zip((channels, hidden, hidden, hidden), strides(patch), strict=True):
+        t, y, x = shape = tuple(-(-size // step) for size, step in zip(shape, stride, strict=True))  # type: ignore[assignment]
+        flops += 2 * t * y * x * inputs * hidden * KERNEL**3
+    return flops

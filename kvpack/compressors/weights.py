@@ -1,0 +1,126 @@
+"""Where a compressor's weights come from: a folder, the Hub, or a module at hand."""
+
+import copy
+import json
+import os
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
+
+from kvpack.compressors.network import CONFIG_FILE, WEIGHTS_FILE, HighResolutionBranch
+from kvpack.errors import InvalidOptionError
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_RIGHT = "give a folder that HighResolutionBranch.save_pretrained wrote, or a Hub id, which is owner/name"
+
+
+class BranchSource:
+    """A high-resolution branch, loaded when it is first needed, with a copy for each device and dtype.
+
+    Args:
+        weights: folder or Hub id, the module itself, or None for what it is before training.
+    """
+
+    def __init__(self, weights: str | HighResolutionBranch | None) -> None:
+        self.weights = weights
+        self._copies: dict[object, HighResolutionBranch] = {}
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles without what was loaded."""
+        return (BranchSource, (self.weights,))
+
+    @cached_property
+    def _given(self) -> HighResolutionBranch | None:
+        return load_branch(self.weights) if isinstance(self.weights, str) else self.weights
+
+    def fitting(self, channels: int, width: int, patch: tuple[int, int]) -> HighResolutionBranch:
+        """The branch of a model with such latents and tokens.
+
+        Raises:
+            InvalidOptionError: if there are no such weights, or they were made for another model.
+        """
+        branch = self._given
+        if branch is None:
+            return HighResolutionBranch(channels=channels, width=width, patch=patch)
+        if (branch.channels, branch.width, branch.patch) != (channels, width, patch):
+            source = self.weights if isinstance(self.weights, str) else "given as a module"
+            raise InvalidOptionError(
+                f"compressor weights {source}, made for {branch.base_model or 'an unnamed model'}, are for channels="
+                f"{branch.channels}, width={branch.width}, patch={branch.patch}, but this pipeline has channels="
+                f"{channels}, width={width}, patch={patch}; give weights trained for this model"
+            )
+        return branch
+
+    def on(
+        self, device: torch.device, dtype: torch.dtype, channels: int, width: int, patch: tuple[int, int]
+    ) -> HighResolutionBranch:
+        """The branch where a model runs; a module at hand that is being trained is used itself.
+
+        Raises:
+            InvalidOptionError: as `fitting`.
+        """
+        if isinstance(self.weights, HighResolutionBranch) and _in_use(self.weights, device, dtype):
+            return self.fitting(channels, width, patch)
+        key = (device, dtype, channels, width, patch)
+        if key not in self._copies:
+            branch = copy.deepcopy(self.fitting(channels, width, patch))
+            self._copies[key] = branch.requires_grad_(False).eval().to(device, dtype)
+        return self._copies[key]
+
+
+def branch_config(source: str) -> dict[str, Any]:
+    """What was written beside the weights in a folder or on the Hub.
+
+    Raises:
+        InvalidOptionError: if there is nothing of the kind.
+    """
+    path = _file(source, CONFIG_FILE)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidOptionError(f"cannot read {path}: {error}; {_RIGHT}") from error
+    needed = {"channels", "width", "patch"}
+    if not isinstance(config, dict) or needed - set(config):
+        raise InvalidOptionError(f"{path} must be a JSON object with {', '.join(sorted(needed))}; {_RIGHT}")
+    return config
+
+
+def load_branch(source: str) -> HighResolutionBranch:
+    """A branch from a folder or the Hub; a folder needs no network.
+
+    Raises:
+        InvalidOptionError: if there is none, or it is broken.
+    """
+    branch_config(source)
+    folder = _file(source, WEIGHTS_FILE).parent  # the Hub's cache keeps both files in one
+    try:
+        return HighResolutionBranch.from_pretrained(folder)
+    except (SafetensorError, RuntimeError, TypeError, ValueError, OSError) as error:
+        raise InvalidOptionError(f"cannot load the compressor {source}: {error}; {_RIGHT}") from error
+
+
+def _file(source: str, name: str) -> Path:
+    if os.path.isdir(source):
+        path = Path(source, name)
+        if not path.is_file():
+            raise InvalidOptionError(f"compressor folder {source} has no {name}; {_RIGHT}")
+        return path
+    if not _HUB_ID.fullmatch(source):
+        raise InvalidOptionError(f"no compressor folder {source}; {_RIGHT}")
+    try:
+        return Path(hf_hub_download(source, name))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        raise InvalidOptionError(
+            f"there is no folder {source}, and {name} of that Hub id cannot be had: {error}; {_RIGHT}"
+        ) from error
+
+
+def _in_use(branch: HighResolutionBranch, device: torch.device, dtype: torch.dtype) -> bool:
+    weight = branch.projection.weight
+    return (weight.device, weight.dtype) == (device, dtype) or any(each.requires_grad for each in branch.parameters())

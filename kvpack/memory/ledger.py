@@ -1,0 +1,218 @@
+"""The history in Python ints: which frames are held whole, which compressed, and in which slot.
+
+One ledger serves all layers, and the planner, which runs it without a model. It is a value: `commit` returns the
+next one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Literal
+
+from kvpack.errors import InvalidOptionError, PolicyError
+from kvpack.memory.attribution import blamed
+from kvpack.memory.roles import Part, Partitioner, Segment
+
+
+def require_length(frames: int, chunk_frames: int) -> int:
+    """Returns `frames` if a chunk can be so long.
+
+    Raises:
+        InvalidOptionError: if it is longer than the chunks of the stack.
+    """
+    if not 1 <= frames <= chunk_frames:
+        raise InvalidOptionError(f"a chunk has 1 to {chunk_frames} latent frames with this stack, got {frames}")
+    return frames
+
+
+@dataclass(frozen=True)
+class Piece:
+    """History frames that always share one part, so that partitions are exact to the frame.
+
+    Args:
+        first_frame: index of the first frame.
+        frames: number of frames.
+        part: where the piece is now.
+        slot: archive slot of a compressed piece.
+    """
+
+    first_frame: int
+    frames: int
+    part: Part | Literal["dropped"] = "recent"
+    slot: int = -1
+
+    @property
+    def stop(self) -> int:
+        """Index behind the last frame."""
+        return self.first_frame + self.frames
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a commit does to the pieces that were whole, the new ones included.
+
+    Args:
+        ledger: the history after the commit.
+        kept: indices of whole pieces that stay whole.
+        leaving: indices of whole pieces that are archived, with the slot of each.
+    """
+
+    ledger: "Ledger"
+    kept: tuple[int, ...]
+    leaving: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All bookkeeping of one generation.
+
+    Args:
+        partitioner: decides the part of every frame.
+        chunk_frames: latent frames of a chunk.
+        archive_blocks: most compressed blocks that are kept, the oldest go; None keeps all.
+        frames: committed latent frames.
+        chunks: committed chunks.
+        expected: latent frames of the coming chunk, if it is of another length than the rest.
+        whole: pieces held at full resolution, oldest first.
+        archive: compressed pieces, oldest first.
+        seconds: spent inside each policy, by its class name; the ledgers of one generation count in one dict.
+    """
+
+    partitioner: Partitioner
+    chunk_frames: int
+    archive_blocks: int | None = None
+    frames: int = 0
+    chunks: int = 0
+    expected: int | None = None
+    whole: tuple[Piece, ...] = ()
+    archive: tuple[Piece, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def coming(self) -> int:
+        """Latent frames of the coming chunk."""
+        return self.chunk_frames if self.expected is None else self.expected
+
+    def expecting(self, frames: int) -> "Ledger":
+        """The same history before a chunk of so many frames."""
+        return replace(self, expected=require_length(frames, self.chunk_frames))
+
+    def new_pieces(self) -> tuple[Piece, ...]:
+        """The coming chunk, cut wherever a part will ever begin or end."""
+        start, stop = self.frames, self.frames + self.coming
+        cuts = {start, stop}
+        for history in self._until_settled():
+            for segment in self._partition(history):
+                cuts |= {cut for cut in (segment.frames.start, segment.frames.stop) if start < cut < stop}
+        edges = sorted(cuts)
+        return tuple(Piece(a, b - a) for a, b in pairwise(edges))
+
+    def is_ever_compressed(self, piece: Piece) -> bool:
+        """Whether a new piece will become part of mid and be kept there."""
+        return self.archive_blocks != 0 and any(
+            self._parts(history)(piece) == "mid" for history in self._until_settled()
+        )
+
+    def commit(self) -> Step:
+        """The history with the coming chunk in it.
+
+        Raises:
+            PolicyError: if the partitioner breaks its contract.
+        """
+        history = self.frames + self.coming
+        part_of = self._parts(history)
+        pieces = [replace(piece, part=part_of(piece) or "dropped") for piece in (*self.whole, *self.new_pieces())]
+        kept = tuple(index for index, piece in enumerate(pieces) if piece.part in ("sink", "recent"))
+        archive = list(self.archive)
+        while archive and part_of(archive[0]) is None:
+            del archive[0]
+        # The slots of the blocks that go are not free before the next commit: an interrupted commit has lost nothing.
+        taken = {piece.slot for piece in self.archive}
+        leaving = []
+        for index, piece in enumerate(pieces):
+            if piece.part == "mid":
+                slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
+                taken.add(slot)
+                leaving.append((index, slot))
+                archive.append(replace(piece, slot=slot))
+        if self.archive_blocks is not None:
+            archive = archive[max(0, len(archive) - self.archive_blocks) :]
+            held = {piece.slot for piece in archive}
+            leaving = [(index, slot) for index, slot in leaving if slot in held]
+        whole = tuple(pieces[index] for index in kept)
+        ledger = replace(
+            self, frames=history, chunks=self.chunks + 1, expected=None, whole=whole, archive=tuple(archive)
+        )
+        ledger._check_whole()
+        return Step(ledger, kept, tuple(leaving))
+
+    def replayable(self, most_frames: int) -> int:
+        """Last frames, in chunks and at most so many, of which each chunk has recent frames or is still all whole."""
+        stop = self.frames
+        while self.frames - stop + self.chunk_frames <= min(most_frames, self.frames):
+            pieces = [each for each in self.whole if stop - self.chunk_frames <= each.first_frame < stop]
+            whole = sum(piece.frames for piece in pieces) == self.chunk_frames
+            if not whole and all(piece.part != "recent" for piece in pieces):
+                break
+            stop -= self.chunk_frames
+        return self.frames - stop
+
+    def rewound(self, frames: int) -> "Ledger":
+        """The history without its last frames; what has left the recent ones since does not come back."""
+        first, chunks = self.frames - frames, self.chunks - frames // self.chunk_frames
+        return replace(
+            self,
+            frames=first,
+            chunks=chunks,
+            expected=None,
+            whole=tuple(piece for piece in self.whole if piece.first_frame < first),
+        )
+
+    def replayed(self, aim: "Ledger") -> Step:
+        """The history with those pieces of the coming chunk in it again that `aim` has, in its parts."""
+        stop = self.frames + self.coming
+        whole = tuple(piece for piece in aim.whole if piece.stop <= stop)
+        firsts = {piece.first_frame for piece in whole}
+        pieces = (*self.whole, *self.new_pieces())
+        kept = tuple(index for index, piece in enumerate(pieces) if piece.first_frame in firsts)
+        return Step(replace(self, frames=stop, chunks=self.chunks + 1, whole=whole), kept, ())
+
+    def _until_settled(self) -> range:
+        """History lengths from the coming chunk's end on, until no frame of it changes its part any more."""
+        stop = self.frames + self.coming
+        horizon = -(-self.partitioner.horizon_frames // self.chunk_frames) * self.chunk_frames
+        return range(stop, stop + horizon + 1, self.chunk_frames)
+
+    def _parts(self, history: int) -> Callable[[Piece], Part | None]:
+        segments = self._partition(history)
+
+        def part_of(piece: Piece) -> Part | None:
+            return next((segment.part for segment in segments if piece.first_frame in segment.frames), None)
+
+        return part_of
+
+    def _partition(self, history: int) -> tuple[Segment, ...]:
+        with blamed(self.partitioner, "partition", self.seconds):
+            segments = self.partitioner.partition(history, self.chunk_frames)
+        if not isinstance(segments, tuple) or not all(isinstance(each, Segment) for each in segments):
+            raise self._broken(f"returned {segments!r}", "it must be a tuple of Segments")
+        position = 0
+        for segment in segments:
+            frames = segment.frames
+            if segment.part not in ("sink", "mid", "recent") or frames.step != 1:
+                raise self._broken(f"returned {segment}", "segments are sink, mid or recent, of consecutive frames")
+            if len(frames) and (frames.start < position or frames.stop > history):
+                raise self._broken(
+                    f"returned {segment.part} {frames} of {history} frames", "segments ascend and stay in the history"
+                )
+            position = max(position, frames.stop)
+        return segments
+
+    def _check_whole(self) -> None:
+        wanted = sum(len(segment.frames) for segment in self._partition(self.frames) if segment.part != "mid")
+        held = sum(piece.frames for piece in self.whole)
+        if held != wanted:
+            raise self._broken(f"wants {wanted} whole frames", f"{held} of them are still whole")
+
+    def _broken(self, what: str, rule: str) -> PolicyError:
+        return PolicyError(f"{type(self.partitioner).__name__}.partition {what}; {rule}")

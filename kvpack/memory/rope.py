@@ -1,0 +1,71 @@
+"""Rotary position embedding (arXiv 2104.09864) at any position: fractional, negative or far beyond training.
+
+Angles come from theta, never from a table, in float64 where the device has it: a float32 angle is 2e-3 rad off at
+frame 40,000.
+"""
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from kvpack.memory.geometry import Geometry
+
+_CPU_TOKENS = 1024
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Widest float that the device computes in."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def rotations(
+    positions: Float[Tensor, "rows tokens 3"] | Float[Tensor, "rows tokens heads 3"], geometry: Geometry
+) -> Complex[Tensor, "rows tokens one_or_heads half_head_dim"]:
+    """Unit complex numbers that turn a head's channel pairs to (t, y, x) `positions`, which may differ by head.
+
+    >>> tiny = Geometry(1, 1, 6, (1, 1), (2, 2, 2))
+    >>> rotations(torch.zeros(1, 1, 3), tiny).flatten().tolist()
+    [(1+0j), (1+0j), (1+0j)]
+    """
+    places = positions if positions.ndim == 4 else positions.unsqueeze(2)
+    angles = _angles(places, geometry) if geometry.rotary is None else geometry.rotary(places)
+    return torch.complex(angles.cos().float(), angles.sin().float())
+
+
+def _angles(places: Float[Tensor, "rows tokens one_or_heads 3"], geometry: Geometry) -> Tensor:
+    wide = wide_dtype(places.device)
+    parts = []
+    for axis, width in enumerate(geometry.rope_split):
+        exponents = torch.arange(0, width, 2, device=places.device, dtype=wide) / width
+        parts.append(places[..., axis, None].to(wide) * geometry.rope_theta**-exponents)
+    return torch.cat(parts, dim=-1)
+
+
+def rotate(
+    vectors: Float[Tensor, "batch tokens heads head_dim"],
+    turns: Complex[Tensor, "rows tokens one_or_heads half_head_dim"],
+    out: Float[Tensor, "batch tokens heads head_dim"] | None = None,
+) -> Float[Tensor, "batch tokens heads head_dim"]:
+    """Rotates queries or keys (interleaved pairs) in float32 or wider and rounds once; writes into `out` if given.
+
+    Gradients pass where `out` is not given.
+    """
+    vectors = vectors if vectors.stride(-1) == 1 else vectors.contiguous()
+    if out is None and torch.is_grad_enabled() and vectors.requires_grad:
+        wide = vectors if vectors.dtype == torch.float64 else vectors.float()
+        return torch.view_as_real(_as_complex(wide) * turns).flatten(-2).to(vectors.dtype)
+    out = torch.empty_like(vectors) if out is None else out
+    if out.dtype == vectors.dtype == torch.float32:
+        torch.mul(_as_complex(vectors), turns, out=_as_complex(out))
+        return out
+    # On a CPU a few tokens at a time, whose float32 copies stay in its cache: 9 times faster there, and the same bits.
+    step = _CPU_TOKENS if vectors.device.type == "cpu" else max(1, vectors.shape[1])
+    for start in range(0, vectors.shape[1], step):
+        some = slice(start, start + step)
+        turned = _as_complex(vectors[:, some].float()) * turns[:, some]
+        out[:, some].copy_(torch.view_as_real(turned).flatten(-2))
+    return out
+
+
+def _as_complex(vectors: Tensor) -> Tensor:
+    return torch.view_as_complex(vectors.unflatten(-1, (-1, 2)))

@@ -1,0 +1,1 @@
+"""The diffusers pipeline: enabling, disabling and following a generation."""

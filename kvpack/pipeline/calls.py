@@ -1,0 +1,112 @@
+"""One call of an enabled pipeline: its arguments bound, its chunks collected or handed out."""
+
+import inspect
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvpack.generation.adapter import Adapter, Run
+from kvpack.memory.base import Memory
+
+
+@dataclass
+class Enabled:
+    """What `enable` leaves on a pipeline.
+
+    Args:
+        stack: the memory policy.
+        adapter: drives the pipeline.
+        run: the generation in progress.
+        driving: the same, while the upstream call runs inside it.
+        last: stats of the last generation.
+        fps: pixel frames a second, which say at what chunk a prompt schedule's seconds are.
+        first_chunk_frames: latent frames of a video's first chunk; None leaves it to the model.
+        call: arguments of the pipeline's call that are the model's own, where a call does not give them.
+    """
+
+    stack: Memory
+    adapter: Adapter
+    run: Run | None = None
+    driving: Run | None = None
+    last: dict[str, Any] = field(default_factory=dict)
+    fps: float = 16.0
+    first_chunk_frames: int | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+    def told(self) -> dict[str, Any]:
+        """What the model's settings and the user have said, which copies take along."""
+        return {"fps": self.fps, "first_chunk_frames": self.first_chunk_frames, "call": self.call}
+
+
+def bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return all arguments of the pipeline's own call, and of the adapter's, by name."""
+    extra = dict(pipeline._kvpack.adapter.extra_arguments)
+    own = {name: value for name, value in kwargs.items() if name not in extra}
+    bound = inspect.signature(pipeline._kvpack_base.__call__).bind(pipeline, *args, **own)
+    given = dict(bound.arguments)
+    bound.apply_defaults()
+    models = {name: value for name, value in pipeline._kvpack.call.items() if name in bound.arguments}
+    arguments = {
+        **bound.arguments,
+        **models,
+        **given,
+        **extra,
+        **{name: kwargs[name] for name in extra if name in kwargs},
+    }
+    del arguments["self"]
+    return arguments
+
+
+def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> Run:
+    """Start a generation with these arguments."""
+    enabled = pipeline._kvpack
+    return enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
+
+
+def frames(pipeline: Any, run: Run) -> Generator[Any, None, None]:
+    """Yield each chunk's frames in the call's `output_type`."""
+    enabled = pipeline._kvpack
+    enabled.run = run
+    try:
+        for chunk in run.chunks():
+            yield chunk.latents if chunk.pixels is None else run.postprocess(chunk.pixels)
+    finally:
+        _finish(enabled, run)
+
+
+def collect(pipeline: Any, run: Run, output_type: str) -> Any:
+    """Return what the pipeline's call returns, all chunks in it."""
+    enabled = pipeline._kvpack
+    enabled.run = run
+    try:
+        latents, frames = [], []
+        for chunk in run.chunks():
+            latents.append(chunk.latents)
+            if chunk.pixels is not None:
+                frames.append(run.postprocess(chunk.pixels))
+        if output_type == "latent":
+            return run.output(torch.cat(latents, dim=2))
+        # Decoded after the loop, when the transformer is done, unless the compressor needed the pixels anyway.
+        frames = frames or [run.postprocess(each) for each in run.decoded(latents)]
+        return run.output(_joined(frames, output_type))
+    finally:
+        _finish(enabled, run)
+
+
+def _finish(enabled: Enabled, run: Run) -> None:
+    if enabled.run is run:
+        enabled.run = None
+    run.close()
+    enabled.last = run.stats()
+
+
+def _joined(parts: list[Any], output_type: str) -> Any:
+    if output_type == "pt":
+        return torch.cat(parts, dim=1)
+    if output_type == "np":
+        return np.concatenate(parts, axis=1)
+    return [list(chain.from_iterable(videos)) for videos in zip(*parts, strict=True)]

@@ -1,0 +1,215 @@
+"""What an enabled pipeline can do more than a stock one; `enable` gives it this class under its own name."""
+
+import inspect
+from collections.abc import Generator
+from functools import wraps
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
+from kvpack.generation.adapter import Adapter, Run
+from kvpack.generation.prompts import Prompt
+from kvpack.memory.base import Memory
+from kvpack.memory.ledger import require_length
+from kvpack.memory.session import AnySession
+from kvpack.pipeline.calls import Enabled, bound, collect, frames, start
+from kvpack.plugins.registry import registry
+
+
+class PackForcing:
+    """The attribute `packforcing` of an enabled pipeline."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+
+    @property
+    def stack(self) -> Memory:
+        """The memory policy."""
+        return self._pipeline._kvpack.stack
+
+    @property
+    def fps(self) -> float:
+        """Pixel frames a second of this model's videos, by which the seconds of a prompt schedule are counted."""
+        return self._pipeline._kvpack.fps
+
+    @fps.setter
+    def fps(self, fps: float) -> None:
+        if not fps > 0:
+            raise InvalidOptionError(f"fps must be > 0, got {fps}")
+        self._pipeline._kvpack.fps = float(fps)
+
+    @property
+    def first_chunk_frames(self) -> int | None:
+        """Latent frames of a video's first chunk, e.g. 1 for an independent first frame.
+
+        None leaves it to the model: as its config says (AnyFlow-FAR), or as many as any.
+        """
+        return self._pipeline._kvpack.first_chunk_frames
+
+    @first_chunk_frames.setter
+    def first_chunk_frames(self, frames: int | None) -> None:
+        if frames is not None:
+            require_length(frames, self.stack.chunk_frames)
+        self._pipeline._kvpack.first_chunk_frames = frames
+
+    @property
+    def sessions(self) -> dict[str, AnySession]:
+        """Sessions of the generation in progress by guidance branch; empty when none is."""
+        run = self._pipeline._kvpack.run
+        return {} if run is None else run.sessions
+
+    def stats(self) -> dict[str, Any]:
+        """Tokens and bytes by partition, selections and seconds of the generation in progress, or of the last one."""
+        enabled = self._pipeline._kvpack
+        return enabled.last if enabled.run is None else enabled.run.stats()
+
+    def stream(self, *args: Any, **kwargs: Any) -> "Stream":
+        """Generates without end, or `num_frames`, and yields each chunk's frames as soon as they are decoded.
+
+        Takes the arguments of the pipeline's call. Between two chunks the pipeline is the stock one, and memory does
+        not grow but for the archive of compressed blocks (see `archive_blocks`).
+
+        Returns:
+            An iterator over frames in the call's `output_type`, batch first: `[batch, frames, height, width, 3]` for
+            "np". Its `send(prompt)` goes on under another prompt.
+        """
+        taken = inspect.signature(self._pipeline._kvpack_base.__call__).parameters
+        endless = {"num_frames": None} if "num_frames" in taken else {}
+        arguments = bound(self._pipeline, args, {**endless, **kwargs})
+        return Stream(self._pipeline, start(self._pipeline, arguments, streaming=True))
+
+
+class Stream(Generator[Any, Prompt | None, None]):
+    """Frames of a generation, chunk by chunk.
+
+    Args:
+        pipeline: an enabled pipeline.
+        run: its generation.
+    """
+
+    def __init__(self, pipeline: Any, run: Run) -> None:
+        self._run, self._frames = run, frames(pipeline, run)
+        #: Chunks of the whole video, as far as they can be counted.
+        self.chunks = run.count
+
+    def send(self, prompt: Prompt | None, *, cut: bool = False) -> Any:
+        """The next chunk's frames, under another prompt unless it is None.
+
+        The prompt is heard at once, and what the stack keeps of the last frames is computed anew with it.
+
+        Args:
+            prompt: for this chunk and those behind it: a text, one for each video, or text embeddings.
+            cut: whether another scene begins.
+
+        Raises:
+            InvalidOptionError: if it is not for as many videos as the prompt before.
+            StopIteration: if all frames are there.
+        """
+        if prompt is not None:
+            self._run.turn(prompt, cut=cut)
+        return next(self._frames)
+
+    def throw(self, *error: Any) -> Any:
+        """Ends the generation with an error."""
+        return self._frames.throw(*error)
+
+    def close(self) -> None:
+        """Ends the generation."""
+        self._frames.close()
+
+
+class PackForcingMixin:
+    """Generates chunk by chunk through the pipeline's own call."""
+
+    _kvpack_base: type[DiffusionPipeline]
+
+    @property
+    def packforcing(self) -> PackForcing:
+        """Streaming, stats and the stack of this pipeline."""
+        if "_kvpack" not in self.__dict__:  # made by from_pipe of the enabled class
+            raise UnsupportedPipelineError("this pipeline has no memory stack yet; call enable_packforcing() first")
+        return PackForcing(self)
+
+    def maybe_free_model_hooks(self) -> None:
+        """Does nothing between the chunks of a generation, where weights must stay."""
+        enabled = self.__dict__.get("_kvpack")
+        if enabled is None or enabled.driving is None:
+            self._kvpack_base.maybe_free_model_hooks(self)  # type: ignore[arg-type]
+
+    def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
+        """One bar for the whole video."""
+        enabled = self.__dict__.get("_kvpack")
+        if enabled is None or enabled.driving is None:
+            return self._kvpack_base.progress_bar(self, iterable, total)  # type: ignore[arg-type]
+        return _StepBar(enabled.driving)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles as the stock class, enabled again on arrival."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, state, *rest = reduced
+        state = dict(state)
+        enabled = state.pop("_kvpack", None)
+        told = None if enabled is None else (enabled.stack, enabled.told())
+        return (_rebuild, (self._kvpack_base, told), state, *rest)
+
+
+class _StepBar:
+    """Stands in for the bar of one upstream call and moves the outer one."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __enter__(self) -> "_StepBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The outer bar goes on."""
+
+    def update(self, n: int = 1) -> None:
+        """A denoising step is done."""
+        self.run.advance()
+
+
+def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """A subclass of `base` that cannot be told from it by name: saving and reloading give the stock pipeline."""
+
+    @wraps(base.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "_kvpack" not in self.__dict__:
+            return base.__call__(self, *args, **kwargs)
+        arguments = bound(self, args, kwargs)
+        return collect(self, start(self, arguments, streaming=False), arguments["output_type"])
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (PackForcingMixin, base), {**names, "__call__": call, "_kvpack_base": base})
+
+
+def _rebuild(base: type[DiffusionPipeline], told: tuple[Memory, dict[str, Any]] | None) -> Any:
+    cls = enabled_class(base)
+    pipeline: Any = object.__new__(cls)
+    if told is not None:
+        attach(pipeline, told[0], **told[1])
+    return pipeline
+
+
+def attach(pipeline: Any, stack: Memory, **told: Any) -> None:
+    """Puts the stack on a pipeline whose class is already the enabled one, and what is `told` of the model."""
+    # Past DiffusionPipeline.__setattr__, which looks into the pipeline's config.
+    object.__setattr__(pipeline, "_kvpack", Enabled(stack, adapter_of(pipeline), **told))
+
+
+def adapter_of(pipeline: Any) -> Adapter:
+    """The installed adapter that drives a pipeline.
+
+    Raises:
+        UnsupportedPipelineError: if there is none.
+    """
+    adapter = registry().adapter(pipeline)
+    if adapter is None:
+        model = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None) or pipeline
+        raise UnsupportedPipelineError(
+            f"kvpack has no adapter for {type(model).__name__} in {type(pipeline).__name__}. "
+            f'Installed: {", ".join(registry().names("adapter"))}. See README, "A new model"'
+        )
+    return adapter

@@ -1,0 +1,144 @@
+"""A video while it is generated, for the command line: frames, speed and what its memory holds."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvpack.checkpoints.config import require_model_folder
+from kvpack.errors import InvalidOptionError, KVPackError
+from kvpack.media.video import Frames
+from kvpack.memory.base import Memory
+from kvpack.pipeline.enable import enable
+
+
+@dataclass
+class Track:
+    """One generation, a chunk at a time.
+
+    Args:
+        pipeline: an enabled pipeline.
+        stack: its policy.
+        chunks: chunks that it will make.
+        stream: yields their frames.
+        frames: pixel frames so far.
+        chunk_seconds: time that each chunk took, decoding included.
+    """
+
+    pipeline: Any
+    stack: Memory
+    chunks: int
+    stream: Iterator[Any]
+    frames: int = 0
+    chunk_seconds: list[float] = field(default_factory=list)
+
+    def next_frames(self) -> Frames | None:
+        """The next chunk's frames, `[frames, height, width, 3]`; None behind the last one."""
+        start = time.perf_counter()
+        chunk = next(self.stream, None)
+        if chunk is None:
+            return None
+        self.chunk_seconds.append(time.perf_counter() - start)
+        self.frames += chunk.shape[1]
+        pixels: Frames = np.round(chunk[0] * 255).astype(np.uint8)
+        return pixels
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What the memory holds; choices of blocks are left out."""
+        return {key: value for key, value in self.pipeline.packforcing.stats().items() if key != "selected"}
+
+    @property
+    def frames_per_second(self) -> float:
+        """Pixel frames generated in a second of this track's own time."""
+        return self.frames / max(sum(self.chunk_seconds), 1e-9)
+
+    def report(self) -> dict[str, Any]:
+        """Plain data, as JSON takes it."""
+        return {
+            "stack": self.stack.to_dict(),
+            "frames": self.frames,
+            "generation_seconds": sum(self.chunk_seconds),
+            "frames_per_second": self.frames_per_second,
+            "chunk_seconds": self.chunk_seconds,
+            "stats": self.stats,
+        }
+
+
+def load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
+    """A diffusers pipeline from its folder; the network is never asked.
+
+    Raises:
+        InvalidOptionError: if the folder does not hold one, or the device is not there.
+    """
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    require_model_folder(folder)
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except Exception as error:  # what torch raises depends on the kind of device
+        raise InvalidOptionError(f"no device {device!r} here ({_first_line(error)}); cpu always works") from error
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except Exception as error:  # whatever a broken file raises in diffusers, transformers or safetensors
+        raise InvalidOptionError(f"{folder} does not load as a diffusers pipeline: {_first_line(error)}") from error
+    return pipeline.to(place)
+
+
+@contextmanager
+def started(pipeline: Any, stack: Memory, frames: int, seed: int, arguments: Mapping[str, Any]) -> Iterator[Track]:
+    """Starts a generation, and frees what it holds at the end.
+
+    Args:
+        pipeline: a pipeline that an installed adapter supports.
+        stack: its memory.
+        frames: pixel frames.
+        seed: of the noise, which is drawn on the CPU, the same on every device.
+        arguments: further arguments of the pipeline's call.
+
+    Raises:
+        InvalidOptionError: if the pipeline refuses an argument.
+    """
+    enable(pipeline, stack)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    given = {"num_frames": frames, "generator": generator, "output_type": "np", **arguments}
+    try:
+        stream = pipeline.packforcing.stream(**given)
+    except KVPackError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InvalidOptionError(f"{type(pipeline).__name__} refuses the call: {_first_line(error)}") from error
+    latent_frames = (frames - 1) // getattr(pipeline, "vae_scale_factor_temporal", 4) + 1
+    try:
+        yield Track(pipeline, stack, stream.chunks or -(-latent_frames // stack.chunk_frames), stream)
+    finally:
+        stream.close()
+
+
+def beginning(path: Path, scale: int = 4) -> torch.Tensor:
+    """Pixels of an image or of a clip's last frames, as a video begins with, `[1, 1 + scale * m, 3, height, width]`.
+
+    Raises:
+        InvalidOptionError: if there is no such file, or libav finds no pictures in it.
+    """
+    from kvpack.media.reading import opened
+
+    with opened(path) as clip:
+        frames = np.concatenate(list(clip.frames))
+    count = (len(frames) - 1) // scale * scale + 1
+    return torch.from_numpy(frames[-count:]).movedim(-1, 1)[None] / 255
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,228 @@
+"""What a generation will hold and compute: no model, no weights. Of a stack the ledger says it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from kvpack.errors import InvalidOptionError, require_int
+from kvpack.memory.base import Memory
+from kvpack.memory.costs import LatentShape
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.ledger import Ledger, Piece
+from kvpack.memory.roles import LatentCompressor
+from kvpack.memory.stack import Stack
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tokens are those of one video and one guidance branch; bytes and operations are those of all of them.
+
+    Args:
+        stack: name of the stack.
+        chunks: chunks generated; the last one is generated whole.
+        frames: latent frames asked for.
+        chunk_tokens: tokens of a chunk.
+        attended_tokens: what the last chunk attends, itself included.
+        attended_kv_bytes: keys and values of the history that the last chunk attends, itself not included.
+        archive_blocks: compressed blocks kept after the last chunk.
+        archive_tokens: their tokens.
+        archive_kv_bytes: their keys and values, whether attended or not.
+        full_tokens: tokens of all chunks at full resolution.
+        full_kv_bytes: their keys and values, which full history would hold.
+        kv_bytes_per_token: keys and values of one token over all layers.
+        flops_per_chunk: the last chunk's denoising forwards and its commit forward if it has one; 0 if nobody counts
+            them.
+        compressor_parameters: learned numbers in each branch of a latent-space compressor.
+        compressor_flops: making the last chunk's compressed twin: each branch, and "twin", what turns hidden tokens
+            into keys and values. Decoding is not in it, for the user has the frames decoded anyway.
+    """
+
+    stack: str
+    chunks: int
+    frames: int
+    chunk_tokens: int
+    attended_tokens: int
+    attended_kv_bytes: int
+    archive_blocks: int
+    archive_tokens: int
+    archive_kv_bytes: int
+    full_tokens: int
+    full_kv_bytes: int
+    kv_bytes_per_token: int
+    flops_per_chunk: int
+    compressor_parameters: dict[str, int]
+    compressor_flops: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as JSON takes it."""
+        return asdict(self)
+
+
+def plan(
+    geometry: Geometry,
+    stack: Memory,
+    frames: int,
+    *,
+    batch: int = 1,
+    branches: int = 1,
+    steps: int = 4,
+    flops: Callable[[int, int], int] | None = None,
+    latents: LatentShape | None = None,
+) -> Plan:
+    """Plans a generation of `frames` latent frames.
+
+    The bytes are those that `pipe.packforcing.stats()` reports after it. If mid blocks differ in size, which of them a
+    selector will choose is not known; the plan takes the newest.
+
+    Args:
+        geometry: the model at the video's size.
+        stack: the memory policy.
+        frames: latent frames of the video.
+        batch: videos generated together.
+        branches: guidance branches, 2 with classifier-free guidance.
+        steps: denoising steps of a chunk.
+        flops: operations of one forward, given query tokens and attended tokens.
+        latents: what the cost of compressing latents depends on.
+
+    Raises:
+        InvalidOptionError: if a size is not positive, or a compressor's weights are missing or another model's.
+
+    >>> import torch
+    >>> from kvpack.plugins.registry import registry
+    >>> wan = Geometry(30, 12, 128, (30, 52), (44, 42, 42), dtype=torch.bfloat16)
+    >>> plan(wan, registry().stack("packforcing", {}), 480).attended_tokens
+    27872
+    """
+    for name, value in (("frames", frames), ("batch", batch), ("branches", branches), ("steps", steps)):
+        require_int(name, value, minimum=1)
+    chunks = -(-frames // stack.chunk_frames)
+    chunk_tokens = stack.chunk_frames * geometry.tokens_per_frame
+    archive: list[int] = []
+    compressor_parameters: dict[str, int] = {}
+    compressor_flops: dict[str, int] = {}
+    if isinstance(stack, Stack):
+        before = after = Ledger(stack.partitioner, stack.chunk_frames, stack.archive_blocks)
+        for _ in range(chunks):
+            before, after = after, after.commit().ledger
+        history, archive = attended_tokens(geometry, stack, before), _mid_tokens(geometry, stack, after)
+        compressor_parameters, compressor_flops = _branches(geometry, stack, before, latents)
+        if twin := _twin_flops(geometry, stack, before, history, flops):
+            compressor_flops["twin"] = twin * branches
+    else:
+        history = _rehearsed(geometry, stack, chunks)
+    token_bytes = geometry.kv_bytes_per_token * batch * branches
+    forward = flops(chunk_tokens, history + chunk_tokens) if flops else 0
+    return Plan(
+        stack=stack.name,
+        chunks=chunks,
+        frames=frames,
+        chunk_tokens=chunk_tokens,
+        attended_tokens=history + chunk_tokens,
+        attended_kv_bytes=history * token_bytes,
+        archive_blocks=len(archive),
+        archive_tokens=sum(archive),
+        archive_kv_bytes=sum(archive) * token_bytes,
+        full_tokens=chunks * chunk_tokens,
+        full_kv_bytes=chunks * chunk_tokens * token_bytes,
+        kv_bytes_per_token=geometry.kv_bytes_per_token,
+        flops_per_chunk=(steps + (stack.commit == "rerun")) * forward * batch * branches,
+        compressor_parameters=compressor_parameters,
+        compressor_flops={name: count * batch for name, count in compressor_flops.items()},
+    )
+
+
+def video_frames(seconds: float, fps: float, scale: int = 4) -> tuple[int, int]:
+    """Pixel and latent frames of the longest video of at most `seconds` that a causal VAE of `scale` can decode.
+
+    Raises:
+        InvalidOptionError: if that is not even one frame.
+
+    >>> video_frames(120, 16)
+    (1917, 480)
+    """
+    for name, value in (("seconds", seconds), ("fps", fps)):
+        if not math.isfinite(value) or value <= 0:
+            raise InvalidOptionError(f"{name} must be a number > 0, got {value:g}")
+    whole = math.floor(seconds * fps + 1e-6)  # 0.1 s at 30 fps is 3 frames, whatever a float makes of it
+    if whole < 1:
+        raise InvalidOptionError(f"seconds must be at least {1 / fps:g}, one frame at {fps:g} fps, got {seconds:g}")
+    latent = (whole - 1) // scale + 1
+    return scale * (latent - 1) + 1, latent
+
+
+def _rehearsed(geometry: Geometry, memory: Memory, chunks: int) -> int:
+    """Tokens of history that the last of some chunks attends: the memory at work in a layer of one tiny head."""
+    tiny = replace(geometry, layers=1, heads=1, head_dim=6, rope_split=(2, 2, 2), dtype=torch.float32, rotary=None)
+    session = memory.session(tiny)
+    (layer,) = session.layers
+    zeros = torch.zeros(1, memory.chunk_frames * geometry.tokens_per_frame, 1, 6)
+    for _ in range(chunks):
+        for announce in (partial(session.denoise, 0), session.commit):
+            announce()
+            layer.attend(zeros, zeros, zeros, lambda queries, keys, values: queries)
+        session.finish_commit()
+    return int(session.stats()["attended_tokens"])
+
+
+def attended_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> int:
+    """Tokens of history that the chunk after `ledger` attends."""
+    mid = _mid_tokens(geometry, stack, ledger, attended=True)
+    chosen = min(stack.selector.limit(len(mid)), len(mid))
+    whole = sum(piece.frames for piece in ledger.whole)
+    return whole * geometry.tokens_per_frame + sum(mid[len(mid) - chosen :])
+
+
+def _mid_tokens(geometry: Geometry, stack: Stack, ledger: Ledger, *, attended: bool = False) -> list[int]:
+    """Tokens of each archived block, as it is kept or as it is attended."""
+    compressor, grid = stack.compressor, geometry.grid
+    spans = [compressor.span(piece.first_frame, piece.frames, grid) for piece in ledger.archive]
+    levels = [compressor.level(age) if attended else 0 for age in reversed(range(len(spans)))]
+    return [
+        (compressor.shrunk_span(span, grid, level) if level else span).tokens
+        for span, level in zip(spans, levels, strict=True)
+    ]
+
+
+def _twins(stack: Stack, ledger: Ledger) -> list[Piece]:
+    """Pieces of the chunk after `ledger` that a latent-space compressor makes twins of."""
+    if not isinstance(stack.compressor, LatentCompressor):
+        return []
+    return [piece for piece in ledger.new_pieces() if ledger.is_ever_compressed(piece)]
+
+
+def _branches(
+    geometry: Geometry, stack: Stack, ledger: Ledger, latents: LatentShape | None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Parameters and operations of each branch of a latent-space compressor, for one video."""
+    parameters: dict[str, int] = {}
+    flops: dict[str, int] = {}
+    if not isinstance(stack.compressor, LatentCompressor) or latents is None:
+        return parameters, flops
+    stack.compressor.check(latents.channels, geometry.width, latents.patch, latents.native)
+    for piece in _twins(stack, ledger):
+        for name, cost in stack.compressor.costs(piece.frames, geometry, latents).items():
+            parameters[name] = cost.parameters
+            flops[name] = flops.get(name, 0) + cost.flops
+    return parameters, flops
+
+
+def twin_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> list[int]:
+    """Tokens of each twin that a latent-space compressor makes of the chunk after `ledger`."""
+    spans = (stack.compressor.span(each.first_frame, each.frames, geometry.grid) for each in _twins(stack, ledger))
+    return [span.tokens for span in spans]
+
+
+def _twin_flops(
+    geometry: Geometry, stack: Stack, ledger: Ledger, history: int, flops: Callable[[int, int], int] | None
+) -> int:
+    """Operations that turn the hidden tokens of a chunk's twins into keys and values, in one guidance branch."""
+    tokens = twin_tokens(geometry, stack, ledger)
+    if flops is None:
+        return 0
+    if isinstance(stack.compressor, LatentCompressor) and stack.compressor.project == "direct":
+        return sum(tokens) * geometry.layers * 2 * 2 * geometry.width**2  # to_k and to_v
+    return sum(flops(count, history + count) for count in tokens)

@@ -1,0 +1,154 @@
+"""Models that can be planned for: well-known ones by name, any other from its folder's configs."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvpack.checkpoints.config import Settings, require_model_folder
+from kvpack.checkpoints.recipes import RECIPES, Recipe
+from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, unknown_name
+
+Configs = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a plan needs of a model.
+
+    Args:
+        name: preset or folder.
+        pipeline_class: diffusers class that runs it.
+        configs: the configs of its transformer and its VAE.
+        settings: its own memory and steps.
+    """
+
+    name: str
+    pipeline_class: str
+    configs: Configs
+    settings: Settings = field(default_factory=Settings)
+
+
+#: The VAE of Wan 2.2 TI2V; that of the other presets is the stock `AutoencoderKLWan`.
+_VAE_2_2 = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "in_channels": 12,
+    "out_channels": 12,
+    "is_residual": True,
+    "patch_size": 2,
+}
+
+
+def _wan(layers: int, heads: int, ffn_dim: int, *, channels: int = 16, spatial: int = 8, **vae: Any) -> Configs:
+    return {
+        "transformer": {
+            "patch_size": (1, 2, 2),
+            "num_layers": layers,
+            "num_attention_heads": heads,
+            "attention_head_dim": 128,
+            "ffn_dim": ffn_dim,
+            "in_channels": channels,
+        },
+        "vae": {"z_dim": channels, "scale_factor_temporal": 4, "scale_factor_spatial": spatial, **vae},
+    }
+
+
+def _far(wan: Configs) -> Configs:
+    """The same as a causal model that compresses old frames itself, and what it was trained with (AnyFlow-FAR)."""
+    far = {
+        "compressed_patch_size": (1, 4, 4),
+        "full_chunk_limit": 3,
+        "chunk_partition": (1, 3, 3, 3, 3, 3, 3, 2),
+    }
+    return {**wan, "transformer": {**wan["transformer"], **far}}
+
+
+PRESETS = {
+    "wan2.1-t2v-1.3b": ModelDescription("wan2.1-t2v-1.3b", "WanPipeline", _wan(30, 12, 8960)),
+    "wan2.1-t2v-14b": ModelDescription("wan2.1-t2v-14b", "WanPipeline", _wan(40, 40, 13824)),
+    "wan2.2-ti2v-5b": ModelDescription(
+        "wan2.2-ti2v-5b", "WanPipeline", _wan(30, 24, 14336, channels=48, spatial=16, **_VAE_2_2)
+    ),
+    "skyreels-v2-df-1.3b": ModelDescription(
+        "skyreels-v2-df-1.3b", "SkyReelsV2DiffusionForcingPipeline", _wan(30, 12, 8960)
+    ),
+    "skyreels-v2-df-14b": ModelDescription(
+        "skyreels-v2-df-14b", "SkyReelsV2DiffusionForcingPipeline", _wan(40, 40, 13824)
+    ),
+    "anyflow-far-1.3b": ModelDescription("anyflow-far-1.3b", "AnyFlowFARPipeline", _far(_wan(30, 12, 8960))),
+}
+
+
+def _checkpoint(recipe: Recipe) -> ModelDescription:
+    """A checkpoint that `kvpack convert` knows; it has the shape of the model that it was made of."""
+    name = recipe.name if recipe.name.endswith("-14b") else f"{recipe.name}-1.3b"
+    of = PRESETS[f"wan2.1-t2v-{name.rpartition('-')[2]}"]
+    return ModelDescription(name, of.pipeline_class, of.configs, recipe.settings)
+
+
+PRESETS |= {each.name: each for each in map(_checkpoint, RECIPES.values())}
+
+
+def preset(name: str) -> ModelDescription:
+    """A model by name.
+
+    Raises:
+        UnknownNameError: if there is no preset of that name.
+    """
+    if name not in PRESETS:
+        raise unknown_name("preset", name, PRESETS)
+    return PRESETS[name]
+
+
+def from_folder(folder: Path) -> ModelDescription:
+    """Reads a diffusers folder's configs; its weights need not be there.
+
+    Raises:
+        InvalidOptionError: if the folder, or a config in it, is missing or broken.
+        UnsupportedPipelineError: if the pipeline has two transformers.
+    """
+    index = _read(require_model_folder(folder) / "model_index.json")
+    if any(index.get("transformer_2") or ()):
+        raise UnsupportedPipelineError(f"kvpack drives one causal transformer, but {folder} has transformer_2 as well")
+    absent = [None, None]  # what diffusers writes for an optional part
+    configs = {
+        part: {} if index.get(part) == absent else _read(folder / part / "config.json")
+        for part in ("transformer", "vae")
+    }
+    settings = Settings.of_folder(folder) or Settings()
+    return ModelDescription(str(folder), str(index.get("_class_name")), configs, settings)
+
+
+def adapter_for(model: ModelDescription) -> Any:
+    """The installed adapter that drives pipelines of the model's class.
+
+    Raises:
+        UnsupportedPipelineError: if there is none.
+    """
+    import diffusers
+
+    from kvpack.plugins.registry import registry
+
+    cls: Any = getattr(diffusers, model.pipeline_class, None)
+    # An adapter recognises pipelines, not classes; this one is empty, for there are no weights to fill it with.
+    adapter = registry().adapter(object.__new__(cls)) if isinstance(cls, type) else None
+    if adapter is None:
+        raise UnsupportedPipelineError(
+            f"kvpack has no adapter for {model.pipeline_class}, the pipeline of {model.name}. "
+            f'Installed: {", ".join(registry().names("adapter"))}. See README, "A new model"'
+        )
+    return adapter
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidOptionError(f"cannot read {path}: {error.strerror}; give a diffusers pipeline's folder") from error
+    except ValueError as error:
+        raise InvalidOptionError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise InvalidOptionError(f"{path} must hold a JSON object, got a {type(data).__name__}")
+    return data

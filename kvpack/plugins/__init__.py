@@ -1,0 +1,1 @@
+"""Plugins: hooks, the registry, and names resolved to memories."""

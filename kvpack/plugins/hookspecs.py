@@ -1,0 +1,27 @@
+"""The three hooks of a plugin, called once at discovery. See CONTRIBUTING.md, "A plugin"."""
+
+from collections.abc import Callable
+
+import pluggy
+
+from kvpack.generation.adapter import Adapter
+from kvpack.memory.base import Memory
+from kvpack.memory.roles import Policy
+
+hookspec = pluggy.HookspecMarker("kvpack")
+hookimpl = pluggy.HookimplMarker("kvpack")
+
+
+@hookspec
+def kvpack_register_policies(register: Callable[[type[Policy]], None]) -> None:
+    """Call `register(PolicyClass)` for every policy; its role and name are class attributes."""
+
+
+@hookspec
+def kvpack_register_stacks(register: Callable[[str, Callable[..., Memory]], None]) -> None:
+    """Call `register("vendor-name", factory)`; the factory's keywords are the stack's options."""
+
+
+@hookspec
+def kvpack_register_adapters(register: Callable[[Adapter], None]) -> None:
+    """Call `register(adapter)` for every model family."""

@@ -1,0 +1,66 @@
+"""The pipeline and the compressor that come with kvpack, and what they were trained with."""
+
+import inspect
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from kvpack.compressors.network import CONFIG_FILE
+from kvpack.errors import InvalidOptionError
+from kvpack.memory.base import Memory
+from kvpack.plugins.registry import registry
+
+# What the shipped pipeline was trained with.
+FPS = 16
+CALL = {"height": 64, "width": 64, "guidance_scale": 1.0, "max_sequence_length": 16}
+TRAINING = {"chunk_frames": 4, "train_frames": 20}
+#: Published sizes that do not go with chunks of four frames, or not with a model of twenty.
+STACK_OPTIONS: dict[str, dict[str, Any]] = {
+    # It rolls a window of the training length and keeps no sink.
+    "self-forcing": {"window_frames": 20, "sink_frames": 0},
+    "deep-forcing": {"window_frames": 20},
+    "framepack": {"reindex": "fit"},
+    "infinite-forcing": {"window_frames": 8},
+    "infinity-rope": {"window_frames": 8},
+    "krea": {"context_frames": 4},
+    "magi": {"previous_chunks": (4, 3, 2, 1)},
+    "rolling-sink": {"window_frames": 20},
+    "token-trim": {"window_frames": 20},
+}
+
+
+def shipped_folder() -> Path:
+    """The pipeline that is part of this package.
+
+    Raises:
+        InvalidOptionError: if it was not installed with it.
+    """
+    return _shipped("toyworld", "model_index.json")
+
+
+def shipped_compressor() -> Path:
+    """The compressor that was trained for the pipeline of `shipped_folder`, for `enable_packforcing(compressor=...)`.
+
+    Raises:
+        InvalidOptionError: if it was not installed with it.
+    """
+    return _shipped("compressor", CONFIG_FILE)
+
+
+def _shipped(name: str, needed: str) -> Path:
+    folder = Path(str(resources.files("kvpack"))) / "data" / name
+    if not (folder / needed).is_file():
+        raise InvalidOptionError(f"{folder} with {needed} is not in this installation; install kvpack anew")
+    return folder
+
+
+def demo_stack(name: str) -> Memory:
+    """An installed stack with the sizes that the shipped pipeline was trained with.
+
+    Raises:
+        UnknownNameError: if it is not installed.
+    """
+    factory = registry().stacks.get(name)
+    known = inspect.signature(factory).parameters if factory else {}
+    options = {**TRAINING, **STACK_OPTIONS.get(name, {})}
+    return registry().stack(name, {option: value for option, value in options.items() if option in known})

@@ -1,0 +1,276 @@
+"""`check_policy` and `check_memory`: what must hold for every policy, without a model."""
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpack.errors import PolicyError
+from kvpack.memory.base import Memory
+from kvpack.memory.blocks import KVBlock, LatentChunk, Span, grid_coordinates
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.roles import (
+    Candidates,
+    Compressor,
+    LatentCompressor,
+    Partitioner,
+    Policy,
+    Query,
+    Reindexer,
+    Selector,
+)
+from kvpack.memory.session import AnySession, Session
+from kvpack.memory.stack import Stack
+
+TINY = Geometry(layers=2, heads=2, head_dim=12, grid=(4, 5), rope_split=(4, 4, 4))
+
+
+@dataclass(frozen=True)
+class _Newest(Selector):
+    """A selector for checks of the other roles."""
+
+    topk: int = 3
+    name = "kvpack-testing-newest"
+
+    def limit(self, candidates: int) -> int:
+        return min(self.topk, candidates)
+
+    def select(self, query: Query, candidates: Candidates) -> Tensor:
+        count = candidates.count
+        return torch.arange(count - self.limit(count), count).expand(query.queries.shape[0], -1)
+
+
+@dataclass(frozen=True)
+class _Pairs(Compressor):
+    """A compressor for checks of the other roles: every second token."""
+
+    name = "kvpack-testing-pairs"
+
+    def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
+        return Span(first_frame, frames, grid_coordinates(frames, grid)[::2])
+
+    def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
+        span = self.span(block.span.first_frame, block.span.frames, grid)
+        return KVBlock(block.keys[:, ::2], block.values[:, ::2], span)
+
+
+def run_session(
+    session: AnySession, chunks: int, batch: int = 1, seed: int = 0, steps: int = 2, rows: slice = slice(None)
+) -> list[Tensor]:
+    """Drives a session without a model, with random queries, keys and values.
+
+    Args:
+        session: fresh, or a snapshot to go on from.
+        chunks: chunks to run.
+        batch: rows of the random tensors.
+        seed: of the random tensors.
+        steps: denoising steps a chunk.
+        rows: which rows the session sees.
+
+    Returns:
+        Each chunk's attention output in the last layer, of the forward that is committed.
+    """
+    geometry, stack = session.geometry, session.stack
+    generator = torch.Generator().manual_seed(seed)
+
+    def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q, k, v = (each.transpose(1, 2) for each in (queries, keys, values))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    def forward(count: int) -> Tensor:
+        out = torch.empty(0)
+        for layer in session.layers:
+            shape = (3, batch, count, geometry.heads, geometry.head_dim)
+            qkv = torch.randn(shape, generator=generator)[:, rows].to(geometry.dtype)
+            out = layer.attend(qkv[0], qkv[1], qkv[2], attention)
+        return out
+
+    outputs = []
+    for _ in range(chunks):
+        out, tokens = torch.empty(0), session.coming_frames * geometry.tokens_per_frame
+        for step in range(steps):
+            session.denoise(step)
+            out = forward(tokens)
+        if stack.commit == "rerun":
+            session.commit()
+            out = forward(tokens)
+        outputs.append(out)
+        for piece in session.twins_due():
+            session.compress(piece)
+            forward(session.twin_span(piece).tokens)
+        session.finish_commit()
+    return outputs
+
+
+def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
+    """Tests a policy of one's own against its role's contract; the whole test of a plugin can be this one line.
+
+    Runs a dozen chunks of random keys through a stack with the policy in it, at sizes that are and that are not
+    multiples of the chunk, and checks that it is frozen data, deterministic, independent of the rest of
+    the batch, and gives back what its role announces.
+
+    Args:
+        policy: the policy, with its options set.
+        chunk_frames: latent frames of a chunk.
+
+    Raises:
+        PolicyError: if the contract is broken; the message says how.
+
+    >>> from kvpack.policies import RecencySelector
+    >>> check_policy(RecencySelector(topk=2))
+    """
+    name = type(policy).__name__
+    if not is_dataclass(policy) or not policy.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise PolicyError(f"{name} must be a frozen dataclass: policies are shared between generations")
+    if replace(policy) != policy:  # type: ignore[type-var]
+        raise PolicyError(f"{name} does not equal its own copy; its fields must hold its whole state")
+    if not all(isinstance(getattr(policy, f.name), (int, float, str, bool, tuple, type(None))) for f in fields(policy)):
+        raise PolicyError(f"{name} has a field that cannot be written as data; use numbers, text and tuples")
+    if isinstance(policy, Memory):
+        check_memory(policy)
+        return
+    for sizes in ((8, 4), (3, 5)):
+        stack = _stack_with(policy, sizes, chunk_frames)
+        whole, again = _outputs(stack, policy, slice(0, 2)), _outputs(stack, policy, slice(0, 2))
+        if not all(torch.equal(a, b) for a, b in zip(whole, again, strict=True)):
+            raise PolicyError(f"{name} is not deterministic: the same run gave other bits")
+        row = _outputs(stack, policy, slice(1, 2))
+        if not all(torch.allclose(a[1:], b, atol=1e-5) for a, b in zip(whole, row, strict=True)):
+            raise PolicyError(f"{name} lets batch rows influence each other: a row alone gave another result")
+        if any(not bool(out.isfinite().all()) for out in whole):
+            raise PolicyError(f"{name} made the output of attention infinite or NaN")
+    if isinstance(policy, LatentCompressor):
+        _check_tokens(policy, chunk_frames)
+
+
+def check_memory(memory: Memory, most_frames: int | None = None) -> None:
+    """Tests a memory of one's own as `check_policy` does a policy, in a dozen chunks of random keys.
+
+    Args:
+        memory: the memory, with its options set.
+        most_frames: latent frames' worth of tokens that a chunk may attend beside itself; None does not look.
+
+    Raises:
+        PolicyError: if it is not deterministic, lets rows influence each other, changes what it was given, goes on
+            otherwise from a snapshot, changes dtype, attends a token twice or too many, or cannot be replayed.
+
+    >>> from kvpack.policies import MemRoPE
+    >>> check_memory(MemRoPE())
+    """
+    name = type(memory).__name__
+
+    def outputs(session: AnySession, chunks: int, rows: slice = slice(0, 2), seed: int = 0) -> list[Tensor]:
+        return run_session(session, chunks, batch=2, rows=rows, seed=seed)
+
+    whole, again, row = (outputs(memory.session(TINY), 12, rows) for rows in (slice(0, 2), slice(0, 2), slice(1, 2)))
+    if not all(torch.equal(a, b) for a, b in zip(whole, again, strict=True)):
+        raise PolicyError(f"{name} is not deterministic: the same run gave other bits")
+    if not all(torch.allclose(a[1:], b, atol=1e-5) for a, b in zip(whole, row, strict=True)):
+        raise PolicyError(f"{name} lets batch rows influence each other: a row alone gave another result")
+    if any(not bool(out.isfinite().all()) for out in whole):
+        raise PolicyError(f"{name} made the output of attention infinite or NaN")
+    session = memory.session(TINY)
+    outputs(session, 8)
+    fork = session.snapshot()
+    first, second = (outputs(each, 4, seed=1) for each in (session, fork))
+    if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
+        raise PolicyError(f"{name} goes on otherwise from a snapshot: something is changed in place")
+    for dtype in (torch.float32, torch.bfloat16):
+        session = memory.session(replace(TINY, dtype=dtype))
+        for chunk in range(12):
+            outputs(session, 1, seed=chunk)  # a dtype that is not kept raises
+            _check_attended(memory, session, most_frames)
+        _check_replay(memory, session)
+
+
+def _check_attended(memory: Memory, session: AnySession, most_frames: int | None) -> None:
+    """Raises `PolicyError` if the last chunk attended a token twice, or more tokens than it may."""
+    name, tokens = type(memory).__name__, session.stats()["attended_tokens"]
+    if most_frames is not None and tokens > most_frames * TINY.tokens_per_frame:
+        raise PolicyError(
+            f"{name} attends {tokens} tokens, but at most {most_frames * TINY.tokens_per_frame} are allowed"
+        )
+    for index in range(session.geometry.layers):
+        keys, _ = session.context(index)
+        for row, length in enumerate(session.layers[index].buffer.lengths):
+            for head in range(keys.shape[2]):
+                # Random keys after RoPE are equal only if both token and place are.
+                if keys[row, :length, head].unique(dim=0).shape[0] < length:
+                    raise PolicyError(f"{name} attends a token twice at one place in layer {index}")
+
+
+def _check_replay(memory: Memory, session: AnySession) -> None:
+    """Raises `PolicyError` if a chunk attends more or less after a replay than it would have without."""
+    plain = session.snapshot()
+    plan = session.replays()
+    if plan:
+        session.rewind(sum(plan))
+    for part in plan:
+        session.commit((), torch.zeros(2, 16, part, 8, 10))
+        for layer in session.layers:
+            shape = (3, 2, part * TINY.tokens_per_frame, TINY.heads, TINY.head_dim)
+            queries, keys, values = torch.ones(shape, dtype=session.geometry.dtype)
+            layer.attend(queries, keys, values, lambda queries, keys, values: queries)
+        session.finish_commit()
+    for each in (plain, session):
+        run_session(each, 1, batch=2)
+    before, after = (each.stats()["attended_tokens"] for each in (plain, session))
+    if before != after:
+        raise PolicyError(f"{type(memory).__name__} attends {after} tokens after a replay, but {before} without one")
+    session.tell("prompt-changed")
+    session.tell("scene-cut")
+    run_session(session, 1, batch=2)
+
+
+def _outputs(stack: Stack, policy: Policy, rows: slice) -> list[Tensor]:
+    before = {f.name: getattr(policy, f.name) for f in fields(policy)}  # type: ignore[arg-type]
+    outputs = run_session(Session(stack, TINY), 12, batch=2, rows=rows)
+    if before != {f.name: getattr(policy, f.name) for f in fields(policy)}:  # type: ignore[arg-type]
+        raise PolicyError(f"{type(policy).__name__} changed its own fields")
+    return outputs
+
+
+def _stack_with(policy: Policy, sizes: tuple[int, int], chunk_frames: int) -> Stack:
+    from kvpack.plugins.registry import registry
+
+    roles: dict[str, Any] = {
+        "partitioner": registry().policy(
+            "partitioner", "sink-mid-recent", {"sink_frames": sizes[0], "recent_frames": sizes[1]}
+        ),
+        "compressor": _Pairs(),
+        "selector": _Newest(),
+        "reindexer": registry().policy("reindexer", "contiguous"),
+    }
+    if not isinstance(policy, (Partitioner, Compressor, Selector, Reindexer)):
+        raise PolicyError(f"{type(policy).__name__} fills none of the roles {', '.join(roles)}")
+    return Stack("check", **{**roles, policy.role: policy}, chunk_frames=chunk_frames)
+
+
+def _check_tokens(policy: LatentCompressor, frames: int) -> None:
+    grid, pixels_per_token, width = (4, 6), (16, 16), 24
+    latents = torch.randn(2, 16, frames, 8, 12, generator=torch.Generator().manual_seed(0))
+
+    def encode(pixels: Tensor) -> Tensor:
+        latent_frames, height, pixel_width = (pixels.shape[2] - 1) // 4 + 1, pixels.shape[3] // 8, pixels.shape[4] // 8
+        return torch.nn.functional.adaptive_avg_pool3d(pixels, (latent_frames, height, pixel_width)).repeat(
+            1, 6, 1, 1, 1
+        )[:, :16]
+
+    def embed(small: Tensor) -> Tensor:
+        cells = torch.nn.functional.avg_pool3d(small, (1, 2, 2)).flatten(2).transpose(1, 2)
+        return cells.repeat(1, 1, 2)[..., :width]
+
+    def pixels() -> Tensor:
+        if not policy.needs_pixels:
+            raise PolicyError(f"{type(policy).__name__}.tokens asked for pixels, but its needs_pixels is False")
+        return torch.rand(2, 3, 4 * frames, 64, 96) * 2 - 1
+
+    def native(latents: Tensor) -> Tensor:
+        return embed(torch.nn.functional.avg_pool3d(latents, (1, 2, 2)))
+
+    policy.check(latents.shape[1], width, (2, 2), (2, 2))
+    chunk = LatentChunk(latents, 8, grid, pixels, encode, embed, pixels_per_token, width, torch.float32, native)
+    given, wanted = tuple(policy.tokens(chunk).shape), (2, policy.span(8, frames, grid).tokens, width)
+    if given != wanted:
+        raise PolicyError(f"{type(policy).__name__}.tokens returned {given}, but span() announces {wanted}")
