@@ -78,7 +78,7 @@ def run(small: bool = False) -> list[Row]:
             if shifts in marks:
                 say(f"rotation: {shifts:,} chunks")
                 truth = exact(keys, start)
-                sink = session.context(0)[0][:, : shape[1]]
+                sink = session.attended(0)[0][:, : shape[1]]
                 once += errors("kvpack: one rotation of the stored key", shifts, sink, truth)
                 moved += errors("plain: rotated on at every chunk", shifts, repeated, truth)
         session.finish_commit()

@@ -71,7 +71,7 @@ def test_positions_in_the_packed_buffer(name, places, reindexer, squeeze):
     session.denoise(0)
     qkv = torch.zeros(3, 1, 80, TINY.heads, TINY.head_dim)
     session.layers[0].attend(*qkv, lambda q, k, v: q)
-    keys, _ = session.context(0)
+    keys, _ = session.attended(0)
     for block, piece in enumerate(session.history.ledger.archive):
         start = 4 + 4 * squeeze * block
         positions = torch.tensor([[start + (t + 0.5) * squeeze - 0.5, y, x] for t, y, x in places])

@@ -120,7 +120,7 @@ def test_a_session_attends_the_means_of_what_was_committed(grid, reindex):
                 start += len(run) * squeeze
             keys, values = torch.stack(tokens, dim=2)
             turns = rotations(torch.tensor(places, dtype=torch.float64)[None], geometry)
-            seen = session.context(index)
+            seen = session.attended(index)
             torch.testing.assert_close(seen[0], rotate(keys, turns), rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(seen[1], values, rtol=1e-5, atol=1e-6)
             assert layer.placed[0].placement.chunk_start.tolist() == pytest.approx([start])

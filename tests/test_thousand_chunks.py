@@ -69,7 +69,7 @@ def test_a_thousand_chunks(name):
     assert (after["resident_bytes"] == before["resident_bytes"]) == constant
     assert (after["attended_tokens"] == before["attended_tokens"]) == (name != "full")
     parts = list(attended(session))
-    given, _ = session.context(0)
+    given, _ = session.attended(0)
     assert sum(keys.shape[1] for _, keys, _ in parts) > 0
     for start, keys, places in parts:
         wanted = rotated(keys, places)

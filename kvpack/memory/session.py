@@ -176,7 +176,7 @@ class Session:
         self.history, self.current, self.step = history, None, -1
         self._listen(False)  # what was captured is committed once
 
-    def context(self, layer: int) -> KeysValues:
+    def attended(self, layer: int) -> KeysValues:
         """Rotated keys and values of history that a layer attends for the chunk in progress, or attended last."""
         buffer = self.layers[layer].buffer
         longest = max(buffer.lengths, default=0)

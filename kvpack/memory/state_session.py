@@ -174,7 +174,7 @@ class StateSession:
             for layer in self.layers:
                 layer.pending = True
 
-    def context(self, layer: int) -> KeysValues:
+    def attended(self, layer: int) -> KeysValues:
         """Rotated keys and values of history that a layer attends for the chunk in progress, or attended last."""
         buffer = self.layers[layer].buffer
         longest = max(buffer.lengths, default=0)

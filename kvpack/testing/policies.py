@@ -192,7 +192,7 @@ def _check_attended(memory: Memory, session: AnySession, most_frames: int | None
             f"{name} attends {tokens} tokens, but at most {most_frames * TINY.tokens_per_frame} are allowed"
         )
     for index in range(session.geometry.layers):
-        keys, _ = session.context(index)
+        keys, _ = session.attended(index)
         for row, length in enumerate(session.layers[index].buffer.lengths):
             for head in range(keys.shape[2]):
                 # Random keys after RoPE are equal only if both token and place are.
