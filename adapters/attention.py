@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpack.errors import UnsupportedPipelineError
 from kvpack.generation.compile_boundary import Slot, attend
-from kvpack.memory.store import AttendingLayer
+from kvpack.memory.layer import AttendingLayer
 
 
 class PackedAttnProcessor(Slot):

@@ -51,7 +51,7 @@ class DeepForcing(StateMemory):
     recent_frames: int = 4
     most_chosen: int = 7
     name = "deep-forcing"
-    hears_queries = True
+    needs_queries = True
 
     def __post_init__(self) -> None:
         for option in ("chunk_frames", "window_frames", "recent_frames", "most_chosen"):

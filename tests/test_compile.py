@@ -15,7 +15,7 @@ from kvpack.adapters.wan import prompt_cache as wan_prompt
 from kvpack.generation import compile_boundary as opaque
 from kvpack.plugins.resolve import resolve_stack
 from kvpack.testing import tiny_wan_pipeline
-from kvpack.training.buffer import GraphBuffer
+from kvpack.training.buffer import GraphLayer
 
 CALL = {
     "prompt": ["a red circle", "the green square"],
@@ -180,7 +180,7 @@ def test_training_over_compiled_blocks():
             pipe.transformer.compile_repeated_blocks(backend="eager")
         trainee = WanAdapter().trainee(pipe, max_sequence_length=8)
         rollout = trainee.rollout(
-            resolve_stack("packforcing", PACKED), trainee.embed(["a red circle"]), (2, 4), GraphBuffer
+            resolve_stack("packforcing", PACKED), trainee.embed(["a red circle"]), (2, 4), GraphLayer
         )
         clean, loss = torch.randn(4, 1, 16, 2, 2, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(())
         with rollout.attached():

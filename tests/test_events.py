@@ -10,7 +10,7 @@ from kvpack.adapters.wan.vae import StreamingDecoder
 from kvpack.errors import InvalidOptionError
 from kvpack.generation.prompts import Shot, shots
 from kvpack.memory import StateMemory
-from kvpack.memory.state_session import StateSession
+from kvpack.memory.session import Session
 from kvpack.plugins.registry import registry
 from kvpack.policies import InfinityRoPE, Krea, LongLive, TokenTrim, infinite_forcing, packforcing, self_forcing
 from kvpack.testing import TINY, check_memory, run_session, tiny_wan_pipeline
@@ -214,7 +214,7 @@ def test_twins_are_replayed_with_their_chunk(compressor):
 def test_the_window_of_a_replay_is_an_option():
     stack = packforcing(chunk_frames=2, sink_frames=2, recent_frames=6)
     for most, plan in ((21, (2, 2, 2)), (4, (2, 2)), (3, (2,)), (0, ())):
-        session = replace(stack, replay_frames=most).session(TINY)
+        session = Session(replace(stack, replay_frames=most), TINY)
         run_session(session, 8)
         assert session.replays() == plan
 
@@ -247,7 +247,7 @@ def test_a_replay_that_fails_leaves_all_as_it_was():
 @pytest.mark.parametrize("global_sink", [True, False])
 def test_longlive_recomputes_its_window_at_once(global_sink):
     memory = LongLive(chunk_frames=2, window_frames=6, sink_frames=2, global_sink=global_sink)
-    session = memory.session(TINY)
+    session = Session(memory, TINY)
     run_session(session, 5)
     old = session.past.states[0]
     assert session.replays() == (6,)
@@ -271,7 +271,7 @@ def test_longlive_recomputes_its_window_at_once(global_sink):
 
 
 def test_longlive_recomputes_a_short_history_with_its_sink():
-    session = LongLive(chunk_frames=2, window_frames=6, sink_frames=2).session(TINY)
+    session = Session(LongLive(chunk_frames=2, window_frames=6, sink_frames=2), TINY)
     run_session(session, 3)  # six frames: nothing has left the window
     old = session.past.states[0]
     assert replay(session) == (6,)
@@ -302,7 +302,7 @@ def test_frames_of_longlives_replay_attend_each_other():
 
 
 def test_infinity_rope_flushes_and_cuts():
-    session = InfinityRoPE().session(TINY)
+    session = Session(InfinityRoPE(), TINY)
     run_session(session, 4)
     for event, places in (
         (None, ([0, 1, 2], 3)),
@@ -324,7 +324,7 @@ def test_infinity_rope_flushes_and_cuts():
 
 
 def test_a_flush_leaves_the_last_frames():
-    session = InfinityRoPE(window_frames=9).session(TINY)
+    session = Session(InfinityRoPE(window_frames=9), TINY)
     run_session(session, 4)
     session.tell("prompt-changed")
     session.denoise(0)
@@ -342,9 +342,9 @@ def test_a_flush_leaves_the_last_frames():
 def test_krea_forwards_its_context_from_nothing_and_encodes_the_first_frame_anew(monkeypatch):
     pipe = pipeline("krea", chunk_frames=1, context_frames=2)
     commits, encoded = [], []
-    real_commit, real_encode = StateSession.commit, wan_memory.encode
+    real_commit, real_encode = Session.commit, wan_memory.encode
     monkeypatch.setattr(
-        StateSession,
+        Session,
         "commit",
         lambda self, twins=(), latents=None: (
             commits.append((self.frames, latents)),
@@ -368,7 +368,7 @@ def test_krea_forwards_its_context_from_nothing_and_encodes_the_first_frame_anew
 
 
 def test_kreas_bias_is_on_the_past_while_denoising_only():
-    session = Krea(past_bias=-1.0).session(TINY)
+    session = Session(Krea(past_bias=-1.0), TINY)
     run_session(session, 2)
     session.denoise(0)
     forward(session)
@@ -406,7 +406,7 @@ def committed(session, clean):
 
 
 def test_token_trim_leaves_out_what_jumps():
-    session = trimmed().session(TINY)
+    session = Session(trimmed(), TINY)
     for value in (0.0, 0.1, 0.3, 0.4):  # severities .4, .8, .4
         committed(session, latents(value))
     state = session.past.states[0]
@@ -442,7 +442,7 @@ def test_a_vetoed_row_is_made_again_and_the_other_kept(monkeypatch):
     monkeypatch.setattr(TokenTrim, "veto", veto)
 
     def run(prompt, seeds, retries):
-        pipe = pipeline(TokenTrim(chunk_frames=1, window_frames=4, most_retries=retries))
+        pipe = pipeline(TokenTrim(chunk_frames=1, window_frames=4, max_retries=retries))
         return generate(pipe, prompt, 6, generator=[seeded(seed) for seed in seeds])
 
     both, plain = run([FOX, DOG], (1, 2), 1), run([FOX, DOG], (1, 2), 0)
@@ -455,7 +455,7 @@ def test_a_vetoed_row_is_made_again_and_the_other_kept(monkeypatch):
 def test_a_memory_that_replays_must_be_able_to_forget():
     with pytest.raises(NotImplementedError, match="has replay_frames, so it must have forget"):
         StateMemory.forget(trimmed(), None, 1)
-    with pytest.raises(NotImplementedError, match="has most_retries, so it must have veto"):
+    with pytest.raises(NotImplementedError, match="has max_retries, so it must have veto"):
         StateMemory.veto(trimmed(), None, latents())
 
 
@@ -474,7 +474,7 @@ def test_memories_keep_the_contract(memory):
     ids=["whole chunks", "a chunk without its first frame", "a chunk half compressed"],
 )
 def test_a_replay_reaches_every_recent_frame_and_no_other(stack, plan, anew):
-    session = stack.session(TINY)
+    session = Session(stack, TINY)
     run_session(session, 6)
     before = session.history
     assert replay(session) == plan
@@ -491,7 +491,7 @@ def test_a_replay_reaches_every_recent_frame_and_no_other(stack, plan, anew):
 
 
 def test_token_trim_does_not_count_a_replay():
-    session = trimmed().session(TINY)
+    session = Session(trimmed(), TINY)
     for value in (0.0, 0.1, 0.3, 0.4):
         committed(session, latents(value))
     before = session.past.states[0]

@@ -10,6 +10,7 @@ from kvpack.errors import PolicyError
 from kvpack.memory.blocks import KVBlock, Span, grid_coordinates
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.rope import rotate, rotations
+from kvpack.memory.session import Session
 from kvpack.planning.planner import plan
 from kvpack.policies import GeometricCompressor, framepack
 from kvpack.testing import check_policy, run_session
@@ -90,7 +91,7 @@ def naive(cells, sizes, side):
 def test_a_session_attends_the_means_of_what_was_committed(grid, reindex):
     """Keys at their places, and values, of every layer: oldest blocks smallest, the newest archived one as it is."""
     geometry = replace(GRID, grid=grid)
-    session, generator = framepack(reindex=reindex).session(geometry), torch.Generator().manual_seed(1)
+    session, generator = Session(framepack(reindex=reindex), geometry), torch.Generator().manual_seed(1)
     frames = [[] for _ in session.layers]  # each [keys or values, batch, rows, columns, heads, head_dim]
     for chunk in range(8):
         for announce in (lambda: session.denoise(0), session.commit):
@@ -142,14 +143,14 @@ def test_a_shrunk_block_that_is_not_as_announced_is_refused(broken, says):
         def shrunk(self, block, grid, level):
             return KVBlock(*broken(super().shrunk(block, grid, level)), block.span)
 
-    session = replace(framepack(), compressor=Breaks()).session(GRID)
+    session = Session(replace(framepack(), compressor=Breaks()), GRID)
     with pytest.raises(PolicyError, match=says):
         run_session(session, 6, steps=1)
 
 
 def test_what_each_chunk_attends():
     """One frame of sink, long blocks of 1x1x2 tokens, a middle one of 2x2x3, the recent chunk of 4x4x6."""
-    session = framepack().session(GRID)
+    session = Session(framepack(), GRID)
     frame, recent, middle, long = 24, 96, 12, 2
     attended = []
     for _ in range(10):
@@ -169,7 +170,7 @@ def test_what_each_chunk_attends():
 
 def test_the_plan_is_what_is_measured():
     for chunks in (1, 4, 9):
-        session = framepack().session(GRID)
+        session = Session(framepack(), GRID)
         run_session(session, chunks, steps=1)
         planned, measured = plan(GRID, framepack(), 4 * chunks), session.stats()
         assert planned.attended_tokens == measured["attended_tokens"] + planned.chunk_tokens

@@ -7,10 +7,9 @@ import torch
 
 from kvpack.errors import PolicyError
 from kvpack.memory import Attended, StateMemory, Tokens, consecutive
+from kvpack.memory.attended import biased
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.session import Session
-from kvpack.memory.state_layer import biased
-from kvpack.memory.state_session import StateSession
 from kvpack.planning.planner import plan
 from kvpack.policies import DeepForcing, MemRoPE, RollingSink, self_forcing
 from kvpack.testing import TINY, run_session, tiny_wan_pipeline
@@ -52,12 +51,12 @@ def attention(queries, keys, values):
 
 def test_a_state_says_what_a_stack_says():
     stack = run_session(Session(self_forcing(window_frames=9, sink_frames=3), TINY), 8, batch=2)
-    state = run_session(StateSession(Window(), TINY), 8, batch=2)
+    state = run_session(Session(Window(), TINY), 8, batch=2)
     assert all(torch.equal(a, b) for a, b in zip(stack, state, strict=True))
 
 
 def test_a_chunk_can_be_done_again_and_a_session_forked():
-    session = StateSession(Window(), TINY)
+    session = Session(Window(), TINY)
     run_session(session, 3)
     fork = session.snapshot()
     first, second = (run_session(each, 2, seed=7) for each in (session, fork))
@@ -114,10 +113,10 @@ def test_each_head_has_places_of_its_own():
         def remember(self, state, chunk):
             return chunk.tokens if state is None else state + chunk.tokens
 
-    both = run_session(StateSession(Heads(), TINY), 4)[-1]
+    both = run_session(Session(Heads(), TINY), 4)[-1]
     assert TINY.heads == 2
     for head in (0, 1):
-        alone = run_session(StateSession(Heads((head, head)), TINY), 4)[-1]
+        alone = run_session(Session(Heads((head, head)), TINY), 4)[-1]
         torch.testing.assert_close(both[:, :, head], alone[:, :, head])
 
 
@@ -144,7 +143,7 @@ def test_what_a_memory_returns_is_checked():
         ("coordinates", r"returned coordinates \(1, 59, 3\) in layer 0"),
         ("nan", r"returned values for layer 0 that are not finite"),
     ):
-        session = StateSession(Wrong(how=how), TINY)
+        session = Session(Wrong(how=how), TINY)
         with pytest.raises(PolicyError, match=message):
             run_session(session, 1)
         assert session.past.chunks == 0
@@ -156,7 +155,7 @@ def frames_of(part):
 
 def test_deep_sink_moves_and_evicts():
     memory = DeepForcing(chunk_frames=1, window_frames=4, sink_frames=2, budget_frames=0, recent_frames=1)
-    session = StateSession(memory, TINY)
+    session = Session(memory, TINY)
     seen = []
     for _ in range(7):
         run_session(session, 1)
@@ -168,7 +167,7 @@ def test_deep_sink_moves_and_evicts():
 
 def test_participative_compression_keeps_what_queries_attend_most():
     memory = DeepForcing(chunk_frames=1, window_frames=5, sink_frames=1, budget_frames=4, recent_frames=2)
-    session = StateSession(memory, TINY)
+    session = Session(memory, TINY)
     run_session(session, 5)
     before = session.past.states[1].tokens
     assert len(before) == 5 * FRAME
@@ -186,7 +185,7 @@ def test_participative_compression_keeps_what_queries_attend_most():
 
 def test_memrope_averages_what_leaves():
     memory = MemRoPE(chunk_frames=1, sink_frames=1, recent_frames=2, slow=0.25, fast=0.5)
-    session, outs = StateSession(memory, TINY), []
+    session, outs = Session(memory, TINY), []
     for chunk in range(6):
         run_session(session, 1, seed=chunk)
         outs.append(session.layers[0].heard)
@@ -204,7 +203,7 @@ def test_memrope_averages_what_leaves():
 
 
 def test_memrope_as_released_spreads_one_mean():
-    session = StateSession(MemRoPE(chunk_frames=1, sink_frames=1, recent_frames=1, per_position=False), TINY)
+    session = Session(MemRoPE(chunk_frames=1, sink_frames=1, recent_frames=1, per_position=False), TINY)
     run_session(session, 4)
     keys = session.past.states[0].slow.keys
     assert torch.equal(keys, keys[:, :1].expand_as(keys))
@@ -243,7 +242,7 @@ def test_a_memory_is_written_as_data_and_enabled():
 
 def test_a_rolling_sink_walks_to_and_fro():
     memory = RollingSink(chunk_frames=1, window_frames=4)
-    session, seen, heard = StateSession(memory, TINY), [], []
+    session, seen, heard = Session(memory, TINY), [], []
     for chunk in range(9):
         run_session(session, 1, seed=chunk)
         window = session.past.states[1].window

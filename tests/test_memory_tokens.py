@@ -14,7 +14,7 @@ from kvpack.errors import InvalidOptionError
 from kvpack.memory import Chunk, Tokens
 from kvpack.memory.blocks import grid_coordinates
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.state_session import StateSession
+from kvpack.memory.session import Session
 from kvpack.plugins.registry import registry
 from kvpack.policies import FlowCache, HeavyHitters, Magi
 from kvpack.testing import TINY, check_memory, run_session
@@ -239,7 +239,7 @@ def test_h2o_forgets_the_newest_tokens():
 
 def test_magi_attends_less_the_cleaner_the_chunk():
     memory = Magi(chunk_frames=2, previous_chunks=(3, 2, 1), clean_chunks=0)
-    session = StateSession(memory, TINY)
+    session = Session(memory, TINY)
 
     def attended():
         (tokens,) = session.layers[1].attended.tokens
@@ -337,7 +337,7 @@ def test_each_head_holds_a_token_at_most_once_in_order_within_its_budget(
 def test_each_keeps_the_contract(memory):
     check_memory(memory)
     half = replace(TINY, dtype=torch.bfloat16)
-    outs = [run_session(StateSession(memory, half), 7, batch=2)[-1] for _ in range(2)]
+    outs = [run_session(Session(memory, half), 7, batch=2)[-1] for _ in range(2)]
     assert outs[0].dtype == torch.bfloat16
     assert torch.equal(*outs)
 

@@ -151,7 +151,7 @@ class Alone(StateMemory):
 class Doubting(Alone):
     """Vetoes every first try."""
 
-    most_retries = 1
+    max_retries = 1
 
 
 def test_what_a_memory_vetoes_is_made_again_of_the_same_noise(pipe):

@@ -8,7 +8,6 @@ from diffusers import DPMSolverMultistepScheduler
 
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.memory.session import Session
-from kvpack.memory.state_session import StateSession
 from kvpack.plugins.registry import registry
 from kvpack.policies.token_trim import TokenTrim
 from kvpack.testing import check_adapter, tiny_skyreels_v2_pipeline
@@ -171,8 +170,8 @@ def test_steps_are_counted(pipe, monkeypatch):
 
 
 def test_a_vetoed_chunk_begins_with_its_first_step_again(pipe, monkeypatch):
-    steps, denoise = [], StateSession.denoise
-    monkeypatch.setattr(StateSession, "denoise", lambda self, step: (steps.append(step), denoise(self, step))[1])
+    steps, denoise = [], Session.denoise
+    monkeypatch.setattr(Session, "denoise", lambda self, step: (steps.append(step), denoise(self, step))[1])
     monkeypatch.setattr(TokenTrim, "veto", lambda _, state, latents: (torch.ones(latents.shape[0]) > 0, state))
     noise = torch.randn(1, 16, 8, 4, 6, generator=seeded())
     wanted = upstream(pipe, noise, 4)

@@ -106,7 +106,7 @@ def test_a_memory_that_returns_nonsense_is_named(tokens, start):
             return attended
 
     with pytest.raises(PolicyError, match=r"Nonsense\.attend returned .* in layer 0"):
-        run_session(Nonsense().session(TINY), 1)
+        run_session(Session(Nonsense(), TINY), 1)
 
 
 def test_a_slow_policy_is_seen_in_stats():
@@ -128,7 +128,7 @@ def test_a_memory_that_raises_is_named():
         def remember(self, state, chunk):
             raise KeyError("lost")
 
-    session = Broken().session(TINY)
+    session = Session(Broken(), TINY)
     with pytest.raises(KeyError) as error:
         run_session(session, 1)
     assert "raised in Broken.remember" in error.value.__notes__[0]

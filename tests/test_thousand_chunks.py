@@ -58,7 +58,7 @@ def attended(session):
 @pytest.mark.parametrize("name", sorted(registry().stacks))
 def test_a_thousand_chunks(name):
     stack = registry().stack(name, GROWING.get(name, {}))
-    session = stack.session(SMALL)
+    session = Session(stack, SMALL)
     run_session(session, 500, steps=1)
     before = session.stats()
     run_session(session, 500, seed=1, steps=1)

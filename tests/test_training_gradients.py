@@ -13,7 +13,7 @@ from kvpack.memory.roles import LatentCompressor
 from kvpack.policies import QueryTopK, packforcing
 from kvpack.policies.pool import pooled_grid, pooled_span
 from kvpack.testing import tiny_wan_pipeline
-from kvpack.training.buffer import GraphBuffer, backward_history, histories
+from kvpack.training.buffer import GraphLayer, backward_history, histories
 from kvpack.training.distillation import ContextDistillation
 from kvpack.training.targets import targets
 
@@ -92,7 +92,7 @@ def test_gradients_are_those_of_finite_differences(reindex, selection, pipe, mod
     weights = [torch.randn(2, 16, 2, *SIZE, generator=torch.Generator().manual_seed(s)).double() for s in (2, 3)]
 
     def total():
-        found, rollout = predictions(pipe, stack, GraphBuffer)
+        found, rollout = predictions(pipe, stack, GraphLayer)
         return sum((w * v).sum() for w, v in zip(weights, found, strict=True)), rollout
 
     cuts = []
@@ -103,7 +103,7 @@ def test_gradients_are_those_of_finite_differences(reindex, selection, pipe, mod
         visit.seen += 1
 
     visit.seen = 0
-    _, rollout = predictions(pipe, stack, GraphBuffer, visit=visit)
+    _, rollout = predictions(pipe, stack, GraphLayer, visit=visit)
     backward_history(cuts)
     chosen = [layer.chosen for layer in rollout.session.layers]
     assert all(choice is not None and choice.shape == (2, 1) for choice in chosen)
@@ -126,21 +126,21 @@ def test_gradients_are_those_of_finite_differences(reindex, selection, pipe, mod
 
 def test_the_graph_says_what_generation_says(pipe, module):
     """The buffer that lets gradients through attends what the packed one does."""
-    from kvpack.memory.store import PackedBuffer
+    from kvpack.memory.layer import LayerCache
 
     stack = stack_of(module.requires_grad_(False), topk=2)
     with torch.no_grad():
-        packed, _ = predictions(pipe, stack, PackedBuffer)
-        graph, _ = predictions(pipe, stack, GraphBuffer)
+        packed, _ = predictions(pipe, stack, LayerCache)
+        graph, _ = predictions(pipe, stack, GraphLayer)
     for one, other in zip(packed, graph, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_the_packed_buffer_refuses_gradients(pipe, module):
-    from kvpack.memory.store import PackedBuffer
+    from kvpack.memory.layer import LayerCache
 
     with pytest.raises(GradientError, match="gradients are enabled"):
-        predictions(pipe, stack_of(module), PackedBuffer)
+        predictions(pipe, stack_of(module), LayerCache)
 
 
 def test_memory_is_that_of_one_step(pipe, module):
@@ -152,7 +152,7 @@ def test_memory_is_that_of_one_step(pipe, module):
         velocity.sum().backward()
         kept.append(velocity.grad_fn is not None and rollout.session.layers[0].buffer.keys.grad is not None)
 
-    predictions(pipe, stack, GraphBuffer, visit=visit)
+    predictions(pipe, stack, GraphLayer, visit=visit)
     assert kept == [True, True]
     assert module.weight.grad is None  # not before history is told
 

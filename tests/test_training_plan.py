@@ -16,7 +16,7 @@ from kvpack.errors import InvalidOptionError
 from kvpack.planning import presets
 from kvpack.policies import packforcing
 from kvpack.testing import tiny_wan_pipeline
-from kvpack.training.buffer import GraphBuffer
+from kvpack.training.buffer import GraphLayer
 from kvpack.training.plan import training_plan
 
 _spec = importlib.util.spec_from_file_location("gradients", Path(__file__).with_name("test_training_gradients.py"))
@@ -29,7 +29,7 @@ def kept(pipe, size, width):
     stack = gradients.stack_of(nn.Linear(16, width), topk=1)
     trainee = WanAdapter().trainee(pipe, 8)
     chunks = torch.randn(1, 16, 8, *size).split(2, dim=2)
-    rollout, found = trainee.rollout(stack, trainee.embed(["a red circle"]), size, GraphBuffer), {}
+    rollout, found = trainee.rollout(stack, trainee.embed(["a red circle"]), size, GraphLayer), {}
     weights, alive = {each.data_ptr() for each in pipe.transformer.parameters()}, []
 
     def pack(tensor):

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from kvpack.adapters.attention import PackedAttnProcessor, check_all_attended, installed
 from kvpack.adapters.wan.prompt_cache import PromptCache, PromptedLayers
-from kvpack.memory.store import AttendingLayer
+from kvpack.memory.layer import AttendingLayer
 
 #: Upstream pads queries, keys and values to a multiple of this.
 _FLEX_BLOCK = 128

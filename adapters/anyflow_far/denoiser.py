@@ -9,8 +9,8 @@ from torch import Tensor
 from kvpack.adapters.anyflow_far.attention import attached, clean_times_for
 from kvpack.adapters.wan.denoiser import WanMemory
 from kvpack.adapters.wan.vae import onload
+from kvpack.memory.layer import AttendingLayer
 from kvpack.memory.ledger import Piece
-from kvpack.memory.store import AttendingLayer
 
 
 class AnyFlowFARMemory(WanMemory):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpack.adapters.attention import PackedAttnProcessor, backend_of, check_all_attended, installed
-from kvpack.memory.store import AttendingLayer
+from kvpack.memory.layer import AttendingLayer
 
 
 class PackedSanaWMAttnProcessor(PackedAttnProcessor):

@@ -15,8 +15,8 @@ from kvpack.errors import GradientError
 from kvpack.generation.replay import CleanFrames
 from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.session import finish_commits
-from kvpack.memory.store import AttendingLayer
+from kvpack.memory.layer import AttendingLayer
+from kvpack.memory.session import Session, finish_commits
 
 #: Modes of upstream's own cache, by which it says what a forward is: raw sink frames, a denoising step, a clean block.
 _SINK, _DENOISE, _CLEAN = "capture_pre_rope", "inject", "inject_and_capture_post_rope"
@@ -35,7 +35,7 @@ class SanaWMMemory:
 
     def __init__(self, pipeline: Any, stack: Memory, geometry: Geometry, text: Text, fps: float) -> None:
         self.pipeline, self.stack, self.text, self.fps = pipeline, stack, text, fps
-        self.session = stack.session(geometry)
+        self.session = Session(stack, geometry)
         self.seconds = {"denoise": 0.0, "commit": 0.0, "decode": 0.0}
         self._clean = CleanFrames(stack.replay_frames)
         self._step, self._committing = 0, torch.empty(0)

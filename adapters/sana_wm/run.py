@@ -132,7 +132,7 @@ class SanaWMRun(Run):
         """Sink and refined block that the memory accepts; rows that it vetoes are refined again of the same noise."""
         session, rewind = self.memory.session, rewinding(self.arguments["generator"])
         latents = self._refined(index, raw)
-        for _ in range(self.stack.most_retries):
+        for _ in range(self.stack.max_retries):
             vetoed = session.review(latents[:, :, self.sink_frames :])
             if vetoed is None:
                 return latents

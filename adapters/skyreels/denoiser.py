@@ -12,7 +12,7 @@ from torch import Tensor
 from kvpack.adapters.wan.denoiser import WanMemory
 from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.store import AttendingLayer, PackedBuffer
+from kvpack.memory.layer import AttendingLayer, LayerCache
 
 
 class SkyReelsMemory(WanMemory):
@@ -38,7 +38,7 @@ class SkyReelsMemory(WanMemory):
         geometry: Geometry,
         embeds: dict[str, Tensor],
         attention_kwargs: Mapping[str, Any] | None = None,
-        buffer: type[PackedBuffer] = PackedBuffer,
+        buffer: type[LayerCache] = LayerCache,
         fps: float = 24.0,
     ) -> None:
         super().__init__(pipeline, stack, geometry, embeds, attention_kwargs, buffer)

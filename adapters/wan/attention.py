@@ -11,7 +11,7 @@ from torch import Tensor
 from kvpack.adapters.attention import PackedAttnProcessor, backend_of, check_all_attended, installed
 from kvpack.adapters.compatibility import compiled_from
 from kvpack.adapters.wan.prompt_cache import PromptCache, PromptedLayers
-from kvpack.memory.store import AttendingLayer
+from kvpack.memory.layer import AttendingLayer
 
 _HOOK_NAME = "kvpack_branch"
 

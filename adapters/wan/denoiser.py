@@ -19,9 +19,9 @@ from kvpack.errors import GradientError
 from kvpack.generation.replay import CleanFrames
 from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
+from kvpack.memory.layer import AttendingLayer, LayerCache
 from kvpack.memory.ledger import Piece
-from kvpack.memory.session import AnySession, Session, finish_commits
-from kvpack.memory.store import AttendingLayer, PackedBuffer
+from kvpack.memory.session import Session, finish_commits
 
 
 class WanMemory:
@@ -46,19 +46,19 @@ class WanMemory:
         geometry: Geometry,
         embeds: dict[str, Tensor],
         attention_kwargs: Mapping[str, Any] | None = None,
-        buffer: type[PackedBuffer] = PackedBuffer,
+        buffer: type[LayerCache] = LayerCache,
     ) -> None:
         check_compressor(pipeline.transformer, stack)
         self.pipeline, self.stack, self.geometry, self.embeds = pipeline, stack, geometry, embeds
         self.transformer, self.attention_kwargs, self.buffer = pipeline.transformer, attention_kwargs, buffer
-        self.sessions: dict[str, AnySession] = {}
+        self.sessions: dict[str, Session] = {}
         self.seconds = {"denoise": 0.0, "commit": 0.0, "compress": 0.0, "decode": 0.0}
         self.compressor = stack.latent_compressor
         self._clean = CleanFrames(0 if buffer.differentiable else stack.replay_frames)
         #: Keys and values of the prompt; None where somebody else's code runs between two forwards.
         self.prompt: PromptCache | None = None
         #: Tells a branch's session what the coming forward is.
-        self._announce: Callable[[AnySession, int], None] = _denoise
+        self._announce: Callable[[Session, int], Any] = _denoise
 
     @property
     def frames(self) -> int:
@@ -70,10 +70,10 @@ class WanMemory:
         """Guidance branches that have a session of their own."""
         return tuple(self.embeds)
 
-    def session(self, branch: str) -> AnySession:
+    def session(self, branch: str) -> Session:
         """Memory of one branch, new at its first mention."""
         if branch not in self.sessions:
-            self.sessions[branch] = self.stack.session(self.geometry, self.buffer)
+            self.sessions[branch] = Session(self.stack, self.geometry, layer=self.buffer)
         return self.sessions[branch]
 
     def expect(self, frames: int) -> None:
@@ -108,7 +108,7 @@ class WanMemory:
             make: denoises the chunk; told how often it has been before.
         """
         latents = make(0)
-        for retry in range(self.stack.most_retries):
+        for retry in range(self.stack.max_retries):
             vetoed = self._vetoed(latents)
             if vetoed is None:
                 return latents
@@ -232,7 +232,7 @@ class WanMemory:
         with riding(self.transformer, torch.cat(list(twins.values()), dim=1)) if twins else nullcontext():
             yield
 
-    def _make_twin(self, branch: str, session: AnySession, piece: Piece, tokens: Tensor) -> None:
+    def _make_twin(self, branch: str, session: Session, piece: Piece, tokens: Tensor) -> None:
         """Keys and values of a piece's hidden tokens, for `finish_commits`."""
         assert self.compressor is not None
         if self.compressor.project == "layers":
@@ -291,5 +291,5 @@ class WanMemory:
         self.seconds[phase] += time.perf_counter() - start
 
 
-def _denoise(session: AnySession, step: int) -> None:
+def _denoise(session: Session, step: int) -> None:
     session.denoise(step)

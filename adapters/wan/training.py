@@ -10,9 +10,9 @@ from torch import Tensor
 from kvpack.adapters.wan.denoiser import WanMemory
 from kvpack.adapters.wan.vae import StreamingDecoder, encode
 from kvpack.generation.adapter import Adapter, Rollout, Trainee
+from kvpack.memory.layer import LayerCache
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
-from kvpack.memory.store import PackedBuffer
 
 _BRANCH = "cond"
 
@@ -46,7 +46,7 @@ class WanTrainee(Trainee):
         return embeds.to(pipeline.transformer.dtype)
 
     def rollout(
-        self, stack: Stack, embeds: Tensor, latent_size: tuple[int, int], buffer: type[PackedBuffer] = PackedBuffer
+        self, stack: Stack, embeds: Tensor, latent_size: tuple[int, int], buffer: type[LayerCache] = LayerCache
     ) -> "WanRollout":
         """A new video."""
         height, width = (size * self.pipeline.vae_scale_factor_spatial for size in latent_size)

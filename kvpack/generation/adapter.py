@@ -15,9 +15,9 @@ from kvpack.generation.prompts import Prompt
 from kvpack.memory.base import Memory
 from kvpack.memory.costs import LatentShape, ModelCost
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.session import AnySession, Session
+from kvpack.memory.layer import LayerCache
+from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
-from kvpack.memory.store import PackedBuffer
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Run(ABC):
     """One generation in progress; made by `Adapter.run`, which has checked the arguments and encoded the prompt."""
 
     #: Memory of each guidance branch.
-    sessions: dict[str, AnySession]
+    sessions: dict[str, Session]
 
     @abstractmethod
     def chunks(self) -> Iterator[Chunk]:
@@ -127,7 +127,7 @@ class Trainee(ABC):
 
     @abstractmethod
     def rollout(
-        self, stack: Stack, embeds: Tensor, latent_size: tuple[int, int], buffer: type[PackedBuffer] = PackedBuffer
+        self, stack: Stack, embeds: Tensor, latent_size: tuple[int, int], buffer: type[LayerCache] = LayerCache
     ) -> Rollout:
         """A new video of `latent_size` (height, width) for each row of text embeddings.
 
@@ -135,7 +135,7 @@ class Trainee(ABC):
             stack: the memory policy.
             embeds: text embeddings.
             latent_size: height and width of the latents.
-            buffer: what a layer attends; `GraphBuffer` lets gradients through.
+            buffer: what a layer attends; `GraphLayer` lets gradients through.
         """
 
     @abstractmethod

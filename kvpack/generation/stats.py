@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from kvpack.memory.session import AnySession
+from kvpack.memory.session import Session
 
 
-def branch_stats(stack: str, sessions: Mapping[str, AnySession], seconds: Mapping[str, float]) -> dict[str, Any]:
+def branch_stats(stack: str, sessions: Mapping[str, Session], seconds: Mapping[str, float]) -> dict[str, Any]:
     """Tokens of one branch, bytes of all, and seconds of each phase.
 
     Args:

@@ -14,6 +14,7 @@ from kvpack.memory.costs import LatentShape
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import Ledger, Piece
 from kvpack.memory.roles import LatentCompressor
+from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 
 
@@ -157,12 +158,11 @@ def video_frames(seconds: float, fps: float, scale: int = 4) -> tuple[int, int]:
 def _rehearsed(geometry: Geometry, memory: Memory, chunks: int) -> int:
     """Tokens of history that the last of some chunks attends: the memory at work in a layer of one tiny head."""
     tiny = replace(geometry, layers=1, heads=1, head_dim=6, rope_split=(2, 2, 2), dtype=torch.float32, rotary=None)
-    session = memory.session(tiny)
-    (layer,) = session.layers
+    session = Session(memory, tiny)
     zeros = torch.zeros(1, memory.chunk_frames * geometry.tokens_per_frame, 1, 6)
     for _ in range(chunks):
         for announce in (partial(session.denoise, 0), session.commit):
-            announce()
+            (layer,) = announce()
             layer.attend(zeros, zeros, zeros, lambda queries, keys, values: queries)
         session.finish_commit()
     return int(session.stats()["attended_tokens"])
