@@ -29,8 +29,8 @@ import torch
 from safetensors.torch import load, load_file, save, save_file
 
 import kvpack
-from kvpack.compressor import HighResolutionBranch
-from kvpack.registry import registry
+from kvpack.compressors.network import HighResolutionBranch
+from kvpack.plugins.registry import registry
 from kvpack.testing import tiny_anyflow_far_pipeline, tiny_sana_wm_refiner, tiny_skyreels_v2_pipeline, tiny_wan_pipeline
 
 LIMIT, CHUNK, CHUNKS = 1e-6, 2, 14
