@@ -25,7 +25,7 @@ _TRANSFORMER = ["diffusers", "WanTransformer3DModel"]
 
 @dataclass(frozen=True)
 class Family:
-    """What the layout of a model family's checkpoints is.
+    """How checkpoints of a model family are laid out.
 
     Args:
         rename: gives weights by name their diffusers names.
@@ -38,7 +38,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is converted into what.
+    """Everything that a conversion reads, and where it writes.
 
     Args:
         source: checkpoint, a file or a folder of shards.
@@ -67,7 +67,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Converted:
-    """What came of it.
+    """What a conversion wrote.
 
     Args:
         nesting: keys under which the weights were.
@@ -87,7 +87,7 @@ class Converted:
 
 
 def convert(asked: Conversion, family: Family) -> Converted:
-    """Converts a checkpoint; all of the output is there at the end, or nothing of it.
+    """Convert a checkpoint into a diffusers folder; on an error the output stays as it was.
 
     Raises:
         InvalidOptionError: if the checkpoint, the LoRA or the base is not what it must be, or the output is in the way.
@@ -105,6 +105,7 @@ def convert(asked: Conversion, family: Family) -> Converted:
     if asked.dtype is not None:
         weights = {name: each.to(asked.dtype) for name, each in weights.items()}
     model = family.build(weights, config)
+    # Nothing is written before all that can be wrong with the weights has been found.
     with _replacing(asked.output) as folder:
         model.save_pretrained(folder / "transformer", max_shard_size=asked.max_shard_size)
         FlowMatchFewStepScheduler(asked.recipe.sigmas, asked.recipe.shift).save_pretrained(folder / "scheduler")
@@ -115,7 +116,7 @@ def convert(asked: Conversion, family: Family) -> Converted:
 
 
 def _base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Index and transformer's config."""
+    """Return the base's model index and its transformer's config."""
     if not base.is_dir():
         raise InvalidOptionError(
             f"no base folder {base}; give a diffusers folder, or one with the transformer's config"
@@ -141,7 +142,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _copy_parts(base: Path, folder: Path, index: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Copies all but the transformer and the scheduler, and writes the index."""
+    """Copy all parts but the transformer and the scheduler, and write the model index."""
     own = {
         "transformer": _TRANSFORMER,
         "scheduler": [FlowMatchFewStepScheduler.__module__, "FlowMatchFewStepScheduler"],
@@ -167,9 +168,10 @@ def _require_free(asked: Conversion) -> None:
 
 @contextmanager
 def _replacing(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place at the end, unless something fails."""
+    """Yield a folder beside `output` that replaces it at the end, unless an error is raised."""
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, so that both renames stay on one file system, where they cannot stop halfway.
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as staging:
         new, old = Path(staging) / "new", Path(staging) / "old"
         new.mkdir()

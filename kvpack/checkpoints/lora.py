@@ -30,7 +30,7 @@ class LowRank:
     alpha: float | None = None
 
     def merged(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight with the delta, computed in float64 and rounded once."""
+        """Return the weight with the delta added, computed in float64 and rounded once."""
         up, down = (self.factors[each].double() for each in ("up", "down"))
         scale = 1.0 if self.alpha is None else self.alpha / down.shape[0]
         return rounded(weight.double() + scale * (up @ down), dtype)
@@ -39,7 +39,7 @@ class LowRank:
 def read_lora(
     path: Path, alpha: float | None, rename: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, LowRank]:
-    """Deltas by the diffusers name of the weight that they belong to; PEFT's keys and those of `lora_up`, `lora_down`.
+    """Read the deltas of a LoRA, by the diffusers name of the weight that each belongs to.
 
     Args:
         path: file, possibly nested under `generator_lora`, or folder of PEFT.
@@ -74,7 +74,7 @@ def read_lora(
 
 
 def merge(weights: Mapping[str, Tensor], deltas: Mapping[str, LowRank], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The weights with their deltas.
+    """Return the weights with their deltas added.
 
     Args:
         weights: by diffusers name.
@@ -100,7 +100,7 @@ def merge(weights: Mapping[str, Tensor], deltas: Mapping[str, LowRank], dtype: t
 
 
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nearest value of `dtype` to a float64; torch itself rounds 16-bit floats twice, by way of float32."""
+    """Round float64 to the nearest value of `dtype`; torch itself rounds 16-bit floats twice, by way of float32."""
     if dtype.itemsize > 2:
         return exact.to(dtype)
     single = exact.float()
@@ -120,7 +120,7 @@ def _require_pair(path: Path, module: str, delta: LowRank) -> None:
 
 
 def _configured_alpha(path: Path) -> float | None:
-    """What PEFT's config beside the file says."""
+    """Return the alpha in PEFT's config beside the file."""
     config = (path if path.is_dir() else path.parent) / "adapter_config.json"
     if not config.is_file():
         return None

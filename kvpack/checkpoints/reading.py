@@ -25,7 +25,7 @@ _OUTER = {"model", "diffusion_model", "base_model", "generator", "transformer"}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights by bare name.
+    """Weights by name, without the prefixes of wrappers.
 
     Args:
         tensors: the weights, still in their file where it can be mapped into memory.
@@ -37,7 +37,7 @@ class Checkpoint:
 
 
 def read_checkpoint(source: Path, weights: str | None = None, nestings: Sequence[str] = NESTINGS) -> Checkpoint:
-    """Reads `.safetensors`, `.pt`, `.pth`, `.bin`, `.ckpt`, or a folder of shards; no code from a file is run.
+    """Read `.safetensors`, `.pt`, `.pth`, `.bin`, `.ckpt`, or a folder of shards; no code from a file is run.
 
     Args:
         source: file or folder.
@@ -62,7 +62,7 @@ def read_checkpoint(source: Path, weights: str | None = None, nestings: Sequence
 
 
 def bare_name(key: str) -> str:
-    """A weight's name without what FSDP, `torch.compile`, DDP and other wrappers put around it.
+    """Return a weight's name without what FSDP, `torch.compile`, DDP and other wrappers put around it.
 
     >>> bare_name("model._fsdp_wrapped_module.blocks.0._orig_mod.ffn.0.weight")
     'blocks.0.ffn.0.weight'
@@ -82,6 +82,7 @@ def _unnested(
         if inner is None:
             raise InvalidOptionError(f"{source} has no weights {weights!r}; it holds {_listed(data)}")
         data, taken = inner, [weights]
+    # Trainers nest more than once, e.g. {"generator": {"model": weights}}.
     while key := next((key for key in nestings if _inside(data, key) is not None), None):
         data = _inside(data, key) or {}
         taken.append(key)
@@ -89,7 +90,7 @@ def _unnested(
 
 
 def _inside(data: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
-    """What is nested under a key; safetensors can only say so in its names."""
+    """Return what is nested under a key, or None; a safetensors file nests by prefixes of its names only."""
     if isinstance(data.get(key), Mapping):
         return dict(data[key])
     if key == "model":  # a prefix like any other
@@ -120,6 +121,7 @@ def _load(source: Path) -> Mapping[str, Any]:
 
 
 def _shards(folder: Path) -> list[Path]:
+    # A folder may hold the weights twice, as safetensors and pickled: its safetensors are taken.
     for index in sorted(folder.glob("*.index.json"), key=lambda path: ".safetensors." not in path.name):
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

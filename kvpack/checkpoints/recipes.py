@@ -17,7 +17,7 @@ _PACKED_FRAMEWISE = {"chunk_frames": 1, "sink_frames": 6, "recent_frames": 3, "t
 
 @dataclass(frozen=True)
 class Recipe:
-    """A known checkpoint.
+    """How a known checkpoint was trained, and how it is sampled.
 
     Args:
         name: what `--recipe` calls it.
@@ -45,7 +45,7 @@ class Recipe:
 
     @property
     def settings(self) -> Settings:
-        """What goes into `kvpack_config.json`; distilled checkpoints have their guidance inside."""
+        """What goes into `kvpack_config.json`; guidance is distilled into the weights, so its scale is 1."""
         call = {"num_inference_steps": len(self.sigmas), "guidance_scale": 1.0}
         return Settings(self.stack, self.options, call=call, recipe=self.name)
 
@@ -128,7 +128,7 @@ RECIPES = {
 
 
 def recipe_for(source: Path, name: str | None) -> Recipe:
-    """A recipe by name, or the one that the checkpoint's path tells: its own name and those of two folders above it.
+    """Return a recipe by name, or guess it from the checkpoint's own name and those of two folders above it.
 
     Raises:
         UnknownNameError: if there is no recipe of that name.

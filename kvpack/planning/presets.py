@@ -15,7 +15,7 @@ Configs = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What a plan needs of a model.
+    """A model's pipeline class, configs and settings, from which a plan is made.
 
     Args:
         name: preset or folder.
@@ -56,7 +56,7 @@ def _wan(layers: int, heads: int, ffn_dim: int, *, channels: int = 16, spatial: 
 
 
 def _far(wan: Configs) -> Configs:
-    """The same as a causal model that compresses old frames itself, and what it was trained with (AnyFlow-FAR)."""
+    """Add the config of AnyFlow-FAR, a causal model that compresses old frames itself."""
     far = {
         "compressed_patch_size": (1, 4, 4),
         "full_chunk_limit": 3,
@@ -82,7 +82,7 @@ PRESETS = {
 
 
 def _checkpoint(recipe: Recipe) -> ModelDescription:
-    """A checkpoint that `kvpack convert` knows; it has the shape of the model that it was made of."""
+    """Describe a checkpoint that `kvpack convert` knows; it has the shape of the model that it was made of."""
     name = recipe.name if recipe.name.endswith("-14b") else f"{recipe.name}-1.3b"
     of = PRESETS[f"wan2.1-t2v-{name.rpartition('-')[2]}"]
     return ModelDescription(name, of.pipeline_class, of.configs, recipe.settings)
@@ -92,7 +92,7 @@ PRESETS |= {each.name: each for each in map(_checkpoint, RECIPES.values())}
 
 
 def preset(name: str) -> ModelDescription:
-    """A model by name.
+    """Return a model by name.
 
     Raises:
         UnknownNameError: if there is no preset of that name.
@@ -103,7 +103,7 @@ def preset(name: str) -> ModelDescription:
 
 
 def from_folder(folder: Path) -> ModelDescription:
-    """Reads a diffusers folder's configs; its weights need not be there.
+    """Read a diffusers folder's configs; its weights need not be there.
 
     Raises:
         InvalidOptionError: if the folder, or a config in it, is missing or broken.
@@ -122,7 +122,7 @@ def from_folder(folder: Path) -> ModelDescription:
 
 
 def adapter_for(model: ModelDescription) -> Any:
-    """The installed adapter that drives pipelines of the model's class.
+    """Return the installed adapter that drives pipelines of the model's class.
 
     Raises:
         UnsupportedPipelineError: if there is none.
