@@ -47,7 +47,7 @@ class Conversion:
         recipe: what the checkpoint was trained for.
         weights: outermost key of the weights in the checkpoint; the recipe's, or the first known, if None.
         lora: LoRA to merge.
-        lora_alpha: its strength; what the file says if None, else the rank.
+        lora_alpha: its strength; what its files say if None (see `Strength`).
         dtype: of the weights; the checkpoint's own if None.
         max_shard_size: bytes of a file, or a text such as "5GB".
         overwrite: whether an output that is there is replaced.

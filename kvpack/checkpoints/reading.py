@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -50,8 +50,10 @@ def read_checkpoint(source: Path, weights: str | None = None, nestings: Sequence
     data, nesting = _unnested(_load(source), source, weights, nestings)
     tensors: dict[str, Tensor] = {}
     for key, value in data.items():
-        if isinstance(value, Tensor):
-            name = bare_name(key)
+        name = bare_name(key)
+        if name.endswith(".alpha") and isinstance(value, Tensor | int | float):
+            value = torch.as_tensor(value, dtype=torch.float64)  # a LoRA's strength, often a whole number
+        if isinstance(value, Tensor) and _is_weight(name, value):
             if name in tensors:
                 raise InvalidOptionError(f"{source} has two weights for {name}, one of them {key}")
             tensors[name] = value
@@ -59,6 +61,16 @@ def read_checkpoint(source: Path, weights: str | None = None, nestings: Sequence
         raise InvalidOptionError(f"{source} holds no tensors but {_listed(data)}; choose where with --weights KEY")
     _require_floats(tensors, source)
     return Checkpoint(tensors, nesting)
+
+
+def header(source: Path) -> dict[str, str]:
+    """Return what the headers of a checkpoint's safetensors files say beside their tensors."""
+    told: dict[str, str] = {}
+    for path in _shards(source) if source.is_dir() else [source]:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                told |= file.metadata() or {}
+    return told
 
 
 def bare_name(key: str) -> str:
@@ -96,6 +108,11 @@ def _inside(data: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
     if key == "model":  # a prefix like any other
         return None
     return {name.removeprefix(f"{key}."): data[name] for name in data if name.startswith(f"{key}.")} or None
+
+
+def _is_weight(name: str, tensor: Tensor) -> bool:
+    """Return whether a tensor is a number of the model, and not a counter, a mask or a table beside its weights."""
+    return tensor.is_floating_point() or re.search(r"(^|\.)q?weight(_packed)?$|\.bias$", name) is not None
 
 
 def _require_floats(tensors: Mapping[str, Tensor], source: Path) -> None:
