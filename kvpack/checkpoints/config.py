@@ -92,6 +92,21 @@ class Settings:
         return next((cls.read(Path(path)) for path in cached if isinstance(path, str)), None)
 
 
+def frame_rate(pipeline_class: str, configs: Mapping[str, Mapping[str, Any]]) -> float:
+    """Return the pixel frames a second that a stock model was trained with: 24 or 16.
+
+    Args:
+        pipeline_class: name of its diffusers class.
+        configs: of its parts, the transformer's among them.
+
+    >>> frame_rate("SkyReelsV2DiffusionForcingPipeline", {}), frame_rate("WanPipeline", {})
+    (24.0, 16.0)
+    """
+    # Of Wan's models only 2.2 TI2V 5B has 24; a VAE of 48 channels tells it.
+    wan_5b = pipeline_class.startswith("Wan") and configs.get("transformer", {}).get("in_channels") == 48
+    return 24.0 if pipeline_class.startswith("SkyReelsV2") or wan_5b else 16.0
+
+
 def require_model_folder(folder: Path) -> Path:
     """Return `folder` if it looks like a diffusers pipeline.
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 from kvpack.checkpoints.lora import merge, read_lora
 from kvpack.checkpoints.reading import NESTINGS, read_checkpoint
 from kvpack.checkpoints.recipes import Recipe
 from kvpack.errors import InvalidOptionError, OutputError, UnsupportedPipelineError
-from kvpack.scheduler import FlowMatchFewStepScheduler
 
 _INDEX = "model_index.json"
 #: What a base without other parts lacks; they can be passed to `from_pretrained`.
@@ -108,9 +108,9 @@ def convert(asked: Conversion, family: Family) -> Converted:
     # Nothing is written before all that can be wrong with the weights has been found.
     with _replacing(asked.output) as folder:
         model.save_pretrained(folder / "transformer", max_shard_size=asked.max_shard_size)
-        FlowMatchFewStepScheduler(asked.recipe.sigmas, asked.recipe.shift).save_pretrained(folder / "scheduler")
+        asked.recipe.scheduler.save_pretrained(folder / "scheduler")
         asked.recipe.settings.write(folder)
-        copied, absent = _copy_parts(asked.base, folder, index)
+        copied, absent = _copy_parts(asked, folder, index)
     parameters = sum(each.numel() for each in model.parameters())
     return Converted(checkpoint.nesting, len(weights), parameters, len(deltas), copied, absent)
 
@@ -141,12 +141,11 @@ def _json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _copy_parts(base: Path, folder: Path, index: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _copy_parts(asked: Conversion, folder: Path, index: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Copy all parts but the transformer and the scheduler, and write the model index."""
-    own = {
-        "transformer": _TRANSFORMER,
-        "scheduler": [FlowMatchFewStepScheduler.__module__, "FlowMatchFewStepScheduler"],
-    }
+    base, scheduler = asked.base, type(asked.recipe.scheduler)
+    library = "diffusers" if hasattr(diffusers, scheduler.__name__) else scheduler.__module__
+    own = {"transformer": _TRANSFORMER, "scheduler": [library, scheduler.__name__]}
     parts = [name for name, value in index.items() if isinstance(value, list) and name not in (*own, "transformer_2")]
     there = [name for name in parts if (base / name).is_dir()]
     for name in there:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvpack.checkpoints.config import Settings, require_model_folder
+from kvpack.checkpoints.config import Settings, frame_rate, require_model_folder
 from kvpack.checkpoints.recipes import RECIPES, Recipe
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, unknown_name
 
@@ -65,26 +65,29 @@ def _far(wan: Configs) -> Configs:
     return {**wan, "transformer": {**wan["transformer"], **far}}
 
 
+def _stock(name: str, pipeline_class: str, configs: Configs) -> ModelDescription:
+    """Describe a model that has no settings of its own but its family's frame rate."""
+    return ModelDescription(name, pipeline_class, configs, Settings(fps=frame_rate(pipeline_class, configs)))
+
+
+_SKYREELS = "SkyReelsV2DiffusionForcingPipeline"
 PRESETS = {
-    "wan2.1-t2v-1.3b": ModelDescription("wan2.1-t2v-1.3b", "WanPipeline", _wan(30, 12, 8960)),
-    "wan2.1-t2v-14b": ModelDescription("wan2.1-t2v-14b", "WanPipeline", _wan(40, 40, 13824)),
-    "wan2.2-ti2v-5b": ModelDescription(
-        "wan2.2-ti2v-5b", "WanPipeline", _wan(30, 24, 14336, channels=48, spatial=16, **_VAE_2_2)
-    ),
-    "skyreels-v2-df-1.3b": ModelDescription(
-        "skyreels-v2-df-1.3b", "SkyReelsV2DiffusionForcingPipeline", _wan(30, 12, 8960)
-    ),
-    "skyreels-v2-df-14b": ModelDescription(
-        "skyreels-v2-df-14b", "SkyReelsV2DiffusionForcingPipeline", _wan(40, 40, 13824)
-    ),
-    "anyflow-far-1.3b": ModelDescription("anyflow-far-1.3b", "AnyFlowFARPipeline", _far(_wan(30, 12, 8960))),
+    each.name: each
+    for each in (
+        _stock("wan2.1-t2v-1.3b", "WanPipeline", _wan(30, 12, 8960)),
+        _stock("wan2.1-t2v-14b", "WanPipeline", _wan(40, 40, 13824)),
+        _stock("wan2.2-ti2v-5b", "WanPipeline", _wan(30, 24, 14336, channels=48, spatial=16, **_VAE_2_2)),
+        _stock("skyreels-v2-df-1.3b", _SKYREELS, _wan(30, 12, 8960)),
+        _stock("skyreels-v2-df-14b", _SKYREELS, _wan(40, 40, 13824)),
+        _stock("anyflow-far-1.3b", "AnyFlowFARPipeline", _far(_wan(30, 12, 8960))),
+    )
 }
 
 
 def _checkpoint(recipe: Recipe) -> ModelDescription:
     """Describe a checkpoint that `kvpack convert` knows; it has the shape of the model that it was made of."""
-    name = recipe.name if recipe.name.endswith("-14b") else f"{recipe.name}-1.3b"
-    of = PRESETS[f"wan2.1-t2v-{name.rpartition('-')[2]}"]
+    of, size = PRESETS[recipe.base], recipe.base.rpartition("-")[2]
+    name = recipe.name if recipe.name.endswith(f"-{size}") else f"{recipe.name}-{size}"
     return ModelDescription(name, of.pipeline_class, of.configs, recipe.settings)
 
 
@@ -117,8 +120,9 @@ def from_folder(folder: Path) -> ModelDescription:
         part: {} if index.get(part) == absent else _read(folder / part / "config.json")
         for part in ("transformer", "vae")
     }
-    settings = Settings.of_folder(folder) or Settings()
-    return ModelDescription(str(folder), str(index.get("_class_name")), configs, settings)
+    name = str(index.get("_class_name"))
+    settings = Settings.of_folder(folder) or Settings(fps=frame_rate(name, configs))
+    return ModelDescription(str(folder), name, configs, settings)
 
 
 def adapter_for(model: ModelDescription) -> Any:
