@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvpack.checkpoints.text import read_text
 from kvpack.errors import InvalidOptionError
 from kvpack.version import __version__
 
@@ -55,7 +56,7 @@ class Settings:
             InvalidOptionError: if it does not hold settings.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(read_text(path))
             stack, known = data["stack"], {"fps", "first_chunk_frames", "call", "recipe"}
             settings = cls(stack["name"], stack.get("options", {}), **{key: data[key] for key in known & set(data)})
             if not (isinstance(settings.stack, str) and settings.fps > 0):

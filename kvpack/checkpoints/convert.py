@@ -15,6 +15,7 @@ import torch
 from kvpack.checkpoints.lora import merge, read_lora
 from kvpack.checkpoints.reading import NESTINGS, read_checkpoint
 from kvpack.checkpoints.recipes import Recipe
+from kvpack.checkpoints.text import read_text
 from kvpack.errors import InvalidOptionError, OutputError, UnsupportedPipelineError
 
 _INDEX = "model_index.json"
@@ -133,7 +134,7 @@ def _base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except ValueError as error:
         raise InvalidOptionError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):

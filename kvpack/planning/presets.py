@@ -8,6 +8,7 @@ from typing import Any
 
 from kvpack.checkpoints.config import Settings, frame_rate, require_model_folder
 from kvpack.checkpoints.recipes import RECIPES, Recipe
+from kvpack.checkpoints.text import read_text
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, unknown_name
 
 Configs = Mapping[str, Mapping[str, Any]]
@@ -148,7 +149,7 @@ def adapter_for(model: ModelDescription) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except OSError as error:
         raise InvalidOptionError(f"cannot read {path}: {error.strerror}; give a diffusers pipeline's folder") from error
     except ValueError as error:
