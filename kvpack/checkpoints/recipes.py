@@ -195,6 +195,8 @@ def recipe_for(source: Path, name: str | None) -> Recipe:
     found = [each for each in RECIPES.values() if any(_ends(plain, pattern) for pattern in each.files)]
     if len(found) == 1:
         return found[0]
+    if not source.exists():
+        raise InvalidOptionError(f"no checkpoint {source}; give a file or a folder of shards")
     told = next((f"{what}, that no recipe is for" for each, what in _OTHERS.items() if _ends(plain, each)), "none")
     raise InvalidOptionError(f"the path {path} tells {told}; give --recipe, one of {', '.join(RECIPES)}")
 

@@ -191,6 +191,7 @@ def _captions(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise BrokenClipError(f"no captions can be read from {path.name}: {error}") from error
 
+
 def _opened(path: Path) -> Any:
     try:
         file = safe_open(path, framework="pt")
