@@ -45,8 +45,8 @@ def warn_if_bidirectional(model: Any) -> None:
     # A LoRA may have made it causal.
     if name and ends(Path(name), f"{_WAN}(/transformer)?") and not getattr(model, "peft_config", None):
         warnings.warn(
-            f"{name} is bidirectional: it was never taught to continue a video chunk by chunk. Load a causal checkpoint, "
-            "e.g. one from kvpack convert",
+            f"{name} is bidirectional: it was never taught to continue a video chunk by chunk. Load a causal "
+            "checkpoint, e.g. one from kvpack convert",
             BidirectionalWarning,
             stacklevel=3,
         )
