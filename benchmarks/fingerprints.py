@@ -113,7 +113,7 @@ def runs() -> Iterator[Run]:
     yield Run("long", "wan", "packforcing-paper", {"height": 16, "num_frames": 397})  # selects of more than 16 blocks
     turns, rows = ({**GUIDED, "height": 48, "width": 144, **prompt} for prompt in (TURNS, {"prompt": ROWS}))
     for name, middle in product(registry().names("reindexer"), ("pool", "identity")):
-        yield Run(f"reindex {name}, {middle}", call=turns, options={"reindex": name, "compressor": middle})
+        yield Run(f"reindex {name}, {middle}", call=turns, options={"reindexer": name, "compressor": middle})
     selectors = [{"policy": name, "topk": 2} for name in registry().names("selector") if name != "all"]
     selectors += [{**each, "after_rope": True} for each in selectors if each["policy"] in ("topk", "softmax-mass")]
     selectors += [{"policy": "all"}, {"policy": "random", "topk": 2, "seed": 7}]
