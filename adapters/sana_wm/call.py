@@ -1,21 +1,20 @@
-"""What a `SanaWMLTX2Refiner` is asked for: arguments checked before anything is computed, the prompt encoded."""
+"""Arguments of a `SanaWMLTX2Refiner`'s call, checked before anything is computed, and its prompt encoded."""
 
 import inspect
 import math
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, require_choice, require_int
-from kvpack.generation.prompts import Shot, shots
-from kvpack.memory.base import Memory
+from kvpack.generation.prompts import Shot
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """What the transformer hears.
+    """What the transformer is told of a prompt; its length is the batch.
 
     Args:
         embeds: text embeddings `[batch, tokens, width]`.
@@ -25,15 +24,20 @@ class Text:
     embeds: Tensor
     mask: Tensor
 
+    def __len__(self) -> int:
+        return len(self.embeds)
+
 
 def checked(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> dict[str, Any]:
-    """All arguments of the pipeline's call, with a generator.
+    """Return all arguments of the pipeline's call, with a generator.
 
     Raises:
         InvalidOptionError: if an argument cannot work.
         NonFiniteLatentsError: if `sana_latent` holds NaN or infinity.
     """
     call = dict(arguments)
+    if pipeline.vae is None:
+        call["output_type"] = "latent"  # whatever was asked for, as upstream
     for name in ("sink_size", "block_size"):
         call[name] = require_int(name, call[name], minimum=1)
     if call["sink_size"] > call["block_size"]:
@@ -91,13 +95,8 @@ def _check_latents(pipeline: Any, call: dict[str, Any]) -> None:
         raise NonFiniteLatentsError("sana_latent holds NaN or infinity; give finite latents")
 
 
-def spoken(prompt: Any) -> list[Shot]:
-    """The shots of a prompt, which is one text for the whole video or a schedule of them.
-
-    Raises:
-        InvalidOptionError: if it is neither.
-    """
-    schedule = shots(prompt)
+def require_texts(schedule: list[Shot]) -> list[Shot]:
+    """Return the shots if the prompt of each is one text, and raise `InvalidOptionError` if not."""
     for shot in schedule:
         if not isinstance(shot.prompt, str):
             raise InvalidOptionError(f"the refiner's prompt is one text, got {type(shot.prompt).__name__}")
@@ -106,23 +105,7 @@ def spoken(prompt: Any) -> list[Shot]:
 
 @torch.no_grad()
 def encoded(pipeline: Any, prompt: Any, rows: int) -> Text:
-    """Text embeddings of one prompt, for every row of a batch."""
+    """Return text embeddings of one prompt, for every row of a batch."""
     transformer = pipeline.transformer
     embeds, mask = pipeline._encode_prompt(prompt, device=pipeline._execution_device, dtype=transformer.dtype)
     return Text(embeds.expand(rows, -1, -1), mask.expand(rows, -1))
-
-
-def with_chunks(stack: Memory, block_size: int) -> Memory:
-    """The same memory for chunks of the call's length.
-
-    Raises:
-        InvalidOptionError: if it cannot work with it.
-    """
-    if stack.chunk_frames == block_size:
-        return stack
-    if not is_dataclass(stack) or "chunk_frames" not in {each.name for each in fields(stack) if each.init}:
-        raise InvalidOptionError(
-            f"{stack.name} has chunks of {stack.chunk_frames} latent frames and no others; "
-            f"give block_size={stack.chunk_frames}, got {block_size}"
-        )
-    return replace(stack, chunk_frames=block_size)  # type: ignore[return-value]

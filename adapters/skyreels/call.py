@@ -1,38 +1,13 @@
-"""What a SkyReels-V2 diffusion-forcing pipeline is asked for, checked before anything is computed."""
+"""Arguments of a SkyReels-V2 diffusion-forcing pipeline's call, checked before anything is computed."""
 
-from dataclasses import replace
 from typing import Any
 
 from kvpack.adapters.wan.call import checked
 from kvpack.errors import InvalidOptionError, require_int
-from kvpack.memory.base import Memory
-
-
-def in_blocks(pipeline: Any, stack: Any, call: dict[str, Any]) -> Memory:
-    """The stack with chunks as long as the call's, or else the checkpoint's, causal blocks.
-
-    Raises:
-        InvalidOptionError: if the stack cannot have chunks of this length.
-    """
-    given, trained = call["causal_block_size"], pipeline.transformer.config.num_frame_per_block
-    if given is not None:
-        frames = require_int("causal_block_size", given, minimum=1)
-    else:
-        frames = trained if trained > 1 else stack.chunk_frames
-    if frames == stack.chunk_frames:
-        return stack
-    try:
-        return replace(stack, chunk_frames=frames)
-    except (TypeError, InvalidOptionError) as error:
-        raise InvalidOptionError(
-            f"causal_block_size {frames} does not go with the chunks of {stack.chunk_frames} frames of the stack "
-            f"{stack.name} ({error}); pass causal_block_size={stack.chunk_frames}, or enable a stack with "
-            f"chunk_frames={frames}"
-        ) from error
 
 
 def checked_call(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> dict[str, Any]:
-    """All arguments of the pipeline's call.
+    """Return all arguments of the pipeline's call.
 
     Raises:
         InvalidOptionError: if an argument cannot work.
@@ -69,7 +44,7 @@ def _check_schedule(call: dict[str, Any]) -> None:
 
 
 def check_end(frames: int, chunk_frames: int, scale: int) -> None:
-    """Refuses a last image that would have a chunk of its own: in a causal model nothing would see it.
+    """Refuse a last image that would have a chunk of its own: in a causal model nothing would see it.
 
     Args:
         frames: latent frames behind the image that the video begins with.

@@ -1,7 +1,6 @@
-"""What a `WanPipeline` is asked for: arguments checked before anything is computed, prompts encoded, noise drawn."""
+"""Arguments of a `WanPipeline`'s call: checked before anything is computed, prompts encoded, noise drawn."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ logger = logging.get_logger(__name__)
 
 
 def checked(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> dict[str, Any]:
-    """All arguments of the pipeline's call, height and width as it adjusts them.
+    """Return all arguments of the pipeline's call, height and width as it adjusts them.
 
     Raises:
         InvalidOptionError: if an argument cannot work.
@@ -66,7 +65,7 @@ def _check_latents(pipeline: Any, latents: Any) -> None:
 
 
 def latent_frames(pipeline: Any, call: dict[str, Any]) -> int | None:
-    """Latent frames of the whole video, as the pipeline counts them; None is endless."""
+    """Return latent frames of the whole video, as the pipeline counts them; None is endless."""
     if call["latents"] is not None:
         return int(call["latents"].shape[2])
     frames, scale = call["num_frames"], pipeline.vae_scale_factor_temporal
@@ -78,7 +77,7 @@ def latent_frames(pipeline: Any, call: dict[str, Any]) -> int | None:
 
 
 def frame_size(pipeline: Any, call: dict[str, Any]) -> tuple[int, int]:
-    """Height and width in pixels; those of `latents` where they are given."""
+    """Return height and width in pixels; those of `latents` where they are given."""
     if call["latents"] is None:
         return call["height"], call["width"]
     height, width = call["latents"].shape[3:]
@@ -87,7 +86,7 @@ def frame_size(pipeline: Any, call: dict[str, Any]) -> tuple[int, int]:
 
 @torch.no_grad()
 def encode_prompts(pipeline: Any, call: dict[str, Any]) -> dict[str, Tensor]:
-    """Text embeddings of each guidance branch, a row for each video.
+    """Return text embeddings of each guidance branch, a row for each video.
 
     Raises:
         InvalidOptionError: if the batch of `latents` does not go with that of the prompts.
@@ -113,11 +112,11 @@ def encode_prompts(pipeline: Any, call: dict[str, Any]) -> dict[str, Tensor]:
         )
         for name, (each, given) in branches.items()
     }
-    return _fitted(embeds, call["latents"])
+    return _same_batch(embeds, call["latents"])
 
 
-def _fitted(embeds: dict[str, Tensor], latents: Tensor | None) -> dict[str, Tensor]:
-    """One prompt serves any batch of latents, and one negative prompt any batch of prompts, as in the pipeline."""
+def _same_batch(embeds: dict[str, Tensor], latents: Tensor | None) -> dict[str, Tensor]:
+    """Repeat what is one row, as the pipeline: a prompt serves any batch of latents, a negative one any of prompts."""
     rows = max(each.shape[0] for each in embeds.values())
     if latents is not None and rows == 1:
         rows = latents.shape[0]
@@ -129,20 +128,8 @@ def _fitted(embeds: dict[str, Tensor], latents: Tensor | None) -> dict[str, Tens
     return {name: each if each.shape[0] == rows else each.repeat(rows, 1, 1) for name, each in embeds.items()}
 
 
-def rewinding(generator: Any) -> Callable[[], None]:
-    """What brings a call's generators back to where they are now; noise drawn without one comes anew."""
-    generators = generator if isinstance(generator, list) else [generator] if generator is not None else []
-    states = [each.get_state() for each in generators]
-
-    def rewind() -> None:
-        for each, state in zip(generators, states, strict=True):
-            each.set_state(state)
-
-    return rewind
-
-
 def chunk_noise(pipeline: Any, call: dict[str, Any], rows: int, first_frame: int, frames: int) -> Tensor:
-    """Noise of one chunk; drawn a chunk at a time, so that a video's beginning does not depend on its length."""
+    """Return the noise of one chunk; drawn for it alone, so that a video's beginning does not depend on its length."""
     given = call["latents"]
     part = given[:, :, first_frame : first_frame + frames] if given is not None else None
     if part is not None and part.shape[2] == frames:

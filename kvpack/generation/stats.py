@@ -7,12 +7,12 @@ from kvpack.memory.session import AnySession
 
 
 def branch_stats(stack: str, sessions: Mapping[str, AnySession], seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Tokens of one branch, bytes of all, and seconds of each phase.
+    """Return tokens of one branch, bytes of all, and seconds of each part of the work.
 
     Args:
         stack: name of the memory.
         sessions: memory of each guidance branch.
-        seconds: of each phase.
+        seconds: of each part of the work.
     """
     each = [session.stats() for session in sessions.values()]
     if not each:

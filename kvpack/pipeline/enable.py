@@ -16,7 +16,7 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
 def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] | None = None, **options: Any) -> Pipeline:
-    """Lets a causal video pipeline generate any length in bounded memory (PackForcing, arXiv 2603.25730).
+    """Let a causal video pipeline generate any length in bounded memory (PackForcing, arXiv 2603.25730).
 
     The pipeline keeps its class name, components and call; `num_frames` may now exceed what the model was trained with.
     Enabling again replaces the stack. Where the pipeline's folder has a `kvpack_config.json`, its frame rate, first
@@ -32,6 +32,12 @@ def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] | None = 
     Returns:
         The same pipeline.
 
+    Example:
+        >>> import kvpack, kvpack.testing
+        >>> pipe = kvpack.enable(kvpack.testing.tiny_wan_pipeline(), topk=2)
+        >>> pipe.packforcing.stack.selector.topk
+        2
+
     Raises:
         UnsupportedPipelineError: if no adapter drives this pipeline, or something is switched on that cannot work.
         UnknownNameError: if a stack or policy is not installed.
@@ -40,21 +46,20 @@ def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] | None = 
     settings = Settings.of_pipeline(pipeline) or Settings()
     adapter = adapter_of(pipeline)
     adapter.check(pipeline)
-    configs = {name: part.config for name, part in pipeline.components.items() if hasattr(part, "config")}
-    resolved = resolve_stack(stack, options, settings, partial(adapter.default_options, configs))
+    resolved = resolve_stack(stack, options, settings, partial(adapter.default_options, adapter.configs(pipeline)))
     if settings.first_chunk_frames is not None:
         require_length(settings.first_chunk_frames, resolved.chunk_frames)
     adapter.check_stack(pipeline, resolved)
     if not isinstance(pipeline, PackForcingMixin):
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
-    told = {"fps": float(settings.fps), "first_chunk_frames": settings.first_chunk_frames, "call": settings.call}
     before = vars(pipeline).get("_kvpack")
-    attach(pipeline, resolved, **{**told, **({} if before is None else {"fps": before.fps})})
+    fps = float(settings.fps) if before is None else before.fps
+    attach(pipeline, resolved, fps=fps, first_chunk_frames=settings.first_chunk_frames, call=settings.call)
     return pipeline
 
 
 def disable(pipeline: Pipeline) -> Pipeline:
-    """Makes it the stock pipeline of before, bit for bit; does nothing to one that is not enabled."""
+    """Make it the stock pipeline of before, bit for bit; it does nothing to one that is not enabled."""
     if isinstance(pipeline, PackForcingMixin):
         pipeline.__dict__.pop("_kvpack", None)
         pipeline.__class__ = pipeline._kvpack_base  # type: ignore[assignment]
