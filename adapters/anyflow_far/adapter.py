@@ -9,9 +9,6 @@ from kvpack.adapters.anyflow_far.chunks import Chunks
 from kvpack.adapters.anyflow_far.run import AnyFlowFARRun
 from kvpack.adapters.wan.adapter import WanAdapter
 from kvpack.adapters.wan.compression import native_window
-from kvpack.adapters.wan.training import WanTrainee
-from kvpack.errors import UnsupportedPipelineError
-from kvpack.memory.costs import ModelCost
 from kvpack.plugins.registry import registry
 
 
@@ -26,6 +23,7 @@ class AnyFlowFARAdapter(WanAdapter):
     pipelines = (AnyFlowFARPipeline,)  # the bidirectional `AnyFlowPipeline` has no history
     run_class = AnyFlowFARRun
     extra_arguments = {"upstream_padding": False}
+    trainee_class = None  # its forwards have two times, which training does not know yet
 
     def default_options(self, configs: Mapping[str, Mapping[str, Any]], stack: str) -> dict[str, Any]:
         """Return chunks as the model was trained; `packforcing` in its sizes, with its own embedding as the compressor.
@@ -46,14 +44,6 @@ class AnyFlowFARAdapter(WanAdapter):
             "train_frames": sum(config["chunk_partition"]),
             **_native(native_window(config)),
         }
-
-    def model_cost(self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int) -> ModelCost | None:
-        """Return None: nobody has counted it."""
-        return None
-
-    def trainee(self, pipeline: Any, max_sequence_length: int | None = None) -> WanTrainee:
-        """Refuse it: forwards have two times here, which training does not know yet."""
-        raise UnsupportedPipelineError(f"the adapter {self.name} cannot train yet; it has no `trainee`")
 
 
 def _native(window: tuple[int, int] | None) -> dict[str, Any]:

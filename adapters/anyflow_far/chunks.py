@@ -1,9 +1,8 @@
 """The chunks of an AnyFlow-FAR video: a first, as many of one length as it takes, and a last."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 from kvpack.errors import InvalidOptionError, require_int
 
@@ -62,15 +61,3 @@ class Chunks:
                 f"the video begins with {given} latent frames, which end inside a chunk of chunk_partition {shown}; "
                 "leave it out, or let them fill whole chunks"
             )
-
-
-def chunks_of(pipeline: Any, partition: Any) -> Chunks:
-    """Return the chunks that a call asks for, or those that the model was trained with.
-
-    Raises:
-        InvalidOptionError: if the lengths are not such as kvpack can make.
-    """
-    if not isinstance(partition, Sequence | None):
-        raise InvalidOptionError(f"chunk_partition must be a list of latent frames, got {partition!r}; e.g. [1, 3, 3]")
-    own = Chunks.of(pipeline.transformer.config.chunk_partition)
-    return replace(own, partition=None) if partition is None else Chunks.of(partition, own.rest)

@@ -1,7 +1,9 @@
 """One call of an `AnyFlowFARPipeline`, with a partition of one chunk alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,17 +11,14 @@ from diffusers.pipelines.anyflow.pipeline_output import AnyFlowPipelineOutput
 from diffusers.utils import logging
 from torch import Tensor
 
-from kvpack.adapters.anyflow_far.chunks import chunks_of
+from kvpack.adapters.anyflow_far.chunks import Chunks
 from kvpack.adapters.anyflow_far.denoiser import AnyFlowFARDenoiser
 from kvpack.adapters.offload import onload
-from kvpack.adapters.wan.call import frame_size, latent_frames
 from kvpack.adapters.wan.conditioning import expand_batch
-from kvpack.adapters.wan.prompt_cache import PromptCache
 from kvpack.adapters.wan.run import WanRun
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError
 from kvpack.generation.chunks import with_chunk_frames
 from kvpack.memory.base import Memory
-from kvpack.memory.geometry import Geometry
 
 logger = logging.get_logger(__name__)
 
@@ -31,7 +30,12 @@ class AnyFlowFARRun(WanRun):
 
     def checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return all arguments of the call, and find out its chunks."""
-        self.partition = chunks_of(self.pipeline, arguments["chunk_partition"])
+        partition, own = arguments["chunk_partition"], Chunks.of(self.pipeline.transformer.config.chunk_partition)
+        if not isinstance(partition, Sequence | None):
+            raise InvalidOptionError(
+                f"chunk_partition must be a list of latent frames, got {partition!r}; e.g. [1, 3, 3]"
+            )
+        self.partition = replace(own, partition=None) if partition is None else Chunks.of(partition, own.rest)
         call = super().checked(arguments)
         if not call["use_kv_cache"]:
             raise InvalidOptionError(
@@ -39,16 +43,11 @@ class AnyFlowFARRun(WanRun):
                 "pipe.disable_packforcing() first"
             )
         schedule = call["sigmas"] if call["sigmas"] is not None else call["timesteps"]
-        if schedule is not None:
-            call["num_inference_steps"] = len(schedule)
-        total = latent_frames(self.pipeline, call)
-        if total is not None:
-            call["num_frames"] = self.pipeline.vae_scale_factor_temporal * (total - 1) + 1
-        self.partition.check(total, _conditioning_frames(self.pipeline, call))
-        return call
+        return call if schedule is None else {**call, "num_inference_steps": len(schedule)}
 
     def fit(self, stack: Memory) -> Memory:
         """Return the stack for the chunks of the call, or else of the model."""
+        self.partition.check(self.total_frames, self._conditioning_frames())
         if self.partition.partition is None and stack.chunk_frames != self.partition.rest:
             logger.warning(
                 f"chunks have the {self.partition.rest} latent frames of the model's chunk_partition, not the "
@@ -56,11 +55,9 @@ class AnyFlowFARRun(WanRun):
             )
         return with_chunk_frames(stack, self.partition.rest, "chunk_partition")
 
-    def new_denoiser(self, geometry: Geometry, conditioning: dict[str, Tensor]) -> AnyFlowFARDenoiser:
-        """Return the transformer over a new memory."""
-        kwargs, padding = self.call["attention_kwargs"], bool(self.call["upstream_padding"])
-        own: dict[str, Any] = {"prompt": PromptCache(), "upstream_padding": padding}
-        return AnyFlowFARDenoiser(self.pipeline, self.stack, geometry, conditioning, kwargs, **own)
+    def denoiser_class(self) -> Callable[..., AnyFlowFARDenoiser]:
+        """Return what makes the denoiser, with upstream's padding if the call asks for it."""
+        return partial(AnyFlowFARDenoiser, upstream_padding=bool(self.call["upstream_padding"]))
 
     def beginning(self) -> Tensor | None:
         """Return the latents of the clip that the video begins with."""
@@ -76,6 +73,26 @@ class AnyFlowFARRun(WanRun):
             raise NonFiniteLatentsError("video or video_latents hold NaN or infinity; give finite ones")
         latents = given.transpose(1, 2).to(pipeline._execution_device, pipeline.transformer.dtype)  # (b, c, f, h, w)
         return expand_batch(latents, self.rows, self.call["num_videos_per_prompt"])
+
+    def _conditioning_frames(self) -> int:
+        """Return the latent frames that the call gives.
+
+        Raises:
+            InvalidOptionError: if they do not have the video's size.
+        """
+        video, latents, scale = self.call["video"], self.call["video_latents"], self.pipeline.vae_scale_factor_temporal
+        if video is not None:
+            return (int(video.shape[1]) - 1) // scale + 1
+        if latents is None:
+            return 0
+        channels = self.pipeline.transformer.config.in_channels
+        height, width = (side // self.pipeline.vae_scale_factor_spatial for side in self.frame_size())
+        if latents.ndim != 5 or tuple(latents.shape[2:]) != (channels, height, width) or not latents.shape[1]:
+            raise InvalidOptionError(
+                f"video_latents must be [batch, frames, {channels} channels, {height}, {width}], "
+                f"got {list(latents.shape)}"
+            )
+        return int(latents.shape[1])
 
     def first_length(self) -> int:
         """Return the length of the first chunk, as the call's partition or else the model's says."""
@@ -121,23 +138,3 @@ class AnyFlowFARRun(WanRun):
             self.pipeline._progress_bar_config = bars
             if bars is None:
                 del attributes["_progress_bar_config"]
-
-
-def _conditioning_frames(pipeline: Any, call: dict[str, Any]) -> int:
-    """Return the latent frames that the call gives.
-
-    Raises:
-        InvalidOptionError: if they do not have the video's size.
-    """
-    video, latents = call["video"], call["video_latents"]
-    if video is not None:
-        return (int(video.shape[1]) - 1) // pipeline.vae_scale_factor_temporal + 1
-    if latents is None:
-        return 0
-    channels = pipeline.transformer.config.in_channels
-    height, width = (side // pipeline.vae_scale_factor_spatial for side in frame_size(pipeline, call))
-    if latents.ndim != 5 or tuple(latents.shape[2:]) != (channels, height, width) or not latents.shape[1]:
-        raise InvalidOptionError(
-            f"video_latents must be [batch, frames, {channels} channels, {height}, {width}], got {list(latents.shape)}"
-        )
-    return int(latents.shape[1])

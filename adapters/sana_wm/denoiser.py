@@ -1,6 +1,7 @@
 """The SANA-WM refiner's transformer over kvpack's memory."""
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMRefinerKVCache
@@ -13,6 +14,22 @@ from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
 
 BRANCH = "cond"
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """What the transformer is told of a prompt; its length is the batch.
+
+    Args:
+        embeds: text embeddings `[batch, tokens, width]`.
+        mask: 1 where a token counts, `[batch, tokens]`.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.embeds)
 
 
 class SanaWMDenoiser(Denoiser):

@@ -1,5 +1,7 @@
 """One call of a `SanaWMLTX2Refiner`: the upstream call once a block, behind the raw frames of its sink."""
 
+import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,12 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpack.adapters.sana_wm.call import checked, encoded, require_texts
-from kvpack.adapters.sana_wm.denoiser import BRANCH, SanaWMDenoiser
+from kvpack.adapters.sana_wm.denoiser import BRANCH, SanaWMDenoiser, Text
 from kvpack.adapters.sana_wm.rope import LTX2Rotary
-from kvpack.errors import UnsupportedPipelineError
+from kvpack.errors import (
+    InvalidOptionError,
+    NonFiniteLatentsError,
+    UnsupportedPipelineError,
+    require_choice,
+    require_int,
+)
 from kvpack.generation.chunks import GeneratedChunk, with_chunk_frames
-from kvpack.generation.prompts import Prompt, Shot
+from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
 from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
@@ -22,13 +29,49 @@ from kvpack.memory.geometry import Geometry
 class SanaWMRun(Run):
     """Refines a video block by block; the first chunk is the raw sink and the first block."""
 
-    def parse_prompt(self, prompt: Any) -> list[Shot]:
-        """Return the shots of a prompt, of one text each."""
-        return require_texts(super().parse_prompt(prompt))
-
     def checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return all arguments of the call, checked before anything is computed."""
-        return checked(self.pipeline, arguments, streaming=self.streaming)
+        """Return all arguments of the call, with a generator, checked before anything is computed.
+
+        Raises:
+            InvalidOptionError: if an argument cannot work.
+            NonFiniteLatentsError: if `sana_latent` holds NaN or infinity.
+        """
+        call, pipeline = dict(arguments), self.pipeline
+        if pipeline.vae is None:
+            call["output_type"] = "latent"  # whatever was asked for, as upstream
+        for name in ("sink_size", "block_size"):
+            call[name] = require_int(name, call[name], minimum=1)
+        if call["sink_size"] > call["block_size"]:
+            raise InvalidOptionError(
+                f"sink_size must be at most block_size {call['block_size']}, got {call['sink_size']}; "
+                "keep more frames for good by the stack's sink_frames"
+            )
+        if pipeline.packforcing.first_chunk_frames not in (None, call["sink_size"]):
+            raise InvalidOptionError(
+                f"the refiner's first chunk is its sink; give sink_size={pipeline.packforcing.first_chunk_frames} to "
+                f"the call in the place of packforcing.first_chunk_frames, got {call['sink_size']}"
+            )
+        trained = inspect.signature(pipeline._kvpack_base.__call__).parameters["kv_max_frames"].default
+        if call["kv_max_frames"] != trained:
+            raise InvalidOptionError(
+                f"kv_max_frames is the stock pipeline's window, got {call['kv_max_frames']}, but this pipeline's "
+                f'memory is its stack; give the stack\'s options, e.g. enable_packforcing("sana-wm", '
+                f"window_frames={call['kv_max_frames']})"
+            )
+        require_choice("output_type", call["output_type"], ("latent", "np", "pt", "pil"))
+        if not (isinstance(call["fps"], int | float) and math.isfinite(call["fps"]) and call["fps"] > 0):
+            raise InvalidOptionError(f"fps must be a number > 0, got {call['fps']!r}")
+        if len(call["sigmas"]) < 2:
+            raise InvalidOptionError(f"sigmas need a step at least, e.g. (0.9, 0.0), got {call['sigmas']!r}")
+        if self.streaming and call["output_type"] != "latent":
+            raise InvalidOptionError(
+                "the refiner's decoder looks at frames to come, so pixels cannot be streamed; "
+                'stream with output_type="latent" and decode the whole afterwards'
+            )
+        _check_latents(pipeline, call)
+        if call["generator"] is None:  # one for all blocks, as upstream's
+            call["generator"] = torch.Generator(device=pipeline._execution_device).manual_seed(42)
+        return call
 
     def fit(self, stack: Memory) -> Memory:
         """Return the stack for the call's blocks."""
@@ -52,9 +95,15 @@ class SanaWMRun(Run):
         assert isinstance(geometry.rotary, LTX2Rotary)
         return replace(geometry, rotary=replace(geometry.rotary, fps=self.fps))
 
-    def encode(self, prompt: Prompt | None) -> dict[str, Any]:
-        """Return the text of the one branch."""
-        return {BRANCH: encoded(self.pipeline, prompt, self.call["sana_latent"].shape[0])}
+    @torch.no_grad()
+    def encode(self, prompt: Prompt | None) -> dict[str, Text]:
+        """Return the text of the one branch, for every row of the batch."""
+        if not isinstance(prompt, str):
+            raise InvalidOptionError(f"the refiner's prompt is one text, got {type(prompt).__name__}")
+        pipeline, rows = self.pipeline, self.call["sana_latent"].shape[0]
+        device, dtype = pipeline._execution_device, pipeline.transformer.dtype
+        embeds, mask = pipeline._encode_prompt(prompt, device=device, dtype=dtype)
+        return {BRANCH: Text(embeds.expand(rows, -1, -1), mask.expand(rows, -1))}
 
     def new_denoiser(self, geometry: Geometry, conditioning: dict[str, Any]) -> SanaWMDenoiser:
         """Return the transformer over a new memory."""
@@ -67,16 +116,6 @@ class SanaWMRun(Run):
     def length(self, index: int, first: int) -> int:
         """Return the latent frames of a block."""
         return min(self.stack.chunk_frames, self.latent_frames() - first)
-
-    @property
-    def fps(self) -> float:
-        """Pixel frames a second, which the call says."""
-        return float(self.call["fps"])
-
-    @property
-    def steps(self) -> int:
-        """One step of the bar for each block, as upstream's."""
-        return 1
 
     @property
     def _sink(self) -> Tensor:
@@ -128,6 +167,28 @@ class SanaWMRun(Run):
     def output(self, frames: Any) -> Any:
         """Return what the pipeline's call returns: latents of all videos, or the frames of one."""
         return frames if self.output_type == "latent" else frames[0]
+
+
+def _check_latents(pipeline: Any, call: dict[str, Any]) -> None:
+    latents, config = call["sana_latent"], pipeline.transformer.config
+    channels, patch = config.in_channels // config.patch_size**2, config.patch_size
+    shape = tuple(getattr(latents, "shape", ()))
+    if len(shape) != 5 or shape[1] != channels or 0 in shape or shape[3] % patch or shape[4] % patch:
+        raise InvalidOptionError(
+            f"sana_latent must be [batch, {channels} channels, frames, height, width] with height and width multiples "
+            f"of {patch}, got {list(shape) or type(latents).__name__}"
+        )
+    if shape[2] <= call["sink_size"]:
+        raise InvalidOptionError(
+            f"sana_latent must have more frames than sink_size={call['sink_size']}, got {shape[2]}"
+        )
+    if shape[0] > 1 and call["output_type"] != "latent":
+        raise InvalidOptionError(
+            f"the refiner returns pixels of one video, but sana_latent has a batch of {shape[0]}; "
+            'give output_type="latent"'
+        )
+    if not bool(latents.isfinite().all()):
+        raise NonFiniteLatentsError("sana_latent holds NaN or infinity; give finite latents")
 
 
 @contextmanager

@@ -1,8 +1,5 @@
 """SkyReels-V2 diffusion forcing: text, an image or a clip to video."""
 
-from collections.abc import Mapping
-from typing import Any, NoReturn
-
 from diffusers import (
     SkyReelsV2DiffusionForcingImageToVideoPipeline,
     SkyReelsV2DiffusionForcingPipeline,
@@ -11,7 +8,6 @@ from diffusers import (
 
 from kvpack.adapters.skyreels.run import SkyReelsRun
 from kvpack.adapters.wan.adapter import WanAdapter
-from kvpack.errors import UnsupportedPipelineError
 
 
 class SkyReelsV2Adapter(WanAdapter):
@@ -29,11 +25,4 @@ class SkyReelsV2Adapter(WanAdapter):
     )
     run_class = SkyReelsRun
     extra_arguments = {}
-
-    def model_cost(self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int) -> NoReturn:
-        """Refuse it: only what is trained has a cost of training."""
-        raise UnsupportedPipelineError(f"the adapter {self.name} cannot plan a training yet")
-
-    def trainee(self, pipeline: Any, max_sequence_length: int | None = None) -> NoReturn:
-        """Refuse it: nobody has tried."""
-        raise UnsupportedPipelineError(f"the adapter {self.name} cannot train yet")
+    trainee_class = None

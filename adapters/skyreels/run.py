@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,18 +12,14 @@ from diffusers import SkyReelsV2DiffusionForcingPipeline
 from diffusers.pipelines.skyreels_v2.pipeline_output import SkyReelsV2PipelineOutput
 from torch import Tensor
 
-from kvpack.adapters.skyreels.call import check_end, checked_call
 from kvpack.adapters.skyreels.conditioning import conditioning_latents, conditioning_pixels, image_pixels
 from kvpack.adapters.skyreels.denoiser import SkyReelsDenoiser
-from kvpack.adapters.wan.call import chunk_noise
 from kvpack.adapters.wan.conditioning import expand_batch
-from kvpack.adapters.wan.prompt_cache import PromptCache
 from kvpack.adapters.wan.run import WanRun
-from kvpack.errors import require_int
+from kvpack.errors import InvalidOptionError, require_int
 from kvpack.generation.chunks import GeneratedChunk, with_chunk_frames
 from kvpack.generation.phase import Phase
 from kvpack.memory.base import Memory
-from kvpack.memory.geometry import Geometry
 from kvpack.pipeline.enabled import PackForcingMixin
 
 
@@ -63,18 +59,27 @@ class SkyReelsRun(WanRun):
     #: Latents of the image that the video ends with: one frame more, in the last chunk.
     _end: Tensor | None = None
 
-    @property
-    def fps(self) -> float:
-        """Pixel frames a second, which the call says."""
-        return float(self.call["fps"])
-
     @cached_property
-    def _text_to_video(self) -> Any:
+    def noise_pipeline(self) -> Any:
+        """The text-to-video pipeline, whichever of the three this is."""
         return text_to_video(self.pipeline)
 
     def checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return all arguments of the call, checked before anything is computed."""
-        return checked_call(self.pipeline, arguments, streaming=self.streaming)
+        # Upstream wants overlap_history beyond base_num_frames; there is no such length here.
+        call = super().checked({**arguments, "base_num_frames": 1})
+        _check_schedule(call)
+        if call["overlap_history"] is not None:
+            require_int("overlap_history", call["overlap_history"], minimum=1)
+        if not call["fps"] > 0:
+            raise InvalidOptionError(f"fps must be > 0, got {call['fps']}")
+        if call.get("last_image") is not None and call["num_frames"] is None:
+            raise InvalidOptionError("last_image is where a video ends, but num_frames None is endless; give a number")
+        if call.get("image_embeds") is not None:
+            raise InvalidOptionError("image_embeds are not used by this pipeline; pass image instead")
+        if "video" in call and call["video"] is None:
+            raise InvalidOptionError("video is None; give the clip that the video goes on from")
+        return call
 
     def fit(self, stack: Memory) -> Memory:
         """Return the stack for the causal blocks of the call, or else of the checkpoint."""
@@ -85,10 +90,9 @@ class SkyReelsRun(WanRun):
             frames = trained if trained > 1 else stack.chunk_frames
         return with_chunk_frames(stack, frames, "causal_block_size")
 
-    def new_denoiser(self, geometry: Geometry, conditioning: dict[str, Tensor]) -> SkyReelsDenoiser:
-        """Return the transformer over a new memory."""
-        own: dict[str, Any] = {"attention_kwargs": self.call["attention_kwargs"], "prompt": PromptCache()}
-        return SkyReelsDenoiser(self.pipeline, self.stack, geometry, conditioning, fps=self.fps, **own)
+    def denoiser_class(self) -> Callable[..., SkyReelsDenoiser]:
+        """Return what makes the denoiser, at the call's frame rate."""
+        return partial(SkyReelsDenoiser, fps=self.fps)
 
     def beginning(self) -> Tensor | None:
         """Return the latents of the image or clip that the video begins with, and keep those that it ends with."""
@@ -98,7 +102,7 @@ class SkyReelsRun(WanRun):
         image = self.call.get("last_image")
         if image is not None:
             assert self.total_frames is not None
-            check_end(self.total_frames - 1, self.stack.chunk_frames, self.pipeline.vae_scale_factor_temporal)
+            _check_end(self.total_frames - 1, self.stack.chunk_frames, self.pipeline.vae_scale_factor_temporal)
             end = image_pixels(self.pipeline, image, self.frame_size())
             self._end = conditioning_latents(self.pipeline, self.call, end, self.rows)
         if pixels.ndim == 5:
@@ -123,7 +127,7 @@ class SkyReelsRun(WanRun):
     def noise(self, first: int, frames: int) -> Tensor:
         """Return the noise of a chunk, and behind it the frame that the video ends with."""
         end = self._end_behind(first)
-        noise = chunk_noise(self._text_to_video, self.call, self.rows, first, frames - (end is not None))
+        noise = super().noise(first, frames - (end is not None))
         return noise if end is None else torch.cat([noise, end.to(noise)], dim=2)
 
     def generated(self, index: int, first: int, frames: int) -> GeneratedChunk:
@@ -137,7 +141,7 @@ class SkyReelsRun(WanRun):
     def stock(self) -> Iterator[Callable[..., Any]]:
         """Give the text-to-video call, whichever of the three pipelines it is."""
         with super().stock():
-            yield self._text_to_video
+            yield self.noise_pipeline
 
     def stock_call(self, noise: Tensor) -> dict[str, Any]:
         """Return arguments of the text-to-video call, for one short video without blocks."""
@@ -151,3 +155,41 @@ class SkyReelsRun(WanRun):
         """Return frames in the call's `output_type`, the first behind the clip that the video goes on from."""
         clip, self._clip = self._clip, None
         return super().postprocess(pixels if clip is None else torch.cat([clip, pixels.to(clip)], dim=2))
+
+
+def _check_schedule(call: dict[str, Any]) -> None:
+    steps, ar_step = call["num_inference_steps"], require_int("ar_step", call["ar_step"])
+    if 0 < ar_step < steps:
+        raise InvalidOptionError(
+            f"ar_step {ar_step} denoises several blocks at once, but kvpack denoises a block when the one before it is "
+            f"clean; pass ar_step=0, or ar_step={steps} which upstream does the same with"
+        )
+    if call["addnoise_condition"] != 0:
+        raise InvalidOptionError(
+            f"addnoise_condition {call['addnoise_condition']} adds noise to the history, but kvpack keeps the history "
+            "of clean frames; pass addnoise_condition=0"
+        )
+
+
+def _check_end(frames: int, chunk_frames: int, scale: int) -> None:
+    """Refuse a last image that would have a chunk of its own: in a causal model nothing would see it.
+
+    Args:
+        frames: latent frames behind the image that the video begins with.
+        chunk_frames: latent frames of a chunk.
+        scale: pixel frames of a latent frame.
+
+    Raises:
+        InvalidOptionError: if the chunks before it leave it alone.
+    """
+    if not frames or frames % chunk_frames:
+        return
+    if chunk_frames == 1:
+        advice = "pass a causal_block_size of 2 or more"
+    else:
+        fewer, more = (1 + scale * (frames + each) for each in (-1, 1))
+        advice = f"pass num_frames={fewer} or {more}, or another causal_block_size"
+    raise InvalidOptionError(
+        f"last_image would be alone in the last chunk, behind {frames} latent frames in chunks of {chunk_frames}, "
+        f"and no frame would go towards it; {advice}"
+    )

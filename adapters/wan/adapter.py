@@ -15,6 +15,7 @@ from kvpack.adapters.wan.training import WanTrainee
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.generation.adapter import Adapter
 from kvpack.generation.run import Run
+from kvpack.generation.trainee import Trainee
 from kvpack.memory.base import Memory
 from kvpack.memory.costs import LatentShape, ModelCost
 from kvpack.memory.geometry import Geometry
@@ -29,6 +30,7 @@ class WanAdapter(Adapter):
     pipelines: ClassVar[tuple[type, ...]] = (WanPipeline,)  # image-to-video and VACE are pipelines of their own
     run_class: ClassVar[type[Run]] = WanRun
     extra_arguments = {"image": None, "video": None}
+    trainee_class: ClassVar[Callable[..., Trainee] | None] = WanTrainee
 
     def check(self, pipeline: Any) -> None:
         """Refuse what would silently give wrong keys."""
@@ -101,7 +103,9 @@ class WanAdapter(Adapter):
         )
 
     def model_cost(self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int) -> ModelCost | None:
-        """Return it from the configs, counted in copies of the models that hold no numbers."""
+        """Return it from the configs, counted in models that hold no numbers; None for what nobody trains."""
+        if self.trainee_class is None:
+            return None
         config, spatial = configs["transformer"], configs["vae"].get("scale_factor_spatial", 8)
         with torch.device("meta"):
             vae: Any = AutoencoderKLWan.from_config(dict(configs["vae"]))
@@ -126,8 +130,3 @@ class WanAdapter(Adapter):
     def checkpoint_layout(self) -> tuple[Callable[..., dict[str, Any]], Callable[..., Any]]:
         """Return how the original checkpoints' weights are named, and what builds a transformer of them."""
         return diffusers_names, transformer
-
-    def trainee(self, pipeline: Any, max_sequence_length: int | None = None) -> WanTrainee:
-        """Return what training does with a `WanPipeline`."""
-        self.check(pipeline)
-        return WanTrainee(self, pipeline, max_sequence_length)

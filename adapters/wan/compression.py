@@ -9,14 +9,12 @@ from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor
 
 from kvpack.adapters.offload import onload, onloaded
-from kvpack.adapters.wan.vae import encode
 from kvpack.errors import PolicyError
+from kvpack.generation.denoiser import Denoiser
 from kvpack.memory.attribution import blamed
 from kvpack.memory.base import Memory
 from kvpack.memory.blocks import LatentChunk
-from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import Piece
-from kvpack.memory.roles import LatentCompressor
 
 
 def check_compressor(transformer: Any, stack: Memory) -> None:
@@ -40,30 +38,25 @@ def native_window(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return (rows, columns) if frames == 1 and rows and columns else None
 
 
-def latent_chunk(
-    compressor: LatentCompressor,
-    pipeline: Any,
-    geometry: Geometry,
-    piece: Piece,
-    first_frame: int,
-    latents: Tensor,
-    pixels: Tensor | None,
-    native: Callable[[Tensor], Tensor] | None,
-) -> LatentChunk:
-    """Return what a compressor sees of a piece of a clean chunk.
+def hidden_tokens(
+    denoiser: Denoiser, piece: Piece, latents: Tensor, pixels: Tensor | None, native: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """Return what a latent-space compressor makes of a piece of a clean chunk, `[batch, tokens, width]`.
 
     Args:
-        compressor: who will look at it.
-        pipeline: has a transformer and a VAE.
-        geometry: of the transformer.
+        denoiser: has a latent compressor, a transformer and a VAE.
         piece: the frames.
-        first_frame: index of the chunk's first latent frame.
         latents: the chunk's.
         pixels: the same decoded; None if the compressor says that it does not look at them.
         native: the model's own embedding for compressed latents, if it has one.
+
+    Raises:
+        PolicyError: if it is not what `span` announces.
     """
-    transformer, scale = pipeline.transformer, pipeline.vae_scale_factor_temporal
-    rows, columns = (side * pipeline.vae_scale_factor_spatial for side in patch_of(transformer.config))
+    compressor, pipeline, geometry = denoiser.stack.latent_compressor, denoiser.pipeline, denoiser.geometry
+    assert compressor is not None
+    name, first_frame, scale = type(compressor).__name__, denoiser.frames, pipeline.vae_scale_factor_temporal
+    rows, columns = (side * pipeline.vae_scale_factor_spatial for side in patch_of(pipeline.transformer.config))
 
     def pixel_index(frame: int) -> int:
         """Return the first pixel frame of a latent frame; the video's first latent frame is one pixel frame."""
@@ -71,41 +64,26 @@ def latent_chunk(
 
     def piece_pixels() -> Tensor:
         if pixels is None:
-            raise PolicyError(f"{type(compressor).__name__}.tokens asked for pixels, but its needs_pixels is False")
+            raise PolicyError(f"{name}.tokens asked for pixels, but its needs_pixels is False")
         return pixels[:, :, pixel_index(piece.first_frame) : pixel_index(piece.stop)]
 
-    return LatentChunk(
+    chunk = LatentChunk(
         latents=latents[:, :, piece.first_frame - first_frame : piece.stop - first_frame],
         first_frame=piece.first_frame,
         grid=geometry.grid,
         pixels=piece_pixels,
-        encode=lambda frames: encode(pipeline.vae, frames),
-        embed=lambda small: embed(transformer, small),
+        encode=denoiser.encode,
+        embed=lambda small: embed(pipeline.transformer, small),
         pixels_per_token=(rows, columns),
         width=geometry.width,
-        dtype=transformer.dtype,
+        dtype=pipeline.transformer.dtype,
         native=native,
     )
-
-
-def hidden_tokens(compressor: LatentCompressor, chunk: LatentChunk, seconds: dict[str, float]) -> Tensor:
-    """Return what a latent-space compressor makes of a piece, `[batch, tokens, width]`.
-
-    Args:
-        compressor: the policy.
-        chunk: the piece.
-        seconds: where the time is added that it takes.
-
-    Raises:
-        PolicyError: if it is not what `span` announces.
-    """
-    name = type(compressor).__name__
-    with blamed(compressor, "tokens", seconds):
+    with blamed(compressor, "tokens", next(iter(denoiser.sessions.values())).policy_seconds):
         tokens = compressor.tokens(chunk)
     if not isinstance(tokens, Tensor):
         raise PolicyError(f"{name}.tokens returned {type(tokens).__name__}, but it must be a tensor")
-    span = compressor.span(chunk.first_frame, chunk.latents.shape[2], chunk.grid)
-    wanted = (chunk.latents.shape[0], span.tokens, chunk.width)
+    wanted = (latents.shape[0], compressor.span(piece.first_frame, piece.frames, geometry.grid).tokens, geometry.width)
     if tuple(tokens.shape) != wanted:
         raise PolicyError(f"{name}.tokens returned {tuple(tokens.shape)}, but span() announces {wanted}")
     return tokens

@@ -16,7 +16,6 @@ from kvpack.adapters.wan.compression import (
     check_compressor,
     forward_tokens,
     hidden_tokens,
-    latent_chunk,
     project_tokens,
 )
 from kvpack.adapters.wan.prompt_cache import PromptCache, PromptedLayers
@@ -87,13 +86,6 @@ class WanDenoiser(Denoiser):
             )
         return output
 
-    def predict(self, branch: str, latents: Tensor, timesteps: Tensor, step: int) -> Tensor:
-        """Return the transformer's output at a denoising step."""
-        phase = Phase()
-        phase.steps[branch] = step
-        with self.during(phase):
-            return self.forward(branch, latents, timesteps)
-
     def forward_clean(self, branch: str, latents: Tensor) -> None:
         """Run a clean chunk at t = 0."""
         self.forward(branch, latents.to(self.transformer.dtype), self._clean_times(latents))
@@ -108,10 +100,7 @@ class WanDenoiser(Denoiser):
 
     def compress(self, piece: Piece, latents: Tensor, pixels: Tensor | None) -> Tensor:
         """Return a latent-space compressor's tokens for a piece of the chunk, `[batch, tokens, width]`."""
-        assert self.compressor is not None
-        seen = piece, self.frames, latents, pixels, self.native_embedding()
-        chunk = latent_chunk(self.compressor, self.pipeline, self.geometry, *seen)
-        return hidden_tokens(self.compressor, chunk, next(iter(self.sessions.values())).policy_seconds)
+        return hidden_tokens(self, piece, latents, pixels, self.native_embedding())
 
     def native_embedding(self) -> Callable[[Tensor], Tensor] | None:
         """Return the model's own embedding for compressed latents, if it has one."""

@@ -25,7 +25,6 @@ from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.adapters.wan.vae import StreamingDecoder
 from kvpack.errors import UnsupportedPipelineError
 from kvpack.generation.phase import Phase
-from kvpack.generation.stats import branch_stats
 from kvpack.memory.base import Memory
 from kvpack.plugins.resolve import resolve_stack
 
@@ -76,7 +75,7 @@ class KVPackDenoiseStep(WanDenoiseStep):
             for index, part in enumerate(sizes):
                 chunks.append(run.chunk(index, part, last=index == len(sizes) - 1, advance=bar.update))
         block.latents = torch.cat(chunks, dim=2)
-        block.memory_stats = branch_stats(self.stack.name, run.denoiser.sessions, run.denoiser.seconds)
+        block.memory_stats = run.denoiser.stats()
         self.set_block_state(state, block)
         return components, state
 

@@ -1,19 +1,24 @@
 """One call of a `WanPipeline`: a chunk of it has latents, embeddings and a length of its own."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.utils import logging
 from torch import Tensor
 
-from kvpack.adapters.wan.call import checked, chunk_noise, encode_prompts, frame_size, latent_frames
 from kvpack.adapters.wan.conditioning import check_conditioning, conditioning_latents
 from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.adapters.wan.prompt_cache import PromptCache
 from kvpack.adapters.wan.vae import StreamingDecoder
+from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, require_choice, require_int
 from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
 from kvpack.memory.geometry import Geometry
+
+logger = logging.get_logger(__name__)
 
 
 class WanRun(Run):
@@ -23,39 +28,118 @@ class WanRun(Run):
     denoiser: WanDenoiser
 
     def checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return all arguments of the call, checked before anything is computed."""
-        check_conditioning(self.pipeline, arguments)
-        return checked(self.pipeline, arguments, streaming=self.streaming)
+        """Return all arguments of the call, height and width as the pipeline adjusts them.
+
+        Raises:
+            InvalidOptionError: if an argument cannot work.
+            NonFiniteLatentsError: if `latents` hold NaN or infinity.
+            ValueError: if the pipeline's own check says so.
+        """
+        pipeline, call = self.pipeline, dict(arguments)
+        check_conditioning(pipeline, call)
+        if hasattr(call["callback_on_step_end"], "tensor_inputs"):
+            call["callback_on_step_end_tensor_inputs"] = call["callback_on_step_end"].tensor_inputs
+        own = {**call, "num_frames": 1}  # any number will do
+        pipeline.check_inputs(**{name: own[name] for name in inspect.signature(pipeline.check_inputs).parameters})
+        if isinstance(call["prompt"], list) and not call["prompt"]:
+            raise InvalidOptionError("prompt is an empty list; give at least one prompt")
+        require_choice("output_type", call["output_type"], ("latent", "np", "pt", "pil"))
+        require_int("num_inference_steps", call["num_inference_steps"], minimum=1)
+        videos = require_int("num_videos_per_prompt", call["num_videos_per_prompt"] or 1, minimum=1)
+        if call["num_frames"] is not None:
+            require_int("num_frames", call["num_frames"], minimum=1)
+        elif not self.streaming and call["latents"] is None:
+            raise InvalidOptionError("num_frames None is endless; use pipe.packforcing.stream(...) or give a number")
+        _check_latents(pipeline, call["latents"])
+        height, width = _adjusted(pipeline, call["height"], call["width"])
+        return {**call, "num_videos_per_prompt": videos, "height": height, "width": width}
 
     def latent_frames(self) -> int | None:
         """Return the latent frames of the whole video, as the pipeline counts them."""
-        return latent_frames(self.pipeline, self.call)
+        if self.call["latents"] is not None:
+            return int(self.call["latents"].shape[2])
+        frames, scale = self.call["num_frames"], self.pipeline.vae_scale_factor_temporal
+        if frames is None:
+            return None
+        if frames % scale != 1:
+            logger.warning(f"`num_frames - 1` has to be divisible by {scale}. Rounding to the nearest number.")
+        return int(frames) // scale + 1
 
     def frame_size(self) -> tuple[int, int]:
         """Return height and width in pixels; those of `latents` where they are given."""
-        return frame_size(self.pipeline, self.call)
+        if self.call["latents"] is None:
+            return self.call["height"], self.call["width"]
+        height, width = self.call["latents"].shape[3:]
+        return height * self.pipeline.vae_scale_factor_spatial, width * self.pipeline.vae_scale_factor_spatial
 
     def decoder(self, height: int, width: int) -> Callable[[Tensor], Tensor]:
         """Return a decoder with a feature cache of its own."""
         return StreamingDecoder(self.pipeline.vae, height, width)
 
+    @torch.no_grad()
     def encode(self, prompt: Prompt | None) -> dict[str, Tensor]:
-        """Return text embeddings of each guidance branch, a row for each video."""
-        name, other = ("prompt_embeds", "prompt") if isinstance(prompt, Tensor) else ("prompt", "prompt_embeds")
-        return encode_prompts(self.pipeline, {**self.call, name: prompt, other: None})
+        """Return text embeddings of each guidance branch, `[batch, tokens, width]`, a row for each video.
+
+        Raises:
+            InvalidOptionError: if the batch of `latents` does not go with that of the prompts.
+        """
+        pipeline, call = self.pipeline, self.call
+        guided, videos = call["guidance_scale"] > 1.0, call["num_videos_per_prompt"]
+        given = prompt if isinstance(prompt, Tensor) else None
+        cond, uncond = pipeline.encode_prompt(
+            prompt=prompt if given is None else None,
+            negative_prompt=call["negative_prompt"],
+            do_classifier_free_guidance=guided,
+            num_videos_per_prompt=videos,
+            prompt_embeds=given,
+            negative_prompt_embeds=call["negative_prompt_embeds"],
+            max_sequence_length=call["max_sequence_length"],
+            device=pipeline._execution_device,
+        )
+        branches = {"cond": (cond, given)}
+        if guided:
+            branches["uncond"] = (uncond, call["negative_prompt_embeds"])
+        # The pipeline repeats prompts for videos, but not embeddings that are given.
+        embeds = {
+            name: each.to(pipeline._execution_device, pipeline.transformer.dtype).repeat_interleave(
+                1 if own is None else videos, dim=0
+            )
+            for name, (each, own) in branches.items()
+        }
+        return _same_batch(embeds, call["latents"])
 
     def new_denoiser(self, geometry: Geometry, conditioning: dict[str, Tensor]) -> WanDenoiser:
         """Return the transformer over a new memory."""
         kwargs = self.call["attention_kwargs"]
-        return WanDenoiser(self.pipeline, self.stack, geometry, conditioning, kwargs, prompt=PromptCache())
+        return self.denoiser_class()(
+            self.pipeline, self.stack, geometry, conditioning, attention_kwargs=kwargs, prompt=PromptCache()
+        )
+
+    def denoiser_class(self) -> Callable[..., WanDenoiser]:
+        """Return what makes the denoiser, given the arguments of `WanDenoiser`."""
+        return WanDenoiser
 
     def beginning(self) -> Tensor | None:
         """Return the latents of the image or clip that the video begins with."""
         return conditioning_latents(self.pipeline, self.call, self.frame_size(), self.rows)
 
     def noise(self, first: int, frames: int) -> Tensor:
-        """Return the noise of a chunk."""
-        return chunk_noise(self.pipeline, self.call, self.rows, first, frames)
+        """Return the noise of a chunk, drawn for it alone: a video's beginning does not depend on its length."""
+        given, pipeline = self.call["latents"], self.noise_pipeline
+        part = given[:, :, first : first + frames] if given is not None else None
+        if part is not None and part.shape[2] == frames:
+            return part
+        pixel_frames = self.scale * (frames - 1) + 1
+        shape = self.rows, pipeline.transformer.config.in_channels, *self.frame_size(), pixel_frames
+        device, generator = pipeline._execution_device, self.call["generator"]
+        noise = pipeline.prepare_latents(*shape, torch.float32, device, generator, None)
+        noise = noise[0] if isinstance(noise, tuple) else noise  # some pipelines tell their lengths too
+        return noise if part is None else torch.cat([part.to(noise), noise[:, :, part.shape[2] :]], dim=2)
+
+    @property
+    def noise_pipeline(self) -> Any:
+        """The pipeline whose `prepare_latents` draws noise."""
+        return self.pipeline
 
     def stock_call(self, noise: Tensor) -> dict[str, Any]:
         """Return the call's own arguments, but for the chunk's latents and length, and the embeddings that hold now."""
@@ -84,3 +168,39 @@ class WanRun(Run):
             if outputs.get(name) is not None and branch in conditioning:
                 conditioning[branch] = outputs[name].to(self.pipeline.transformer.dtype)
         return outputs
+
+
+def _adjusted(pipeline: Any, *given: int) -> tuple[int, ...]:
+    """Return height and width as multiples of a token's."""
+    patch, scale = pipeline.transformer.config.patch_size[1:], pipeline.vae_scale_factor_spatial
+    sides = tuple(side // (scale * size) * (scale * size) for side, size in zip(given, patch, strict=True))
+    if given != sides:
+        logger.warning(f"height and width {given} are adjusted to {sides} for patchification")
+    return sides
+
+
+def _check_latents(pipeline: Any, latents: Any) -> None:
+    if latents is None:
+        return
+    config, shape = pipeline.transformer.config, tuple(getattr(latents, "shape", ()))
+    _, *patch = config.patch_size
+    if len(shape) != 5 or shape[1] != config.in_channels or 0 in shape or shape[3] % patch[0] or shape[4] % patch[1]:
+        raise InvalidOptionError(
+            f"latents must be [batch, {config.in_channels} channels, frames, height, width] with height and width "
+            f"multiples of {patch[0]} and {patch[1]}, got {list(shape) or type(latents).__name__}"
+        )
+    if not bool(latents.isfinite().all()):
+        raise NonFiniteLatentsError("latents hold NaN or infinity; give finite noise")
+
+
+def _same_batch(embeds: dict[str, Tensor], latents: Tensor | None) -> dict[str, Tensor]:
+    """Repeat what is one row, as the pipeline: a prompt serves any batch of latents, a negative one any of prompts."""
+    rows = max(each.shape[0] for each in embeds.values())
+    if latents is not None and rows == 1:
+        rows = latents.shape[0]
+    batches = {f"{name} embeddings": each.shape[0] for name, each in embeds.items()}
+    if any(batch not in (1, rows) for batch in batches.values()) or (latents is not None and latents.shape[0] != rows):
+        if latents is not None:
+            batches["latents"] = latents.shape[0]
+        raise InvalidOptionError(f"batches do not go together: {', '.join(f'{k} {v}' for k, v in batches.items())}")
+    return {name: each if each.shape[0] == rows else each.repeat(rows, 1, 1) for name, each in embeds.items()}

@@ -1,7 +1,6 @@
 """A `WanPipeline` in training: its model rolled out over kvpack's memory without its sampler."""
 
 import inspect
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.adapters.wan.vae import StreamingDecoder, encode
 from kvpack.generation.adapter import Adapter
 from kvpack.generation.trainee import Rollout, Trainee
-from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 from kvpack.memory.store import PackedBuffer
 
@@ -48,47 +46,16 @@ class WanTrainee(Trainee):
 
     def rollout(
         self, stack: Stack, embeds: Tensor, latent_size: tuple[int, int], buffer: type[PackedBuffer] = PackedBuffer
-    ) -> "WanRollout":
+    ) -> Rollout:
         """Start a new video."""
         height, width = (size * self.pipeline.vae_scale_factor_spatial for size in latent_size)
         configs = self.adapter.configs(self.pipeline)
         geometry = self.adapter.geometry(configs, height, width, self.pipeline.transformer.dtype)
         denoiser = WanDenoiser(self.pipeline, stack, geometry, {_BRANCH: embeds}, buffer=buffer)
-        return WanRollout(denoiser, height, width)
+        decoder = StreamingDecoder(self.pipeline.vae, height, width) if stack.needs_pixels else None
+        return Rollout(denoiser, _BRANCH, decoder)
 
     def velocity(self, transformer: Any, noisy: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
         """Return what the stock transformer predicts."""
         noisy, embeds = noisy.to(transformer.dtype), embeds.to(transformer.dtype)
         return transformer(noisy, timesteps, embeds, return_dict=False)[0]
-
-
-class WanRollout(Rollout):
-    """One video of a `WanTrainee`.
-
-    Args:
-        denoiser: its transformer over its memory.
-        height: pixels of a frame.
-        width: pixels of a frame.
-    """
-
-    def __init__(self, denoiser: WanDenoiser, height: int, width: int) -> None:
-        session = denoiser.session(_BRANCH)
-        assert isinstance(session, Session)  # of a Stack, see `rollout`
-        self.denoiser, self.session = denoiser, session
-        decodes = denoiser.stack.needs_pixels
-        self.decoder = StreamingDecoder(denoiser.pipeline.vae, height, width) if decodes else None
-
-    def attached(self) -> AbstractContextManager[None]:
-        """Put the memory into the transformer."""
-        return self.denoiser.seam()
-
-    def predict(self, noisy: Tensor, timestep: float, step: int) -> Tensor:
-        """Return the velocity of a chunk."""
-        timesteps = torch.full((noisy.shape[0],), timestep, device=noisy.device)
-        return self.denoiser.predict(_BRANCH, noisy.to(self.denoiser.transformer.dtype), timesteps, step)
-
-    def commit(self, latents: Tensor) -> None:
-        """Write a clean chunk into history."""
-        with torch.no_grad():
-            pixels = None if self.decoder is None else self.decoder(latents)
-        self.denoiser.commit(latents, pixels)

@@ -24,6 +24,8 @@ class Adapter(ABC):
     run_class: ClassVar[type[Run]]
     #: Arguments, with their defaults, that an enabled pipeline's call takes beside those of the stock one.
     extra_arguments: ClassVar[Mapping[str, Any]] = {}
+    #: What training does with such a pipeline, made of adapter, pipeline and text tokens; None if nobody trains it.
+    trainee_class: ClassVar[Callable[..., Trainee] | None] = None
 
     @abstractmethod
     def check(self, pipeline: Any) -> None:
@@ -89,6 +91,9 @@ class Adapter(ABC):
             max_sequence_length: text tokens; the pipeline's own default if None.
 
         Raises:
-            UnsupportedPipelineError: unless an adapter says otherwise.
+            UnsupportedPipelineError: if the family has none.
         """
-        raise UnsupportedPipelineError(f"the adapter {self.name} cannot train yet; it has no `trainee`")
+        if self.trainee_class is None:
+            raise UnsupportedPipelineError(f"the adapter {self.name} cannot train yet; it has no `trainee_class`")
+        self.check(pipeline)
+        return self.trainee_class(self, pipeline, max_sequence_length)

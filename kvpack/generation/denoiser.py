@@ -2,6 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -55,6 +56,10 @@ class Denoiser(ABC):
     @abstractmethod
     def forward_clean(self, branch: str, latents: Tensor) -> None:
         """Run the transformer over clean latents at t = 0, whose keys and values become history."""
+
+    def forward(self, branch: str, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the transformer's output for latents of one branch, for training."""
+        raise NotImplementedError(f"{type(self).__name__} has no `forward`, which training needs")
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Return the normalised latents of pixel frames, for a stack that encodes anew (`Memory.reencodes`)."""
@@ -130,6 +135,21 @@ class Denoiser(ABC):
         session = self.session(branch)
         self.phase.announce(session, branch, step)
         return session.layers
+
+    def stats(self) -> dict[str, Any]:
+        """Return tokens of one branch, bytes of all, and seconds of each part of the work."""
+        each, shared = [session.stats() for session in self.sessions.values()], {"seconds": dict(self.seconds)}
+        if not each:
+            return {"stack": self.stack.name, "chunks": 0, "branches": [], **shared, "policy_seconds": {}}
+        total = {key: sum(stats[key] for stats in each) for key in each[0] if key.endswith("_bytes")}
+        spent = [stats["policy_seconds"] for stats in each]  # the first branch runs every policy that any branch runs
+        policies = {name: sum(part.get(name, 0.0) for part in spent) for name in spent[0]}
+        return {**each[0], **total, "branches": list(self.sessions), **shared, "policy_seconds": policies}
+
+    def predict(self, branch: str, latents: Tensor, timesteps: Tensor, step: int) -> Tensor:
+        """Return the transformer's output at a denoising step."""
+        with self.during(Phase(steps=Counter({branch: step}))):
+            return self.forward(branch, latents, timesteps)
 
     def check_finite(self, latents: Tensor, index: int) -> None:
         """Raise `NonFiniteLatentsError`, or the `PolicyError` that is its cause, if a chunk holds NaN or infinity."""

@@ -1,26 +1,30 @@
 """One generation of a pipeline: its own call once a chunk, and a commit of what it made."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
-from kvpack.generation.call import Call
 from kvpack.generation.chunks import GeneratedChunk, rewinding
-from kvpack.generation.prompts import Prompt, Shot
-from kvpack.generation.stats import branch_stats
+from kvpack.generation.denoiser import Denoiser
+from kvpack.generation.phase import Phase
+from kvpack.generation.prompts import Prompt, Shot, shots
 from kvpack.memory.base import Memory
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.ledger import require_length
 from kvpack.memory.session import AnySession
 
 if TYPE_CHECKING:
     from kvpack.generation.adapter import Adapter
 
 
-class Run(Call):
-    """One generation, chunk by chunk; a family's subclass says what `Call` asks for.
+class Run(ABC):
+    """Generates a video chunk by chunk; a family says what is asked for: all that is abstract, and what else differs.
 
     Args:
         adapter: the family's adapter.
@@ -33,21 +37,25 @@ class Run(Call):
         InvalidOptionError: if an argument cannot work; nothing is computed before.
     """
 
+    #: What the pipeline's call returns around the frames.
+    output_class: ClassVar[Any] = None
+
     def __init__(
         self, adapter: "Adapter", pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool
     ) -> None:
         self.adapter, self.pipeline, self.streaming = adapter, pipeline, streaming
         name = "prompt_embeds" if arguments["prompt"] is None and "prompt_embeds" in arguments else "prompt"
-        schedule = self.parse_prompt(arguments[name])
+        schedule = shots(arguments[name])
         self.call = self.checked({**arguments, name: schedule[0].prompt})
-        self.stack = self.fit(stack)
         self.output_type, self.total_frames = self.call["output_type"], self.latent_frames()
+        self.stack = self.fit(stack)
         height, width = self.frame_size()
         decodes = self.stack.needs_pixels or self.output_type != "latent"
         self._decode: Callable[[Tensor], Tensor] | None = self.decoder(height, width) if decodes else None
         self._decodes_in_loop = self.stack.needs_pixels or (decodes and streaming)
         self.denoiser = self.new_denoiser(self.new_geometry(height, width), self.encode(schedule[0].prompt))
         self.scale = adapter.temporal_scale(adapter.configs(pipeline))
+        #: Clean latents that the video begins with.
         self.conditioning = self._checked_conditioning()
         self.first_frames = self.first_length()
         #: Prompts to come: the chunk that each begins with, its conditioning, and whether the scene changes.
@@ -57,6 +65,91 @@ class Run(Call):
         ]
         self._interrupted = False
         self._bar: Any = None
+
+    @abstractmethod
+    def checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return all arguments of the call, checked before anything is computed."""
+
+    @abstractmethod
+    def latent_frames(self) -> int | None:
+        """Return the latent frames of the whole video; None if it is endless."""
+
+    @abstractmethod
+    def frame_size(self) -> tuple[int, int]:
+        """Return height and width in pixels."""
+
+    @abstractmethod
+    def encode(self, prompt: Prompt | None) -> dict[str, Any]:
+        """Return what the transformer is told of a prompt, by guidance branch; a row for each video."""
+
+    @abstractmethod
+    def new_denoiser(self, geometry: Geometry, conditioning: dict[str, Any]) -> Denoiser:
+        """Return the transformer over a new memory."""
+
+    @abstractmethod
+    def noise(self, first: int, frames: int) -> Tensor:
+        """Return what the chunk of `frames` latent frames from `first` on is denoised from."""
+
+    @abstractmethod
+    def stock_call(self, noise: Tensor) -> dict[str, Any]:
+        """Return arguments of the pipeline's own call that make this chunk alone, as latents."""
+
+    @contextmanager
+    def stock(self) -> Iterator[Callable[..., Any]]:
+        """Give the pipeline's own call, for one chunk; it returns latents, or a tuple of them."""
+        scheduler = getattr(self.pipeline, "scheduler", None)
+        with getattr(scheduler, "bound_generator", nullcontext)(self.call.get("generator")):
+            yield partial(self.pipeline._kvpack_base.__call__, self.pipeline)
+
+    def phase(self, first: int) -> Phase:
+        """Return what the denoising forwards of the chunk are that begins with latent frame `first`."""
+        return Phase()
+
+    def fit(self, stack: Memory) -> Memory:
+        """Return the stack for the chunks that the call asks for."""
+        return stack
+
+    def new_geometry(self, height: int, width: int) -> Geometry:
+        """Return the geometry of a video of `height` x `width` pixels."""
+        adapter, dtype = self.adapter, self.pipeline.transformer.dtype
+        return adapter.geometry(adapter.configs(self.pipeline), height, width, dtype)
+
+    def decoder(self, height: int, width: int) -> Callable[[Tensor], Tensor] | None:
+        """Return what decodes a video's next latents, bit-equal to decoding all at once; None if nothing can."""
+        return None
+
+    def beginning(self) -> Tensor | None:
+        """Return clean latents that every video of the batch begins with; None if there are none."""
+        return None
+
+    def first_length(self) -> int:
+        """Return the latent frames of the first chunk; chunks that are given are whole but for the first."""
+        frames = self.stack.chunk_frames
+        if self.conditioning is None:
+            return require_length(self.pipeline.packforcing.first_chunk_frames or frames, frames)
+        return (self.conditioning.shape[2] - 1) % frames + 1
+
+    def length(self, index: int, first: int) -> int:
+        """Return the latent frames of a chunk that is denoised, which may reach beyond the video's end."""
+        return self.stack.chunk_frames if index else self.first_frames
+
+    @property
+    def fps(self) -> float:
+        """Pixel frames a second, by which a prompt schedule's seconds are counted; the call's own, if it has any."""
+        return float(self.call.get("fps", self.pipeline.packforcing.fps))
+
+    @property
+    def steps(self) -> int:
+        """How often the pipeline's own call moves the progress bar in a chunk."""
+        return int(self.call.get("num_inference_steps", 1))
+
+    def postprocess(self, pixels: Tensor) -> Any:
+        """Return frames in the call's `output_type`, batch first."""
+        return self.pipeline.video_processor.postprocess_video(pixels, output_type=self.output_type)
+
+    def output(self, frames: Any) -> Any:
+        """Return what the pipeline's call returns around `frames`."""
+        return self.output_class(frames=frames) if self.call["return_dict"] else (frames,)
 
     @property
     def sessions(self) -> dict[str, AnySession]:
@@ -141,7 +234,7 @@ class Run(Call):
         Raises:
             InvalidOptionError: if it is not for as many videos as the prompt before.
         """
-        (shot,) = self.parse_prompt([(0, prompt)])
+        (shot,) = shots([(0, prompt)])
         self._set_prompt(self._later(shot), cut)
 
     @torch.no_grad()
@@ -203,4 +296,4 @@ class Run(Call):
 
     def stats(self) -> dict[str, Any]:
         """Return tokens of one branch, bytes of all, and seconds of each part of the work."""
-        return branch_stats(self.stack.name, self.sessions, self.denoiser.seconds)
+        return self.denoiser.stats()
