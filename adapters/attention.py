@@ -1,6 +1,6 @@
 """The seam of every family: an attention processor a layer and two hooks, in for a block of code and out again."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -93,10 +93,15 @@ class PackedAttnProcessor(OpaqueAttention):
         return attn.to_out[1](attn.to_out[0](attended.flatten(2, 3)))  # (b, l, h * d)
 
 
+def paired(vectors: Tensor) -> Tensor:
+    """Return channels whose RoPE partner is half a head away side by side, as kvpack rotates them."""
+    return vectors.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # (b, l, h, 2 x d/2 -> d/2 x 2)
+
+
 @contextmanager
 def attached(
     transformer: Any,
-    attentions: Sequence[Any],
+    attentions: Iterable[Any],
     layers_for: Callable[[tuple[Any, ...], dict[str, Any]], Sequence[AttendingLayer]],
     processor: type[PackedAttnProcessor] = PackedAttnProcessor,
     others: Mapping[Any, Any] | None = None,

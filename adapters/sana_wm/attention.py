@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpack.adapters.attention import PackedAttnProcessor
+from kvpack.adapters.attention import PackedAttnProcessor, paired
 
 
 class PackedSanaWMAttnProcessor(PackedAttnProcessor):
@@ -29,15 +29,10 @@ class PackedSanaWMAttnProcessor(PackedAttnProcessor):
     def project(self, attn: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, with RoPE's pairs side by side."""
         queries, keys, values = super().project(attn, hidden)
-        return (_paired(queries), _paired(keys), values) if attn.rope_type == "split" else (queries, keys, values)
+        return (paired(queries), paired(keys), values) if attn.rope_type == "split" else (queries, keys, values)
 
     def output(self, attn: Any, hidden: Tensor, attended: Tensor) -> Tensor:
         """Return the layer's output, gated head by head if the layer has gates."""
         if attn.to_gate_logits is not None:
             attended = attended * (2.0 * torch.sigmoid(attn.to_gate_logits(hidden))).unsqueeze(-1)  # (b, l, h, 1)
         return super().output(attn, hidden, attended)
-
-
-def _paired(vectors: Tensor) -> Tensor:
-    """Return channels whose partner is half a head away side by side, as kvpack turns them; scores are the same."""
-    return vectors.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # (b, l, h, 2 x d/2 -> d/2 x 2)

@@ -41,8 +41,14 @@ class Enabled:
     call: Mapping[str, Any] = field(default_factory=dict)
 
     def as_kwargs(self) -> dict[str, Any]:
-        """Return what the model's settings and the user have said, which copies take along."""
-        return {"fps": self.fps, "first_chunk_frames": self.first_chunk_frames, "call": self.call}
+        """Return what copies take along: all but generations."""
+        return {
+            "stack": self.stack,
+            "adapter": self.adapter,
+            "fps": self.fps,
+            "first_chunk_frames": self.first_chunk_frames,
+            "call": self.call,
+        }
 
 
 def bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

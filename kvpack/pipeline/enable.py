@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from diffusers import DiffusionPipeline
 
 from kvpack.checkpoints.config import Settings
+from kvpack.generation.adapter import Adapter
 from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
 from kvpack.pipeline.enabled import PackForcingMixin, adapter_of, attach, enabled_class
@@ -15,7 +16,13 @@ from kvpack.plugins.resolve import resolve_stack
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
-def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] | None = None, **options: Any) -> Pipeline:
+def enable(
+    pipeline: Pipeline,
+    stack: str | Memory | Mapping[str, Any] | None = None,
+    *,
+    adapter: Adapter | None = None,
+    **options: Any,
+) -> Pipeline:
     """Let a causal video pipeline generate any length in bounded memory (PackForcing, arXiv 2603.25730).
 
     The pipeline keeps its class name, components and call; `num_frames` may now exceed what the model was trained with.
@@ -23,9 +30,10 @@ def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] | None = 
     chunk and arguments of the call (steps, guidance) hold with any stack; what a call gives goes before them.
 
     Args:
-        pipeline: a diffusers pipeline that an installed adapter supports.
+        pipeline: a diffusers pipeline.
         stack: name of an installed stack, a `Stack` or other `Memory`, or what its `to_dict` gave; None is what the
             `kvpack_config.json` of the pipeline's folder says, and "packforcing" where there is none.
+        adapter: what drives the pipeline; None is the one of before, or else the installed one for its class.
         options: options of the named stack, e.g. `topk=16`; they go before those of the file, and those before what the
             adapter knows to be better for its model than the stack's own (`Adapter.default_options`).
 
@@ -44,7 +52,8 @@ def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] | None = 
         InvalidOptionError: if an option is unknown or wrong, or a compressor's weights are missing or another model's.
     """
     settings = Settings.of_pipeline(pipeline) or Settings()
-    adapter = adapter_of(pipeline)
+    before = vars(pipeline).get("_kvpack")
+    adapter = adapter or (adapter_of(pipeline) if before is None else before.adapter)
     adapter.check(pipeline)
     resolved = resolve_stack(stack, options, settings, partial(adapter.default_options, adapter.configs(pipeline)))
     if settings.first_chunk_frames is not None:
@@ -52,9 +61,8 @@ def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] | None = 
     adapter.check_stack(pipeline, resolved)
     if not isinstance(pipeline, PackForcingMixin):
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
-    before = vars(pipeline).get("_kvpack")
     fps = float(settings.fps) if before is None else before.fps
-    attach(pipeline, resolved, fps=fps, first_chunk_frames=settings.first_chunk_frames, call=settings.call)
+    attach(pipeline, resolved, adapter, fps=fps, first_chunk_frames=settings.first_chunk_frames, call=settings.call)
     return pipeline
 
 

@@ -151,7 +151,7 @@ class PackForcingMixin:
         _, _, state, *rest = reduced
         state = dict(state)
         enabled = state.pop("_kvpack", None)
-        kept = None if enabled is None else (enabled.stack, enabled.as_kwargs())
+        kept = None if enabled is None else enabled.as_kwargs()
         return (_rebuild, (self._kvpack_base, kept), state, *rest)
 
 
@@ -191,17 +191,17 @@ def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     return type(base.__name__, (PackForcingMixin, base), {**names, "__call__": call, "_kvpack_base": base})
 
 
-def _rebuild(base: type[DiffusionPipeline], kept: tuple[Memory, dict[str, Any]] | None) -> Any:
+def _rebuild(base: type[DiffusionPipeline], kept: dict[str, Any] | None) -> Any:
     pipeline: Any = object.__new__(enabled_class(base))
     if kept is not None:
-        attach(pipeline, kept[0], **kept[1])
+        attach(pipeline, **kept)
     return pipeline
 
 
-def attach(pipeline: Any, stack: Memory, **settings: Any) -> None:
+def attach(pipeline: Any, stack: Memory, adapter: Adapter, **settings: Any) -> None:
     """Put the stack on a pipeline whose class is already the enabled one, and further fields of `Enabled`."""
     # Past DiffusionPipeline.__setattr__, which looks into the pipeline's config.
-    object.__setattr__(pipeline, "_kvpack", Enabled(stack, adapter_of(pipeline), **settings))
+    object.__setattr__(pipeline, "_kvpack", Enabled(stack, adapter, **settings))
 
 
 def adapter_of(pipeline: Any) -> Adapter:
