@@ -120,7 +120,7 @@ class AnyFlowFARRun(WanRun):
 
     def step_done(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """Move the bar, which the pipeline's own loop does not, and call the user's callback."""
-        self.advance()
+        self.update()
         if self.call["callback_on_step_end"] is None:
             return {}
         return super().step_done(pipeline, step, timestep, tensors)

@@ -81,6 +81,9 @@ class SkyReelsRun(WanRun):
             raise InvalidOptionError("video is None; give the clip that the video goes on from")
         return call
 
+    def check_beginning(self, call: dict[str, Any]) -> None:
+        """Leave it to the pipeline: a clip may have any length, of which the last frames are taken."""
+
     def fit(self, stack: Memory) -> Memory:
         """Return the stack for the causal blocks of the call, or else of the checkpoint."""
         given, trained = self.call["causal_block_size"], self.pipeline.transformer.config.num_frame_per_block

@@ -28,7 +28,7 @@ def attached(
         prompted: cross-attentions whose prompt is computed once.
     """
     transformer = compiled_from(transformer)
-    with _branch_told(transformer) as context:
+    with _branch_hook(transformer) as context:
 
         def before_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[AttendingLayer]:
             branch = context()
@@ -61,7 +61,7 @@ class _BranchHook(ModelHook):
 
 
 @contextmanager
-def _branch_told(transformer: Any) -> Iterator[Callable[[], CacheContext]]:
+def _branch_hook(transformer: Any) -> Iterator[Callable[[], CacheContext]]:
     """Give what returns the branch and step of the forward in progress."""
     branch = _BranchHook()
     had_forward = "forward" in vars(transformer)

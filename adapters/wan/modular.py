@@ -124,7 +124,7 @@ class _ModularRun:
         block = self.block
         block.latents = noise
         vars(self.components.scheduler).update(deepcopy(self._schedule))
-        with self.denoiser.timed("denoise"), self.denoiser.during(Phase()), self._branches_told() as coming:
+        with self.denoiser.timed("denoise"), self.denoiser.during(Phase()), self._branch_contexts() as coming:
             for i, t in enumerate(block.timesteps):
                 coming[:] = [(name, i) for name in self.branches[i]]
                 self.step.loop_step(self.components, block, i=i, t=t)
@@ -146,7 +146,7 @@ class _ModularRun:
         return names
 
     @contextmanager
-    def _branches_told(self) -> Iterator[list[tuple[str, int]]]:
+    def _branch_contexts(self) -> Iterator[list[tuple[str, int]]]:
         """Run every forward in the cache context of its prediction, which modular blocks do not say.
 
         Yields the branch and step of the forwards to come, which the caller fills.

@@ -43,17 +43,18 @@ class PromptWanAttnProcessor(OpaqueAttention):
 
     Args:
         attention: the layer's cross-attention, whose backend is kept.
+        forward: what is kept in each layer of the prompt of the forward in progress.
+        index: of the layer.
     """
 
     keeps: ClassVar[bool] = False
     _attention_backend: Any = None
     _parallel_config: Any = None
 
-    def __init__(self, attention: Any) -> None:
+    def __init__(self, attention: Any, forward: list[_Kept], index: int) -> None:
         super().__init__()
         self._attention_backend = attention.processor._attention_backend
-        self._module = attention
-        self.kept: _Kept = []
+        self._module, self._forward, self._index = attention, forward, index
 
     def __call__(
         self,
@@ -70,9 +71,10 @@ class PromptWanAttnProcessor(OpaqueAttention):
 
     def attended(self, queries: Tensor, others: list[Tensor]) -> Tensor:
         """Return attention to the prompt."""
-        if not self.kept:
-            self.kept += self._keys_values(others[0])
-        keys, values = self.kept
+        kept = self._forward[self._index]
+        if not kept:
+            kept += self._keys_values(others[0])
+        keys, values = kept
         return dispatch_attention_fn(queries, keys, values, backend=self._attention_backend)
 
     def _keys_values(self, text: Tensor) -> _Kept:
@@ -97,8 +99,9 @@ class PromptedLayers:
     def __init__(self, transformer: Any, prompt: PromptCache | None, stock: type) -> None:
         every = [] if prompt is None else [block.attn2 for block in transformer.blocks]
         attentions = [attention for attention in every if serves(attention, stock)]
+        self._forward: list[_Kept] = []
         #: What is to be installed.
-        self.processors = {attention: PromptWanAttnProcessor(attention) for attention in attentions}
+        self.processors = {each: PromptWanAttnProcessor(each, self._forward, i) for i, each in enumerate(attentions)}
         self._prompt, self._hooked = prompt, bool(attentions) and _is_hooked(transformer)
 
     def before_forward(self, branch: str, embeds: Tensor) -> None:
@@ -107,9 +110,7 @@ class PromptedLayers:
             return
         if self._hooked:
             self._prompt.forget()
-        kept = self._prompt.layers(branch, embeds, len(self.processors))
-        for processor, each in zip(self.processors.values(), kept, strict=True):
-            processor.kept = each
+        self._forward[:] = self._prompt.layers(branch, embeds, len(self.processors))
 
 
 def _is_hooked(transformer: Any) -> bool:

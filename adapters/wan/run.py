@@ -36,7 +36,7 @@ class WanRun(Run):
             ValueError: if the pipeline's own check says so.
         """
         pipeline, call = self.pipeline, dict(arguments)
-        check_conditioning(pipeline, call)
+        self.check_beginning(call)
         if hasattr(call["callback_on_step_end"], "tensor_inputs"):
             call["callback_on_step_end_tensor_inputs"] = call["callback_on_step_end"].tensor_inputs
         own = {**call, "num_frames": 1}  # any number will do
@@ -53,6 +53,10 @@ class WanRun(Run):
         _check_latents(pipeline, call["latents"])
         height, width = _adjusted(pipeline, call["height"], call["width"])
         return {**call, "num_videos_per_prompt": videos, "height": height, "width": width}
+
+    def check_beginning(self, call: dict[str, Any]) -> None:
+        """Raise `InvalidOptionError` if a video cannot begin with the call's image or clip."""
+        check_conditioning(self.pipeline, call)
 
     def latent_frames(self) -> int | None:
         """Return the latent frames of the whole video, as the pipeline counts them."""

@@ -86,6 +86,11 @@ class Denoiser(ABC):
     def _first(self) -> AnySession:
         return next(iter(self.sessions.values()))
 
+    @property
+    def pending_compressions(self) -> tuple[Piece, ...]:
+        """Pieces of the coming chunk that a latent-space compressor must make tokens of, the same in every branch."""
+        return self._first.twins_due()
+
     def session(self, branch: str) -> AnySession:
         """Return the memory of one branch, new at its first mention."""
         if branch not in self.sessions:
@@ -192,7 +197,7 @@ class Denoiser(ABC):
             given: whether they come from outside, so that no denoising forward has seen them.
         """
         with self.timed("compress"):
-            tokens = {piece: self.compress(piece, latents, pixels) for piece in self._first.twins_due()}
+            tokens = {piece: self.compress(piece, latents, pixels) for piece in self.pending_compressions}
         clean = self._clean.with_chunk(latents, tokens, pixels if self.stack.reencodes else None)
         with self._all_or_nothing():
             if self.stack.replays_always:
@@ -242,7 +247,7 @@ class Denoiser(ABC):
         for session in self.sessions.values():
             session.rewind(sum(plan) - coming)
         for part in latents.split(plan, dim=2):
-            tokens = {piece: clean.tokens[piece] for piece in self._first.twins_due()}
+            tokens = {piece: clean.tokens[piece] for piece in self.pending_compressions}
             self._commit(part, tokens, again=True)
 
     def _commit(self, latents: Tensor, tokens: Mapping[Piece, Tensor], *, again: bool) -> None:

@@ -284,9 +284,9 @@ class Run(ABC):
         """Return the pixels of a whole video, given each chunk's latents."""
         return map(self.decode, latents)
 
-    def advance(self) -> None:
-        """Move the progress bar by a denoising step."""
-        self._bar.update()
+    def update(self, steps: int = 1) -> None:
+        """Move the progress bar; the pipeline's own call does it through this."""
+        self._bar.update(steps)
 
     def close(self) -> None:
         """Close the progress bar and let offloading free the models."""

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Generator
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -139,11 +140,11 @@ class PackForcingMixin:
             self._kvpack_base.maybe_free_model_hooks(self)  # type: ignore[arg-type]
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
-        """Return one bar for the whole video."""
+        """Return the stock bar, or in a generation what moves the one bar of the whole video."""
         enabled = self.__dict__.get("_kvpack")
         if enabled is None or enabled.driving is None:
             return self._kvpack_base.progress_bar(self, iterable, total)  # type: ignore[arg-type]
-        return _StepBar(enabled.driving)
+        return nullcontext(enabled.driving)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as the stock class, enabled again on arrival."""
@@ -153,23 +154,6 @@ class PackForcingMixin:
         enabled = state.pop("_kvpack", None)
         kept = None if enabled is None else enabled.as_kwargs()
         return (_rebuild, (self._kvpack_base, kept), state, *rest)
-
-
-class _StepBar:
-    """Stands in for the bar of one upstream call and moves the outer one."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def __enter__(self) -> "_StepBar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the outer bar as it is."""
-
-    def update(self, n: int = 1) -> None:
-        """Move the outer bar by a denoising step."""
-        self.run.advance()
 
 
 def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
