@@ -10,6 +10,7 @@ from kvpack.checkpoints.config import Settings
 from kvpack.generation.adapter import Adapter
 from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
+from kvpack.pipeline.calls import Enabled
 from kvpack.pipeline.enabled import PackForcingMixin, adapter_of, attach, enabled_class
 from kvpack.plugins.resolve import resolve_stack
 
@@ -52,7 +53,7 @@ def enable(
         InvalidOptionError: if an option is unknown or wrong, or a compressor's weights are missing or another model's.
     """
     settings = Settings.of_pipeline(pipeline) or Settings()
-    before = vars(pipeline).get("_kvpack")
+    before: Enabled | None = vars(pipeline).get("_kvpack")
     adapter = adapter or (adapter_of(pipeline) if before is None else before.adapter)
     adapter.check(pipeline)
     resolved = resolve_stack(stack, options, settings, partial(adapter.default_options, adapter.configs(pipeline)))
