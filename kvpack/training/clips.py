@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from kvpack.checkpoints.text import read_lines
 from kvpack.errors import BrokenClipError, InvalidOptionError
-from kvpack.generation.adapter import Trainee
+from kvpack.generation.trainee import Trainee
 from kvpack.media.reading import opened
 from kvpack.media.video import Frames, save_bytes
 
