@@ -159,7 +159,10 @@ def pipeline(name: str) -> Any:
 
 def made(run: Run, pipe: Any, folder: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """What comes out, and the stats: at the end, or behind each chunk of a stream."""
-    kvpack.enable(pipe, run.stack, **{**registry().taken(run.stack, SIZES), **run.options})
+    sizes = registry().taken(run.stack, SIZES)
+    if run.stack in ("framepack", "full", "self-forcing") and run.options.get("reindexer") != "fit":
+        sizes.pop("train_frames", None)  # of no effect there
+    kvpack.enable(pipe, run.stack, **{**sizes, **run.options})
     memory = pipe.packforcing.stack
     if run.data and isinstance(memory, kvpack.Stack):
         data, config = {**memory.to_dict(), **run.data}, pipe.transformer.config

@@ -26,7 +26,6 @@ from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.layer import LayerCache
 from kvpack.memory.ledger import Piece
-from kvpack.memory.session import Session
 
 
 class WanDenoiser(Denoiser):
@@ -131,12 +130,10 @@ class WanDenoiser(Denoiser):
             with self.during(Phase("compress", pieces=(piece,))):
                 forward_tokens(self.transformer, tokens, lambda dummy: self.forward_clean(branch, dummy))
             return
-        session = self.session(branch)
-        assert isinstance(session, Session)  # no other compresses latents
-        session.compress(piece)
+        layers = self.session(branch).compress(piece)
         modulation = partial(self.modulation, branch, self._clean_times(tokens))
         projected = project_tokens(self.transformer, tokens, modulation, attention_kwargs=self.attention_kwargs)
-        for layer, (keys, values) in zip(session.layers, projected, strict=True):
+        for layer, (keys, values) in zip(layers, projected, strict=True):
             layer.hear(keys, values)
 
     def modulation(self, branch: str, times: Tensor) -> Tensor:

@@ -138,8 +138,7 @@ class Denoiser(ABC):
         if self.phase is None:
             raise RuntimeError("a forward over kvpack's memory must be inside Denoiser.during(Phase(...))")
         session = self.session(branch)
-        self.phase.announce(session, branch, step)
-        return session.layers
+        return self.phase.announce(session, branch, step)
 
     def stats(self) -> dict[str, Any]:
         """Return tokens of one branch, bytes of all, and seconds of each part of the work."""
