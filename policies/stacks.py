@@ -33,7 +33,7 @@ def packforcing(
     selector: str | Selector = "topk",
     reindexer: str | Reindexer = "fit",
     train_frames: int | None = None,
-    archive_blocks: int | None = None,
+    archive_blocks: int | None = 128,
     coordinates: Coordinates | None = None,
     selection: Selection = "layer",
     commit: Commit = "rerun",
@@ -94,7 +94,7 @@ def packforcing_paper() -> Stack:
         QueryTopK(topk=16, after_rope=False),
         ContiguousReindexer(),
         chunk_frames=4,
-        archive_blocks=None,
+        archive_blocks=128,
         selection="layer",
         commit="rerun",
     )

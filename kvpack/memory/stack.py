@@ -82,7 +82,7 @@ class Stack(Memory):
         selector: which mid blocks a chunk attends.
         reindexer: temporal positions of everything attended.
         chunk_frames: latent frames generated together; the length that the model was trained with.
-        archive_blocks: most compressed blocks kept, the oldest go first; None keeps all.
+        archive_blocks: most compressed blocks kept, the oldest go first, so that memory is bounded; None keeps all.
         selection: whose queries choose mid blocks: each "layer" its own, or the first layer's once a "chunk" for all
             layers; for each batch row either way.
         commit: which keys and values of a chunk become history: those of a "rerun" of the clean chunk at t = 0, or
@@ -99,7 +99,7 @@ class Stack(Memory):
     selector: Selector
     reindexer: Reindexer
     chunk_frames: int = 4
-    archive_blocks: int | None = None
+    archive_blocks: int | None = 128
     selection: Selection = "layer"
     commit: Commit = "rerun"  # type: ignore[misc]
     replay_frames: int = 21
