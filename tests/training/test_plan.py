@@ -19,7 +19,7 @@ from kvpack.testing import tiny_wan_pipeline
 from kvpack.training.buffer import GraphLayer
 from kvpack.training.plan import training_plan
 
-_spec = importlib.util.spec_from_file_location("gradients", Path(__file__).with_name("test_training_gradients.py"))
+_spec = importlib.util.spec_from_file_location("gradients", Path(__file__).with_name("test_gradients.py"))
 gradients = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(gradients)
 

@@ -18,7 +18,7 @@ from kvpack.checkpoints.recipes import RECIPES, recipe_for
 from kvpack.cli import app
 from kvpack.testing import tiny_wan_pipeline
 
-DATA = Path(__file__).parent / "golden_data"
+DATA = Path(__file__).parents[1] / "golden_data"
 #: The names of the original code, from diffusers' names.
 ORIGINAL = (
     (r"condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
@@ -271,6 +271,6 @@ def test_the_path_tells_the_recipe(path, name, tmp_path):
 
 
 def test_the_readme_names_every_recipe():
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     for name in RECIPES:
         assert f"`{name}`" in text or f"`-{name.rpartition('-')[2]}`" in text, name

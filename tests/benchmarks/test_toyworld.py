@@ -18,7 +18,7 @@ from benchmarks.toyworld import __main__ as recipe
 from benchmarks.toyworld import chunked, export, sampler, text, train_transformer, vae_full, world
 from benchmarks.toyworld.optim import orthogonalise
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "kvpack" / "data" / "toyworld"
 SCENE = world.Scene("red", "circle", "dusk rings")
 

@@ -26,7 +26,7 @@ from kvpack.policies import (
 )
 from kvpack.testing import TINY, check_memory, check_policy, run_session, tiny_wan_pipeline
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "kvpack-coin"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "kvpack-coin"
 
 
 @dataclass(frozen=True)
