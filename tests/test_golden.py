@@ -10,6 +10,7 @@ from diffusers.schedulers import scheduling_flow_match_lcm
 from safetensors.torch import load_file
 
 import kvpack
+from kvpack.memory.attended import Gathered, InPlace
 from kvpack.testing import tiny_wan_pipeline
 
 DATA = Path(__file__).parent / "golden_data"
@@ -57,14 +58,23 @@ def rollout(pipe, golden, monkeypatch, chunks, stack, **options):
         guidance_scale=1.0,
         output_type="latent",
     )
-    latents, memories = [], []
+    latents, memories, seen = [], [], []
+    attend = {kind: kind.attend for kind in (InPlace, Gathered)}
+
+    def watched(self, queries, keys, values, turns, attention):
+        def watching(q, k, v):
+            seen.append((k[0].clone(), v[0].clone()))
+            return attention(q, k, v)
+
+        return attend[type(self)](self, queries, keys, values, turns, watching)
+
+    for kind in attend:
+        monkeypatch.setattr(kind, "attend", watched)
     for chunk in stream:
         latents.append(chunk.transpose(1, 2))
-        buffers = [layer.buffer for layer in pipe.packforcing.sessions["cond"].layers]
-        attended = [each.lengths[0] + 3 * TOKENS for each in buffers]
-        memories.append(
-            [(b.keys[0, :n].clone(), b.values[0, :n].clone()) for b, n in zip(buffers, attended, strict=True)]
-        )
+        memories.append(seen[-len(pipe.transformer.blocks) :])  # those of the commit
+    for kind, method in attend.items():
+        monkeypatch.setattr(kind, "attend", method)
     pipe.disable_packforcing()
     assert torch.allclose(pipe.scheduler.timesteps, golden["timesteps"], atol=1e-4)
     return latents, memories

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import ledger, whole
 
 from kvpack.adapters.wan import denoiser as wan_denoiser
 from kvpack.adapters.wan.vae import StreamingDecoder
@@ -52,7 +53,7 @@ def forward(session, frames=None):
 
 def attended_frames(session):
     """Temporal positions of the history that a state session attends, and of the chunk's first frame."""
-    attended = session.layers[0].attended
+    attended = session.caches[0].attended
     places = [frame for part in attended.tokens for frame in part.coordinates[0, ::FRAME, 0].tolist()]
     return places, attended.chunk_start
 
@@ -170,18 +171,20 @@ def test_a_stack_computes_the_recent_window_anew_and_keeps_the_rest():
     for _ in range(6):
         next(stream)
     session = pipe.packforcing.sessions["cond"]
-    before = session.history
+    layers = range(len(session.caches))
+    before, old = ledger(session), [[(b.keys.clone(), b.values.clone()) for b in whole(session, i)] for i in layers]
     assert session.replays() == (2, 2)
     run = pipe._kvpack.run
     run.set_prompt(DOG)
-    after = session.history
-    assert after.ledger == before.ledger
-    assert after.aim is None
-    for old, new in zip(before.held, after.held, strict=True):
+    assert ledger(session) == before
+    assert session.past.book.aim is None
+    for index, piece in enumerate(before.whole):
+        new = [whole(session, layer)[index] for layer in layers]
         same = all(
-            torch.equal(a, b) for x, y in zip(old.layers, new.layers, strict=True) for a, b in zip(x, y, strict=True)
+            torch.equal(then[index][0], now.keys) and torch.equal(then[index][1], now.values)
+            for then, now in zip(old, new, strict=True)
         )
-        assert same == (old.piece.first_frame < 8), old.piece
+        assert same == (piece.first_frame < 8), piece
     stream.close()
 
 
@@ -201,12 +204,12 @@ def test_twins_are_replayed_with_their_chunk(compressor):
     for _ in range(4):
         next(stream)
     session = pipe.packforcing.sessions["cond"]
-    old = session.history.held[-1]
+    old = session.past.states[-1].whole[-1].twin
     pipe._kvpack.run.set_prompt(DOG)
-    new = session.history.held[-1]
-    assert (old.twin is None) == (new.twin is None) == (compressor == "pool")
-    if old.twin is not None:
-        assert not torch.equal(old.twin[-1][0], new.twin[-1][0])
+    new = session.past.states[-1].whole[-1].twin
+    assert (old is None) == (new is None) == (compressor == "pool")
+    if old is not None:
+        assert not torch.equal(old[0], new[0])
     next(stream)  # archives it
     stream.close()
 
@@ -225,17 +228,18 @@ def test_a_replay_that_fails_leaves_all_as_it_was():
     parts = [next(stream) for _ in range(5)]
     run = pipe._kvpack.run
     session, embeds = pipe.packforcing.sessions["cond"], run.denoiser.conditioning
-    history = session.history
+    history = session.past
 
     def broken(module, args):
-        if session.frames == history.ledger.frames - 1:  # the second of two chunks
+        if session.frames == history.book.frames - 1:  # the second of two chunks
             raise RuntimeError("out of memory")
 
     handle = pipe.transformer.blocks[1].register_forward_pre_hook(broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         stream.send(DOG)
     handle.remove()
-    assert session.history is history
+    assert session.past.book == history.book
+    assert all(a.archive is b.archive for a, b in zip(session.past.states, history.states, strict=True))
     assert run.denoiser.conditioning is embeds
     parts += list(stream)
     assert torch.equal(torch.cat(parts, dim=2), generate(pipe, FOX, 8))
@@ -255,10 +259,10 @@ def test_longlive_recomputes_its_window_at_once(global_sink):
     session.commit((), torch.zeros(1, 16, 6, 8, 12))
     forward(session, 6)
     seen = attended_frames(session)
-    hidden = session.layers[0].attended.hidden
+    hidden = session.caches[0].attended.hidden
     assert seen == (([0.0, 1.0], 4) if global_sink else ([], 4))
     assert hidden == (2 * FRAME if global_sink else 0)
-    assert session.layers[0].buffer.lengths == ([2 * FRAME] if global_sink else [0])
+    assert session.attended(0)[0].shape[1] == (2 * FRAME if global_sink else 0)
     session.finish_commit()
     state = session.past.states[0]
     assert session.frames == 10
@@ -330,7 +334,7 @@ def test_a_flush_leaves_the_last_frames():
     session.denoise(0)
     forward(session)
     assert attended_frames(session) == ([0, 1, 2], 3)
-    kept = session.layers[0].attended.tokens[1].keys
+    kept = session.caches[0].attended.tokens[1].keys
     assert torch.equal(kept, session.past.states[0].recent.keys[:, -2 * FRAME :])
     with pytest.raises(InvalidOptionError, match="window_frames must be at least 6"):
         InfinityRoPE(window_frames=5)
@@ -375,11 +379,11 @@ def test_kreas_bias_is_on_the_past_while_denoising_only():
     session.denoise(0)
     forward(session)
     assert attended_frames(session) == ([0, 1, 2], 3)
-    assert [part.bias for part in session.layers[0].attended.tokens] == [-1.0]
+    assert [part.bias for part in session.caches[0].attended.tokens] == [-1.0]
     session.adopt(session.past)
     session.commit()
     forward(session)
-    assert [part.bias for part in session.layers[0].attended.tokens] == [0.0]
+    assert [part.bias for part in session.caches[0].attended.tokens] == [0.0]
     with pytest.raises(InvalidOptionError, match="multiple of chunk_frames, 3, got 4"):
         Krea(context_frames=4)
 
@@ -417,12 +421,12 @@ def test_token_trim_leaves_out_what_jumps():
     assert session.review(latents(0.5)) is None
     session.denoise(0)
     forward(session)
-    whole = session.layers[0].attended.tokens[0]
+    whole = session.caches[0].attended.tokens[0]
     vetoed = session.review(latents(0.4, jump=[(0, 7), (0, 12)]))
     assert vetoed.tolist() == [True]
     session.denoise(0)
     forward(session)
-    left = session.layers[0].attended.tokens[0]
+    left = session.caches[0].attended.tokens[0]
     assert len(whole) - len(left) == 2 * 3
     gone = {tuple(place) for place in whole.coordinates[0].tolist()} - {tuple(p) for p in left.coordinates[0].tolist()}
     assert {(y, x) for _, y, x in gone} == {(1.0, 2.0), (2.0, 2.0)}
@@ -430,7 +434,7 @@ def test_token_trim_leaves_out_what_jumps():
     session.settle()
     session.commit((), latents(0.4))
     forward(session)
-    assert len(session.layers[0].attended.tokens[0]) == len(whole)
+    assert len(session.caches[0].attended.tokens[0]) == len(whole)
 
 
 def test_a_vetoed_row_is_made_again_and_the_other_kept(monkeypatch):
@@ -478,15 +482,15 @@ def test_memories_keep_the_contract(memory):
 def test_a_replay_reaches_every_recent_frame_and_no_other(stack, plan, anew):
     session = Session(stack, TINY)
     run_session(session, 6)
-    before = session.history
+    before, old = ledger(session), [block.keys.clone() for block in whole(session)]
     assert replay(session) == plan
-    after = session.history
-    assert after.ledger == before.ledger
+    after, new = ledger(session), [block.keys for block in whole(session)]
+    assert after == before
     changed = [
         frame
-        for old, new in zip(before.held, after.held, strict=True)
-        for frame in range(new.piece.first_frame, new.piece.stop)
-        if not torch.equal(old.layers[0][0], new.layers[0][0])
+        for piece, then, now in zip(after.whole, old, new, strict=True)
+        for frame in range(piece.first_frame, piece.stop)
+        if not torch.equal(then, now)
     ]
     assert changed == anew
     run_session(session, 2)

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import archive, ledger, whole
 
 from kvpack.errors import InvalidOptionError
-from kvpack.memory.layer import LayerMemory
+from kvpack.memory.layer import LayerCache
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 from kvpack.planning.planner import plan
@@ -44,13 +45,13 @@ def pipe(shared):
 @pytest.fixture
 def heard(monkeypatch):
     """Keys and values of every forward, by the memory that they came to."""
-    calls, attend = {}, LayerMemory.attend
+    calls, attend = {}, LayerCache.attend
 
-    def listening(self, queries, keys, values, attention):
+    def listening(self, forward, first, queries, keys, values, attention):
         calls.setdefault(id(self), []).append((keys.clone(), values.clone()))
-        return attend(self, queries, keys, values, attention)
+        return attend(self, forward, first, queries, keys, values, attention)
 
-    monkeypatch.setattr(LayerMemory, "attend", listening)
+    monkeypatch.setattr(LayerCache, "attend", listening)
     return calls
 
 
@@ -69,18 +70,19 @@ def test_what_is_stored_is_what_the_last_forward_made(commit, guidance_scale, pi
         sessions = pipe.packforcing.sessions
         assert list(sessions) == branches
         for branch, session in sessions.items():
-            for layer in session.layers:
+            for layer in session.caches:
                 forwards = heard[id(layer)]
                 assert len(forwards) == (chunk + 1) * (STEPS + (commit == "rerun"))
                 last[branch, layer.index, chunk] = forwards[-1]
-                for given, wanted in zip(session.history.held[-1].layers[layer.index], forwards[-1], strict=True):
+                newest = whole(session, layer.index)[-1]
+                for given, wanted in zip((newest.keys, newest.values), forwards[-1], strict=True):
                     assert torch.equal(given, wanted)
                 if chunk == CHUNKS - 1:  # chunks 1 and 2 have left recent
-                    for index, piece in enumerate(session.history.ledger.archive, start=1):
+                    for index, piece in enumerate(ledger(session).archive, start=1):
                         keys, values = last[branch, layer.index, index]
-                        assert torch.equal(layer.archive.keys[:, piece.slot], keys)
-                        assert torch.equal(layer.archive.values[:, piece.slot], values)
-                    assert len(session.history.ledger.archive) == 2
+                        assert torch.equal(archive(session, layer.index).keys[:, piece.slot], keys)
+                        assert torch.equal(archive(session, layer.index).values[:, piece.slot], values)
+                    assert len(ledger(session).archive) == 2
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_a_branch_that_guidance_left_out_of_the_last_step_runs_again(pipe, heard
     made = iter(stream(pipe, 4.0, callback_on_step_end=callback))
     next(made)
     sessions = pipe.packforcing.sessions
-    assert [len(heard[id(sessions[branch].layers[0])]) for branch in ("cond", "uncond")] == [4, 1 + 1]
+    assert [len(heard[id(sessions[branch].caches[0])]) for branch in ("cond", "uncond")] == [4, 1 + 1]
     assert sessions["cond"].frames == sessions["uncond"].frames == 2
     made.close()
 
@@ -147,12 +149,12 @@ def test_half_a_forward_is_never_committed():
     stack = registry().stack("packforcing", {"commit": "last-step", "topk": 2})
     session = Session(stack, TINY)
     run_session(session, 6)
-    before = session.history
+    before = session.past
     session.denoise(0)
     session.layers[0].attend(*torch.zeros(3, 1, 80, TINY.heads, TINY.head_dim), lambda q, k, v: q)
     with pytest.raises(RuntimeError, match="must follow"):
         session.finish_commit()
-    assert session.history is before
+    assert session.past is before
 
 
 def test_a_chunk_is_committed_once():

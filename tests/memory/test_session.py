@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers import archive, chosen
 from torch.nn.functional import adaptive_avg_pool3d, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -144,14 +145,14 @@ def test_packforcing_equals_the_reference(sink, recent, chunk):
 def test_denoising_never_writes_history():
     session = Session(make(), TINY)
     run_session(session, 6)
-    before, slabs = session.history, [layer.archive.keys.clone() for layer in session.layers]
+    before, slabs = session.past, [archive(session, layer).keys.clone() for layer in range(TINY.layers)]
     tokens = 4 * TINY.tokens_per_frame
     for step in range(3):
         session.denoise(step)
         for layer in session.layers:
             layer.attend(*torch.randn(3, 1, tokens, TINY.heads, TINY.head_dim), attention)
-    assert session.history is before
-    assert all(torch.equal(layer.archive.keys, slab) for layer, slab in zip(session.layers, slabs, strict=True))
+    assert session.past is before
+    assert all(torch.equal(archive(session, layer).keys, slab) for layer, slab in enumerate(slabs))
 
 
 def test_a_failed_commit_leaves_everything_as_it_was():
@@ -166,12 +167,12 @@ def test_a_failed_commit_leaves_everything_as_it_was():
     stack = make(compressor=Breaks())
     session = Session(stack, TINY)
     run_session(session, 6)
-    twin, before = session.snapshot(), session.history
+    twin, before = session.snapshot(), session.past
     Breaks.fails = True
     with pytest.raises(KeyboardInterrupt):
         run_session(session, 1, seed=5)
     Breaks.fails = False
-    assert session.history is before
+    assert session.past is before
     again, other = run_session(session, 3, seed=9), run_session(twin, 3, seed=9)
     assert all(torch.equal(a, b) for a, b in zip(again, other, strict=True))
 
@@ -235,7 +236,8 @@ def test_buffers_stay_where_they_are():
     run_session(session, 12)
 
     def places():
-        return [t.data_ptr() for m in session.layers for t in (m.buffer.keys, m.buffer.values, m.archive.keys)]
+        tensors = [t for each in session.caches for t in (each.arena.keys, each.arena.values)]
+        return [t.data_ptr() for t in (*tensors, *(archive(session, layer).keys for layer in range(TINY.layers)))]
 
     before, resident = places(), session.stats()["resident_bytes"]
     run_session(session, 12, seed=1)
@@ -253,9 +255,9 @@ def test_attention_reads_one_contiguous_view_of_exactly_what_is_there():
     generator = torch.Generator().manual_seed(0)
     n = TINY.tokens_per_frame
     for chunk in range(7):
-        for layer in session.layers:
-            layer.buffer.keys.fill_(float("nan"))  # what was never written must never be attended
-            layer.buffer.values.fill_(float("nan"))
+        if chunk:  # what was never written must never be attended
+            session.workspace.keys(1, 0, session.caches[0].arena.keys)
+            session.workspace._keys.fill_(float("nan"))
         for announce in (lambda: session.denoise(0), session.commit):
             announce()
             for layer in session.layers:
@@ -282,12 +284,12 @@ def test_stats_count_tokens_and_bytes():
 
 def test_unselected_blocks_come_back():
     """Soft eviction: what was passed over once can be chosen later."""
-    session, chosen = Session(make(selector=QueryTopK(1)), TINY), []
+    session, seen = Session(make(selector=QueryTopK(1)), TINY), []
     for seed in range(40):
         run_session(session, 1, seed=seed)
-        if session.layers[0].chosen is not None:
-            chosen.append(int(session.layers[0].chosen[0, 0]))
-    assert any(later < earlier for earlier, later in pairwise(chosen))
+        if chosen(session) is not None:
+            seen.append(int(chosen(session)[0, 0]))
+    assert any(later < earlier for earlier, later in pairwise(seen))
 
 
 def test_positions_of_a_long_video_stay_small_or_grow_as_asked():
@@ -297,15 +299,17 @@ def test_positions_of_a_long_video_stay_small_or_grow_as_asked():
         (AbsoluteReindexer(), None),
     ):
         session = Session(make(reindexer=reindexer), TINY)
-        run_session(session, 30)
-        start = float(session.layers[0].placed[0].placement.chunk_start.max())
+        starts = []
+        run_session(session, 30, inspect=lambda session, starts=starts: starts.append(session.caches[0].attended))
+        start = float(starts[-1].chunk_start.max())
         assert start == (29 * 4 if bound is None else pytest.approx(bound))
 
 
 def test_sink_shift_abuts_the_oldest_kept_frame():
     session = Session(make(WindowPartitioner(12, 4), selector=AllSelector(), reindexer=SinkShiftReindexer()), TINY)
-    run_session(session, 12)
-    placement = session.layers[0].placed[0].placement
+    placed = []
+    run_session(session, 12, inspect=lambda session: placed.append(session.plan.place(None, torch.device("cpu"))))
+    placement = placed[-1].placement
     assert placement.starts[0].tolist() == [36.0, 40.0]
     assert placement.chunk_start.tolist() == [44.0]
 

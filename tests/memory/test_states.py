@@ -61,7 +61,7 @@ def test_a_chunk_can_be_done_again_and_a_session_forked():
     fork = session.snapshot()
     first, second = (run_session(each, 2, seed=7) for each in (session, fork))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert session.past.chunks == fork.past.chunks == 5
+    assert session.past.book.chunks == fork.past.book.chunks == 5
 
 
 def test_tokens_are_cut_joined_and_taken():
@@ -146,7 +146,7 @@ def test_what_a_memory_returns_is_checked():
         session = Session(Wrong(how=how), TINY)
         with pytest.raises(PolicyError, match=message):
             run_session(session, 1)
-        assert session.past.chunks == 0
+        assert session.past.book.chunks == 0
 
 
 def frames_of(part):
@@ -158,8 +158,8 @@ def test_deep_sink_moves_and_evicts():
     session = Session(memory, TINY)
     seen = []
     for _ in range(7):
-        run_session(session, 1)
-        seen.append([frames_of(part) for part in session.layers[0].attended.tokens])
+        look = lambda session: seen.append([frames_of(part) for part in session.caches[0].attended.tokens])  # noqa: E731
+        run_session(session, 1, inspect=look)
     assert seen[3] == [[0, 1], [2]]  # the last chunk that fits
     assert seen[4] == [[0, 1], [3]]  # 5 frames in a window of 4: frame 2 goes, the sink moves to 4 - 4
     assert seen[6] == [[2, 3], [5]]  # and on to 6 - 4
@@ -171,8 +171,9 @@ def test_participative_compression_keeps_what_queries_attend_most():
     run_session(session, 5)
     before = session.past.states[1].tokens
     assert len(before) == 5 * FRAME
-    run_session(session, 1, seed=3)
-    state, chunk = session.past.states[1], session.layers[1]
+    attended = []
+    run_session(session, 1, seed=3, inspect=lambda session: attended.append(session.caches[1].attended))
+    state = session.past.states[1]
     kept = state.tokens
     assert len(kept) == 4 * FRAME  # one of the sink, one chosen token by token, two recent ones
     assert frames_of(kept[:FRAME]) == [0]
@@ -180,23 +181,22 @@ def test_participative_compression_keeps_what_queries_attend_most():
     assert set(frames_of(kept[FRAME : 2 * FRAME])) <= {1, 2, 3}
     assert state.chosen[0].tolist() == [0] * FRAME + [1] * FRAME + [0] * 2 * FRAME
     assert state.shift == 5 - 4
-    assert chunk.attended.tokens[0].coordinates[0, 0, 0] == 1
+    assert attended[0].tokens[0].coordinates[0, 0, 0] == 1
 
 
 def test_memrope_averages_what_leaves():
     memory = MemRoPE(chunk_frames=1, sink_frames=1, recent_frames=2, slow=0.25, fast=0.5)
-    session, outs = Session(memory, TINY), []
+    session, outs, seen = Session(memory, TINY), [], []
     for chunk in range(6):
-        run_session(session, 1, seed=chunk)
-        outs.append(session.layers[0].heard)
+        run_session(session, 1, seed=chunk, inspect=lambda session: seen.append(session.caches[0].attended))
         heard = session.past.states[0].recent[-FRAME:]
-        outs[-1] = heard.keys.clone() if len(heard) else None
+        outs.append(heard.keys.clone() if len(heard) else None)
     # Frame 0 is the sink; frames 1, 2 and 3 have left the two recent ones.
     state = session.past.states[0]
     one, two, three = outs[1], outs[2], outs[3]
     torch.testing.assert_close(state.slow.keys, 0.75 * (0.75 * one + 0.25 * two) + 0.25 * three)
     torch.testing.assert_close(state.fast.keys, 0.5 * (0.5 * one + 0.5 * two) + 0.5 * three)
-    attended = session.layers[0].attended
+    attended = seen[-1]
     assert [frames_of(part) for part in attended.tokens] == [[0], [1], [2], [3, 4]]
     assert attended.chunk_start == 5
     assert state.slow.keys.dtype == torch.float32
@@ -243,18 +243,19 @@ def test_a_memory_is_written_as_data_and_enabled():
 def test_a_rolling_sink_walks_to_and_fro():
     memory = RollingSink(chunk_frames=1, window_frames=4)
     session, seen, heard = Session(memory, TINY), [], []
+
+    def look(session):
+        parts = session.caches[1].attended.tokens
+        keys = [each for part in parts for each in part.keys[0, FRAME - 1 :: FRAME]]
+        seen.append([next(i for i, known in enumerate(heard) if torch.equal(known, each)) for each in keys])
+        places = [frame for part in parts for frame in frames_of(part)]
+        assert places == list(range(max(0, session.frames - 3), session.frames))  # true ones, whatever they hold
+        heard.append(session.caches[1].captured.tokens.keys[0, -1].clone())
+
     for chunk in range(9):
-        run_session(session, 1, seed=chunk)
-        window = session.past.states[1].window
-        heard.append(window.keys[0, -1])
-        held = [
-            next(i for i, keys in enumerate(heard) if torch.equal(keys, each))
-            for each in window.keys[0, FRAME - 1 :: FRAME]
-        ]
-        seen.append(held)
-        assert frames_of(window) == list(range(max(0, chunk - 3), chunk + 1))  # at true positions, whatever they hold
+        run_session(session, 1, seed=chunk, inspect=look)
     # Frame f >= 3 is replaced when frame f + 1 has come: by frames 2, 1, 0 (backward), then 0, 1, 2 (forward), ...
-    assert seen == [
+    after = [
         [0],
         [0, 1],
         [0, 1, 2],
@@ -265,3 +266,4 @@ def test_a_rolling_sink_walks_to_and_fro():
         [1, 0, 0, 7],
         [0, 0, 1, 8],
     ]
+    assert seen == [[], *(each[-3:] for each in after[:-1])]  # what a chunk attends is what the one before left

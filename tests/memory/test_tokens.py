@@ -242,8 +242,8 @@ def test_magi_attends_less_the_cleaner_the_chunk():
     session = Session(memory, TINY)
 
     def attended():
-        (tokens,) = session.layers[1].attended.tokens
-        assert session.layers[1].attended.chunk_start == session.frames
+        (tokens,) = session.caches[1].attended.tokens
+        assert session.caches[1].attended.chunk_start == session.frames
         frames = sorted(set(tokens.coordinates[..., 0].flatten().tolist()))
         assert len(tokens) == len(frames) * TINY.tokens_per_frame
         return frames

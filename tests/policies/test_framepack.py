@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from helpers import ledger
 
 from kvpack.errors import PolicyError
 from kvpack.memory.blocks import KVBlock, Span, grid_coordinates
@@ -92,11 +93,11 @@ def test_a_session_attends_the_means_of_what_was_committed(grid, reindexer):
     """Keys at their places, and values, of every layer: oldest blocks smallest, the newest archived one as it is."""
     geometry = replace(GRID, grid=grid)
     session, generator = Session(framepack(reindexer=reindexer), geometry), torch.Generator().manual_seed(1)
-    frames = [[] for _ in session.layers]  # each [keys or values, batch, rows, columns, heads, head_dim]
+    frames = [[] for _ in session.caches]  # each [keys or values, batch, rows, columns, heads, head_dim]
     for chunk in range(8):
         for announce in (lambda: session.denoise(0), session.commit):
             announce()
-            given = [torch.randn(3, 2, 4 * grid[0] * grid[1], 2, 12, generator=generator) for _ in session.layers]
+            given = [torch.randn(3, 2, 4 * grid[0] * grid[1], 2, 12, generator=generator) for _ in session.caches]
             for layer, qkv in zip(session.layers, given, strict=True):
                 layer.attend(*qkv, lambda queries, keys, values: queries)
         archived = [range(max(1, 4 * c), 4 * c + 4) for c in range(chunk - 1)][-5:]
@@ -105,7 +106,7 @@ def test_a_session_attends_the_means_of_what_was_committed(grid, reindexer):
         mid = sum(len(run) for run in archived)
         # 20 positions less those of the sink frame, the recent chunk and the current one.
         ratio = min(1.0, (20 - 9) / mid) if reindexer == "fit" and mid else 1.0
-        for index, layer in enumerate(session.layers if chunk else []):
+        for index, cache in enumerate(session.caches if chunk else []):
             tokens, places, start = [], [], 0.0
             for run, halvings in blocks:
                 squeeze, sizes = (ratio if halvings else 1.0), (len(run), *grid)
@@ -124,8 +125,7 @@ def test_a_session_attends_the_means_of_what_was_committed(grid, reindexer):
             seen = session.attended(index)
             torch.testing.assert_close(seen[0], rotate(keys, turns), rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(seen[1], values, rtol=1e-5, atol=1e-6)
-            assert layer.placed[0].placement.chunk_start.tolist() == pytest.approx([start])
-        assert session.current.capacity == session.stats()["attended_tokens"] + 4 * grid[0] * grid[1]
+            assert cache.attended.chunk_start.tolist() == pytest.approx([start])
         session.finish_commit()
         for index, (_, keys, values) in enumerate(given):
             frames[index] += torch.stack([keys, values]).unflatten(2, (4, *grid)).unbind(2)
@@ -152,9 +152,13 @@ def test_what_each_chunk_attends():
     """One frame of sink, long blocks of 1x1x2 tokens, a middle one of 2x2x3, the recent chunk of 4x4x6."""
     session = Session(framepack(), GRID)
     frame, recent, middle, long = 24, 96, 12, 2
-    attended = []
+    attended, placed = [], []
+
+    def look(session):
+        placed[:] = [session.plan.place(None, torch.device("cpu")).placement]
+
     for _ in range(10):
-        run_session(session, 1, steps=1)
+        run_session(session, 1, steps=1, inspect=look)
         attended.append(session.stats()["attended_tokens"])
     first = 3 * frame  # what is left of the first chunk beside its sink is a block of three frames: 2x2x3, then 1x1x2
     assert attended[:2] == [0, frame + first]
@@ -162,10 +166,10 @@ def test_what_each_chunk_attends():
     assert attended[3] == frame + long + middle + recent
     assert attended[4] == frame + 2 * long + middle + recent
     assert attended[6:] == [frame + 4 * long + middle + recent] * 4
-    (turns,) = session.layers[0].placed
-    assert turns.placement.starts[0].tolist() == [0, 1, 5, 9, 13, 17, 21]
-    assert turns.placement.chunk_start.tolist() == [25]  # to 28: Helios's 0 to 28
-    assert len(session.history.ledger.archive) == 5
+    (placement,) = placed
+    assert placement.starts[0].tolist() == [0, 1, 5, 9, 13, 17, 21]
+    assert placement.chunk_start.tolist() == [25]  # to 28: Helios's 0 to 28
+    assert len(ledger(session).archive) == 5
 
 
 def test_the_plan_is_what_is_measured():

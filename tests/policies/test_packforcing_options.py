@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import archive, chosen
 
 from kvpack.errors import InvalidOptionError
 from kvpack.memory.ledger import Ledger
@@ -60,8 +61,8 @@ def test_nothing_is_archived_that_is_never_attended(compressor):
     stats = session.stats()
     assert stats["attended_tokens"] == 12 * TINY.tokens_per_frame
     assert stats["archive_blocks"] == stats["archive_bytes"] == 0
-    assert all(layer.archive.slots == 0 for layer in session.layers)
-    assert not any(held.twin for held in session.history.held)
+    assert all(archive(session, layer).slots == 0 for layer in range(TINY.layers))
+    assert not any(kept.twin for state in session.past.states for kept in state.whole)
     assert session.twins_due() == ()
 
 
@@ -80,7 +81,7 @@ def choices(selection, **options):
     session, made = Session(stack, replace(TINY, layers=3)), []
     for seed in range(12):
         run_session(session, 1, batch=2, seed=seed)
-        if session.layers[0].chosen is not None:
+        if chosen(session, 0) is not None:
             made.append(session.stats()["selected"])
     assert len(made) >= 5
     return made

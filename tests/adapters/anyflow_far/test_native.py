@@ -155,7 +155,7 @@ def test_direct_keys_of_the_first_layer_are_those_of_a_forward(pipe):
         [next(stream) for _ in range(5)]
         (session,) = pipe.packforcing.sessions.values()
         assert list(pipe.packforcing.sessions) == ["uncond+cond"]
-        archives = [(layer.archive.keys[:, 0], layer.archive.values[:, 0]) for layer in session.layers]
+        archives = [(state.archive.keys[:, 0], state.archive.values[:, 0]) for state in session.past.states]
         stream.close()
         return archives
 

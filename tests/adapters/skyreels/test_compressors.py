@@ -43,8 +43,8 @@ def archives(pipe, **changed):
     """The video, and keys and values of the second chunk's twin by branch and layer."""
     stream = pipe.packforcing.stream(**{**CALL, "generator": seeds(), **changed})
     video = torch.cat([next(stream) for _ in range(3)], dim=2)
-    layers = [layer for session in pipe.packforcing.sessions.values() for layer in session.layers]
-    found = [(layer.archive.keys[:, 0].clone(), layer.archive.values[:, 0].clone()) for layer in layers]
+    archives = [state.archive for session in pipe.packforcing.sessions.values() for state in session.past.states]
+    found = [(each.keys[:, 0].clone(), each.values[:, 0].clone()) for each in archives]
     stream.close()
     return video, found
 

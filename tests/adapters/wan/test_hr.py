@@ -81,8 +81,8 @@ def archive(pipe, **options):
     stream = pipe.packforcing.stream(**arguments)
     for _ in range(2):
         next(stream)
-    layers = pipe.packforcing.sessions["cond"].layers
-    found = [(layer.archive.keys[:, 0].clone(), layer.archive.values[:, 0].clone()) for layer in layers]
+    archives = [state.archive for state in pipe.packforcing.sessions["cond"].past.states]
+    found = [(each.keys[:, 0].clone(), each.values[:, 0].clone()) for each in archives]
     stream.close()
     return found
 
@@ -220,7 +220,7 @@ def test_tokens_appended_in_the_commit_are_as_in_a_forward_of_their_own(chunk_fr
         seeds = [torch.Generator().manual_seed(row) for row in range(2)]
         stream = pipe.packforcing.stream(**{**CALL, "guidance_scale": 2.0, "generator": seeds})
         video = torch.cat([next(stream) for _ in range(3)], dim=2)
-        archives = [layer.archive for session in pipe.packforcing.sessions.values() for layer in session.layers]
+        archives = [state.archive for each in pipe.packforcing.sessions.values() for state in each.past.states]
         assert archives[0].slots
         found.append([video, *(tensor.clone() for each in archives for tensor in (each.keys, each.values))])
         stream.close()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import archive, ledger
 
 from kvpack.adapters.wan.compression import embed
 from kvpack.adapters.wan.vae import StreamingDecoder, encode
@@ -89,8 +90,8 @@ def test_a_twin_is_the_model_s_own_keys_of_the_small_chunk(pipe):
         generator=torch.Generator().manual_seed(0), **{**CALL, "prompt": "a red circle", "guidance_scale": 1.0}
     )
     first, second = next(stream), next(stream)
-    memory = pipe.packforcing.sessions["cond"].layers[0]
-    given = memory.archive.keys[:, 0], memory.archive.values[:, 0]
+    stored = archive(pipe.packforcing.sessions["cond"])
+    given = stored.keys[:, 0], stored.values[:, 0]
     stream.close()
 
     decoder = StreamingDecoder(pipe.vae, 64, 96)
@@ -124,8 +125,9 @@ def test_twins_are_made_at_commit(pipe):
     for _ in stream:
         for branch in ("cond", "uncond"):
             session = pipe.packforcing.sessions[branch]
-            held.append([(each.piece.part, each.twin is not None) for each in session.history.held])
-            assert session.stats()["archive_blocks"] == max(0, session.history.ledger.chunks - 2)
+            kept = zip(ledger(session).whole, session.past.states[0].whole, strict=True)
+            held.append([(piece.part, each.twin is not None) for piece, each in kept])
+            assert session.stats()["archive_blocks"] == max(0, ledger(session).chunks - 2)
     both = [("sink", False), ("recent", True)]
     assert held == [[("sink", False)]] * 2 + [both] * 4
 

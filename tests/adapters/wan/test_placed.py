@@ -113,8 +113,9 @@ def test_another_dtype_between_two_videos():
     buffers = []
 
     def look(pipe, step, timestep, tensors):
-        layers = pipe.packforcing.sessions["cond"].layers
-        buffers.append({(layer.buffer.keys.dtype, layer.buffer.keys.device) for layer in layers})
+        session = pipe.packforcing.sessions["cond"]
+        attended = [each for layer in range(len(session.caches)) for each in session.attended(layer)]
+        buffers.append({(each.dtype, each.device) for each in attended})
         return tensors
 
     generate(pipe, callback_on_step_end=look)
