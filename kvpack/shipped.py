@@ -30,7 +30,7 @@ STACK_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def shipped_folder() -> Path:
-    """The pipeline that is part of this package.
+    """Return the folder of the pipeline that is part of this package.
 
     Raises:
         InvalidOptionError: if it was not installed with it.
@@ -39,7 +39,7 @@ def shipped_folder() -> Path:
 
 
 def shipped_compressor() -> Path:
-    """The compressor that was trained for the pipeline of `shipped_folder`, for `enable_packforcing(compressor=...)`.
+    """Return the folder of the compressor trained for that pipeline, for `enable_packforcing(compressor=...)`.
 
     Raises:
         InvalidOptionError: if it was not installed with it.
@@ -55,7 +55,7 @@ def _shipped(name: str, needed: str) -> Path:
 
 
 def demo_stack(name: str) -> Memory:
-    """An installed stack with the sizes that the shipped pipeline was trained with.
+    """Return an installed stack with the sizes that the shipped pipeline was trained with.
 
     Raises:
         UnknownNameError: if it is not installed.

@@ -37,7 +37,7 @@ def write(folder: Path, vae: AutoencoderKLWan, model: WanTransformer3DModel, enc
 
 
 def parts(out: Path) -> tuple[AutoencoderKLWan, WanTransformer3DModel, UMT5EncoderModel]:
-    """The averaged weights of the last checkpoints; a part that is not trained yet is random."""
+    """Return models with the averaged weights of the last checkpoints; a part that is not trained yet is random."""
     vae, model, encoder = vae_full.build(), chunked.build(), text.build_encoder()
     if (out / "vae").exists():
         # copied, because a loaded model would write down where it was loaded from

@@ -64,7 +64,7 @@ class Samples:
     trails: dict[int, Frames] = field(default_factory=dict)
 
     def add(self, first: int, frames: Frames) -> None:
-        """Looks at the frames from `first` on. A trail, the brightest of each pixel, is a bright object's path."""
+        """Take stills and trails from frames that begin at `first`; a trail is the brightest value of each pixel."""
         for column, start in enumerate(self.starts):
             for index in range(max(start, first), min(start + self.trail, first + len(frames))):
                 frame = frames[index - first]
@@ -74,7 +74,7 @@ class Samples:
                     self.trails[column] = np.maximum(self.trails.setdefault(column, frame), frame)
 
     def rows(self, label: str) -> list[Row]:
-        """A row of stills and one of trails."""
+        """Return a row of stills and one of trails."""
         return [
             Row(label, [self.stills[column] for column in sorted(self.stills)]),
             Row(
@@ -85,7 +85,7 @@ class Samples:
 
 
 def run(demo: Demo, on_chunk: Callable[[Track], None]) -> dict[str, Any]:
-    """Generates the video, the contact sheet and the figures; returns the figures.
+    """Generate the video, the contact sheet and the figures; return the figures.
 
     Several stacks take turns, chunk by chunk, so that the video is written while it is generated, in constant memory.
 
@@ -127,7 +127,7 @@ def run(demo: Demo, on_chunk: Callable[[Track], None]) -> dict[str, Any]:
 def _generate(
     tracks: Sequence[Track], samples: Sequence[Samples], writer: VideoWriter, on_chunk: Callable[[Track], None]
 ) -> None:
-    """Every track in turn; what all of them have is written."""
+    """Advance the tracks in turn, and write the frames that all of them have."""
     pending: list[Frames] = [np.empty((0, 0, 0, 3), dtype=np.uint8) for _ in tracks]
     top: Frames | None = None
     while True:
@@ -153,7 +153,7 @@ def _generate(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tensors are so small that threads would only wait for each other, the longer the busier the machine is."""
+    """Run torch on one thread: for tensors this small more threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -185,7 +185,7 @@ def _report(demo: Demo, tracks: Sequence[Track], files: Sequence[Path]) -> dict[
 
 
 def _warn_of_unknown_words(tokenizer: Any, prompt: str) -> None:
-    """The shipped pipeline knows two dozen words; any other is noise to it."""
+    """Warn of the prompt's words that the pipeline's tokenizer does not know."""
     unknown = [
         word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids
     ]

@@ -45,7 +45,7 @@ def evaluate(
 
 
 def measured(video: Path) -> dict[str, Any]:
-    """The measures of one video file and their drift.
+    """Measure one video file, and its drift.
 
     Raises:
         InvalidOptionError: if it isn't a video.
@@ -87,7 +87,7 @@ def _vbench(videos: Sequence[Path], prompts: Path | None, output: Path | None, a
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
+    """Replace NaN, which JSON does not have, by None."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):

@@ -48,7 +48,7 @@ TRACK_COLUMNS = ("stack", "fps", "KV attended", "KV archive")
 
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    """Packed key/value memory for causal video transformers on stock diffusers pipelines."""
+    """Print the version, or run a command."""
     if version:
         from kvpack.version import __version__
 
@@ -190,7 +190,7 @@ def _print_tracks(result: dict[str, Any], tracks: list[dict[str, Any]], files: l
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the console script."""
 
     def stop(*_: object) -> None:
         raise SystemExit(TERMINATED)  # unwinds, so that nothing half-written is left

@@ -31,10 +31,10 @@ StackName = Annotated[
 
 
 class CommandGroup(TyperGroup):
-    """Says in one line what is wrong with the input; only a bug leaves a traceback."""
+    """Commands whose errors are one line; only a bug leaves a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs a command."""
+        """Run a command."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -55,7 +55,7 @@ def _fail(message: str, code: int = 1) -> None:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Width and height from text such as 832x480.
+    """Parse text such as 832x480 into width and height.
 
     Raises:
         InvalidOptionError: if it does not read so.
@@ -70,7 +70,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Options from texts such as topk=8; a value is JSON where it reads as JSON, and text elsewhere.
+    """Parse texts such as topk=8 into options; a value that is not JSON is text.
 
     Raises:
         InvalidOptionError: if one does not read so, or comes twice.
@@ -91,7 +91,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_dtype(name: str) -> "torch.dtype":
-    """A dtype by name.
+    """Return a dtype by name.
 
     Raises:
         UnknownNameError: if it is none of those that models run in.
@@ -105,7 +105,7 @@ def parse_dtype(name: str) -> "torch.dtype":
 
 
 def size_text(count: float) -> str:
-    """Bytes for a reader.
+    """Format a count of bytes.
 
     >>> size_text(3987210240)
     '3.99 GB'
@@ -118,12 +118,12 @@ def size_text(count: float) -> str:
 
 
 def print_json(data: Mapping[str, Any]) -> None:
-    """One JSON object on standard output."""
+    """Print one JSON object on standard output."""
     typer.echo(json.dumps(data, indent=2))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output."""
+    """Print a table on standard output."""
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
@@ -136,7 +136,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 @contextmanager
 def progress() -> Iterator[Callable[["Track"], None]]:
-    """A bar for each track on standard error: chunk, frames a second, bytes attended and archived."""
+    """Show a bar for each track on standard error: chunk, frames a second, bytes attended and archived."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -30,7 +30,7 @@ class VideoFile:
 
 @contextmanager
 def opened(path: Path) -> Iterator[VideoFile]:
-    """Opens a video file of any kind that libav reads.
+    """Open a video file of any kind that libav reads.
 
     Raises:
         InvalidOptionError: if there is no such file, or it holds no video that can be decoded.

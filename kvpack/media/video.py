@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the video among them, which is encoded while it is generated."""
+"""Files that are written whole or not at all, and videos that are encoded while they are generated."""
 
 import os
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ CODECS = ("libx264", "libopenh264", "h264", "mpeg4")
 
 
 def require_writable(path: Path) -> Path:
-    """Returns `path` if a file can be put there, which is tried with an empty one beside it.
+    """Return `path` if a file can be written there; an empty one beside it is tried.
 
     Raises:
         OutputError: if not.
@@ -57,7 +57,7 @@ class PartialFile:
         self.seek, self.tell, self.read = self._file.seek, self._file.tell, self._file.read
 
     def write(self, data: bytes) -> int:
-        """Writes on."""
+        """Append bytes."""
         try:
             return self._file.write(data)
         except OSError as error:
@@ -65,13 +65,13 @@ class PartialFile:
             raise
 
     def commit(self) -> None:
-        """Puts the file in its place."""
+        """Move the complete file to its name."""
         with self.reported():
             self._file.close()
             os.replace(self._partial, self.path)
 
     def discard(self) -> None:
-        """Leaves nothing of it."""
+        """Remove what was written."""
         with suppress(OSError):
             self._file.close()
         with suppress(OSError):
@@ -79,7 +79,7 @@ class PartialFile:
 
     @contextmanager
     def reported(self) -> Iterator[None]:
-        """Turns any failure to write into an `OutputError` and discards the file."""
+        """Raise an `OutputError` for any failure to write, and discard the file."""
         import av
 
         try:
@@ -93,7 +93,7 @@ class PartialFile:
 
 
 class VideoWriter:
-    """Encodes an mp4 while its frames are generated, in constant memory.
+    """An mp4 that is encoded while its frames are generated, in constant memory.
 
     Args:
         path: the file, which appears when the `with` block ends without an error.
@@ -121,7 +121,7 @@ class VideoWriter:
         return self
 
     def write(self, frames: Frames) -> None:
-        """Appends frames, `[frames, height, width, 3]`."""
+        """Append frames, `[frames, height, width, 3]`."""
         import av
 
         assert self._file is not None
@@ -167,7 +167,7 @@ class VideoWriter:
 
 
 def save_bytes(data: bytes, path: Path) -> None:
-    """Writes a file, whole or not at all.
+    """Write a file, whole or not at all.
 
     Raises:
         OutputError: if it cannot be written.
@@ -186,6 +186,6 @@ def _partial(path: Path) -> Path:
 
 
 def _even(frames: Frames) -> Frames:
-    """Repeats the last row and column where the count is odd, which codecs refuse."""
+    """Repeat the last row and column where their number is odd, which codecs refuse."""
     rows, columns = frames.shape[1] % 2, frames.shape[2] % 2
     return np.pad(frames, ((0, 0), (0, rows), (0, columns), (0, 0)), mode="edge") if rows or columns else frames
