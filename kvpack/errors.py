@@ -53,7 +53,7 @@ class PluginWarning(UserWarning):
 
 
 def unknown_name(kind: str, given: str, installed: Iterable[str]) -> UnknownNameError:
-    """Builds the error for a name that is not installed, with the nearest one.
+    """Return the error for a name that is not installed, with the nearest one that is.
 
     >>> print(unknown_name("selector", "top_k", ["topk", "all"]))
     no selector named 'top_k'; did you mean 'topk'? Installed: all, topk
@@ -65,7 +65,7 @@ def unknown_name(kind: str, given: str, installed: Iterable[str]) -> UnknownName
 
 
 def require_choice(name: str, given: object, choices: Iterable[str]) -> None:
-    """Raises `InvalidOptionError` if `given` is none of `choices`.
+    """Raise `InvalidOptionError` if `given` is none of `choices`.
 
     >>> require_choice("commit", "rerun", ["rerun", "last-step"])
     """
@@ -75,7 +75,7 @@ def require_choice(name: str, given: object, choices: Iterable[str]) -> None:
 
 
 def require_int(name: str, given: object, *, minimum: int = 0) -> int:
-    """Returns `given` if it is a whole number of at least `minimum`.
+    """Return `given` if it is a whole number of at least `minimum`.
 
     Raises:
         InvalidOptionError: if it is not.

@@ -19,7 +19,7 @@ STACK_OPTIONS: dict[str, dict[str, Any]] = {
     # It rolls a window of the training length and keeps no sink.
     "self-forcing": {"window_frames": 20, "sink_frames": 0},
     "deep-forcing": {"window_frames": 20},
-    "framepack": {"reindex": "fit"},
+    "framepack": {"reindexer": "fit"},
     "infinite-forcing": {"window_frames": 8},
     "infinity-rope": {"window_frames": 8},
     "krea": {"context_frames": 4},

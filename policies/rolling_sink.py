@@ -45,14 +45,14 @@ class RollingSink(StateMemory):
             )
 
     def attend(self, state: RollingState | None, chunk: Chunk) -> Attended:
-        """The window without its oldest chunk, if it is full."""
+        """Attend the window, without its oldest chunk if it is full."""
         state = state or RollingState(chunk.tokens[:0], chunk.tokens[:0])
         over = len(state.window) + len(chunk.tokens) - self.window_frames * chunk.geometry.tokens_per_frame
         window = state.window[max(0, over) :]
         return Attended((window,), chunk.first_frame, replace(state, window=window))
 
     def remember(self, state: RollingState, chunk: Chunk) -> RollingState:
-        """The clean chunk behind the window, and what was newest replaced."""
+        """Append the clean chunk, and replace the one that was newest by one of the first window's."""
         each, window, first = chunk.geometry.tokens_per_frame, state.window, state.first
         if len(first) < self.window_frames * each:
             first = first + chunk.tokens
@@ -66,7 +66,7 @@ class RollingSink(StateMemory):
         return self.chunk_frames
 
     def forget(self, state: RollingState, tokens: int) -> RollingState:
-        """Without the newest chunk, in the first window too if that is not full."""
+        """Drop the newest chunk, in the first window too if that is not full."""
         left = state.window[: len(state.window) - tokens]
         begins = bool(state.window.coordinates[0, 0, 0] == 0)  # nothing has been dropped yet
         return RollingState(left, left if begins else state.first)
@@ -78,7 +78,7 @@ class RollingSink(StateMemory):
         return replace(newest, keys=first.keys[:, index], values=first.values[:, index])
 
     def source(self, first_frame: int) -> list[int]:
-        """Frames of the first window that stand where a chunk from `first_frame` on was.
+        """Return the frames of the first window that replace a chunk from `first_frame` on.
 
         >>> memory = RollingSink(chunk_frames=3, window_frames=9)
         >>> [memory.source(frame) for frame in (6, 9, 12, 15)]

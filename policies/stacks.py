@@ -29,14 +29,14 @@ def packforcing(
     chunk_frames: int = 4,
     compressor: str | Compressor = "pool",
     selector: str | Selector = "topk",
-    reindex: str | Reindexer = "fit",
+    reindexer: str | Reindexer = "fit",
     train_frames: int = 20,
     archive_blocks: int | None = None,
     coordinates: Coordinates = "centered",
     selection: Selection = "layer",
     commit: Commit = "rerun",
 ) -> Stack:
-    """Sink, compressed mid and recent (PackForcing, arXiv 2603.25730).
+    """Build a memory of sink, compressed mid and recent (PackForcing, arXiv 2603.25730).
 
     Differs from the paper, whose own configuration is `packforcing-paper`: mid blocks are squeezed into the positions
     that the model saw in training, and keys and values are pooled, which needs no VAE.
@@ -48,8 +48,8 @@ def packforcing(
         chunk_frames: latent frames generated together.
         compressor: name or instance, or folder or Hub id of a trained one, which is used as its config says.
         selector: name or instance.
-        reindex: name or instance of a re-indexer.
-        train_frames: latent frames seen in training, for `reindex="fit"`.
+        reindexer: name or instance of a re-indexer.
+        train_frames: latent frames seen in training, for `reindexer="fit"`.
         archive_blocks: most compressed blocks kept; None keeps all.
         coordinates: where pooled tokens sit, for a compressor by name that takes it (see `PoolCompressor`).
         selection: whether each "layer" chooses mid blocks, or the first one for the whole "chunk" (see `Stack`).
@@ -63,7 +63,7 @@ def packforcing(
         SinkMidRecentPartitioner(sink_frames, recent_frames),
         _compressor(compressor, coordinates),
         chosen_by,
-        _policy("reindexer", reindex, train_frames=train_frames),
+        _policy("reindexer", reindexer, train_frames=train_frames),
         chunk_frames,
         archive_blocks,
         selection,
@@ -72,7 +72,7 @@ def packforcing(
 
 
 def packforcing_paper() -> Stack:
-    """The paper's own configuration (arXiv 2603.25730) without training; no option, so that a comparison stays one.
+    """Build the paper's own untrained configuration (arXiv 2603.25730); it has no options, so that it stays one.
 
     `lr` is what the paper's dual-branch compressor is before it is trained. Scores are exact where the paper samples
     queries and heads, and a batch row's own where it averages over the batch.
@@ -95,17 +95,17 @@ def self_forcing(
     chunk_frames: int = 3,
     window_frames: int = 9,
     sink_frames: int = 3,
-    reindex: str | Reindexer = "absolute",
+    reindexer: str | Reindexer = "absolute",
     train_frames: int = 20,
     commit: Commit = "rerun",
 ) -> Stack:
-    """Rolling window with a sink (Self-Forcing, arXiv 2506.08009; the window includes the current chunk)."""
+    """Build a rolling window with a sink (Self-Forcing, arXiv 2506.08009); the window includes the current chunk."""
     return Stack(
         "self-forcing",
         WindowPartitioner(window_frames, sink_frames),
         IdentityCompressor(),
         AllSelector(),
-        _policy("reindexer", reindex, train_frames=train_frames),
+        _policy("reindexer", reindexer, train_frames=train_frames),
         chunk_frames,
         commit=commit,
     )
@@ -114,17 +114,24 @@ def self_forcing(
 def full(
     *,
     chunk_frames: int = 4,
-    reindex: str | Reindexer = "absolute",
+    reindexer: str | Reindexer = "absolute",
     train_frames: int = 20,
     commit: Commit = "rerun",
 ) -> Stack:
-    """All of history at full resolution, which grows (Self-Forcing, arXiv 2506.08009, global attention)."""
-    reindexer = _policy("reindexer", reindex, train_frames=train_frames)
-    return Stack("full", FullPartitioner(), IdentityCompressor(), AllSelector(), reindexer, chunk_frames, commit=commit)
+    """Keep all of history at full resolution, which grows (Self-Forcing, arXiv 2506.08009, global attention)."""
+    return Stack(
+        "full",
+        FullPartitioner(),
+        IdentityCompressor(),
+        AllSelector(),
+        _policy("reindexer", reindexer, train_frames=train_frames),
+        chunk_frames,
+        commit=commit,
+    )
 
 
 def _compressor(compressor: str | Compressor, coordinates: Coordinates) -> Any:
-    """A compressor by name, or by the folder or Hub id of its weights; installed names win."""
+    """Return a compressor by name, or by the folder or Hub id of its weights; installed names win."""
     installed = ("compressor", compressor) in registry().policies
     if isinstance(compressor, str) and not installed and ("/" in compressor or os.path.isdir(compressor)):
         return trained_compressor(compressor)
@@ -135,7 +142,7 @@ def _compressor(compressor: str | Compressor, coordinates: Coordinates) -> Any:
 
 
 def _policy(role: str, policy: Any, **offered: Any) -> Any:
-    """A policy by name, given those of the offered options that it takes."""
+    """Return a policy by name, given those of the offered options that it takes."""
     cls = registry().policies.get((role, policy)) if isinstance(policy, str) else None
     taken = inspect.signature(cls).parameters if cls else {}
     return registry().policy(role, policy, {name: value for name, value in offered.items() if name in taken})

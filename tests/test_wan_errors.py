@@ -204,7 +204,7 @@ def test_tiled_decode(pipe):
         ("packfrocing", {}, UnknownNameError, "no stack named 'packfrocing'; did you mean 'packforcing'"),
         ("packforcing", {"selector": "top_k"}, UnknownNameError, "no selector named 'top_k'; did you mean 'topk'"),
         ("packforcing", {"compressor": "pol"}, UnknownNameError, "did you mean 'pool'"),
-        ("packforcing", {"reindex": "contiguos"}, UnknownNameError, "did you mean 'contiguous'"),
+        ("packforcing", {"reindexer": "contiguos"}, UnknownNameError, "did you mean 'contiguous'"),
         ("packforcing", {"top_k": 3}, InvalidOptionError, "'top_k'; did you mean 'topk'"),
         ("full", {"window_frames": 3}, InvalidOptionError, "no option of stack full named 'window_frames'"),
         ("packforcing", {"topk": -1}, InvalidOptionError, "topk must be >= 0, got -1"),

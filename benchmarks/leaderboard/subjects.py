@@ -14,7 +14,7 @@ from kvpack.shipped import STACK_OPTIONS, shipped_compressor
 # What the toy pipeline was trained with; given to every factory that takes it.
 SIZES = {"chunk_frames": 4, "train_frames": 20}
 # Option of a stack's factory -> role of the policy that it takes.
-ROLES = {"compressor": "compressor", "selector": "selector", "reindex": "reindexer"}
+ROLES = {"compressor": "compressor", "selector": "selector", "reindexer": "reindexer"}
 # Generated without a memory, see `sources.reference`.
 REFERENCES = ("truth", "shuffled", "frozen", "noise")
 HERO = "packforcing"
@@ -63,7 +63,7 @@ RIVALS = (
     Memory(
         "window with sink 4, contiguous",
         "self-forcing",
-        {"window_frames": 20, "sink_frames": 4, "reindex": "contiguous"},
+        {"window_frames": 20, "sink_frames": 4, "reindexer": "contiguous"},
     ),
     Memory("sink 8 + recent 4", "packforcing", {"topk": 0}),
     Memory("packforcing, lr", "packforcing", {"compressor": "lr"}),

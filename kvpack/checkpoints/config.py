@@ -16,7 +16,7 @@ PLACES = (FILE, f"scheduler/{FILE}")
 
 @dataclass(frozen=True)
 class Settings:
-    """A model's own memory.
+    """The memory, frame rate and call arguments that a model was trained for.
 
     Args:
         stack: name of an installed stack.
@@ -35,7 +35,7 @@ class Settings:
     recipe: str | None = None
 
     def write(self, folder: Path) -> None:
-        """Writes the file into a model's folder, which has a `scheduler`."""
+        """Write the settings into a model's folder, which has a `scheduler`."""
         data = {
             "kvpack_version": __version__,
             "recipe": self.recipe,
@@ -44,12 +44,12 @@ class Settings:
             "first_chunk_frames": self.first_chunk_frames,
             "call": dict(self.call),
         }
-        for place in PLACES:
+        for place in PLACES:  # twice, for a download by diffusers has the folders of components only
             (folder / place).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> "Settings":
-        """Reads the file.
+        """Read settings from a file.
 
         Raises:
             InvalidOptionError: if it does not hold settings.
@@ -68,12 +68,15 @@ class Settings:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Settings | None":
-        """The settings in a model's folder, if there are any."""
+        """Return the settings in a model's folder, or None if it has none."""
         return next((cls.read(folder / place) for place in PLACES if (folder / place).is_file()), None)
 
     @classmethod
     def of_pipeline(cls, pipeline: Any) -> "Settings | None":
-        """The settings in the folder, or the Hub's cache, that a pipeline was loaded from; the network is not asked."""
+        """Return the settings in the folder, or the Hub's local cache, that a pipeline was loaded from, or None.
+
+        The network is not asked.
+        """
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
@@ -89,8 +92,23 @@ class Settings:
         return next((cls.read(Path(path)) for path in cached if isinstance(path, str)), None)
 
 
+def frame_rate(pipeline_class: str, configs: Mapping[str, Mapping[str, Any]]) -> float:
+    """Return the pixel frames a second that a stock model was trained with: 24 or 16.
+
+    Args:
+        pipeline_class: name of its diffusers class.
+        configs: of its parts, the transformer's among them.
+
+    >>> frame_rate("SkyReelsV2DiffusionForcingPipeline", {}), frame_rate("WanPipeline", {})
+    (24.0, 16.0)
+    """
+    # Of Wan's models only 2.2 TI2V 5B has 24; a VAE of 48 channels tells it.
+    wan_5b = pipeline_class.startswith("Wan") and configs.get("transformer", {}).get("in_channels") == 48
+    return 24.0 if pipeline_class.startswith("SkyReelsV2") or wan_5b else 16.0
+
+
 def require_model_folder(folder: Path) -> Path:
-    """Returns `folder` if it looks like a diffusers pipeline.
+    """Return `folder` if it looks like a diffusers pipeline.
 
     Raises:
         InvalidOptionError: if it does not.

@@ -59,9 +59,9 @@ def train_compressor(
     Without --teacher, what the model predicts behind packed history learns to be what it predicts behind all of it.
     """
     from kvpack.training.compressor import CompressorTraining
-    from kvpack.training.trainer import Recipe
+    from kvpack.training.trainer import TrainingRecipe
 
-    recipe = Recipe(steps, learning_rate, batch, accumulation, schedule, warmup, clip_norm, seed, save_every)
+    recipe = TrainingRecipe(steps, learning_rate, batch, accumulation, schedule, warmup, clip_norm, seed, save_every)
     width_height = None if size is None else parse_size(size)
     branch = CompressorTraining(
         model=model,

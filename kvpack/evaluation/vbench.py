@@ -28,13 +28,13 @@ FORBIDDEN = "/\0"
 
 
 def cache() -> Path:
-    """Where VBench keeps its weights: VBENCH_CACHE_DIR, or ~/.cache/vbench."""
+    """Return the folder of VBench's weights: VBENCH_CACHE_DIR, or ~/.cache/vbench."""
     given = os.environ.get("VBENCH_CACHE_DIR")
     return Path(given) if given else Path.home() / ".cache" / "vbench"
 
 
 def require_installed() -> None:
-    """Checks that VBench and its weights are there.
+    """Check that VBench and its weights are there.
 
     Raises:
         KVPackError: if not; it names what is missing and how to get it.
@@ -54,7 +54,7 @@ def require_installed() -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, one a line; empty lines don't count.
+    """Read the prompts of a file, one a line; empty lines are skipped.
 
     Raises:
         InvalidOptionError: if it can't be read as text, or a prompt can't be part of a file's name.
@@ -73,7 +73,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def lay_out(videos: Sequence[Path], prompts: Sequence[str], folder: Path) -> list[Path]:
-    """Copies videos as VBench names them, "{prompt}-{index}.mp4", counting the videos of equal prompts from 0.
+    """Copy videos as VBench names them, "{prompt}-{index}.mp4", counting the videos of equal prompts from 0.
 
     Args:
         videos: mp4 files.
@@ -108,7 +108,9 @@ def lay_out(videos: Sequence[Path], prompts: Sequence[str], folder: Path) -> lis
 
 
 def run(folder: Path, device: str) -> dict[str, float]:
-    """What VBench says of the videos of a folder, by dimension; its own files go beside it, to `<name>-vbench`.
+    """Run VBench on the videos of a folder, and return its scores by dimension.
+
+    Its own files go to the folder `<name>-vbench` beside it.
 
     Raises:
         KVPackError: if VBench or its weights are missing.

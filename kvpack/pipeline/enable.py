@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
 
-from kvpack.checkpoints.config import Settings
+from kvpack.checkpoints.config import Settings, frame_rate
 from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
 from kvpack.pipeline.enabled import PackForcingMixin, adapter_of, attach, enabled_class
@@ -37,10 +37,10 @@ def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] | None = 
         UnknownNameError: if a stack or policy is not installed.
         InvalidOptionError: if an option is unknown or wrong, or a compressor's weights are missing or another model's.
     """
-    settings = Settings.of_pipeline(pipeline) or Settings()
     adapter = adapter_of(pipeline)
     adapter.check(pipeline)
     configs = {name: part.config for name, part in pipeline.components.items() if hasattr(part, "config")}
+    settings = Settings.of_pipeline(pipeline) or Settings(fps=frame_rate(type(pipeline).__name__, configs))
     resolved = resolve_stack(stack, options, settings, partial(adapter.default_options, configs))
     if settings.first_chunk_frames is not None:
         require_length(settings.first_chunk_frames, resolved.chunk_frames)

@@ -19,7 +19,9 @@ from kvpack.memory.stack import Stack
 
 @dataclass(frozen=True)
 class Plan:
-    """Tokens are those of one video and one guidance branch; bytes and operations are those of all of them.
+    """Tokens, bytes and operations of a generation.
+
+    Tokens are those of one video and one guidance branch; bytes and operations are those of all of them.
 
     Args:
         stack: name of the stack.
@@ -58,7 +60,7 @@ class Plan:
     compressor_flops: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as JSON takes it."""
+        """Return plain data that JSON can hold."""
         return asdict(self)
 
 
@@ -73,7 +75,7 @@ def plan(
     flops: Callable[[int, int], int] | None = None,
     latents: LatentShape | None = None,
 ) -> Plan:
-    """Plans a generation of `frames` latent frames.
+    """Plan a generation of `frames` latent frames.
 
     The bytes are those that `pipe.packforcing.stats()` reports after it. If mid blocks differ in size, which of them a
     selector will choose is not known; the plan takes the newest.
@@ -106,6 +108,7 @@ def plan(
     compressor_flops: dict[str, int] = {}
     if isinstance(stack, Stack):
         before = after = Ledger(stack.partitioner, stack.chunk_frames, stack.archive_blocks)
+        # What the last chunk attends is what was held before it was committed.
         for _ in range(chunks):
             before, after = after, after.commit().ledger
         history, archive = attended_tokens(geometry, stack, before), _mid_tokens(geometry, stack, after)
@@ -136,7 +139,7 @@ def plan(
 
 
 def video_frames(seconds: float, fps: float, scale: int = 4) -> tuple[int, int]:
-    """Pixel and latent frames of the longest video of at most `seconds` that a causal VAE of `scale` can decode.
+    """Return pixel and latent frames of the longest video of at most `seconds` that a causal VAE can decode.
 
     Raises:
         InvalidOptionError: if that is not even one frame.
@@ -155,7 +158,8 @@ def video_frames(seconds: float, fps: float, scale: int = 4) -> tuple[int, int]:
 
 
 def _rehearsed(geometry: Geometry, memory: Memory, chunks: int) -> int:
-    """Tokens of history that the last of some chunks attends: the memory at work in a layer of one tiny head."""
+    """Run a memory in a layer of one tiny head, and return the tokens of history that its last chunk attends."""
+    # A memory that is no stack has no ledger to ask; token counts depend on neither heads nor layers.
     tiny = replace(geometry, layers=1, heads=1, head_dim=6, rope_split=(2, 2, 2), dtype=torch.float32, rotary=None)
     session = memory.session(tiny)
     (layer,) = session.layers
@@ -169,7 +173,7 @@ def _rehearsed(geometry: Geometry, memory: Memory, chunks: int) -> int:
 
 
 def attended_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> int:
-    """Tokens of history that the chunk after `ledger` attends."""
+    """Count the tokens of history that the chunk after `ledger` attends."""
     mid = _mid_tokens(geometry, stack, ledger, attended=True)
     chosen = min(stack.selector.limit(len(mid)), len(mid))
     whole = sum(piece.frames for piece in ledger.whole)
@@ -177,7 +181,7 @@ def attended_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> int:
 
 
 def _mid_tokens(geometry: Geometry, stack: Stack, ledger: Ledger, *, attended: bool = False) -> list[int]:
-    """Tokens of each archived block, as it is kept or as it is attended."""
+    """Count the tokens of each archived block, as it is kept or as it is attended."""
     compressor, grid = stack.compressor, geometry.grid
     spans = [compressor.span(piece.first_frame, piece.frames, grid) for piece in ledger.archive]
     levels = [compressor.level(age) if attended else 0 for age in reversed(range(len(spans)))]
@@ -188,7 +192,7 @@ def _mid_tokens(geometry: Geometry, stack: Stack, ledger: Ledger, *, attended: b
 
 
 def _twins(stack: Stack, ledger: Ledger) -> list[Piece]:
-    """Pieces of the chunk after `ledger` that a latent-space compressor makes twins of."""
+    """Return the pieces of the chunk after `ledger` that a latent-space compressor makes twins of."""
     if not isinstance(stack.compressor, LatentCompressor):
         return []
     return [piece for piece in ledger.new_pieces() if ledger.is_ever_compressed(piece)]
@@ -197,7 +201,7 @@ def _twins(stack: Stack, ledger: Ledger) -> list[Piece]:
 def _branches(
     geometry: Geometry, stack: Stack, ledger: Ledger, latents: LatentShape | None
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Parameters and operations of each branch of a latent-space compressor, for one video."""
+    """Count parameters and operations of each branch of a latent-space compressor, for one video."""
     parameters: dict[str, int] = {}
     flops: dict[str, int] = {}
     if not isinstance(stack.compressor, LatentCompressor) or latents is None:
@@ -211,7 +215,7 @@ def _branches(
 
 
 def twin_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> list[int]:
-    """Tokens of each twin that a latent-space compressor makes of the chunk after `ledger`."""
+    """Count the tokens of each twin that a latent-space compressor makes of the chunk after `ledger`."""
     spans = (stack.compressor.span(each.first_frame, each.frames, geometry.grid) for each in _twins(stack, ledger))
     return [span.tokens for span in spans]
 
@@ -219,7 +223,7 @@ def twin_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> list[int]:
 def _twin_flops(
     geometry: Geometry, stack: Stack, ledger: Ledger, history: int, flops: Callable[[int, int], int] | None
 ) -> int:
-    """Operations that turn the hidden tokens of a chunk's twins into keys and values, in one guidance branch."""
+    """Count the operations that turn a chunk's hidden tokens into keys and values, in one guidance branch."""
     tokens = twin_tokens(geometry, stack, ledger)
     if flops is None:
         return 0

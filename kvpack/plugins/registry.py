@@ -28,7 +28,7 @@ class Failure:
 
 
 class Registry:
-    """Names of one discovery.
+    """Policies, stacks and adapters by name, from the entry points of installed packages.
 
     Args:
         entry_points: what to load; each in its own `try`, so that a broken plugin costs a warning only.
@@ -47,7 +47,7 @@ class Registry:
         for entry_point in entry_points:
             try:
                 self._load(entry_point)
-            except (Exception, SystemExit) as error:  # any plugin's any failure
+            except (Exception, SystemExit) as error:  # whatever a plugin does, the others still load
                 message = f"kvpack plugin {entry_point.name!r} ({entry_point.value}) was left out: {error!r}"
                 self.failures.append(
                     Failure(entry_point.name, _package(entry_point), f"{type(error).__name__}: {error}")
@@ -56,6 +56,7 @@ class Registry:
 
     def _load(self, entry_point: importlib.metadata.EntryPoint) -> None:
         plugin = entry_point.load()
+        # A manager of its own, so that a plugin that fails halfway has registered nothing.
         manager = pluggy.PluginManager("kvpack")
         manager.add_hookspecs(hookspecs)
         manager.register(plugin, name=entry_point.name)
@@ -84,11 +85,11 @@ class Registry:
                 self.policies[kind, name] = thing
 
     def names(self, kind: str) -> list[str]:
-        """Installed names of a role, of "stack" or of "adapter", sorted."""
+        """Return the installed names of a role, of "stack" or of "adapter", sorted."""
         return sorted(name for each, name in self.origins if each == kind)
 
     def policy(self, role: str, policy: object, options: dict[str, Any] | None = None) -> Any:
-        """A policy of `role` by name, with the options that it takes; an instance is returned as it is.
+        """Return a policy of `role` by name, with the options that it takes; an instance is returned as it is.
 
         Raises:
             UnknownNameError: if no policy of that name is installed.
@@ -100,7 +101,7 @@ class Registry:
         return _call(f"{role} {policy}", self.policies[role, str(policy)], options or {})
 
     def stack(self, name: str, options: dict[str, Any]) -> Memory:
-        """A stack by name, with its options as keywords.
+        """Return a stack by name, with its options as keywords.
 
         Raises:
             UnknownNameError: if no stack of that name is installed.
@@ -110,13 +111,13 @@ class Registry:
         return _call(f"stack {name}", self.stacks[name], options)
 
     def taken(self, stack: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of some options that a stack by name takes; none of a stack that is not installed."""
+        """Return those options that a stack by name takes; none if the stack is not installed."""
         factory = self.stacks.get(stack)
         known = inspect.signature(factory).parameters if factory else {}
         return {name: value for name, value in options.items() if name in known}
 
     def adapter(self, pipeline: object) -> Adapter | None:
-        """The adapter that drives this pipeline, if one is installed."""
+        """Return the adapter that drives this pipeline, or None."""
         for adapter in self.adapters.values():
             with blamed(adapter, "supports", {}):
                 if adapter.supports(pipeline):
@@ -140,7 +141,7 @@ def _package(entry_point: importlib.metadata.EntryPoint) -> str:
 
 
 def _as_installed(cls: Any) -> list[tuple[str, str, Any]]:
-    """A policy; a memory is a stack of its own too."""
+    """Return kind, name and class of what a policy's class installs; a memory is a stack too."""
     if not (isinstance(cls, type) and issubclass(cls, Policy)):
         raise InvalidOptionError(f"kvpack_register_policies registers classes of policies, got {cls!r}")
     policy = (cls.role, cls.name, cls)
@@ -160,7 +161,7 @@ def _call(what: str, factory: Callable[..., Any], options: dict[str, Any]) -> An
 
 @cache
 def registry() -> Registry:
-    """What is installed in this interpreter, discovered once, at first use."""
+    """Return what is installed in this interpreter, discovered once, at first use."""
     found = importlib.metadata.entry_points(group="kvpack")
     # Built-ins first, so that nobody takes their names; then in an order that does not depend on the file system.
     return Registry(sorted(found, key=lambda each: (_package(each) != "kvpack", _package(each), each.name)))

@@ -17,7 +17,7 @@ def resolve_stack(
     settings: Settings | None = None,
     defaults: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> Memory:
-    """The stack that a name with options, a dict, a `Stack` or a model's own settings stand for.
+    """Return the memory that a name with options, a dict, a `Stack` or a model's own settings stand for.
 
     Args:
         stack: the name, dict or `Stack`; None takes the settings'.
@@ -67,7 +67,7 @@ def stack_from_dict(data: Mapping[str, Any]) -> Stack:
 
 
 def require_stack(memory: Memory) -> Stack:
-    """Returns `memory` if it has a compressor to choose.
+    """Return `memory` if it is a `Stack`, whose compressor can be chosen.
 
     Raises:
         InvalidOptionError: if it is no `Stack`.

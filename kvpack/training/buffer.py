@@ -15,7 +15,7 @@ Cut = tuple[Tensor, Tensor]
 
 
 class GraphBuffer(PackedBuffer):
-    """History is cut off the graph that made it, and attended as it is.
+    """A packed buffer whose history is detached from the graph that made it, and collects gradients.
 
     A backward pass stops at the history and adds up there; `backward_history` carries the sums on, once. So the
     denoising steps of a chunk need the memory of one, however many there are.
@@ -30,7 +30,7 @@ class GraphBuffer(PackedBuffer):
         self.made: tuple[Cut, Cut] | None = None
 
     def clear(self, rows: int, capacity: int, like: Float[Tensor, "rows tokens heads head_dim"]) -> None:
-        """Empties the buffer."""
+        """Empty the buffer."""
         self.keys = self.values = like.new_empty(rows, 0, *like.shape[2:])
         self.lengths, self._parts, self.made = [0] * rows, {}, None
 
@@ -41,7 +41,7 @@ class GraphBuffer(PackedBuffer):
         values: Float[Tensor, "some tokens heads head_dim"],
         turns: Complex[Tensor, "any tokens 1 half"],
     ) -> None:
-        """Adds history behind the history of these rows."""
+        """Append history to the history of these rows."""
         self._parts.setdefault(rows.start, []).append((rotate(keys, turns), values))
         self.lengths[rows] = [self.lengths[rows][0] + keys.shape[1]] * keys.shape[0]
 
@@ -53,7 +53,7 @@ class GraphBuffer(PackedBuffer):
         turns: Complex[Tensor, "any tokens 1 half"],
         attention: Attention,
     ) -> Float[Tensor, "rows tokens heads head_dim"]:
-        """Attends history and the current keys and values."""
+        """Attend history and the current keys and values."""
         if self._parts:
             self._cut()
         queries, keys = rotate(queries, turns), rotate(keys, turns)
@@ -74,19 +74,20 @@ class GraphBuffer(PackedBuffer):
             rows = [torch.cat([part[index] for part in self._parts[start]], dim=1) for start in sorted(self._parts)]
             return torch.cat([pad(each, (0, 0, 0, 0, 0, longest - each.shape[1])) for each in rows])
 
+        # The denoising steps of a chunk share leaves, so that their gradients add up in one place.
         made, self._parts = (joined(0), joined(1)), {}
         self.keys, self.values = (each.detach().requires_grad_(each.requires_grad) for each in made)
         self.made = (made[0], self.keys), (made[1], self.values)
 
 
 def histories(session: Session) -> list[Cut]:
-    """The history that every layer attends for the chunk in progress, as it was made and as it is attended."""
+    """Return each layer's history of the chunk in progress, as pairs of (tensor in the graph, detached tensor)."""
     made = [layer.buffer.made for layer in session.layers if isinstance(layer.buffer, GraphBuffer)]
     return [cut for each in made for cut in each or ()]
 
 
 def backward_history(cuts: Iterable[Cut], again: bool = False) -> None:
-    """Carries the gradients that have added up at histories on to what made them.
+    """Propagate the gradients collected at histories into the graphs that made these histories.
 
     Args:
         cuts: histories, from `histories`.

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from kvpack.compressors.network import Branches, HighResolutionBranch
-from kvpack.compressors.weights import BranchSource
+from kvpack.compressors.weights import CompressorWeights
 from kvpack.errors import InvalidOptionError, require_choice, require_int
 from kvpack.memory.roles import Project
 from kvpack.memory.stack import Stack
@@ -23,7 +23,7 @@ from kvpack.training.clips import Broken, ClipFolder
 from kvpack.training.distillation import ContextDistillation
 from kvpack.training.matching import DistributionMatching
 from kvpack.training.targets import targets
-from kvpack.training.trainer import Objective, Recipe, Trainer
+from kvpack.training.trainer import Objective, Trainer, TrainingRecipe
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -88,7 +88,7 @@ class CompressorTraining:
     cpu: bool = False
     tensorboard: bool = False
     base_model: str | None = None
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: TrainingRecipe = field(default_factory=TrainingRecipe)
 
     def __post_init__(self) -> None:
         require_choice("mixed_precision", self.mixed_precision, PRECISIONS)
@@ -106,7 +106,7 @@ class CompressorTraining:
             )
 
     def run(self) -> HighResolutionBranch:
-        """Trains to the end, or on from the last checkpoint.
+        """Train to the end, resuming from the last checkpoint if there is one.
 
         Raises:
             BrokenClipError: if a clip cannot be used.
@@ -168,7 +168,7 @@ class CompressorTraining:
         return branch
 
     def _branch(self, config: Any) -> HighResolutionBranch:
-        """What is trained, as it is at the start."""
+        """Build the network that is trained, with its initial weights."""
         branch = HighResolutionBranch(
             channels=config.in_channels,
             width=config.num_attention_heads * config.attention_head_dim,
@@ -180,7 +180,7 @@ class CompressorTraining:
             seed=self.recipe.seed,
         )
         if self.initial is not None:
-            source = BranchSource(self.initial).fitting(branch.channels, branch.width, branch.patch)
+            source = CompressorWeights(self.initial).fitting(branch.channels, branch.width, branch.patch)
             if source.hidden != branch.hidden:
                 raise InvalidOptionError(
                     f"initial {self.initial} has hidden={source.hidden}, but hidden={branch.hidden} was asked for; "
@@ -194,7 +194,7 @@ class CompressorTraining:
         return replace(require_stack(resolve_stack(self.stack, self.options)), compressor=compressor)
 
     def _generator(self, branch: HighResolutionBranch, transformer: Any) -> nn.Module:
-        """What learns: the compressor, and the model's LoRA weights if there are."""
+        """Return the trained modules: the compressor, and the model if it has LoRA weights."""
         if not self.lora_rank:
             return nn.ModuleList([branch])
         from peft import LoraConfig
@@ -234,7 +234,7 @@ _ABOUT = (
 
 
 def frozen(folder: Path, dtype: torch.dtype, device: str) -> Any:
-    """A pipeline from a folder, without gradients and without dropout.
+    """Load a pipeline from a folder, without gradients and without dropout.
 
     Raises:
         InvalidOptionError: if there is none.
