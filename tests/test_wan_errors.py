@@ -241,7 +241,7 @@ def latents(*shape):
         ({"prompt": None}, ValueError, "Provide either `prompt` or `prompt_embeds`"),
         ({"prompt": 3}, ValueError, "`prompt` has to be of type"),
         ({"negative_prompt": ["a", "b"], "guidance_scale": 3.0, "prompt": ["a"]}, ValueError, "batch size"),
-        ({"output_type": "mp4"}, InvalidOptionError, "output_type must be latent, np, pt or pil, got 'mp4'"),
+        ({"output_type": "mp4"}, InvalidOptionError, "output_type must be one of latent, np, pt, pil, got 'mp4'"),
         ({"height": 20}, ValueError, "divisible by 16"),
         ({"height": 0}, InvalidOptionError, "height and width must be multiples of 16 and 16"),
         ({"width": -32}, InvalidOptionError, "height and width must be"),

@@ -136,8 +136,7 @@ def adapter_for(model: ModelDescription) -> Any:
     from kvpack.plugins.registry import registry
 
     cls: Any = getattr(diffusers, model.pipeline_class, None)
-    # An adapter recognises pipelines, not classes; this one is empty, for there are no weights to fill it with.
-    adapter = registry().adapter(object.__new__(cls)) if isinstance(cls, type) else None
+    adapter = registry().adapter(cls) if isinstance(cls, type) else None
     if adapter is None:
         raise UnsupportedPipelineError(
             f"kvpack has no adapter for {model.pipeline_class}, the pipeline of {model.name}. "

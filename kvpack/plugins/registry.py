@@ -12,7 +12,6 @@ import pluggy
 
 from kvpack.errors import InvalidOptionError, PluginWarning, unknown_name
 from kvpack.generation.adapter import Adapter
-from kvpack.memory.attribution import blamed
 from kvpack.memory.base import Memory
 from kvpack.memory.roles import Policy
 from kvpack.plugins import hookspecs
@@ -116,13 +115,9 @@ class Registry:
         known = inspect.signature(factory).parameters if factory else {}
         return {name: value for name, value in options.items() if name in known}
 
-    def adapter(self, pipeline: object) -> Adapter | None:
-        """Return the adapter that drives this pipeline, or None."""
-        for adapter in self.adapters.values():
-            with blamed(adapter, "supports", {}):
-                if adapter.supports(pipeline):
-                    return adapter
-        return None
+    def adapter(self, pipeline_class: type) -> Adapter | None:
+        """Return the adapter that drives pipelines of a class, if one is installed."""
+        return next((each for each in self.adapters.values() if issubclass(pipeline_class, each.pipelines)), None)
 
     def _check_name(self, kind: str, name: str) -> None:
         if rival := self._rivals.get((kind, name)):

@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from kvpack.errors import BrokenClipError, InvalidOptionError
-from kvpack.generation.adapter import Trainee
+from kvpack.generation.trainee import Trainee
 from kvpack.media.reading import opened
 from kvpack.media.video import Frames, save_bytes
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvpack.generation.adapter import Rollout, Trainee
+from kvpack.generation.trainee import Rollout, Trainee
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 from kvpack.memory.store import PackedBuffer

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvpack.generation.adapter import Trainee
+from kvpack.generation.trainee import Trainee
 from kvpack.memory.stack import Stack
 from kvpack.training.buffer import Cut, GraphBuffer, backward_history, histories
 from kvpack.training.clips import Clip
