@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kvpack.errors import OutputError
 
 Frames = NDArray[np.uint8]
+FrameRate = float | int
 
 CODECS = ("libx264", "libopenh264", "h264", "mpeg4")
 
@@ -104,7 +105,7 @@ class VideoWriter:
         OutputError: if the path cannot be written, before anything is encoded, or if the disk runs full.
     """
 
-    def __init__(self, path: Path, fps: float, upscale: int = 1) -> None:
+    def __init__(self, path: Path, fps: FrameRate, upscale: int = 1) -> None:
         if path.suffix.lower() != ".mp4":
             raise OutputError(f"cannot write {path}: videos are mp4; give a name that ends in .mp4")
         self.path, self.fps, self.upscale = require_writable(path), Fraction(fps).limit_denominator(1001), upscale
