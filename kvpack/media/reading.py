@@ -12,10 +12,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from kvpack.errors import InvalidOptionError
-from kvpack.media.video import FrameRate, Frames
+from kvpack.media.video import FrameRate, Frames, is_hd
 
 TOGETHER = 16  # frames decoded at a time
 USUAL_FPS = 16.0  # where the file doesn't say
+_UNSAID = 2  # colour matrix, as ITU-T H.273 numbers it
 _TIE = 1e-3  # seconds; of two frames as near, the earlier one, though a file rounds times to milliseconds
 
 
@@ -64,7 +65,9 @@ class VideoFile:
     def shown(self, frame: Any) -> Frames:
         """Return a decoded frame [H, W, 3] in square pixels, turned and mirrored as its display matrix says."""
         width, height = round(frame.width * max(self.aspect, 1)), round(frame.height / min(self.aspect, 1))
-        picture: Frames = frame.to_ndarray(format="rgb24", width=width, height=height)
+        unsaid = frame.colorspace == _UNSAID and is_hd(frame.height, frame.width)
+        colours = {"src_colorspace": "ITU709"} if unsaid else {}
+        picture: Frames = frame.to_ndarray(format="rgb24", width=width, height=height, **colours)
         a, b, c, d = self.matrix
         if math.hypot(a, d) < math.hypot(b, c):
             picture, a, d = picture.swapaxes(0, 1), c, b
