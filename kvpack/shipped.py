@@ -54,13 +54,14 @@ def _shipped(name: str, needed: str) -> Path:
     return folder
 
 
-def demo_stack(name: str) -> Memory:
-    """Return an installed stack with the sizes that the shipped pipeline was trained with.
+def demo_stack(name: str, **given: Any) -> Memory:
+    """Return an installed stack with the sizes that the shipped pipeline was trained with, and the options given.
 
     Raises:
         UnknownNameError: if it is not installed.
+        InvalidOptionError: if an option is unknown or wrong.
     """
     factory = registry().stacks.get(name)
     known = inspect.signature(factory).parameters if factory else {}
     options = {**TRAINING, **STACK_OPTIONS.get(name, {})}
-    return registry().stack(name, {option: value for option, value in options.items() if option in known})
+    return registry().stack(name, {**{option: value for option, value in options.items() if option in known}, **given})

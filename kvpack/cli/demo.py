@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ class Demo:
     Args:
         prompt: the caption.
         seconds: length of the video.
-        stacks: names of the stacks, side by side.
+        stacks: names of the stacks, side by side, each with its options.
         folder: where demo.mp4, demo.png and demo.json go; made if it is not there.
         seed: of the noise, the same for every stack.
         steps: denoising steps of a chunk.
@@ -42,7 +42,7 @@ class Demo:
 
     prompt: str
     seconds: float
-    stacks: tuple[str, ...]
+    stacks: Sequence[tuple[str, Mapping[str, Any]]]
     folder: Path
     seed: int = 0
     steps: int = 6
@@ -97,12 +97,14 @@ def run(demo: Demo, on_chunk: Callable[[Track], None]) -> dict[str, Any]:
         KVPackError: if something cannot work or cannot be written; most of it before anything is generated.
     """
     total, _ = video_frames(demo.seconds, FPS)
-    stacks = [demo_stack(name) for name in demo.stacks]
+    stacks = [demo_stack(name, **options) for name, options in demo.stacks]
     video, sheet, figures = _outputs(demo.folder)
     pipeline = load_pipeline(demo.model or shipped_folder(), torch.float32, "cpu")
     _warn_of_unknown_words(pipeline.tokenizer, demo.prompt)
     trail = min(TRAIL_SECONDS * FPS, total)
-    starts = sorted({round(start) for start in np.linspace(0, total - trail, COLUMNS)})
+    evenly = [round(start) for start in np.linspace(0, total - trail, COLUMNS)]
+    columns = {f"{start / FPS:.1f} s": start for start in evenly}
+    starts = list(columns.values())  # of a short video fewer than `COLUMNS`, no time twice
     samples = [Samples(starts, trail) for _ in stacks]
     arguments = {**CALL, "prompt": demo.prompt, "num_inference_steps": demo.steps}
     with ExitStack() as open_things:
@@ -115,17 +117,26 @@ def run(demo: Demo, on_chunk: Callable[[Track], None]) -> dict[str, Any]:
             for stack in stacks
         ]
         writer = open_things.enter_context(VideoWriter(video, FPS, upscale=6 if len(tracks) == 1 else 1))
-        _generate(tracks, samples, writer, on_chunk)
+        _generate(tracks, samples, writer, [_label(*each) for each in demo.stacks], on_chunk)
     result = _report(demo, tracks, (video, sheet, figures))
-    columns = [f"{start / FPS:.1f} s" for start in starts]
-    rows = [row for label, each in zip(demo.stacks, samples, strict=True) for row in each.rows(label)]
-    save_bytes(contact_sheet(f'"{demo.prompt}", {total / FPS:.0f} s, seed {demo.seed}', columns, rows), sheet)
+    labels = [_label(*each) for each in demo.stacks]
+    rows = [row for label, each in zip(labels, samples, strict=True) for row in each.rows(label)]
+    title = f'"{demo.prompt}", {total / FPS:.3g} s, seed {demo.seed}'
+    save_bytes(contact_sheet(title, list(columns), rows), sheet)
     save_bytes((json.dumps(result, indent=2) + "\n").encode(), figures)
     return result
 
 
+def _label(name: str, options: Mapping[str, Any]) -> str:
+    return " ".join([name, *(f"{option}={value}" for option, value in options.items())])
+
+
 def _generate(
-    tracks: Sequence[Track], samples: Sequence[Samples], writer: VideoWriter, on_chunk: Callable[[Track], None]
+    tracks: Sequence[Track],
+    samples: Sequence[Samples],
+    writer: VideoWriter,
+    labels: Sequence[str],
+    on_chunk: Callable[[Track], None],
 ) -> None:
     """Advance the tracks in turn, and write the frames that all of them have."""
     pending: list[Frames] = [np.empty((0, 0, 0, 3), dtype=np.uint8) for _ in tracks]
@@ -145,7 +156,7 @@ def _generate(
         if len(panels) > 1:
             upscale = 4
             if top is None:
-                top = banner([track.stack.name for track in tracks], upscale * panels[0].shape[2], GAP)
+                top = banner(labels, upscale * panels[0].shape[2], GAP)
             writer.write(side_by_side(panels, upscale, top, GAP))
         else:
             writer.write(panels[0])
