@@ -52,6 +52,10 @@ class PluginWarning(UserWarning):
     """A third-party plugin was left out because it failed to load."""
 
 
+class BidirectionalWarning(UserWarning):
+    """A model was loaded that is known not to be causal."""
+
+
 def unknown_name(kind: str, given: str, installed: Iterable[str]) -> UnknownNameError:
     """Return the error for a name that is not installed, with the nearest one that is.
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
 
+from kvpack.checkpoints.causality import warn_if_bidirectional
 from kvpack.checkpoints.config import Settings, frame_rate
 from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
@@ -40,12 +41,15 @@ def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] | None = 
     adapter = adapter_of(pipeline)
     adapter.check(pipeline)
     configs = {name: part.config for name, part in pipeline.components.items() if hasattr(part, "config")}
-    settings = Settings.of_pipeline(pipeline) or Settings(fps=frame_rate(type(pipeline).__name__, configs))
+    own = Settings.of_pipeline(pipeline)
+    settings = own or Settings(fps=frame_rate(type(pipeline).__name__, configs))
     resolved = resolve_stack(stack, options, settings, partial(adapter.default_options, configs))
     if settings.first_chunk_frames is not None:
         require_length(settings.first_chunk_frames, resolved.chunk_frames)
     adapter.check_stack(pipeline, resolved)
     if not isinstance(pipeline, PackForcingMixin):
+        if own is None:
+            warn_if_bidirectional(getattr(pipeline, "transformer", None))
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
     told = {"fps": float(settings.fps), "first_chunk_frames": settings.first_chunk_frames, "call": settings.call}
     before = vars(pipeline).get("_kvpack")
