@@ -44,8 +44,8 @@ class CompressorTraining:
         project: how its tokens become keys and values.
         hidden: channels between its convolutions.
         initial: folder or Hub id of a trained compressor to go on from; None starts from what it is before training.
-        teacher: folder or Hub id of a pipeline with a bidirectional transformer: trains by distribution matching instead of by
-            context distillation.
+        teacher: folder or Hub id of a pipeline with a bidirectional transformer: trains by distribution matching
+            instead of by context distillation.
         lora_rank: rank of LoRA weights of the model, trained too; needs a teacher.
         critic_steps: steps of the critic for one of the compressor; needs a teacher.
         guidance_scale: of the teacher.
