@@ -16,6 +16,19 @@ class UnknownNameError(InvalidOptionError):
     """A policy, stack or preset that is not installed."""
 
 
+class UnusedOptionError(InvalidOptionError):
+    """An option that would have no effect beside another one.
+
+    Args:
+        option: its name.
+        why: what makes it so, and what would be right.
+    """
+
+    def __init__(self, option: str, why: str) -> None:
+        super().__init__(f"{option} has no effect: {why}")
+        self.option = option
+
+
 class UnsupportedPipelineError(KVPackError, TypeError):
     """The pipeline, or a feature that is switched on in it, cannot run through kvpack."""
 
@@ -50,6 +63,10 @@ class TrainingError(KVPackError, RuntimeError):
 
 class PluginWarning(UserWarning):
     """A third-party plugin was left out because it failed to load."""
+
+
+class BidirectionalWarning(UserWarning):
+    """A model was loaded that is known not to be causal."""
 
 
 def unknown_name(kind: str, given: str, installed: Iterable[str]) -> UnknownNameError:

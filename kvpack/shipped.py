@@ -1,6 +1,5 @@
 """The pipeline and the compressor that come with kvpack, and what they were trained with."""
 
-import inspect
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,4 @@ def demo_stack(name: str, **given: Any) -> Memory:
         UnknownNameError: if it is not installed.
         InvalidOptionError: if an option is unknown or wrong.
     """
-    factory = registry().stacks.get(name)
-    known = inspect.signature(factory).parameters if factory else {}
-    options = {**TRAINING, **STACK_OPTIONS.get(name, {})}
-    return registry().stack(name, {**{option: value for option, value in options.items() if option in known}, **given})
+    return registry().stack(name, {**STACK_OPTIONS.get(name, {}), **given}, registry().taken(name, TRAINING))

@@ -10,7 +10,7 @@ from kvpack.errors import require_int
 from kvpack.memory.blocks import KVBlock, Span, grid_coordinates
 from kvpack.memory.roles import Compressor, Reindexer
 from kvpack.memory.stack import Stack
-from kvpack.plugins.registry import registry
+from kvpack.plugins.resolve import resolve_policy
 from kvpack.policies.all_blocks import AllSelector
 from kvpack.policies.pool import averaged
 from kvpack.policies.sink_mid_recent import SinkMidRecentPartitioner
@@ -90,7 +90,11 @@ def _places(frames: int, grid: tuple[int, int], level: int) -> Float[Tensor, "to
 
 
 def framepack(
-    *, chunk_frames: int = 4, reindexer: str | Reindexer = "contiguous", train_frames: int = 20, archive_blocks: int = 5
+    *,
+    chunk_frames: int = 4,
+    reindexer: str | Reindexer = "contiguous",
+    train_frames: int | None = None,
+    archive_blocks: int = 5,
 ) -> Stack:
     """Build Helios's history: the first frame, 16 frames in 4x4x4, 4 in 2x2x2, and the last 4 whole.
 
@@ -100,16 +104,15 @@ def framepack(
     Args:
         chunk_frames: latent frames generated together.
         reindexer: name or instance of a re-indexer.
-        train_frames: latent frames seen in training, for `reindexer="fit"`.
+        train_frames: latent frames seen in training, for a re-indexer by name that takes it, 20 if None.
         archive_blocks: compressed blocks kept.
     """
-    options = {"train_frames": train_frames} if reindexer == "fit" else {}
     return Stack(
         "framepack",
         SinkMidRecentPartitioner(sink_frames=1, recent_frames=chunk_frames),
         GeometricCompressor(),
         AllSelector(),
-        registry().policy("reindexer", reindexer, options),
+        resolve_policy("reindexer", reindexer, {"train_frames": 20}, train_frames=train_frames),
         chunk_frames,
         archive_blocks,
     )

@@ -38,10 +38,11 @@ def pipe():
 @pytest.mark.parametrize(("selector", "topk"), [("topk", 0), ("topk", 1), ("topk", 32), ("all", 1)])
 def test_an_uncompressed_mid(sizes, reindexer, selector, topk, pipe):
     sink, recent = sizes
+    options = {"topk": topk} if selector == "topk" else {}
+    options |= {"train_frames": 24} if reindexer == "fit" else {}
     pipe.enable_packforcing(
-        compressor="identity", selector=selector, topk=topk, reindexer=reindexer, sink_frames=sink,
-        recent_frames=recent, train_frames=24,
-    )  # fmt: skip
+        compressor="identity", selector=selector, reindexer=reindexer, sink_frames=sink, recent_frames=recent, **options
+    )
     frames = pipe(generator=torch.Generator().manual_seed(0), **CALL).frames
     assert frames.shape[2] == 32
     assert bool(frames.isfinite().all())

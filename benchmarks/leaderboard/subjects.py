@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,11 +43,8 @@ class Memory:
             UnknownNameError: if the stack, an option or a policy isn't there.
             InvalidOptionError: if an option is wrong.
         """
-        factory = registry().stacks.get(self.factory)
-        known = inspect.signature(factory).parameters if factory else {}
-        sizes = {option: value for option, value in SIZES.items() if option in known}
         options = {option: _policy(option, value) for option, value in self.options.items()}
-        return registry().stack(self.factory, {**sizes, **options})
+        return registry().stack(self.factory, options, registry().taken(self.factory, SIZES))
 
 
 def _policy(option: str, value: Any) -> Any:

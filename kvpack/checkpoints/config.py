@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvpack.checkpoints.hub import model_folder
+from kvpack.checkpoints.text import read_text
 from kvpack.errors import InvalidOptionError
 from kvpack.version import __version__
 
@@ -55,7 +57,7 @@ class Settings:
             InvalidOptionError: if it does not hold settings.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(read_text(path))
             stack, known = data["stack"], {"fps", "first_chunk_frames", "call", "recipe"}
             settings = cls(stack["name"], stack.get("options", {}), **{key: data[key] for key in known & set(data)})
             if not (isinstance(settings.stack, str) and settings.fps > 0):
@@ -107,14 +109,13 @@ def frame_rate(pipeline_class: str, configs: Mapping[str, Mapping[str, Any]]) ->
     return 24.0 if pipeline_class.startswith("SkyReelsV2") or wan_5b else 16.0
 
 
-def require_model_folder(folder: Path) -> Path:
-    """Return `folder` if it looks like a diffusers pipeline.
+def require_model_folder(name: Path, only: list[str] | None = None) -> Path:
+    """Return the folder of a whole diffusers pipeline, given it or its Hub id (see `model_folder`).
 
     Raises:
-        InvalidOptionError: if it does not.
+        InvalidOptionError: if there is none.
     """
-    if not folder.is_dir():
-        raise InvalidOptionError(f"no model folder {folder}; give the folder of a whole diffusers pipeline")
+    folder = model_folder(name, only=only)
     if not (folder / "model_index.json").is_file():
         raise InvalidOptionError(f"{folder} has no model_index.json; give the folder of a whole diffusers pipeline")
     return folder

@@ -5,16 +5,18 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 
+from kvpack.checkpoints.hub import model_folder
 from kvpack.checkpoints.lora import merge, read_lora
 from kvpack.checkpoints.reading import NESTINGS, read_checkpoint
 from kvpack.checkpoints.recipes import Recipe
+from kvpack.checkpoints.text import read_text
 from kvpack.errors import InvalidOptionError, OutputError, UnsupportedPipelineError
 
 _INDEX = "model_index.json"
@@ -42,7 +44,7 @@ class Conversion:
 
     Args:
         source: checkpoint, a file or a folder of shards.
-        base: diffusers folder of the same model, or of its transformer's config alone.
+        base: diffusers folder of the same model, or of its transformer's config alone, or Hub id.
         output: folder to write.
         recipe: what the checkpoint was trained for.
         weights: outermost key of the weights in the checkpoint; the recipe's, or the first known, if None.
@@ -93,6 +95,7 @@ def convert(asked: Conversion, family: Family) -> Converted:
         InvalidOptionError: if the checkpoint, the LoRA or the base is not what it must be, or the output is in the way.
         UnsupportedPipelineError: if the base has two transformers.
     """
+    asked = replace(asked, base=model_folder(asked.base, "base", without=["transformer/*.safetensors", "*.bin"]))
     index, config = _base(asked.base)
     _require_free(asked)
     prefer = (asked.recipe.nesting,) if asked.recipe.nesting else ()
@@ -117,13 +120,14 @@ def convert(asked: Conversion, family: Family) -> Converted:
 
 def _base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the base's model index and its transformer's config."""
-    if not base.is_dir():
-        raise InvalidOptionError(
-            f"no base folder {base}; give a diffusers folder, or one with the transformer's config"
-        )
     index = _json(base / _INDEX) if (base / _INDEX).is_file() else dict(_ALONE)
     if any(index.get("transformer_2") or ()):
         raise UnsupportedPipelineError(f"kvpack drives one causal transformer, but {base} has transformer_2 as well")
+    if index.get("_class_name") != _ALONE["_class_name"]:
+        raise UnsupportedPipelineError(
+            f"{base} is a {index.get('_class_name')}, but what is converted is run by a {_ALONE['_class_name']}; "
+            "give a base of that class, e.g. Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+        )
     places = [base / "transformer/config.json", base / "config.json"]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
@@ -133,7 +137,7 @@ def _base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except ValueError as error:
         raise InvalidOptionError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):

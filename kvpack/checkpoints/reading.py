@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kvpack.checkpoints.text import read_text
 from kvpack.errors import InvalidOptionError
 
 #: Where a checkpoint keeps the generator's weights: the first of these that is there, again and again.
@@ -141,7 +142,7 @@ def _shards(folder: Path) -> list[Path]:
     # A folder may hold the weights twice, as safetensors and pickled: its safetensors are taken.
     for index in sorted(folder.glob("*.index.json"), key=lambda path: ".safetensors." not in path.name):
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(json.loads(read_text(index))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidOptionError(f"{index} is not the index of a sharded checkpoint: {error!r}") from error
         missing = [name for name in names if not (folder / name).is_file()]

@@ -1,14 +1,13 @@
 """Known causal checkpoints: how they were trained, from their repositories' configs."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffusers import SchedulerMixin, UniPCMultistepScheduler
 
+from kvpack.checkpoints.causality import ends, why_not_causal
 from kvpack.checkpoints.config import Settings
-from kvpack.checkpoints.reading import PICKLED
 from kvpack.errors import InvalidOptionError, unknown_name
 from kvpack.scheduler import FlowMatchFewStepScheduler
 
@@ -26,7 +25,7 @@ class Recipe:
     Args:
         name: what `--recipe` calls it.
         source: where its weights and its config come from.
-        files: patterns of what the paths of its released files end with, as `_plain` writes them.
+        files: patterns of what the paths of its released files end with, as `plain` writes them.
         stack: the memory that it was trained with, or `packforcing` fitted to it.
         options: of the stack, the chunk length among them.
         sigmas: noise levels before the shift, a denoising step each.
@@ -159,13 +158,7 @@ RECIPES = {
 }
 
 
-#: Released files that are no recipe's: what they are, by what their paths end with.
-_NOT_CAUSAL = {
-    "bidirectionalcheckpoint[12]?(/model)?": "CausVid's bidirectional weights, not its autoregressive ones",
-    r"wan2[12](t2v|i2v|ti2v|flf2v|s2v|vace)a?\d+b(480p|720p)?(diffusers)?/(transformer/)?diffusionpytorchmodel[^/]*": (
-        "Wan's own weights"
-    ),
-}
+#: Released files that are no recipe's, and causal: what they are, by what their paths end with.
 _OTHERS = {
     "wan(causal)?odecheckpoint[^/]*(/model)?": "CausVid's initialisation, which was not distilled",
     "odeinit": "an initialisation from ODE pairs, which was not distilled",
@@ -186,29 +179,15 @@ def recipe_for(source: Path, name: str | None) -> Recipe:
         if name not in RECIPES:
             raise unknown_name("recipe", name, RECIPES)
         return RECIPES[name]
-    path, plain = "/".join(source.absolute().parts[-3:]), _plain(source)
-    for pattern, what in _NOT_CAUSAL.items():
-        if _ends(plain, pattern):
-            raise InvalidOptionError(
-                f"{path} is not causal: {what}. It was never taught to work chunk by chunk; give a checkpoint that was"
-            )
-    found = [each for each in RECIPES.values() if any(_ends(plain, pattern) for pattern in each.files)]
+    path = "/".join(source.absolute().parts[-3:])
+    if what := why_not_causal(source):
+        raise InvalidOptionError(
+            f"{path} is not causal: {what}. It was never taught to work chunk by chunk; give a checkpoint that was"
+        )
+    found = [each for each in RECIPES.values() if any(ends(source, pattern) for pattern in each.files)]
     if len(found) == 1:
         return found[0]
-    told = next((f"{what}, that no recipe is for" for each, what in _OTHERS.items() if _ends(plain, each)), "none")
+    if not source.exists():
+        raise InvalidOptionError(f"no checkpoint {source}; give a file or a folder of shards")
+    told = next((f"{what}, that no recipe is for" for each, what in _OTHERS.items() if ends(source, each)), "none")
     raise InvalidOptionError(f"the path {path} tells {told}; give --recipe, one of {', '.join(RECIPES)}")
-
-
-def _plain(source: Path) -> str:
-    """Return a path in small letters and digits; a snapshot in the Hub's cache is in the folder of its repository.
-
-    >>> _plain(Path("/Causal-Forcing/causal-forcing++/framewise-2step.pt"))
-    '/causalforcing/causalforcing/framewise2step'
-    """
-    whole = source.absolute().with_suffix("") if source.suffix in (".safetensors", *PICKLED) else source.absolute()
-    cached = re.sub(r"/models--[^/]*--([^/]*)/snapshots/[^/]*/", r"/\1/", whole.as_posix())
-    return re.sub("[^a-z0-9/]", "", cached.lower())
-
-
-def _ends(plain: str, pattern: str) -> bool:
-    return re.search(f"(^|/){pattern}$", plain) is not None

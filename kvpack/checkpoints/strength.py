@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpack.checkpoints.reading import header
+from kvpack.checkpoints.text import read_text
 from kvpack.errors import InvalidOptionError
 
 #: Where `save_lora_weights` of diffusers keeps PEFT's config in a safetensors header.
@@ -53,7 +54,7 @@ class Strength:
         if _METADATA in told:
             found["header"] = _config(f"{_METADATA} of {path}", told[_METADATA])
         if beside.is_file():
-            found["file"] = _config(str(beside), beside.read_text(encoding="utf-8"))
+            found["file"] = _config(str(beside), read_text(beside))
         if len(found) == 2 and _said(found["header"]) != _said(found["file"]) and asked is None:
             raise InvalidOptionError(f"{path} and {beside} differ in the LoRA's strength; move one away")
         place, config = next(iter(found.items()), (None, {}))

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 
+from kvpack.checkpoints.text import read_text
 from kvpack.compressors.network import CONFIG_FILE, WEIGHTS_FILE, HighResolutionBranch
 from kvpack.errors import InvalidOptionError
 
@@ -82,7 +83,7 @@ def branch_config(source: str) -> dict[str, Any]:
     """
     path = _file(source, CONFIG_FILE)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise InvalidOptionError(f"cannot read {path}: {error}; {_RIGHT}") from error
     needed = {"channels", "width", "patch"}

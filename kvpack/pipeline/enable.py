@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
 
+from kvpack.checkpoints.causality import warn_if_bidirectional
 from kvpack.checkpoints.config import Settings, frame_rate
 from kvpack.generation.adapter import Adapter
 from kvpack.memory.base import Memory
@@ -55,12 +56,15 @@ def enable(
     adapter = adapter or (adapter_of(pipeline) if before is None else before.adapter)
     adapter.check(pipeline)
     configs = adapter.configs(pipeline)
-    settings = Settings.of_pipeline(pipeline) or Settings(fps=frame_rate(type(pipeline).__name__, configs))
+    own = Settings.of_pipeline(pipeline)
+    settings = own or Settings(fps=frame_rate(type(pipeline).__name__, configs))
     resolved = resolve_stack(stack, options, settings, partial(adapter.default_options, configs))
     if settings.first_chunk_frames is not None:
         require_length(settings.first_chunk_frames, resolved.chunk_frames)
     adapter.check_stack(pipeline, resolved)
     if not isinstance(pipeline, PackForcingMixin):
+        if own is None:
+            warn_if_bidirectional(getattr(pipeline, "transformer", None))
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
     fps = float(settings.fps) if before is None else before.fps
     attach(pipeline, resolved, adapter, fps=fps, first_chunk_frames=settings.first_chunk_frames, call=settings.call)

@@ -8,6 +8,7 @@ from typing import Any
 
 from kvpack.checkpoints.config import Settings, frame_rate, require_model_folder
 from kvpack.checkpoints.recipes import RECIPES, Recipe
+from kvpack.checkpoints.text import read_text
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, unknown_name
 
 Configs = Mapping[str, Mapping[str, Any]]
@@ -105,14 +106,15 @@ def preset(name: str) -> ModelDescription:
     return PRESETS[name]
 
 
-def from_folder(folder: Path) -> ModelDescription:
-    """Read a diffusers folder's configs; its weights need not be there.
+def from_folder(name: Path) -> ModelDescription:
+    """Read the configs in a diffusers folder, or under a Hub id; weights need not be there.
 
     Raises:
         InvalidOptionError: if the folder, or a config in it, is missing or broken.
         UnsupportedPipelineError: if the pipeline has two transformers.
     """
-    index = _read(require_model_folder(folder) / "model_index.json")
+    folder = require_model_folder(name, only=["*.json"])
+    index = _read(folder / "model_index.json")
     if any(index.get("transformer_2") or ()):
         raise UnsupportedPipelineError(f"kvpack drives one causal transformer, but {folder} has transformer_2 as well")
     absent = [None, None]  # what diffusers writes for an optional part
@@ -120,9 +122,9 @@ def from_folder(folder: Path) -> ModelDescription:
         part: {} if index.get(part) == absent else _read(folder / part / "config.json")
         for part in ("transformer", "vae")
     }
-    name = str(index.get("_class_name"))
-    settings = Settings.of_folder(folder) or Settings(fps=frame_rate(name, configs))
-    return ModelDescription(str(folder), name, configs, settings)
+    pipeline_class = str(index.get("_class_name"))
+    settings = Settings.of_folder(folder) or Settings(fps=frame_rate(pipeline_class, configs))
+    return ModelDescription(str(name), pipeline_class, configs, settings)
 
 
 def adapter_for(model: ModelDescription) -> Any:
@@ -147,7 +149,7 @@ def adapter_for(model: ModelDescription) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except OSError as error:
         raise InvalidOptionError(f"cannot read {path}: {error.strerror}; give a diffusers pipeline's folder") from error
     except ValueError as error:

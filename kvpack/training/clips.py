@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from kvpack.checkpoints.text import read_lines
 from kvpack.errors import BrokenClipError, InvalidOptionError
 from kvpack.generation.trainee import Trainee
 from kvpack.media.pixels import video_pixels
@@ -183,10 +184,9 @@ class ClipFolder(Sequence[Clip]):
 def _captions(file: Path) -> list[str]:
     path = file.with_suffix(".txt")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise BrokenClipError(f"no captions can be read from {path.name}: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 def _opened(path: Path) -> Any:

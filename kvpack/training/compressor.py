@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from kvpack.checkpoints.hub import model_folder
 from kvpack.compressors.network import Branches, HighResolutionBranch
 from kvpack.compressors.weights import CompressorWeights
 from kvpack.errors import InvalidOptionError, require_choice, require_int
@@ -17,6 +18,7 @@ from kvpack.memory.roles import Project
 from kvpack.memory.stack import Stack
 from kvpack.pipeline.enabled import adapter_of
 from kvpack.pipeline.track import load_pipeline
+from kvpack.planning.presets import from_folder
 from kvpack.plugins.registry import registry
 from kvpack.plugins.resolve import require_stack, resolve_stack
 from kvpack.training.clips import Broken, ClipFolder
@@ -33,7 +35,7 @@ class CompressorTraining:
     """A training run of a compressor for one frozen model.
 
     Args:
-        model: folder of a diffusers pipeline.
+        model: folder or Hub id of a diffusers pipeline.
         data: folder of clips (see `ClipFolder`).
         output: folder of the run; the compressor is saved there, for `enable_packforcing(compressor=folder)`.
         stack: the memory that it is trained in.
@@ -42,14 +44,14 @@ class CompressorTraining:
         project: how its tokens become keys and values.
         hidden: channels between its convolutions.
         initial: folder or Hub id of a trained compressor to go on from; None starts from what it is before training.
-        teacher: folder of a pipeline with a bidirectional transformer: trains by distribution matching instead of by
-            context distillation.
+        teacher: folder or Hub id of a pipeline with a bidirectional transformer: trains by distribution matching
+            instead of by context distillation.
         lora_rank: rank of LoRA weights of the model, trained too; needs a teacher.
         critic_steps: steps of the critic for one of the compressor; needs a teacher.
         guidance_scale: of the teacher.
         frames: latent frames of a clip.
         size: height and width in pixels that videos are scaled and cropped to.
-        fps: frames a second that the model was trained with.
+        fps: frames a second that the model was trained with; its settings' or its family's if None.
         denoising_steps: of a chunk.
         chunks: chunks of a clip that are learned from at once, by context distillation.
         broken: what a broken clip does.
@@ -79,7 +81,7 @@ class CompressorTraining:
     guidance_scale: float = 3.0
     frames: int = 20
     size: tuple[int, int] | None = None
-    fps: float = 16.0
+    fps: float | None = None
     denoising_steps: int = 4
     chunks: int = 1
     broken: Broken = "stop"
@@ -130,7 +132,7 @@ class CompressorTraining:
             self.frames,
             config.in_channels,
             size=self.size,
-            fps=self.fps,
+            fps=from_folder(self.model).settings.fps if self.fps is None else self.fps,
             cache=self.output / "clips",
             broken=self.broken,
             device=accelerator.device,
@@ -233,13 +235,13 @@ _ABOUT = (
 )
 
 
-def frozen(folder: Path, dtype: torch.dtype, device: str) -> Any:
-    """Load a pipeline from a folder, without gradients and without dropout.
+def frozen(folder: Path | str, dtype: torch.dtype, device: str) -> Any:
+    """Load a pipeline from a folder or by its Hub id, without gradients and without dropout.
 
     Raises:
         InvalidOptionError: if there is none.
     """
-    pipeline = load_pipeline(folder, dtype, device)
+    pipeline = load_pipeline(model_folder(folder), dtype, device)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()

@@ -1,6 +1,7 @@
 """What people's checkpoints hold and how they are named, each with what must come of it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,8 @@ ASKED = {
 
 @pytest.mark.parametrize("path", ASKED)
 def test_another_file_of_the_same_repository_asks_for_a_recipe(path, tmp_path):
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).touch()
     with pytest.raises(InvalidOptionError, match=f"tells {ASKED[path]}.*; give --recipe, one of self-forcing, "):
         recipe_for(tmp_path / path, None)
     assert recipe_for(tmp_path / path, "self-forcing").name == "self-forcing"
@@ -122,6 +125,8 @@ def test_weights_that_are_not_causal_are_refused(path, tmp_path):
 
 def test_a_causal_model_with_wan_in_its_name_is_not_taken_for_wan(tmp_path):
     for name in ("Wan2.1-T2V-1.3B-Self-Forcing", "Wan2.1-T2V-1.3B-causal", "my-wan"):
+        (tmp_path / name / "transformer").mkdir(parents=True)
+        (tmp_path / name / "transformer/diffusion_pytorch_model.safetensors").touch()
         with pytest.raises(InvalidOptionError, match="tells none; give --recipe"):
             recipe_for(tmp_path / name / "transformer/diffusion_pytorch_model.safetensors", None)
 
@@ -186,3 +191,23 @@ def test_a_folder_has_its_familys_frame_rate(tmp_path):
     config = Path(tmp_path / "wan/transformer/config.json")
     config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 48}))
     assert from_folder(tmp_path / "wan").settings.fps == 24.0
+
+
+@pytest.mark.parametrize("words", [[], ["--recipe", "self-forcing"]])
+@pytest.mark.parametrize("name", ["nope.pt", "CausVid/nope", "self_forcing_dmd.pt"])
+def test_a_missing_checkpoint_is_missing(name, words, base, tmp_path):
+    result = convert(tmp_path / name, base, tmp_path / "out", *words)
+    assert result.exit_code == 1
+    assert f"no checkpoint {tmp_path / name}; give a file or a folder of shards" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("name", ["WanImageToVideoPipeline", "WanVACEPipeline", "StableDiffusionPipeline", None])
+def test_a_base_that_no_converted_model_runs_in_is_refused(name, base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    index = json.loads((base / "model_index.json").read_text())
+    (tmp_path / "base/model_index.json").write_text(json.dumps({**index, "_class_name": name}))
+    torch.save(tiny_wan_transformer().state_dict(), tmp_path / "model.pt")
+    result = convert(tmp_path / "model.pt", tmp_path / "base", tmp_path / "out", "--recipe", "self-forcing")
+    assert result.exit_code == 1
+    assert f"is a {name}, but what is converted is run by a WanPipeline" in result.stderr
+    assert not (tmp_path / "out").exists()
