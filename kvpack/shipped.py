@@ -4,6 +4,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from kvpack.checkpoints.config import Settings
 from kvpack.compressors.network import CONFIG_FILE
 from kvpack.errors import InvalidOptionError
 from kvpack.memory.base import Memory
@@ -13,6 +14,8 @@ from kvpack.plugins.registry import registry
 FPS = 16
 CALL = {"height": 64, "width": 64, "guidance_scale": 1.0, "max_sequence_length": 16}
 TRAINING = {"chunk_frames": 4, "train_frames": 20}
+#: What its folder's kvpack_config.json says.
+SETTINGS = Settings(fps=float(FPS), options=TRAINING, call={**CALL, "num_inference_steps": 6})
 #: Published sizes that do not go with chunks of four frames, or not with a model of twenty.
 STACK_OPTIONS: dict[str, dict[str, Any]] = {
     # It rolls a window of the training length and keeps no sink.

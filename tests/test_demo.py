@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(model: Path, folder: Path, *stacks: str, seconds: float = 1.5, prompt: str = "a red circle") -> demo.Demo:
-    return demo.Demo(prompt, seconds, stacks, folder, steps=1, model=model)
+    return demo.Demo(prompt, seconds, [(stack, {}) for stack in stacks], folder, steps=1, model=model)
 
 
 def frames_of(path: Path) -> np.ndarray:

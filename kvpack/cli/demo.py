@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvpack.errors import OutputError
 from kvpack.media.contact_sheet import Row, banner, contact_sheet, side_by_side
-from kvpack.media.video import Frames, VideoWriter, require_writable, save_bytes
+from kvpack.media.video import Frames, VideoWriter, make_folder, require_writable, save_bytes
 from kvpack.pipeline.track import Track, load_pipeline, started
 from kvpack.planning.planner import video_frames
 from kvpack.shipped import CALL, FPS, demo_stack, shipped_folder
@@ -174,11 +173,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def _outputs(folder: Path) -> tuple[Path, Path, Path]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the directory {folder}: {error.strerror}; give another --output") from error
-    video, sheet, figures = (require_writable(folder / f"demo.{suffix}") for suffix in ("mp4", "png", "json"))
+    video, sheet, figures = (
+        require_writable(make_folder(folder) / f"demo.{suffix}") for suffix in ("mp4", "png", "json")
+    )
     return video, sheet, figures
 
 

@@ -78,7 +78,7 @@ def generate(
     from kvpack.media.video import VideoWriter
 
     # What is wrong is told before torch is imported, and all but the weights before they are loaded.
-    require_model_folder(model)
+    model = require_model_folder(model)
     VideoWriter(output, 1)
     require_seed(seed)
     picture = begin is not None and is_picture(begin)

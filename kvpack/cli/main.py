@@ -71,12 +71,16 @@ def demo(
     Colours: red, green, blue, yellow, magenta, cyan, orange, white. Shapes: circle, square, triangle. Backgrounds:
     night stripes, dark checks, dusk rings, plain slate.
     """
-    from kvpack.cli.demo import PROMPT, Demo, run
+    from kvpack.media.video import make_folder
 
     require_seed(seed)
     stacks = parse_compared(compare)
     if not stacks:
         raise InvalidOptionError("--compare names no stack; give one or several, e.g. full,self-forcing,packforcing")
+    make_folder(output)  # before what takes seconds to import
+
+    from kvpack.cli.demo import PROMPT, Demo, run
+
     with progress() as on_chunk:
         result = run(Demo(PROMPT if prompt is None else prompt, seconds, stacks, output, seed, steps, model), on_chunk)
     print_tracks(result, result["stacks"], result["files"], as_json)

@@ -48,6 +48,19 @@ def require_writable(path: Path) -> Path:
     return path
 
 
+def make_folder(folder: Path) -> Path:
+    """Return a folder, made if it is not there.
+
+    Raises:
+        OutputError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the directory {folder}: {error.strerror}; give another --output") from error
+    return folder
+
+
 class PartialFile:
     """A file that appears under its name only when it is complete.
 
