@@ -157,7 +157,7 @@ def test_a_missing_pipeline_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_the_shipped_pipeline_knows_the_default_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = demo.run(demo.Demo(demo.PROMPT, 3, ("packforcing",), tmp_path), lambda _: None)
+    result = demo.run(demo.Demo(demo.PROMPT, 3, [("packforcing", {})], tmp_path), lambda _: None)
     assert capsys.readouterr().err == ""
     _, latent_frames = planner.video_frames(3, 16)
     assert result["stacks"][0]["stats"]["chunks"] == latent_frames // 4

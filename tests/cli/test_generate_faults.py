@@ -106,7 +106,7 @@ def test_what_a_family_cannot_begin_with_is_told(model, file, words, models, fil
 
 def test_a_clip_longer_than_the_video_is_told_in_seconds(models, files):
     line = complaint(models / "wan", files / "a.mp4", "--begin", files / "c.mp4", seconds=0.5)
-    assert "c.mp4 lasts 0.562 s (9 frames at 16 a second) and the whole video 0.312 s (5 frames)" in line
+    assert "c.mp4 lasts 0.625 s (10 frames at 16 a second) and the whole video 0.312 s (5 frames)" in line
     assert "nothing is left to generate; give more --seconds" in line
 
 
