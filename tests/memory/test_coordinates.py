@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import archive, ledger
 
-from kvpack.errors import InvalidOptionError
+from kvpack.errors import InvalidOptionError, UnusedOptionError
 from kvpack.memory.rope import rotate, rotations
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
@@ -87,8 +87,8 @@ def test_packforcing_hands_them_through(compressor):
     assert made.compressor.coordinates == "strided"
     assert stack_from_dict(made.to_dict()) == made
     assert registry().stack("packforcing", {"compressor": compressor}).compressor.coordinates == "centered"
-    whole = registry().stack("packforcing", {"compressor": "identity"})
-    assert whole.compressor.name == "identity"
+    with pytest.raises(UnusedOptionError, match="coordinates has no effect: compressor 'identity' does not take it"):
+        registry().stack("packforcing", {"compressor": "identity", "coordinates": "strided"})
 
 
 @pytest.mark.parametrize("compressor", [PoolCompressor, LowResolutionCompressor])
