@@ -90,7 +90,7 @@ def runs() -> Iterator[Run]:
     names = registry().names("stack")
     for pipe, ways in EVERY.items():
         yield from (Run(kind, pipe, name, call) for kind, call in ways.items() for name in names)
-    doubtful = {"most_retries": 1, "veto": lambda _, state, latents: (latents.flatten(1).mean(dim=1) > 0, state)}
+    doubtful = {"max_retries": 1, "veto": lambda _, state, latents: (latents.flatten(1).mean(dim=1) > 0, state)}
     for name in names:
         yield Run("last-step", "wan", name, TURNS, data=LAST, kin=LAST)
         yield Run("stream", "wan", name, GUIDED, stream=True)

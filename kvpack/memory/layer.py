@@ -107,6 +107,10 @@ class LayerCache:
             values: values.
             attention: called with rotated queries, and with keys and values of history and current tokens.
         """
+        if forward.with_chunk and self._settled is not forward.settled:
+            count = queries.shape[1] - sum(each.shape[0] for each in forward.places)
+            # All queries of the forward choose, those of twins too.
+            self._settle(forward, first, self._chunk(forward, queries, keys[:, :count], values[:, :count], first))
         if not forward.twins:
             return self._attend_chunk(forward, first, queries, keys, values, attention)
         sizes = [each.shape[0] for each in forward.places]
@@ -141,8 +145,6 @@ class LayerCache:
     def _attend_chunk(
         self, forward: Forward, first: "LayerCache", queries: Tensor, keys: Tensor, values: Tensor, attention: Attention
     ) -> Tensor:
-        if self._settled is not forward.settled:
-            self._settle(forward, first, self._chunk(forward, queries, keys, values, first))
         assert self.attended is not None
         assert self.context is not None
         hidden, turns = self.attended.hidden, forward.plan.chunk_rotations(self.attended.chunk_start, queries.device)
@@ -206,7 +208,7 @@ class LayerCache:
         if memory.in_place and isinstance(attended.tokens, tuple):  # they lie in the arena now
             attended = replace(attended, tokens=tuple(each.without_data() for each in attended.tokens))
         self.attended, self._settled, self.selected = attended, forward.settled, attended.selected
-        if not forward.step or not self.lengths:
+        if memory.in_place or not forward.step or not self.lengths:
             self.lengths = self.context.lengths
         elif forward.step > 0:
             self.lengths = list(map(max, self.lengths, self.context.lengths))
