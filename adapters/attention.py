@@ -1,66 +1,141 @@
-"""What the attention processors of all families share: a layer's memory, the backend that is kept, in and out."""
+"""The seam of every family: an attention processor a layer and two hooks, in for a block of code and out again."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from kvpack.errors import UnsupportedPipelineError
-from kvpack.generation.compile_boundary import Slot, attend
+from kvpack.generation.compile_boundary import OpaqueAttention, attend
 from kvpack.memory.layer import AttendingLayer
 
 
-class PackedAttnProcessor(Slot):
-    """Attention of one layer over kvpack's memory; installed for the length of a chunk only.
+class ForwardLayers:
+    """Each layer's memory in the forward in progress; a layer takes its own once."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, AttendingLayer] = {}
+
+    def hand_out(self, layers: Sequence[AttendingLayer]) -> None:
+        """Begin a forward with these memories."""
+        self._layers = dict(enumerate(layers))
+
+    def take(self, index: int) -> AttendingLayer:
+        """Return a layer's memory, and raise `UnsupportedPipelineError` the second time."""
+        if index not in self._layers:
+            raise UnsupportedPipelineError("a layer attended twice in one forward, which the memory would count twice")
+        return self._layers.pop(index)
+
+    def check_all_taken(self, *_: Any) -> None:
+        """Raise `UnsupportedPipelineError` if the forward has left a layer's attention out."""
+        if self._layers:
+            raise UnsupportedPipelineError(
+                f"a forward left the self-attention of layers {list(self._layers)} out, of which the memory would be "
+                "stale; take the cache (TeaCache or the like) or whatever else skips layers off the transformer"
+            )
+
+
+class PackedAttnProcessor(OpaqueAttention):
+    """Self-attention of one layer over kvpack's memory; in the model for the length of a chunk only.
+
+    As it is, it serves attention with `to_q`, `to_k`, `to_v` and norms over all heads; a family overrides `project`
+    and `output` where its own differs.
 
     Args:
         backend: diffusers' attention backend; None is the active one.
+        layers: hands out the memory of each layer.
+        index: of this layer.
     """
 
     _attention_backend: Any = None
     _parallel_config: Any = None
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any, layers: ForwardLayers, index: int) -> None:
         super().__init__()
-        self._attention_backend = backend
-        self.memory: AttendingLayer | None = None
+        self._attention_backend, self.layers, self.index = backend, layers, index
+        self.attention = partial(dispatch_attention_fn, backend=backend)
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention to the memory and to the chunk's own keys and values, `[batch, tokens, heads, head_dim]` each."""
-        return attend(self, queries, [keys, values])
+    @classmethod
+    def backend_of(cls, attention: Any) -> Any:
+        """Return the backend that was set for an attention module, if its processor knows of any."""
+        return getattr(attention.processor, "_attention_backend", None)
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the stock output but for the keys and values; rotations given by the model are not used."""
+        queries, keys, values = self.project(attn, hidden_states)
+        if torch.compiler.is_compiling():
+            attended = attend(self, queries, [keys, values])
+        else:
+            attended = self.layers.take(self.index).attend(queries, keys, values, self.attention)
+        return self.output(attn, hidden_states, attended.type_as(queries))
 
     def attended(self, queries: Tensor, others: list[Tensor]) -> Tensor:
-        """The same, out of sight of a compiler."""
-        memory, self.memory = self.memory, None  # once a forward
-        if memory is None:
-            raise UnsupportedPipelineError("a layer attended twice in one forward, which the memory would count twice")
+        """Return attention to the memory and to the chunk itself, out of sight of a compiler."""
         keys, values = others
-        return memory.attend(queries, keys, values, self._attention)
+        return self.layers.take(self.index).attend(queries, keys, values, self.attention)
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+    def project(self, attn: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return normed queries, normed keys before RoPE, and values, `[batch, tokens, heads, head_dim]` each."""
+        if getattr(attn, "fused_projections", False):
+            queries, keys, values = attn.to_qkv(hidden).chunk(3, dim=-1)
+        else:
+            queries, keys, values = attn.to_q(hidden), attn.to_k(hidden), attn.to_v(hidden)
+        heads = (attn.heads, -1)
+        queries, keys = attn.norm_q(queries).unflatten(2, heads), attn.norm_k(keys).unflatten(2, heads)  # (b, l, h, d)
+        return queries, keys, values.unflatten(2, heads)
+
+    def output(self, attn: Any, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Return the layer's output of what was attended, `[batch, tokens, heads, head_dim]`."""
+        return attn.to_out[1](attn.to_out[0](attended.flatten(2, 3)))  # (b, l, h * d)
 
 
-def backend_of(attention: Any) -> Any:
-    """The backend that was set for an attention module, if its processor knows of any."""
-    return getattr(attention.processor, "_attention_backend", None)
+def paired(vectors: Tensor) -> Tensor:
+    """Return channels whose RoPE partner is half a head away side by side, as kvpack rotates them."""
+    return vectors.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # (b, l, h, 2 x d/2 -> d/2 x 2)
 
 
-def check_all_attended(processors: Sequence[PackedAttnProcessor]) -> None:
-    """Raises `UnsupportedPipelineError` if a forward has left a layer's attention out."""
-    left_out = [index for index, processor in enumerate(processors) if processor.memory is not None]
-    if left_out:
-        raise UnsupportedPipelineError(
-            f"a forward left the self-attention of layers {left_out} out, of which the memory would be stale; take "
-            "the cache (TeaCache or the like) or whatever else skips layers off the transformer"
-        )
+@contextmanager
+def attached(
+    transformer: Any,
+    attentions: Iterable[Any],
+    layers_for: Callable[[tuple[Any, ...], dict[str, Any]], Sequence[AttendingLayer]],
+    processor: type[PackedAttnProcessor] = PackedAttnProcessor,
+    others: Mapping[Any, Any] | None = None,
+) -> Iterator[None]:
+    """Run a transformer's self-attention over kvpack's memory, and leave a stock transformer behind.
+
+    Args:
+        transformer: the model.
+        attentions: self-attention of each layer.
+        layers_for: called before every forward with its arguments; returns the memory of each layer.
+        processor: what attends in each layer.
+        others: processors for other attention modules, installed for as long.
+
+    Raises:
+        UnsupportedPipelineError: if a forward leaves a layer's attention out, or runs it twice.
+    """
+    layers = ForwardLayers()
+    processors = {each: processor(processor.backend_of(each), layers, i) for i, each in enumerate(attentions)}
+
+    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layers.hand_out(layers_for(args, kwargs))
+
+    outside: Any = torch.compiler.disable  # where the whole transformer is compiled, not its blocks
+    with (
+        transformer.register_forward_pre_hook(outside(before), with_kwargs=True),
+        transformer.register_forward_hook(outside(layers.check_all_taken)),
+        installed({**processors, **(others or {})}),
+    ):
+        yield
 
 
 @contextmanager
 def installed(processors: Mapping[Any, Any]) -> Iterator[None]:
-    """Gives attention modules these processors, and their own back."""
+    """Give attention modules these processors, and their own back."""
     replaced = {attention: attention.processor for attention in processors}
     try:
         for attention, processor in processors.items():

@@ -23,7 +23,7 @@ _SKIPPING = {
 
 
 def check_placement(transformer: Any, attentions: Iterable[Any], device: torch.device, head_dim: int) -> None:
-    """Refuses what would silently give wrong keys, or fail in the middle of a forward.
+    """Refuse what would silently give wrong keys, or fail in the middle of a forward.
 
     Args:
         transformer: the model.
@@ -52,7 +52,7 @@ def check_placement(transformer: Any, attentions: Iterable[Any], device: torch.d
 
 
 def compiled_from(transformer: Any) -> Any:
-    """The model that `torch.compile(model)` wraps; a model that is not wrapped as it is."""
+    """Return the model that `torch.compile(model)` wraps; a model that is not wrapped as it is."""
     return getattr(transformer, "_orig_mod", transformer)
 
 
@@ -80,14 +80,14 @@ def _check_caches(transformer: Any) -> None:
 
 
 def _is_patched(cls: type) -> bool:
-    """Whether the class that has `forward` was given one from elsewhere."""
+    """Return whether the class that has `forward` was given one from elsewhere."""
     owner = next(each for each in cls.__mro__ if "forward" in vars(each))
     forward = inspect.unwrap(vars(owner)["forward"])
     return (forward.__module__, forward.__qualname__) != (owner.__module__, f"{owner.__qualname__}.forward")
 
 
 def _check_backend(backend: Any, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Attends five keys, since diffusers itself finds out in the forward what a backend cannot do."""
+    """Attend five keys, since diffusers itself finds out in the forward what a backend cannot do."""
     name = AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend)
     if name is AttentionBackendName.NATIVE:
         return

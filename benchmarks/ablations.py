@@ -39,7 +39,11 @@ def _each(option: str, values: tuple[Any, ...]) -> tuple[Memory, ...]:
 ABLATIONS: dict[str, tuple[Memory, ...]] = {
     COLLECTION: collection(),
     "positions": _changed(
-        {f"{reindex}, topk {topk}": {"reindex": reindex, "topk": topk} for reindex in REINDEXERS for topk in TOPKS}
+        {
+            f"{reindexer}, topk {topk}": {"reindexer": reindexer, "topk": topk}
+            for reindexer in REINDEXERS
+            for topk in TOPKS
+        }
     ),
     "coordinates": _each("coordinates", ("centered", "strided", "compact")),
     "compressor": _changed(
@@ -79,18 +83,18 @@ ABLATIONS: dict[str, tuple[Memory, ...]] = {
         Memory("full: all keys, true positions", "full"),
         *_changed(
             {
-                "all keys, squeezed positions": {"compressor": "identity", "selector": "all", "reindex": "fit"},
+                "all keys, squeezed positions": {"compressor": "identity", "selector": "all", "reindexer": "fit"},
                 "few keys, true positions": {
                     "compressor": "identity",
                     "selector": "uniform",
                     "topk": 4,
-                    "reindex": "absolute",
+                    "reindexer": "absolute",
                 },
                 "few keys, squeezed positions": {
                     "compressor": "identity",
                     "selector": "uniform",
                     "topk": 4,
-                    "reindex": "fit",
+                    "reindexer": "fit",
                 },
             }
         ),

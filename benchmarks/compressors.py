@@ -28,7 +28,7 @@ from benchmarks.leaderboard import bootstrap
 from benchmarks.report import Score
 from benchmarks.toyworld import world
 from kvpack.adapters import WanAdapter
-from kvpack.generation.adapter import Trainee
+from kvpack.generation.trainee import Trainee
 from kvpack.policies import packforcing
 from kvpack.shipped import CALL, shipped_folder
 from kvpack.training.clips import Clip

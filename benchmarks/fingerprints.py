@@ -113,7 +113,7 @@ def runs() -> Iterator[Run]:
     yield Run("long", "wan", "packforcing-paper", {"height": 16, "num_frames": 397})  # selects of more than 16 blocks
     turns, rows = ({**GUIDED, "height": 48, "width": 144, **prompt} for prompt in (TURNS, {"prompt": ROWS}))
     for name, middle in product(registry().names("reindexer"), ("pool", "identity")):
-        yield Run(f"reindex {name}, {middle}", call=turns, options={"reindex": name, "compressor": middle})
+        yield Run(f"reindex {name}, {middle}", call=turns, options={"reindexer": name, "compressor": middle})
     selectors = [{"policy": name, "topk": 2} for name in registry().names("selector") if name != "all"]
     selectors += [{**each, "after_rope": True} for each in selectors if each["policy"] in ("topk", "softmax-mass")]
     selectors += [{"policy": "all"}, {"policy": "random", "topk": 2, "seed": 7}]
@@ -159,7 +159,10 @@ def pipeline(name: str) -> Any:
 
 def made(run: Run, pipe: Any, folder: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """What comes out, and the stats: at the end, or behind each chunk of a stream."""
-    kvpack.enable(pipe, run.stack, **{**registry().taken(run.stack, SIZES), **run.options})
+    sizes = registry().taken(run.stack, SIZES)
+    if run.stack in ("framepack", "full", "self-forcing") and run.options.get("reindexer") != "fit":
+        sizes.pop("train_frames", None)  # of no effect there
+    kvpack.enable(pipe, run.stack, **{**sizes, **run.options})
     memory = pipe.packforcing.stack
     if run.data and isinstance(memory, kvpack.Stack):
         data, config = {**memory.to_dict(), **run.data}, pipe.transformer.config

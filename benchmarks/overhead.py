@@ -33,7 +33,8 @@ from benchmarks.clock import seconds
 from benchmarks.report import Bar, Row, samples, say, script
 from benchmarks.wan_layer import FRAMES, SHRINK, STEPS, TINY, TWIN, WAN, WAN_LAYERS, Layer, Size
 from kvpack import LatentChunk
-from kvpack.adapters.wan.vae import embed, encode
+from kvpack.adapters.wan.compression import embed
+from kvpack.adapters.wan.vae import encode
 from kvpack.policies.lr import LowResolutionCompressor
 
 BARS = (

@@ -122,7 +122,7 @@ def length(small: bool) -> list[Row]:
     """As many chunks on end as nobody will watch."""
     plan = SMALL_LENGTH if small else LENGTH
     pipe = tiny_wan_pipeline(num_layers=1)
-    pipe.enable_packforcing(compressor="pool", reindex="absolute", archive_blocks=ARCHIVE)
+    pipe.enable_packforcing(compressor="pool", reindexer="absolute", archive_blocks=ARCHIVE)
     say(f"steady: {plan.chunks:,} chunks")
     call = {"height": 32, "width": 32, "num_inference_steps": 1, "output_type": "latent"}
     chunks = list(islice(stream(pipe, **call), plan.chunks))

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.clock import Clock, seconds
 from benchmarks.report import SEED
 from kvpack import Geometry, Session
-from kvpack.adapters.wan.attention import PackedWanAttnProcessor
+from kvpack.adapters.attention import ForwardLayers, PackedAttnProcessor
 from kvpack.memory.rope import rotate
 from kvpack.policies.stacks import packforcing
 
@@ -99,7 +99,8 @@ class Layer:
         torch.manual_seed(SEED)
         self.size, self.dtype = size, dtype
         self.block = WanTransformerBlock(size.width, size.ffn, size.heads, cross_attn_norm=True).to(dtype).eval()
-        self.processor: Any = PackedWanAttnProcessor(self.block.attn1.processor._attention_backend)
+        self.layers, backend = ForwardLayers(), self.block.attn1.processor._attention_backend
+        self.processor: Any = PackedAttnProcessor(backend, self.layers, 0)
         self.block.attn1.set_processor(self.processor)
         stack = packforcing(
             compressor=compressor,
@@ -162,7 +163,7 @@ class Layer:
 
     def forward(self, hidden: Tensor, memory: Any) -> float:
         """Seconds of the block's forward over some memory."""
-        self.processor.memory = memory
+        self.layers.hand_out([memory])
         return seconds(partial(self.block, hidden, self.text, self.modulation, None))
 
     def parts(self) -> dict[str, float]:
@@ -216,7 +217,7 @@ class Layer:
 
     def difference(self) -> float:
         """How far the plain version's attention is from kvpack's."""
-        projections, attention = self.projections(), self.processor._attention
+        projections, attention = self.projections(), self.processor.attention
         self.session.denoise(0)
         mine = self.memory.attend(*projections, attention)
         theirs = Plain(self.session).attend(*projections, attention)

@@ -16,6 +16,19 @@ class UnknownNameError(InvalidOptionError):
     """A policy, stack or preset that is not installed."""
 
 
+class UnusedOptionError(InvalidOptionError):
+    """An option that would have no effect beside another one.
+
+    Args:
+        option: its name.
+        why: what makes it so, and what would be right.
+    """
+
+    def __init__(self, option: str, why: str) -> None:
+        super().__init__(f"{option} has no effect: {why}")
+        self.option = option
+
+
 class UnsupportedPipelineError(KVPackError, TypeError):
     """The pipeline, or a feature that is switched on in it, cannot run through kvpack."""
 
@@ -52,8 +65,12 @@ class PluginWarning(UserWarning):
     """A third-party plugin was left out because it failed to load."""
 
 
+class BidirectionalWarning(UserWarning):
+    """A model was loaded that is known not to be causal."""
+
+
 def unknown_name(kind: str, given: str, installed: Iterable[str]) -> UnknownNameError:
-    """Builds the error for a name that is not installed, with the nearest one.
+    """Return the error for a name that is not installed, with the nearest one that is.
 
     >>> print(unknown_name("selector", "top_k", ["topk", "all"]))
     no selector named 'top_k'; did you mean 'topk'? Installed: all, topk
@@ -65,7 +82,7 @@ def unknown_name(kind: str, given: str, installed: Iterable[str]) -> UnknownName
 
 
 def require_choice(name: str, given: object, choices: Iterable[str]) -> None:
-    """Raises `InvalidOptionError` if `given` is none of `choices`.
+    """Raise `InvalidOptionError` if `given` is none of `choices`.
 
     >>> require_choice("commit", "rerun", ["rerun", "last-step"])
     """
@@ -75,7 +92,7 @@ def require_choice(name: str, given: object, choices: Iterable[str]) -> None:
 
 
 def require_int(name: str, given: object, *, minimum: int = 0) -> int:
-    """Returns `given` if it is a whole number of at least `minimum`.
+    """Return `given` if it is a whole number of at least `minimum`.
 
     Raises:
         InvalidOptionError: if it is not.

@@ -37,7 +37,7 @@ class FlowMatchFewStepScheduler(FlowMatchLCMScheduler):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Leaves out the parent's options, which a config holds but which have no effect here."""
+        """Leave out the parent's options, which a config holds but which have no effect here."""
         own = {"sigmas", "shift", "num_train_timesteps"}
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k in own or k[0] == "_"}, **kwargs)
 
@@ -49,11 +49,12 @@ class FlowMatchFewStepScheduler(FlowMatchLCMScheduler):
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
-        """Uses the fixed sigmas unless others are given.
+        """Use the fixed sigmas unless others are given.
 
         Raises:
             InvalidOptionError: if a number of steps is asked for that the checkpoint was not distilled to.
         """
+        # Pipelines pass a number of steps only; the parent would make a linear ramp of it.
         if sigmas is None and timesteps is None:
             sigmas = list(self.config["sigmas"])
             if num_inference_steps not in (None, len(sigmas)):
@@ -71,12 +72,12 @@ class FlowMatchFewStepScheduler(FlowMatchLCMScheduler):
         generator: torch.Generator | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """As the parent, with noise from the bound generator where none is passed."""
+        """Step as the parent does, with noise from the bound generator where none is passed."""
         return super().step(model_output, timestep, sample, generator or self._generator, return_dict)  # type: ignore[arg-type]
 
     @contextmanager
     def bound_generator(self, generator: torch.Generator | list[torch.Generator] | None) -> Iterator[None]:
-        """Draws noise from `generator` inside the block; pipelines do not pass theirs on."""
+        """Draw noise from `generator` inside the block; pipelines do not pass theirs on."""
         before, self._generator = self._generator, generator
         try:
             yield

@@ -1,6 +1,5 @@
 """The pipeline and the compressor that come with kvpack, and what they were trained with."""
 
-import inspect
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ STACK_OPTIONS: dict[str, dict[str, Any]] = {
     # It rolls a window of the training length and keeps no sink.
     "self-forcing": {"window_frames": 20, "sink_frames": 0},
     "deep-forcing": {"window_frames": 20},
-    "framepack": {"reindex": "fit"},
+    "framepack": {"reindexer": "fit"},
     "infinite-forcing": {"window_frames": 8},
     "infinity-rope": {"window_frames": 8},
     "krea": {"context_frames": 4},
@@ -60,7 +59,4 @@ def demo_stack(name: str) -> Memory:
     Raises:
         UnknownNameError: if it is not installed.
     """
-    factory = registry().stacks.get(name)
-    known = inspect.signature(factory).parameters if factory else {}
-    options = {**TRAINING, **STACK_OPTIONS.get(name, {})}
-    return registry().stack(name, {option: value for option, value in options.items() if option in known})
+    return registry().stack(name, STACK_OPTIONS.get(name, {}), registry().taken(name, TRAINING))

@@ -42,7 +42,7 @@ from kvpack.policies.window import WindowPartitioner
 
 @hookimpl
 def kvpack_register_policies(register: Callable[[Any], None]) -> None:
-    """All built-in policies."""
+    """Register all built-in policies."""
     for policy in (
         FullPartitioner,
         WindowPartitioner,
@@ -80,7 +80,7 @@ def kvpack_register_policies(register: Callable[[Any], None]) -> None:
 
 @hookimpl
 def kvpack_register_stacks(register: Callable[[str, Any], None]) -> None:
-    """All built-in stacks."""
+    """Register all built-in stacks."""
     register("framepack", framepack)
     register("full", full)
     register("infinite-forcing", infinite_forcing)

@@ -14,6 +14,6 @@ class AbsoluteReindexer(Reindexer):
     absolute: ClassVar[bool] = True
 
     def place(self, layout: Layout) -> Placement:
-        """First frames as they are."""
+        """Keep the first frames as they are."""
         chunk_start = layout.frames.new_full((layout.frames.shape[0],), float(layout.chunk_first_frame))
         return Placement(layout.first_frames, layout.frames, chunk_start)

@@ -19,9 +19,9 @@ class AllSelector(Selector):
     name = "all"
 
     def limit(self, candidates: int) -> int:
-        """All of them."""
+        """Return the number of all blocks."""
         return candidates
 
     def select(self, query: Query, candidates: Candidates) -> Int[Tensor, "batch chosen"]:
-        """Every index."""
+        """Return every index."""
         return as_indices(range(candidates.count), query.queries.shape[0], query.queries.device)

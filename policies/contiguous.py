@@ -17,5 +17,5 @@ class ContiguousReindexer(Reindexer):
     shared: ClassVar[bool] = True
 
     def place(self, layout: Layout) -> Placement:
-        """Blocks one behind the other."""
+        """Place blocks without gaps from 0."""
         return Placement.consecutive(layout.frames)

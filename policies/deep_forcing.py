@@ -12,12 +12,15 @@ from kvpack.memory import Attended, Chunk, StateMemory, Tokens
 
 @dataclass(frozen=True, eq=False)
 class DeepState:
-    """What is held, at its true places; how far the sink has moved; how often each token was chosen; last queries."""
+    """What is held, at its true places; how far the sink has moved; how often each token was chosen; last queries.
+
+    Of queries, rotated, the sum over each frame is all that scores need.
+    """
 
     tokens: Tokens
     shift: float
     chosen: Int[Tensor, "batch tokens"]
-    queries: Float[Tensor, "batch recent heads head_dim"]
+    queries: Float[Tensor, "batch recent_frames heads head_dim"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class DeepForcing(StateMemory):
             )
 
     def attend(self, state: DeepState | None, chunk: Chunk) -> Attended:
-        """Everything held, or what is left of it after eviction or compression."""
+        """Attend everything held, after eviction or compression where the window is full."""
         state = state or self._empty(chunk)
         each = chunk.geometry.tokens_per_frame
         if len(state.tokens) + len(chunk.tokens) > self.window_frames * each:
@@ -87,7 +90,7 @@ class DeepForcing(StateMemory):
         return Attended((state.tokens[:sink].moved(state.shift), state.tokens[sink:]), chunk.first_frame, state)
 
     def remember(self, state: DeepState, chunk: Chunk) -> DeepState:
-        """The clean chunk behind what is held, and the queries of its last forwards."""
+        """Append the clean chunk, and keep the queries of its last forwards."""
         new = state.chosen.new_zeros(state.chosen.shape[0], len(chunk.tokens))
         return replace(
             state,
@@ -102,33 +105,35 @@ class DeepForcing(StateMemory):
         return self.recent_frames // self.chunk_frames * self.chunk_frames
 
     def forget(self, state: DeepState, tokens: int) -> DeepState:
-        """Without the last tokens; the last queries stay."""
+        """Drop the last tokens; the last queries stay."""
         held = len(state.tokens) - tokens
         return replace(state, tokens=state.tokens[:held], chosen=state.chosen[:, :held])
 
     def _empty(self, chunk: Chunk) -> DeepState:
         nothing = chunk.queries[:, :0]
-        return DeepState(chunk.tokens[:0], 0.0, nothing[..., 0, 0].long(), nothing)
+        return DeepState(chunk.tokens[:0], 0.0, nothing[..., 0, 0].long(), nothing.float())
 
     def _last_queries(self, state: DeepState, chunk: Chunk) -> Tensor:
-        """Rotated queries of `recent_frames` over all forwards, this one included."""
-        forwards = [state.queries, *(chunk.rotated(each) for each in (*chunk.earlier, chunk.queries))]
-        return torch.cat(forwards, dim=1)[:, -self.recent_frames * chunk.geometry.tokens_per_frame :]
+        """Return sums of rotated queries over each of the last `recent_frames` frames of all forwards, this one too."""
+        each = chunk.geometry.tokens_per_frame
+        rotated = (chunk.rotated(queries).float() for queries in (*chunk.earlier, chunk.queries))
+        sums = (queries.unflatten(1, (-1, each)).sum(dim=2) for queries in rotated)  # (batch, frames, heads, head_dim)
+        return torch.cat([state.queries, *sums], dim=1)[:, -self.recent_frames :].clone()
 
     def _evicted(self, state: DeepState, chunk: Chunk) -> DeepState:
-        """Without the oldest tokens behind the sink."""
+        """Drop the oldest tokens behind the sink."""
         each = chunk.geometry.tokens_per_frame
         sink, over = self.sink_frames * each, len(state.tokens) + len(chunk.tokens) - self.window_frames * each
         chosen = torch.cat([state.chosen[:, :sink], state.chosen[:, sink + over :]], dim=1)
         return replace(state, tokens=state.tokens[:sink] + state.tokens[sink + over :], chosen=chosen)
 
     def _compressed(self, state: DeepState, chunk: Chunk) -> DeepState:
-        """Sink, chosen tokens and recent ones; the chunk's own are counted, but not held yet."""
+        """Keep sink, chosen tokens and recent ones; the chunk's own are counted, but not held yet."""
         each, held = chunk.geometry.tokens_per_frame, len(state.tokens)
         sink = self.sink_frames * each
         recent = held + len(chunk.tokens) - self.recent_frames * each  # index of the first recent token
         keys = state.tokens[sink:recent].rotated_keys(chunk.geometry).float()
-        queries = self._last_queries(state, chunk).float().sum(dim=1)
+        queries = self._last_queries(state, chunk).sum(dim=1)
         scores = torch.einsum("bhd,bnhd->bn", queries, keys)
         scores = scores.masked_fill(state.chosen[:, sink:recent] >= self.most_chosen, -torch.inf)
         top = scores.topk((self.budget_frames - self.sink_frames - self.recent_frames) * each, dim=1).indices + sink

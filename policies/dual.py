@@ -33,15 +33,15 @@ class DualCompressor(HighResolutionCompressor):
     needs_pixels = True
 
     def tokens(self, chunk: LatentChunk) -> Float[Tensor, "b n d"]:
-        """Tokens of both branches, added."""
+        """Return the sum of both branches' tokens."""
         return super().tokens(chunk) + self.low_tokens(chunk)
 
     def low_tokens(self, chunk: LatentChunk) -> Float[Tensor, "b n d"]:
-        """Tokens of the low-resolution branch."""
+        """Return the tokens of the low-resolution branch."""
         return LowResolutionCompressor().tokens(chunk)
 
     def costs(self, frames: int, geometry: Geometry, shape: LatentShape) -> dict[str, Cost]:
-        """Those of both branches."""
+        """Return the costs of both branches."""
         return {
             **LowResolutionCompressor().costs(frames, geometry, shape),
             **super().costs(frames, geometry, shape),
@@ -49,7 +49,7 @@ class DualCompressor(HighResolutionCompressor):
 
 
 def trained_compressor(source: str) -> HighResolutionCompressor:
-    """The compressor whose weights are in a folder or on the Hub, used as its config says.
+    """Load the compressor whose weights are in a folder or on the Hub, used as its config says.
 
     Raises:
         InvalidOptionError: if there is none.

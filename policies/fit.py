@@ -30,7 +30,7 @@ class FitReindexer(Reindexer):
         require_int("train_frames", self.train_frames, minimum=2)
 
     def place(self, layout: Layout) -> Placement:
-        """Blocks one behind the other, the elastic ones squeezed."""
+        """Place blocks without gaps from 0, mid blocks squeezed into the positions that are left."""
         elastic = layout.columns("mid") or list(range(len(layout.parts)))
         lengths = layout.frames.clone()
         wanted = lengths[:, elastic].sum(dim=1, keepdim=True)
@@ -39,7 +39,7 @@ class FitReindexer(Reindexer):
         return Placement.consecutive(lengths)
 
     def check(self, partitioner: Partitioner, chunk_frames: int) -> None:
-        """Mid blocks need positions of their own."""
+        """Check that sink, recent frames and the chunk leave positions for mid blocks."""
         segments = partitioner.partition(1000 * self.train_frames, chunk_frames)
         has_mid = any(segment.part == "mid" for segment in segments)
         rigid = chunk_frames + sum(len(s.frames) for s in segments if s.part != "mid") * has_mid

@@ -46,7 +46,7 @@ class FlowCache(StateMemory):
             raise InvalidOptionError(f"mix must be a share >= 0 and <= 1, got {self.mix}")
 
     def attend(self, state: Tokens | None, chunk: Chunk) -> Attended:
-        """What is held, compressed if it is over the budget."""
+        """Attend what is held, compressed if it is over the budget."""
         held = state or chunk.tokens[:0]
         budget = self.budget_frames * chunk.geometry.tokens_per_frame
         if len(held) > budget:
@@ -54,7 +54,7 @@ class FlowCache(StateMemory):
         return Attended((held,), chunk.first_frame, held)
 
     def remember(self, state: Tokens, chunk: Chunk) -> Tokens:
-        """The clean chunk behind what is held."""
+        """Append the clean chunk."""
         return state + chunk.tokens
 
     @property
@@ -63,7 +63,7 @@ class FlowCache(StateMemory):
         return self.chunk_frames
 
     def forget(self, state: Tokens, tokens: int) -> Tokens:
-        """Without the last tokens."""
+        """Drop the last tokens."""
         return state[: len(state) - tokens]
 
     def _scores(self, tokens: Tokens, chunk: Chunk) -> torch.Tensor:

@@ -10,7 +10,7 @@ from kvpack.errors import require_int
 from kvpack.memory.blocks import KVBlock, Span, grid_coordinates
 from kvpack.memory.roles import Compressor, Reindexer
 from kvpack.memory.stack import Stack
-from kvpack.plugins.registry import registry
+from kvpack.plugins.resolve import resolve_policy
 from kvpack.policies.all_blocks import AllSelector
 from kvpack.policies.pool import averaged
 from kvpack.policies.sink_mid_recent import SinkMidRecentPartitioner
@@ -53,32 +53,32 @@ class GeometricCompressor(Compressor):
         require_int("levels", self.levels)
 
     def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
-        """A token for every window of 2x2x2."""
+        """Return a token for every window of 2x2x2."""
         return Span(first_frame, frames, grid_coordinates(frames, grid, _sizes(frames, grid, 0)))
 
     def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
-        """The average of every window of 2x2x2."""
+        """Average every window of 2x2x2."""
         frames = block.span.frames
         keys, values = (averaged(each, (frames, *grid), _sizes(frames, grid, 0)) for each in (block.keys, block.values))
         return KVBlock(keys, values, self.span(block.span.first_frame, frames, grid))
 
     def level(self, age: int) -> int:
-        """One more each time that the age doubles."""
+        """Return the level, one more each time that the age doubles."""
         return min(self.levels, (age // self.newest_blocks).bit_length())
 
     def shrunk_span(self, span: Span, grid: tuple[int, int], level: int) -> Span:
-        """Means of places."""
+        """Average places."""
         return replace(span, coordinates=_places(span.frames, grid, level))
 
     def shrunk(self, block: KVBlock, grid: tuple[int, int], level: int) -> KVBlock:
-        """Means of keys and of values."""
+        """Average keys and values."""
         old, new = _sizes(block.span.frames, grid, 0), _sizes(block.span.frames, grid, level)
         keys, values = (averaged(each, old, new) for each in (block.keys, block.values))
         return KVBlock(keys, values, self.shrunk_span(block.span, grid, level))
 
 
 def _sizes(frames: int, grid: tuple[int, int], level: int) -> Sizes:
-    """Tokens along time, rows and columns, rounded up, so that every token is in a window."""
+    """Return the tokens along time, rows and columns, rounded up, so that every token is in a window."""
     t, y, x = (-(-size // 2 ** (level + 1)) for size in (frames, *grid))
     return t, y, x
 
@@ -90,25 +90,29 @@ def _places(frames: int, grid: tuple[int, int], level: int) -> Float[Tensor, "to
 
 
 def framepack(
-    *, chunk_frames: int = 4, reindex: str | Reindexer = "contiguous", train_frames: int = 20, archive_blocks: int = 5
+    *,
+    chunk_frames: int = 4,
+    reindexer: str | Reindexer = "contiguous",
+    train_frames: int | None = None,
+    archive_blocks: int = 5,
 ) -> Stack:
-    """Helios's history: the first frame, 16 frames in 4x4x4, 4 in 2x2x2, and the last 4 whole; older ones are gone.
+    """Build Helios's history: the first frame, 16 frames in 4x4x4, 4 in 2x2x2, and the last 4 whole.
 
-    Its own sizes are 16, 2 and 1 frames; here they are whole chunks of four. Positions are consecutive, 29 in all.
+    Older frames are dropped. Its own sizes are 16, 2 and 1 frames; here they are whole chunks of four. Positions are
+    consecutive, 29 in all.
 
     Args:
         chunk_frames: latent frames generated together.
-        reindex: name or instance of a re-indexer.
-        train_frames: latent frames seen in training, for `reindex="fit"`.
+        reindexer: name or instance of a re-indexer.
+        train_frames: latent frames seen in training, for a re-indexer by name that takes it, 20 if None.
         archive_blocks: compressed blocks kept.
     """
-    options = {"train_frames": train_frames} if reindex == "fit" else {}
     return Stack(
         "framepack",
         SinkMidRecentPartitioner(sink_frames=1, recent_frames=chunk_frames),
         GeometricCompressor(),
         AllSelector(),
-        registry().policy("reindexer", reindex, options),
+        resolve_policy("reindexer", reindexer, {"train_frames": 20}, train_frames=train_frames),
         chunk_frames,
         archive_blocks,
     )

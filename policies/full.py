@@ -21,5 +21,5 @@ class FullPartitioner(Partitioner):
         return 0
 
     def partition(self, history_frames: int, chunk_frames: int) -> tuple[Segment, ...]:
-        """All frames as recent."""
+        """Return all frames as recent."""
         return (Segment("recent", range(history_frames)),)

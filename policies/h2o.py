@@ -11,7 +11,7 @@ from kvpack.memory import Attended, Chunk, StateMemory, Tokens
 
 @dataclass(frozen=True, eq=False)
 class HitterState:
-    """What is held, at its true places, and the attention that each token has taken."""
+    """Held tokens, at their places in the video, and the attention that each has received."""
 
     tokens: Tokens
     masses: Float[torch.Tensor, "batch tokens heads"]
@@ -46,12 +46,12 @@ class HeavyHitters(StateMemory):
             raise InvalidOptionError(f"recent_frames must be <= budget {self.budget_frames}, got {self.recent_frames}")
 
     def attend(self, state: HitterState | None, chunk: Chunk) -> Attended:
-        """Everything held."""
+        """Attend everything held."""
         state = state or HitterState(chunk.tokens[:0], chunk.queries[:, :0, :, 0].float())
         return Attended((state.tokens,), chunk.first_frame, state)
 
     def remember(self, state: HitterState, chunk: Chunk) -> HitterState:
-        """The clean chunk behind what is held, and of both what each head keeps."""
+        """Append the clean chunk, and let each head keep its own tokens of both."""
         each, tokens = chunk.geometry.tokens_per_frame, state.tokens + chunk.tokens
         masses = attention(chunk.rotated(chunk.queries), tokens.rotated_keys(chunk.geometry), self.max_queries)
         masses[:, : len(state.tokens)] += state.masses
@@ -68,13 +68,13 @@ class HeavyHitters(StateMemory):
         return self.recent_frames // self.chunk_frames * self.chunk_frames
 
     def forget(self, state: HitterState, tokens: int) -> HitterState:
-        """Without the last tokens; the attention that they gave to others stays."""
+        """Drop the last tokens; the attention that they gave to others stays."""
         left = len(state.tokens) - tokens
         return HitterState(state.tokens[:left], state.masses[:, :left])
 
 
 def attention(queries: torch.Tensor, keys: torch.Tensor, most: int) -> Float[torch.Tensor, "batch tokens heads"]:
-    """Mean over queries, at most `most` spread evenly, of the attention that each key takes, in float32."""
+    """Average the attention that each key receives, over at most `most` evenly spread queries, in float32."""
     some, wide = queries[:, :: -(-queries.shape[1] // most)].float() / keys.shape[-1] ** 0.5, keys.float()
     blocks = (torch.einsum("bihd,bjhd->bijh", part, wide).softmax(dim=2).sum(dim=1) for part in some.split(64, dim=1))
     return sum(blocks, torch.zeros_like(wide[..., 0])) / some.shape[1]

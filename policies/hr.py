@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvpack.compressors.network import HighResolutionBranch, branch_flops
-from kvpack.compressors.weights import BranchSource
+from kvpack.compressors.weights import CompressorWeights
 from kvpack.errors import InvalidOptionError, require_choice
 from kvpack.memory.blocks import Coordinates, LatentChunk, Span
 from kvpack.memory.costs import Cost, LatentShape
@@ -52,21 +52,21 @@ class HighResolutionCompressor(LatentCompressor):
             )
 
     def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
-        """A token for every window of 2x4x4 tokens."""
+        """Return a token for every window of 2x4x4 tokens."""
         return pooled_span(first_frame, frames, grid, self.coordinates)
 
     def check(self, channels: int, width: int, patch: tuple[int, int], native: tuple[int, int] | None = None) -> None:
-        """Loads the weights and compares them with the model."""
+        """Load the weights and compare them with the model."""
         self._source.fitting(channels, width, patch)
 
     def tokens(self, chunk: LatentChunk) -> Float[Tensor, "b n d"]:
-        """What the convolutions make of the latents."""
+        """Return what the convolutions make of the latents."""
         latents = chunk.latents
         branch = self._source.on(latents.device, chunk.dtype, latents.shape[1], chunk.width, chunk.patch)
         return branch(latents, pooled_grid(latents.shape[2], chunk.grid)).to(latents.device, chunk.dtype)
 
     def costs(self, frames: int, geometry: Geometry, shape: LatentShape) -> dict[str, Cost]:
-        """The convolutions and their projection."""
+        """Count the convolutions and their projection."""
         branch = self._source.fitting(shape.channels, geometry.width, shape.patch)
         rows, columns = (tokens * patch for tokens, patch in zip(geometry.grid, shape.patch, strict=True))
         time, *pooled = pooled_grid(frames, geometry.grid)
@@ -81,6 +81,6 @@ class HighResolutionCompressor(LatentCompressor):
         return {"hr": Cost(sum(parameter.numel() for parameter in branch.parameters()), flops)}
 
     @cached_property
-    def _source(self) -> BranchSource:
+    def _source(self) -> CompressorWeights:
         assert not isinstance(self.weights, os.PathLike)
-        return BranchSource(self.weights)
+        return CompressorWeights(self.weights)

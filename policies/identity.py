@@ -17,9 +17,9 @@ class IdentityCompressor(Compressor):
     name = "identity"
 
     def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
-        """All tokens at their own places."""
+        """Return all tokens at their own places."""
         return Span(first_frame, frames, grid_coordinates(frames, grid))
 
     def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
-        """The block itself."""
+        """Return the block itself."""
         return block

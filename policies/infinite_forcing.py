@@ -8,7 +8,7 @@ from kvpack.policies.window import WindowPartitioner
 
 
 def infinite_forcing(*, chunk_frames: int = 3, window_frames: int = 6, sink_frames: int = 1) -> Stack:
-    """The first frames and the last ones at consecutive positions, rotated after they are fetched ("V-sink").
+    """Keep the first frames and the last ones at consecutive positions, rotated when they are read ("V-sink").
 
     Differs from the released code: with `sink_frames` above 1 all of them are attended, where it draws one at random in
     each layer and call.

@@ -54,7 +54,7 @@ class InfinityRoPE(StateMemory):
             )
 
     def attend(self, state: InfinityState | None, chunk: Chunk) -> Attended:
-        """Sink and what fits of the last frames, one behind the other from 0."""
+        """Attend the sink and as many of the last frames as fit, without gaps from 0."""
         state = state or InfinityState(chunk.tokens[:0], chunk.tokens[:0])
         each = chunk.geometry.tokens_per_frame
         room = self.window_frames * each - len(state.sink) - len(chunk.tokens)
@@ -66,12 +66,12 @@ class InfinityRoPE(StateMemory):
         return Attended(tuple(placed), start, InfinityState(state.sink, recent))
 
     def remember(self, state: InfinityState, chunk: Chunk) -> InfinityState:
-        """Fills the sink, then the window."""
+        """Fill the sink, then the window."""
         free = self.sink_frames * chunk.geometry.tokens_per_frame - len(state.sink)
         return replace(state, sink=state.sink + chunk.tokens[:free], recent=state.recent + chunk.tokens[free:])
 
     def happened(self, state: InfinityState | None, event: Event) -> InfinityState | None:
-        """Waits for the next chunk."""
+        """Store the event for the next chunk."""
         if state is None:
             return None
         return replace(state, flush=True) if event == "prompt-changed" else replace(state, cut=True)

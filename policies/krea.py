@@ -47,16 +47,16 @@ class Krea(StateMemory):
         return self.context_frames
 
     def attend(self, state: Tokens | None, chunk: Chunk) -> Attended:
-        """The context from position 0 on."""
+        """Attend the context from position 0 on."""
         held = chunk.tokens[:0] if state is None else state
         placed, start = consecutive([held])
         bias = self.past_bias if chunk.step >= 0 else 0.0
         return Attended(tuple(replace(part, bias=bias) for part in placed), start, held)
 
     def remember(self, state: Tokens, chunk: Chunk) -> Tokens:
-        """The chunk behind those of its replay."""
-        tokens = state + chunk.tokens
-        return tokens[max(0, len(tokens) - self.context_frames * chunk.geometry.tokens_per_frame) :]
+        """Append the chunk to those of its replay."""
+        tokens, room = state + chunk.tokens, self.context_frames * chunk.geometry.tokens_per_frame
+        return tokens[len(tokens) - room :].compact() if len(tokens) > room else tokens
 
     def forget(self, state: Tokens | None, tokens: int) -> None:
-        """A replay begins with nothing."""
+        """Drop everything, for a replay begins with nothing."""

@@ -17,7 +17,7 @@ class LongLiveState:
 
 @dataclass(frozen=True)
 class LongLive(StateMemory):
-    """The first frames and the last ones at their true positions; a new prompt is heard by what is remembered.
+    """The first frames and the last ones at their positions in the video; a new prompt recomputes what is held.
 
     When the prompt changes, the last `window_frames` clean latents are forwarded once, all at once and each attending
     all of them. With a global sink that frames have left by then, its old keys stay: they are attended in the place of
@@ -59,20 +59,20 @@ class LongLive(StateMemory):
         return self.window_frames
 
     def attend(self, state: LongLiveState | None, chunk: Chunk) -> Attended:
-        """All that is held, but for the oldest frames behind the sink where the window is full."""
+        """Attend all that is held, except the oldest frames behind the sink where the window is full."""
         state = state or LongLiveState(chunk.tokens[:0], chunk.tokens[:0])
         over = max(0, self._held(state) + len(chunk.tokens) - self.window_frames * chunk.geometry.tokens_per_frame)
         state = replace(state, recent=state.recent[over:], full=state.full or over > 0)
         return Attended((state.sink, state.recent), chunk.first_frame, state, self._hidden(state, chunk))
 
     def remember(self, state: LongLiveState, chunk: Chunk) -> LongLiveState:
-        """Fills the sink, then the window."""
+        """Fill the sink, then the window."""
         new = chunk.tokens[self._hidden(state, chunk) :]
         free = self.sink_frames * chunk.geometry.tokens_per_frame - len(state.sink)
         return replace(state, sink=state.sink + new[:free], recent=state.recent + new[free:])
 
     def forget(self, state: LongLiveState, tokens: int) -> LongLiveState:
-        """Nothing is left but a global sink that is older than what is forgotten."""
+        """Drop all but a global sink that is older than what is forgotten."""
         if self.global_sink and state.full:
             return replace(state, recent=state.recent[:0])
         sink, recent = shortened((state.sink, state.recent), tokens)
@@ -83,5 +83,5 @@ class LongLive(StateMemory):
         return len(state.sink) + len(state.recent)
 
     def _hidden(self, state: LongLiveState, chunk: Chunk) -> int:
-        """First tokens of a replay, in whose place the sink is attended."""
+        """Count the first tokens of a replay, in whose place the sink is attended."""
         return max(0, self._held(state) + len(chunk.tokens) - self.window_frames * chunk.geometry.tokens_per_frame)

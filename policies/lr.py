@@ -43,23 +43,23 @@ class LowResolutionCompressor(LatentCompressor):
         require_choice("project", self.project, get_args(Project))
 
     def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
-        """A token for every shrunk cell."""
+        """Return a token for every shrunk cell."""
         return pooled_span(first_frame, frames, grid, self.coordinates)
 
     def tokens(self, chunk: LatentChunk) -> Float[Tensor, "b n d"]:
-        """Patch embeddings of the shrunk chunk."""
+        """Return the patch embeddings of the shrunk chunk."""
         small = adaptive_avg_pool3d(
             chunk.pixels().float(), _small_clip(chunk.latents.shape[2], chunk.grid, chunk.pixels_per_token)
         )
         return chunk.embed(chunk.encode(small))
 
     def costs(self, frames: int, geometry: Geometry, shape: LatentShape) -> dict[str, Cost]:
-        """VAE encode of the small clip; decoding is not counted, for the user has the frames decoded anyway."""
+        """Count the VAE's encoding of the small clip; decoding is not counted, for the frames are decoded anyway."""
         return {"lr": Cost(0, shape.encode_flops(*_small_clip(frames, geometry.grid, shape.pixels_per_token)))}
 
 
 def _small_clip(frames: int, grid: tuple[int, int], pixels_per_token: tuple[int, int]) -> tuple[int, int, int]:
-    """Pixel frames, height and width of the shrunk chunk.
+    """Return pixel frames, height and width of the shrunk chunk.
 
     >>> _small_clip(4, (30, 52), (16, 16))
     (5, 112, 208)

@@ -41,7 +41,7 @@ class Magi(StateMemory):
         object.__setattr__(self, "previous_chunks", tuple(self.previous_chunks))  # a list, where it comes from JSON
 
     def window(self, step: int) -> int:
-        """Chunks of history attended at a step.
+        """Return the chunks of history attended at a step.
 
         >>> [Magi().window(step) for step in (0, 1, 2, 3, 4, -1)]
         [5, 4, 3, 2, 2, 1]
@@ -49,12 +49,12 @@ class Magi(StateMemory):
         return self.clean_chunks if step < 0 else self.previous_chunks[min(step, len(self.previous_chunks) - 1)]
 
     def attend(self, state: Tokens | None, chunk: Chunk) -> Attended:
-        """The last chunks, as many as the step's window holds."""
+        """Attend as many of the last chunks as the step's window holds."""
         held = state or chunk.tokens[:0]
         return Attended((self._last(held, self.window(chunk.step), chunk),), chunk.first_frame, held)
 
     def remember(self, state: Tokens, chunk: Chunk) -> Tokens:
-        """The clean chunk behind what is held, without what no step will attend."""
+        """Append the clean chunk, and drop what no step will attend."""
         return self._last(state + chunk.tokens, self.replay_frames // self.chunk_frames, chunk)
 
     @property
@@ -63,7 +63,7 @@ class Magi(StateMemory):
         return max(*self.previous_chunks, self.clean_chunks) * self.chunk_frames
 
     def forget(self, state: Tokens, tokens: int) -> Tokens:
-        """Without the last tokens; what has left the longest window does not come back."""
+        """Drop the last tokens; what has left the longest window does not come back."""
         return state[: len(state) - tokens]
 
     def _last(self, tokens: Tokens, chunks: int, chunk: Chunk) -> Tokens:

@@ -19,7 +19,7 @@ class Average:
     values: Float[Tensor, "batch frame heads head_dim"]
 
     def toward(self, other: "Average", rate: float) -> "Average":
-        """Moved by `rate` of the way to another."""
+        """Move by `rate` of the way to another average."""
         return Average(self.keys.lerp(other.keys, rate), self.values.lerp(other.values, rate))
 
 
@@ -72,19 +72,21 @@ class MemRoPE(StateMemory):
                 raise InvalidOptionError(f"{option} must be a share > 0 and <= 1, got {getattr(self, option)}")
 
     def attend(self, state: MemRoPEState | None, chunk: Chunk) -> Attended:
-        """All parts one behind the other from 0, the chunk right behind them."""
+        """Attend all parts without gaps from 0, the chunk right behind them."""
         state = state or MemRoPEState(chunk.tokens[:0], chunk.tokens[:0])
         averages = [self._frame(each, chunk) for each in (state.slow, state.fast) if each is not None]
         placed, start = consecutive([state.sink, *averages, state.recent])
         return Attended(tuple(placed), start, state)
 
     def remember(self, state: MemRoPEState, chunk: Chunk) -> MemRoPEState:
-        """Fills the sink, then the recent frames, then moves the averages by what leaves them."""
+        """Fill the sink, then the recent frames, then move the averages by what leaves them."""
         each = chunk.geometry.tokens_per_frame
         free = self.sink_frames * each - len(state.sink)
         recent = state.recent + chunk.tokens[free:]
         over = max(0, len(recent) - self.recent_frames * each)
-        state = replace(state, sink=state.sink + chunk.tokens[:free], recent=recent[over:])
+        state = replace(
+            state, sink=state.sink + chunk.tokens[:free], recent=recent[over:].compact() if over else recent
+        )
         if not over:
             return state
         mean = self._mean(recent[:over], each)
@@ -100,7 +102,7 @@ class MemRoPE(StateMemory):
         return self.recent_frames // self.chunk_frames * self.chunk_frames
 
     def forget(self, state: MemRoPEState, tokens: int) -> MemRoPEState:
-        """Without the last tokens; what has moved the averages stays in them."""
+        """Drop the last tokens; what has moved the averages stays in them."""
         sink, recent = shortened((state.sink, state.recent), tokens)
         return replace(state, sink=sink, recent=recent)
 

@@ -43,7 +43,7 @@ class NativeCompressor(LatentCompressor):
         require_choice("project", self.project, get_args(Project))
 
     def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
-        """A token for every whole patch."""
+        """Return a token for every whole patch."""
         rows, columns = (side // self.window for side in grid)
         if not rows or not columns:
             raise InvalidOptionError(
@@ -54,7 +54,7 @@ class NativeCompressor(LatentCompressor):
         return Span(first_frame, frames, grid_coordinates(frames, covered, (frames, rows, columns)))
 
     def check(self, channels: int, width: int, patch: tuple[int, int], native: tuple[int, int] | None = None) -> None:
-        """The model must have such an embedding, of this window."""
+        """Check that the model has such an embedding, of this window."""
         if native is None:
             raise InvalidOptionError(
                 "compressor native is the model's own embedding for compressed frames, but this model has none; "
@@ -67,12 +67,12 @@ class NativeCompressor(LatentCompressor):
             )
 
     def tokens(self, chunk: LatentChunk) -> Float[Tensor, "b n d"]:
-        """The model's own embedding of the latents."""
+        """Return the model's own embedding of the latents."""
         if chunk.native is None:
             raise InvalidOptionError("compressor native needs a model that has an embedding for compressed frames")
         return chunk.native(chunk.latents)
 
     def costs(self, frames: int, geometry: Geometry, shape: LatentShape) -> dict[str, Cost]:
-        """One strided convolution, whose weights are the model's."""
+        """Count one strided convolution, whose weights are the model's."""
         weights = shape.channels * prod(shape.patch) * self.window**2 * geometry.width
         return {"native": Cost(weights + geometry.width, 2 * weights * self.span(0, frames, geometry.grid).tokens)}

@@ -13,7 +13,7 @@ from kvpack.memory.roles import Compressor
 
 
 def pooled_grid(frames: int, grid: tuple[int, int]) -> tuple[int, int, int]:
-    """Token grid of a compressed block: a half in time and a quarter in space, rounded down, at least 1.
+    """Return the token grid of a compressed block: half in time, a quarter in space, rounded down, at least 1.
 
     PackForcing (arXiv 2603.25730), section 4.
 
@@ -24,7 +24,7 @@ def pooled_grid(frames: int, grid: tuple[int, int]) -> tuple[int, int, int]:
 
 
 def pooled_span(first_frame: int, frames: int, grid: tuple[int, int], coordinates: Coordinates) -> Span:
-    """A token for every window; the block spans `frames` positions wherever its tokens sit in it.
+    """Return a token for every window; the block spans `frames` positions wherever its tokens sit in it.
 
     >>> [pooled_span(8, 4, (4, 8), each).coordinates[-1].tolist() for each in ("centered", "strided", "compact")]
     [[2.5, 1.5, 5.5], [2.0, 0.0, 4.0], [1.0, 0.0, 1.0]]
@@ -35,7 +35,7 @@ def pooled_span(first_frame: int, frames: int, grid: tuple[int, int], coordinate
 def averaged(
     tokens: Float[Tensor, "b thw h d"], sizes: tuple[int, int, int], pooled: tuple[int, int, int]
 ) -> Float[Tensor, "b n h d"]:
-    """Means of a grid of tokens over adaptive-pooling windows, summed in float32."""
+    """Average a grid of tokens over adaptive-pooling windows, summed in float32."""
     cells = tokens.flatten(2).unflatten(1, sizes).movedim(-1, 1)  # (b, h*d, t, h, w)
     means = adaptive_avg_pool3d(cells.float(), pooled).to(tokens.dtype)
     return means.flatten(2).transpose(1, 2).unflatten(2, tokens.shape[2:])
@@ -63,11 +63,11 @@ class PoolCompressor(Compressor):
         require_choice("coordinates", self.coordinates, get_args(Coordinates))
 
     def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
-        """A token for every window."""
+        """Return a token for every window."""
         return pooled_span(first_frame, frames, grid, self.coordinates)
 
     def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
-        """The average of every window."""
+        """Average every window."""
         frames = block.span.frames
         sizes, pooled = (frames, *grid), pooled_grid(frames, grid)
         keys, values = (averaged(each, sizes, pooled) for each in (block.keys, block.values))

@@ -37,11 +37,11 @@ class RandomSelector(Selector):
         require_int("seed", self.seed)
 
     def limit(self, candidates: int) -> int:
-        """At most `topk`."""
+        """Return at most `topk`."""
         return min(self.topk, candidates)
 
     def select(self, query: Query, candidates: Candidates) -> Int[Tensor, "batch chosen"]:
-        """Distinct indices, each set as likely as any other."""
+        """Draw distinct indices, each set as likely as any other."""
         generator = np.random.default_rng((self.seed, query.chunk, query.layer))
         picks = generator.permutation(candidates.count)[: self.topk].tolist()
         return torch.tensor(picks, dtype=torch.long, device=query.queries.device).expand(query.queries.shape[0], -1)

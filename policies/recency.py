@@ -27,10 +27,10 @@ class RecencySelector(Selector):
         require_int("topk", self.topk)
 
     def limit(self, candidates: int) -> int:
-        """At most `topk`."""
+        """Return at most `topk`."""
         return min(self.topk, candidates)
 
     def select(self, query: Query, candidates: Candidates) -> Int[Tensor, "batch chosen"]:
-        """The last indices."""
+        """Return the last indices."""
         count = candidates.count
         return as_indices(range(count - self.limit(count), count), query.queries.shape[0], query.queries.device)

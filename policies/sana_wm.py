@@ -10,7 +10,7 @@ from kvpack.policies.sink_shift import SinkShiftReindexer
 
 
 def sana_wm(*, window_frames: int = 11, sink_frames: int = 1, chunk_frames: int = 3, commit: Commit = "rerun") -> Stack:
-    """A sink that moves along in front of the last frames, everything between is dropped (SANA-WM, arXiv 2605.15178).
+    """Keep a sink that moves along in front of the last frames (SANA-WM, arXiv 2605.15178).
 
     Equal to `SanaWMLTX2Refiner`'s own memory in diffusers, whose `kv_max_frames` is `window_frames` here.
 

@@ -35,7 +35,7 @@ class SinkMidRecentPartitioner(Partitioner):
         return self.recent_frames
 
     def partition(self, history_frames: int, chunk_frames: int) -> tuple[Segment, ...]:
-        """Sink, mid and recent; a short history has no mid."""
+        """Split history into sink, mid and recent; a short history has no mid."""
         sink = min(self.sink_frames, history_frames)
         recent = max(sink, history_frames - self.recent_frames)
         return (
@@ -45,7 +45,7 @@ class SinkMidRecentPartitioner(Partitioner):
         )
 
     def check(self, chunk_frames: int) -> None:
-        """Sink and recent together hold at least a chunk."""
+        """Check that sink and recent together hold at least a chunk."""
         if self.sink_frames + self.recent_frames < chunk_frames:
             raise InvalidOptionError(
                 f"sink_frames + recent_frames must be at least chunk_frames {chunk_frames}, "

@@ -12,7 +12,7 @@ class SinkShiftReindexer(Reindexer):
     name = "sink-shift"
 
     def place(self, layout: Layout) -> Placement:
-        """The sink abuts the oldest kept frame."""
+        """Place the sink right before the oldest kept frame."""
         chunk_start = layout.frames.new_full((layout.frames.shape[0],), float(layout.chunk_first_frame))
         starts = layout.first_frames.clone()
         sink = layout.columns("sink")

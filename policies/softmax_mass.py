@@ -39,7 +39,7 @@ class SoftmaxMassSelector(QueryTopK):
         require_int("max_queries", self.max_queries, minimum=1)
 
     def scores(self, query: Query, candidates: Candidates) -> Float[Tensor, "batch blocks"]:
-        """Mean over heads and scored queries of the logarithm of a block's softmax mass."""
+        """Average the logarithm of a block's softmax mass over heads and scored queries."""
         queries = query.rotated() if self.after_rope else query.queries
         step = -(-queries.shape[1] // self.max_queries)
         some = queries[:, ::step].float() / queries.shape[-1] ** 0.5  # (b, i, h, d)

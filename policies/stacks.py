@@ -1,15 +1,15 @@
 """Named stacks: policies that belong together, under the name of their paper."""
 
-import inspect
 import os
 from typing import Any
 
-from kvpack.errors import UnknownNameError
+from kvpack.errors import UnknownNameError, UnusedOptionError
 from kvpack.memory import Commit
 from kvpack.memory.blocks import Coordinates
 from kvpack.memory.roles import Compressor, Reindexer, Selector
 from kvpack.memory.stack import Selection, Stack
 from kvpack.plugins.registry import registry
+from kvpack.plugins.resolve import resolve_policy
 from kvpack.policies.all_blocks import AllSelector
 from kvpack.policies.contiguous import ContiguousReindexer
 from kvpack.policies.dual import trained_compressor
@@ -20,50 +20,60 @@ from kvpack.policies.sink_mid_recent import SinkMidRecentPartitioner
 from kvpack.policies.topk import QueryTopK
 from kvpack.policies.window import WindowPartitioner
 
+_POSITIONS = {"train_frames": 20}
+
 
 def packforcing(
     *,
-    topk: int = 16,
+    topk: int | None = None,
     sink_frames: int = 8,
     recent_frames: int = 4,
     chunk_frames: int = 4,
     compressor: str | Compressor = "pool",
     selector: str | Selector = "topk",
-    reindex: str | Reindexer = "fit",
-    train_frames: int = 20,
-    archive_blocks: int | None = None,
-    coordinates: Coordinates = "centered",
+    reindexer: str | Reindexer = "fit",
+    train_frames: int | None = None,
+    archive_blocks: int | None = 128,
+    coordinates: Coordinates | None = None,
     selection: Selection = "layer",
     commit: Commit = "rerun",
 ) -> Stack:
-    """Sink, compressed mid and recent (PackForcing, arXiv 2603.25730).
+    """Build a memory of sink, compressed mid and recent (PackForcing, arXiv 2603.25730).
 
     Differs from the paper, whose own configuration is `packforcing-paper`: mid blocks are squeezed into the positions
     that the model saw in training, and keys and values are pooled, which needs no VAE.
 
     Args:
-        topk: mid blocks attended, for a selector by name that takes it; with 0 none are archived.
+        topk: mid blocks attended, for a selector by name that takes it, 16 if None; with 0 none are archived.
         sink_frames: first latent frames, whole.
         recent_frames: last latent frames, whole.
         chunk_frames: latent frames generated together.
         compressor: name or instance, or folder or Hub id of a trained one, which is used as its config says.
         selector: name or instance.
-        reindex: name or instance of a re-indexer.
-        train_frames: latent frames seen in training, for `reindex="fit"`.
+        reindexer: name or instance of a re-indexer.
+        train_frames: latent frames seen in training, for a re-indexer by name that takes it, 20 if None.
         archive_blocks: most compressed blocks kept; None keeps all.
-        coordinates: where pooled tokens sit, for a compressor by name that takes it (see `PoolCompressor`).
+        coordinates: where pooled tokens sit, for a compressor by name that takes it (see `PoolCompressor`); "centered"
+            if None.
         selection: whether each "layer" chooses mid blocks, or the first one for the whole "chunk" (see `Stack`).
         commit: which keys and values become history, those of a "rerun" or of the "last-step" (see `Stack`).
+
+    Raises:
+        UnusedOptionError: if an option is given that the policy beside it does not take.
     """
-    chosen_by = _policy("selector", selector, topk=topk)
+    chosen_by = resolve_policy("selector", selector, {"topk": 16}, topk=topk)
     if getattr(chosen_by, "topk", None) == 0:
-        archive_blocks = 0  # nothing of it would ever be attended
+        if archive_blocks:
+            raise UnusedOptionError(
+                "archive_blocks", "with topk=0 no block is attended, and none is kept; leave it out"
+            )
+        archive_blocks = 0
     return Stack(
         "packforcing",
         SinkMidRecentPartitioner(sink_frames, recent_frames),
         _compressor(compressor, coordinates),
         chosen_by,
-        _policy("reindexer", reindex, train_frames=train_frames),
+        resolve_policy("reindexer", reindexer, _POSITIONS, train_frames=train_frames),
         chunk_frames,
         archive_blocks,
         selection,
@@ -72,7 +82,7 @@ def packforcing(
 
 
 def packforcing_paper() -> Stack:
-    """The paper's own configuration (arXiv 2603.25730) without training; no option, so that a comparison stays one.
+    """Build the paper's own untrained configuration (arXiv 2603.25730); it has no options, so that it stays one.
 
     `lr` is what the paper's dual-branch compressor is before it is trained. Scores are exact where the paper samples
     queries and heads, and a batch row's own where it averages over the batch.
@@ -84,7 +94,7 @@ def packforcing_paper() -> Stack:
         QueryTopK(topk=16, after_rope=False),
         ContiguousReindexer(),
         chunk_frames=4,
-        archive_blocks=None,
+        archive_blocks=128,
         selection="layer",
         commit="rerun",
     )
@@ -95,17 +105,26 @@ def self_forcing(
     chunk_frames: int = 3,
     window_frames: int = 9,
     sink_frames: int = 3,
-    reindex: str | Reindexer = "absolute",
-    train_frames: int = 20,
+    reindexer: str | Reindexer = "absolute",
+    train_frames: int | None = None,
     commit: Commit = "rerun",
 ) -> Stack:
-    """Rolling window with a sink (Self-Forcing, arXiv 2506.08009; the window includes the current chunk)."""
+    """Build a rolling window with a sink (Self-Forcing, arXiv 2506.08009).
+
+    Args:
+        chunk_frames: latent frames generated together.
+        window_frames: latent frames attended, the sink and the current chunk included.
+        sink_frames: first latent frames that are never dropped.
+        reindexer: name or instance of a re-indexer.
+        train_frames: latent frames seen in training, for a re-indexer by name that takes it, 20 if None.
+        commit: which keys and values become history (see `Stack`).
+    """
     return Stack(
         "self-forcing",
         WindowPartitioner(window_frames, sink_frames),
         IdentityCompressor(),
         AllSelector(),
-        _policy("reindexer", reindex, train_frames=train_frames),
+        resolve_policy("reindexer", reindexer, _POSITIONS, train_frames=train_frames),
         chunk_frames,
         commit=commit,
     )
@@ -114,28 +133,30 @@ def self_forcing(
 def full(
     *,
     chunk_frames: int = 4,
-    reindex: str | Reindexer = "absolute",
-    train_frames: int = 20,
+    reindexer: str | Reindexer = "absolute",
+    train_frames: int | None = None,
     commit: Commit = "rerun",
 ) -> Stack:
-    """All of history at full resolution, which grows (Self-Forcing, arXiv 2506.08009, global attention)."""
-    reindexer = _policy("reindexer", reindex, train_frames=train_frames)
-    return Stack("full", FullPartitioner(), IdentityCompressor(), AllSelector(), reindexer, chunk_frames, commit=commit)
+    """Keep all of history at full resolution, which grows (Self-Forcing, arXiv 2506.08009, global attention)."""
+    return Stack(
+        "full",
+        FullPartitioner(),
+        IdentityCompressor(),
+        AllSelector(),
+        resolve_policy("reindexer", reindexer, _POSITIONS, train_frames=train_frames),
+        chunk_frames,
+        commit=commit,
+    )
 
 
-def _compressor(compressor: str | Compressor, coordinates: Coordinates) -> Any:
-    """A compressor by name, or by the folder or Hub id of its weights; installed names win."""
+def _compressor(compressor: str | Compressor, coordinates: Coordinates | None) -> Any:
+    """Return a compressor by name, or by the folder or Hub id of its weights; installed names win."""
     installed = ("compressor", compressor) in registry().policies
     if isinstance(compressor, str) and not installed and ("/" in compressor or os.path.isdir(compressor)):
+        if coordinates is not None:
+            raise UnusedOptionError("coordinates", f"{compressor} was trained with its own, which its config has")
         return trained_compressor(compressor)
     try:
-        return _policy("compressor", compressor, coordinates=coordinates)
+        return resolve_policy("compressor", compressor, {"coordinates": "centered"}, coordinates=coordinates)
     except UnknownNameError as error:
         raise UnknownNameError(f"{error}; a folder or Hub id of trained weights works too") from None
-
-
-def _policy(role: str, policy: Any, **offered: Any) -> Any:
-    """A policy by name, given those of the offered options that it takes."""
-    cls = registry().policies.get((role, policy)) if isinstance(policy, str) else None
-    taken = inspect.signature(cls).parameters if cls else {}
-    return registry().policy(role, policy, {name: value for name, value in offered.items() if name in taken})

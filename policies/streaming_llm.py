@@ -8,7 +8,7 @@ from kvpack.policies.window import WindowPartitioner
 
 
 def streaming_llm(*, chunk_frames: int = 4, window_frames: int = 20, sink_frames: int = 4) -> Stack:
-    """The first frames and the last ones, at the positions that they have in the cache.
+    """Keep the first frames and the last ones, at the positions that they have in the cache.
 
     Differs from the paper, whose sink is the first four tokens of a text: here it is the first latent frames.
 

@@ -14,7 +14,7 @@ from kvpack.memory.geometry import Geometry
 
 @dataclass(frozen=True, eq=False)
 class TrimState:
-    """The window; the last chunk's mean latent at each place; count, mean and squares of severities so far."""
+    """The window, the last chunk's mean latent at each place, and the statistics of severities so far."""
 
     grid: tuple[int, int]
     window: Tokens | None = None
@@ -27,7 +27,7 @@ class TrimState:
 
 @dataclass(frozen=True)
 class TokenTrim(StateMemory):
-    """A rolling window at true positions, and a veto: places whose latents drift most are left out of a second try.
+    """A rolling window at true positions; where latents jump, a chunk is made again without the places that drift most.
 
     A chunk's mean latent at each place of the grid is compared with the last chunk's. The severity is the mean distance
     over the `share` of places with the largest; above `deviations` standard deviations over the mean of the severities
@@ -71,11 +71,11 @@ class TokenTrim(StateMemory):
         return (self.window_frames // self.chunk_frames - 1) * self.chunk_frames
 
     def start(self, geometry: Geometry, layer: int) -> TrimState:
-        """An empty window."""
+        """Return an empty window."""
         return TrimState(geometry.grid)
 
     def attend(self, state: TrimState, chunk: Chunk) -> Attended:
-        """The window, without the unstable places in a second try."""
+        """Attend the window, without the unstable places in a second try."""
         held = chunk.tokens[:0] if state.window is None else state.window
         over = len(held) + len(chunk.tokens) - self.window_frames * chunk.geometry.tokens_per_frame
         held = held[max(0, over) :]
@@ -83,7 +83,7 @@ class TokenTrim(StateMemory):
         return Attended((held if state.unstable is None else self._trimmed(held, state),), chunk.first_frame, state)
 
     def remember(self, state: TrimState, chunk: Chunk) -> TrimState:
-        """The chunk behind the window, and its severity among those so far."""
+        """Append the chunk, and add its severity to the statistics."""
         assert state.window is not None
         state = replace(state, window=state.window + chunk.tokens)
         if chunk.latents is None:
@@ -99,11 +99,11 @@ class TokenTrim(StateMemory):
         return replace(state, summary=summary, count=count, mean=mean, squares=state.squares + away * (severity - mean))
 
     def forget(self, state: TrimState, tokens: int) -> TrimState:
-        """The window without its last tokens."""
+        """Drop the window's last tokens."""
         return state if state.window is None else replace(state, window=state.window[: len(state.window) - tokens])
 
     def veto(self, state: TrimState, latents: Tensor) -> tuple[Bool[Tensor, " batch"], TrimState]:
-        """Rows whose severity stands out, and the places to do without."""
+        """Return the rows whose severity stands out, and the places to leave out."""
         if state.summary is None or state.count < self.warm:
             return torch.zeros(latents.shape[0], dtype=torch.bool, device=latents.device), state
         severity, places = self._severity(state.summary, self._summary(state, latents))

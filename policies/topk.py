@@ -40,11 +40,11 @@ class QueryTopK(Selector):
             raise InvalidOptionError(f"after_rope must be True or False, got {self.after_rope!r}")
 
     def limit(self, candidates: int) -> int:
-        """At most `topk`."""
+        """Return at most `topk`."""
         return min(self.topk, candidates)
 
     def scores(self, query: Query, candidates: Candidates) -> Float[Tensor, "batch blocks"]:
-        """Mean over queries, keys and heads of q . k / sqrt(head_dim), as many heads as there are."""
+        """Average q . k / sqrt(head_dim) over queries, keys and heads, as many heads as there are."""
         queries = (query.rotated() if self.after_rope else query.queries).float().mean(dim=1)  # (b, h, d)
         sums = self._rotated_sums(candidates) if self.after_rope else candidates.key_sums
         keys = (sums / candidates.tokens[None, :, None, None]).to(queries)  # (b, m, h, d)
@@ -58,7 +58,7 @@ class QueryTopK(Selector):
         return torch.stack(sums, dim=1)
 
     def select(self, query: Query, candidates: Candidates) -> Int[Tensor, "batch chosen"]:
-        """Indices of the best scores."""
+        """Return the indices of the best scores."""
         scores = self.scores(query, candidates)
         newest_first = scores.flip(1).argsort(dim=1, descending=True, stable=True)
         return candidates.count - 1 - newest_first[:, : self.topk]

@@ -31,11 +31,11 @@ class UniformSelector(Selector):
         require_int("topk", self.topk)
 
     def limit(self, candidates: int) -> int:
-        """At most `topk`."""
+        """Return at most `topk`."""
         return min(self.topk, candidates)
 
     def select(self, query: Query, candidates: Candidates) -> Int[Tensor, "batch chosen"]:
-        """Evenly spread indices, halves rounded up; the same for every batch row."""
+        """Return evenly spread indices, halves rounded up; the same for every batch row."""
         chosen = self.limit(candidates.count)
         last, gaps = candidates.count - 1, chosen - 1
         # In whole numbers: no two can be equal, and no device rounds otherwise.

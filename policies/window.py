@@ -35,14 +35,14 @@ class WindowPartitioner(Partitioner):
         return self.window_frames
 
     def partition(self, history_frames: int, chunk_frames: int) -> tuple[Segment, ...]:
-        """The sink, and what is left of the window beside the sink and the current chunk."""
+        """Return the sink, and what is left of the window beside the sink and the current chunk."""
         sink = min(self.sink_frames, history_frames)
         oldest = history_frames + chunk_frames - (self.window_frames - self.sink_frames)
         recent = range(max(sink, oldest), history_frames)
         return (Segment("sink", range(sink)), Segment("recent", recent))
 
     def check(self, chunk_frames: int) -> None:
-        """The window must hold the sink, the current chunk, and a chunk of history."""
+        """Check that the window holds the sink, the current chunk, and a chunk of history."""
         if self.window_frames < self.sink_frames + chunk_frames or self.window_frames < 2 * chunk_frames:
             raise InvalidOptionError(
                 f"window_frames must be at least {max(self.sink_frames + chunk_frames, 2 * chunk_frames)} "

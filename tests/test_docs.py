@@ -40,7 +40,8 @@ def test_the_plugin_of_the_contributing_guide_loads(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     found = Registry([EntryPoint(name, module, "kvpack")])
     assert sorted(found.origins) == [("adapter", "acme"), ("selector", "acme-stride"), ("stack", "acme-stride")]
-    assert found.stack("acme-stride", {"topk": 3}).selector.topk == 3
+    stack = found.stack("acme-stride", {"topk": 3})
+    assert (stack.name, stack.selector.topk) == ("acme-stride", 3)
 
 
 def test_the_readme_has_the_two_commands_and_they_are_targets():

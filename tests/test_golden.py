@@ -125,10 +125,10 @@ def test_a_sink_that_stays_is_told_apart(pipeline, golden, monkeypatch):
 
 
 def test_positions_from_zero_are_told_apart(pipeline, golden, monkeypatch):
-    latents, _ = rollout(pipeline, golden, monkeypatch, 3, "full", reindex="contiguous")
+    latents, _ = rollout(pipeline, golden, monkeypatch, 3, "full", reindexer="contiguous")
     assert rel_l2(latents[2], golden["full.latents"][:, 6:9]) <= 2e-5  # the same as absolute while nothing was dropped
     shifted, memories = rollout(
-        pipeline, golden, monkeypatch, 6, "self-forcing", window_frames=6, sink_frames=0, reindex="contiguous"
+        pipeline, golden, monkeypatch, 6, "self-forcing", window_frames=6, sink_frames=0, reindexer="contiguous"
     )
     # Attention sees differences of positions only, so the latents agree and the rotated keys do not.
     assert rel_l2(shifted[5], golden["window.latents"][:, 15:18]) <= 2e-5

@@ -9,10 +9,6 @@ from kvpack.adapters.anyflow_far.chunks import Chunks
 from kvpack.adapters.anyflow_far.run import AnyFlowFARRun
 from kvpack.adapters.wan.adapter import WanAdapter
 from kvpack.adapters.wan.compression import native_window
-from kvpack.adapters.wan.training import WanTrainee
-from kvpack.errors import UnsupportedPipelineError
-from kvpack.memory.base import Memory
-from kvpack.memory.costs import ModelCost
 from kvpack.plugins.registry import registry
 
 
@@ -24,14 +20,13 @@ class AnyFlowFARAdapter(WanAdapter):
     """
 
     name = "anyflow-far"
+    pipelines = (AnyFlowFARPipeline,)  # the bidirectional `AnyFlowPipeline` has no history
+    run_class = AnyFlowFARRun
     extra_arguments = {"upstream_padding": False}
-
-    def supports(self, pipeline: Any) -> bool:
-        """Any `AnyFlowFARPipeline`; the bidirectional `AnyFlowPipeline` has no history."""
-        return isinstance(pipeline, AnyFlowFARPipeline)
+    trainee_class = None  # its forwards have two times, which training does not know yet
 
     def default_options(self, configs: Mapping[str, Mapping[str, Any]], stack: str) -> dict[str, Any]:
-        """Chunks as the model was trained; `packforcing` in its sizes, with its own embedding as the compressor.
+        """Return chunks as the model was trained; `packforcing` in its sizes, with its own embedding as the compressor.
 
         As many chunks are recent as the model holds whole, and at most as many compressed ones are attended as it has
         seen. A block that is compressed 4x only is large, so that the archive is bounded.
@@ -50,22 +45,9 @@ class AnyFlowFARAdapter(WanAdapter):
             **_native(native_window(config)),
         }
 
-    def model_cost(self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int) -> ModelCost | None:
-        """Nobody has counted it."""
-        return None
-
-    def run(self, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool) -> AnyFlowFARRun:
-        """Starts a generation; bad arguments are refused before anything is computed."""
-        self.check(pipeline)
-        return AnyFlowFARRun(self, pipeline, stack, arguments, streaming=streaming)
-
-    def trainee(self, pipeline: Any, max_sequence_length: int | None = None) -> WanTrainee:
-        """Its forwards have two times, which training does not know yet."""
-        raise UnsupportedPipelineError(f"the adapter {self.name} cannot train yet; it has no `trainee`")
-
 
 def _native(window: tuple[int, int] | None) -> dict[str, Any]:
-    """The compressor that is the model's own embedding, if it has one, of square patches."""
+    """Return the compressor that is the model's own embedding, if it has one, of square patches."""
     if window is None or window[0] != window[1]:
         return {}
     return {"compressor": registry().policy("compressor", "native", {"window": window[0]})}

@@ -1,16 +1,10 @@
 """The chunks of an AnyFlow-FAR video: a first, as many of one length as it takes, and a last."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
-
-from diffusers.utils import logging
 
 from kvpack.errors import InvalidOptionError, require_int
-from kvpack.memory.base import Memory
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,7 +23,7 @@ class Chunks:
 
     @classmethod
     def of(cls, partition: Sequence[int], rest: int = 1) -> "Chunks":
-        """What a partition says; `rest` is that of the model, for a partition of one or two chunks.
+        """Return what a partition says; `rest` is that of the model, for a partition of one or two chunks.
 
         Raises:
             InvalidOptionError: if chunks between the first and the last differ, or one of these is longer.
@@ -49,7 +43,7 @@ class Chunks:
         return cls(lengths[0], max(inner), lengths)
 
     def check(self, frames: int | None, given: int = 0) -> None:
-        """Compares a call's partition with the latent frames of the video, and with those that it begins with.
+        """Compare a call's partition with the latent frames of the video, and with those that it begins with.
 
         Raises:
             InvalidOptionError: if it has other frames, or those that are given end inside a chunk.
@@ -67,37 +61,3 @@ class Chunks:
                 f"the video begins with {given} latent frames, which end inside a chunk of chunk_partition {shown}; "
                 "leave it out, or let them fill whole chunks"
             )
-
-
-def chunks_of(pipeline: Any, partition: Any) -> Chunks:
-    """The chunks that a call asks for, or those that the model was trained with.
-
-    Raises:
-        InvalidOptionError: if the lengths are not such as kvpack can make.
-    """
-    if not isinstance(partition, Sequence | None):
-        raise InvalidOptionError(f"chunk_partition must be a list of latent frames, got {partition!r}; e.g. [1, 3, 3]")
-    own = Chunks.of(pipeline.transformer.config.chunk_partition)
-    return replace(own, partition=None) if partition is None else Chunks.of(partition, own.rest)
-
-
-def fitted(stack: Memory, chunks: Chunks) -> Memory:
-    """The memory, for chunks of this length.
-
-    Raises:
-        InvalidOptionError: if it cannot work with them.
-    """
-    frames = chunks.rest
-    if stack.chunk_frames == frames:
-        return stack
-    if chunks.partition is None:
-        logger.warning(
-            f"chunks have the {frames} latent frames of the model's chunk_partition, not the {stack.chunk_frames} of "
-            "the stack; others are asked for by the call's chunk_partition"
-        )
-    try:
-        return replace(stack, chunk_frames=frames)  # type: ignore[type-var]  # what is no dataclass raises
-    except (TypeError, ValueError) as error:
-        raise InvalidOptionError(
-            f"the stack {stack.name} cannot work with the chunks of {frames} latent frames of chunk_partition: {error}"
-        ) from error

@@ -21,13 +21,11 @@ class SanaWMAdapter(Adapter):
     """Drives `SanaWMLTX2Refiner` block by block; its `block_size` is the chunk, its sink the first, shorter chunk."""
 
     name = "sana-wm-refiner"
-
-    def supports(self, pipeline: Any) -> bool:
-        """Any `SanaWMLTX2Refiner`; the first stage of SANA-WM has no keys and values to keep."""
-        return isinstance(pipeline, SanaWMLTX2Refiner)
+    pipelines = (SanaWMLTX2Refiner,)  # the first stage of SANA-WM has no keys and values to keep
+    run_class = SanaWMRun
 
     def check(self, pipeline: Any) -> None:
-        """Refuses what would silently give wrong keys."""
+        """Refuse what would silently give wrong keys."""
         transformer = pipeline.transformer
         if transformer is None:
             raise UnsupportedPipelineError("kvpack drives the refiner's transformer, but this pipeline has none")
@@ -39,7 +37,7 @@ class SanaWMAdapter(Adapter):
             )
 
     def check_stack(self, pipeline: Any, stack: Memory) -> None:
-        """Refuses compressors of latents, which are made for a Wan VAE and patch embedding."""
+        """Refuse compressors of latents, which are made for a Wan VAE and patch embedding."""
         if stack.latent_compressor is not None or stack.needs_pixels:
             raise InvalidOptionError(
                 f"{stack.name} looks at latents or pixels, which the refiner's adapter cannot give it; "
@@ -49,7 +47,7 @@ class SanaWMAdapter(Adapter):
     def geometry(
         self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int, dtype: torch.dtype
     ) -> Geometry:
-        """Geometry from `transformer/config.json`; frames a second, which a call gives, are 24."""
+        """Return the geometry from `transformer/config.json`; frames a second, which a call gives, are 24."""
         config = configs["transformer"]
         long, *spatial = config["vae_scale_factors"]
         rows, columns = (side * config["patch_size"] for side in spatial)
@@ -71,7 +69,7 @@ class SanaWMAdapter(Adapter):
         return Geometry(config["num_layers"], heads, head_dim, grid, dtype=dtype, rotary=rotary)
 
     def forward_flops(self, configs: Mapping[str, Mapping[str, Any]], query_tokens: int, attended_tokens: int) -> int:
-        """Multiplications and additions of all layers: projections, both attentions and feed-forward."""
+        """Return multiplications and additions of all layers: projections, both attentions and feed-forward."""
         config = configs["transformer"]
         width = config["num_attention_heads"] * config["attention_head_dim"]
         text = _TEXT_TOKENS * 2 * config["cross_attention_dim"] * width
@@ -80,12 +78,5 @@ class SanaWMAdapter(Adapter):
         return 2 * config["num_layers"] * (linear + attention)
 
     def temporal_scale(self, configs: Mapping[str, Mapping[str, Any]]) -> int:
-        """From `transformer/config.json`; a refiner may have no VAE."""
+        """Return it from `transformer/config.json`; a refiner may have no VAE."""
         return int(configs["transformer"]["vae_scale_factors"][0])
-
-    def run(self, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool) -> SanaWMRun:
-        """Starts a generation; bad arguments are refused before anything is computed."""
-        self.check(pipeline)
-        if pipeline.vae is None:
-            arguments["output_type"] = "latent"  # whatever was asked for, as upstream; the caller reads it again
-        return SanaWMRun(self, pipeline, stack, arguments, streaming=streaming)

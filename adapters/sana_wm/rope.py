@@ -38,7 +38,7 @@ class LTX2Rotary:
     fps: float = 24.0
 
     def __call__(self, positions: Tensor) -> Tensor:
-        """Angles `[rows, tokens, heads, head_dim / 2]` of places `[rows, tokens, 1 or heads, 3]`."""
+        """Return angles `[rows, tokens, heads, head_dim / 2]` of places `[rows, tokens, 1 or heads, 3]`."""
         places = positions.float()
         middles = [self._seconds(places[..., 0])]
         middles += [(places[..., axis] + (places[..., axis] + 1)) * self.pixels[axis] / 2.0 for axis in (1, 2)]
@@ -50,7 +50,7 @@ class LTX2Rotary:
         return signed.gather(-1, axes.expand(rows, tokens, *axes.shape)) * frequencies
 
     def _seconds(self, frames: Tensor) -> Tensor:
-        """Middle of each frame's time."""
+        """Return the middle of each frame's time."""
         long, offset = self.pixels[0], self.causal_offset
         start = (frames * long + offset - long).clamp(min=0) / self.fps
         end = ((frames + 1) * long + offset - long).clamp(min=0) / self.fps
@@ -58,7 +58,7 @@ class LTX2Rotary:
         return torch.where(frames < 0, first + frames * long / self.fps, (start + end) / 2.0)
 
     def _channels(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Frequency and axis of each head's channel pairs; axes take turns, and pairs that are over come first."""
+        """Return frequency and axis of each head's channel pairs; axes take turns, spare pairs come first."""
         pairs = self.heads * self.head_dim // 2
         steps = pairs // _AXES
         dtype = torch.float64 if self.double_precision else torch.float32

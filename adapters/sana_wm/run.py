@@ -1,5 +1,7 @@
-"""One generation of a `SanaWMLTX2Refiner`: the upstream call once a block, a commit forward after it."""
+"""One call of a `SanaWMLTX2Refiner`: the upstream call once a block, behind the raw frames of its sink."""
 
+import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,178 +10,190 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpack.adapters.sana_wm.call import Text, checked, encoded, spoken, with_chunks
-from kvpack.adapters.sana_wm.denoiser import SanaWMMemory
+from kvpack.adapters.sana_wm.denoiser import BRANCH, SanaWMDenoiser, Text
 from kvpack.adapters.sana_wm.rope import LTX2Rotary
-from kvpack.adapters.wan.call import rewinding
-from kvpack.errors import NonFiniteLatentsError, UnsupportedPipelineError
-from kvpack.generation.adapter import Adapter, Chunk, Run
+from kvpack.errors import (
+    InvalidOptionError,
+    NonFiniteLatentsError,
+    UnsupportedPipelineError,
+    require_choice,
+    require_int,
+)
+from kvpack.generation.chunks import GeneratedChunk, with_chunk_frames
 from kvpack.generation.prompts import Prompt
-from kvpack.generation.stats import branch_stats
+from kvpack.generation.run import Run
 from kvpack.memory.base import Memory
+from kvpack.memory.geometry import Geometry
 
 
 class SanaWMRun(Run):
-    """Refines a video block by block.
+    """Refines a video block by block; the first chunk is the raw sink and the first block."""
 
-    Args:
-        adapter: the family's adapter.
-        pipeline: a `SanaWMLTX2Refiner`.
-        stack: the memory policy; its chunks are as long as the call's `block_size`.
-        arguments: all arguments of the pipeline's call.
-        streaming: whether blocks are wanted as they come.
+    def checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return all arguments of the call, with a generator, checked before anything is computed.
 
-    Raises:
-        InvalidOptionError: if an argument cannot work.
-        NonFiniteLatentsError: if `sana_latent` holds NaN or infinity.
-    """
+        Raises:
+            InvalidOptionError: if an argument cannot work.
+            NonFiniteLatentsError: if `sana_latent` holds NaN or infinity.
+        """
+        call, pipeline = dict(arguments), self.pipeline
+        if pipeline.vae is None:
+            call["output_type"] = "latent"  # whatever was asked for, as upstream
+        for name in ("sink_size", "block_size"):
+            call[name] = require_int(name, call[name], minimum=1)
+        if call["sink_size"] > call["block_size"]:
+            raise InvalidOptionError(
+                f"sink_size must be at most block_size {call['block_size']}, got {call['sink_size']}; "
+                "keep more frames for good by the stack's sink_frames"
+            )
+        if pipeline.packforcing.first_chunk_frames not in (None, call["sink_size"]):
+            raise InvalidOptionError(
+                f"the refiner's first chunk is its sink; give sink_size={pipeline.packforcing.first_chunk_frames} to "
+                f"the call in the place of packforcing.first_chunk_frames, got {call['sink_size']}"
+            )
+        trained = inspect.signature(pipeline._kvpack_base.__call__).parameters["kv_max_frames"].default
+        if call["kv_max_frames"] != trained:
+            raise InvalidOptionError(
+                f"kv_max_frames is the stock pipeline's window, got {call['kv_max_frames']}, but this pipeline's "
+                f'memory is its stack; give the stack\'s options, e.g. enable_packforcing("sana-wm", '
+                f"window_frames={call['kv_max_frames']})"
+            )
+        require_choice("output_type", call["output_type"], ("latent", "np", "pt", "pil"))
+        if not (isinstance(call["fps"], int | float) and math.isfinite(call["fps"]) and call["fps"] > 0):
+            raise InvalidOptionError(f"fps must be a number > 0, got {call['fps']!r}")
+        if len(call["sigmas"]) < 2:
+            raise InvalidOptionError(f"sigmas need a step at least, e.g. (0.9, 0.0), got {call['sigmas']!r}")
+        if self.streaming and call["output_type"] != "latent":
+            raise InvalidOptionError(
+                "the refiner's decoder looks at frames to come, so pixels cannot be streamed; "
+                'stream with output_type="latent" and decode the whole afterwards'
+            )
+        _check_latents(pipeline, call)
+        if call["generator"] is None:  # one for all blocks, as upstream's
+            call["generator"] = torch.Generator(device=pipeline._execution_device).manual_seed(42)
+        return call
 
-    def __init__(
-        self, adapter: Adapter, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool
-    ) -> None:
-        schedule = spoken(arguments["prompt"])
-        call = checked(pipeline, arguments, streaming=streaming)
-        self.adapter, self.pipeline, self.arguments = adapter, pipeline, call
-        self.stack = with_chunks(stack, call["block_size"])
-        adapter.check_stack(pipeline, self.stack)
-        self.sink_frames, self.block_frames = call["sink_size"], call["block_size"]
-        batch, _, self.total_frames, height, width = call["sana_latent"].shape
-        config = pipeline.transformer.config
-        _, rows, columns = config.vae_scale_factors
-        geometry = adapter.geometry({"transformer": config}, height * rows, width * columns, pipeline.transformer.dtype)
+    def fit(self, stack: Memory) -> Memory:
+        """Return the stack for the call's blocks."""
+        fitted = with_chunk_frames(stack, self.call["block_size"], "block_size")
+        self.adapter.check_stack(self.pipeline, fitted)
+        return fitted
+
+    def latent_frames(self) -> int:
+        """Return the frames of the raw video."""
+        return int(self.call["sana_latent"].shape[2])
+
+    def frame_size(self) -> tuple[int, int]:
+        """Return height and width in pixels."""
+        _, rows, columns = self.pipeline.transformer.config.vae_scale_factors
+        height, width = self.call["sana_latent"].shape[3:]
+        return height * rows, width * columns
+
+    def new_geometry(self, height: int, width: int) -> Geometry:
+        """Return the geometry, with RoPE in the call's seconds."""
+        geometry = super().new_geometry(height, width)
         assert isinstance(geometry.rotary, LTX2Rotary)
-        geometry = replace(geometry, rotary=replace(geometry.rotary, fps=float(call["fps"])))
-        text = encoded(pipeline, schedule[0].prompt, batch)
-        self.memory = SanaWMMemory(pipeline, self.stack, geometry, text, float(call["fps"]))
-        self.sessions = {"cond": self.memory.session}
-        #: What is to come: the block that it begins with, what is heard, and whether the scene changes.
-        long, first = config.vae_scale_factors[0], self.sink_frames + self.block_frames
-        self._turns = [
-            (shot.chunk(call["fps"], self.block_frames, long, first), self._text(shot.prompt), shot.cut)
-            for shot in schedule[1:]
-        ]
-        self._bar: Any = None
+        return replace(geometry, rotary=replace(geometry.rotary, fps=self.fps))
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Refines block after block, the first one behind the raw sink; between two the pipeline is the stock one."""
-        starts = range(self.sink_frames, self.total_frames, self.block_frames)
-        self._bar = self.pipeline._kvpack_base.progress_bar(self.pipeline, total=len(starts))
-        for index, start in enumerate(starts):
-            while self._turns and self._turns[0][0] <= index:
-                self._turn(*self._turns.pop(0)[1:])
-            yield self._generate(index, start)
+    @torch.no_grad()
+    def encode(self, prompt: Prompt | None) -> dict[str, Text]:
+        """Return the text of the one branch, for every row of the batch."""
+        if not isinstance(prompt, str):
+            raise InvalidOptionError(f"the refiner's prompt is one text, got {type(prompt).__name__}")
+        pipeline, rows = self.pipeline, self.call["sana_latent"].shape[0]
+        device, dtype = pipeline._execution_device, pipeline.transformer.dtype
+        embeds, mask = pipeline._encode_prompt(prompt, device=device, dtype=dtype)
+        return {BRANCH: Text(embeds.expand(rows, -1, -1), mask.expand(rows, -1))}
 
-    def turn(self, prompt: Prompt, *, cut: bool = False) -> None:
-        """Another prompt, or another scene, from the next block on; what a schedule says for later still holds."""
-        (shot,) = spoken([(0, prompt)])
-        self._turn(self._text(shot.prompt), cut)
+    def new_denoiser(self, geometry: Geometry, conditioning: dict[str, Any]) -> SanaWMDenoiser:
+        """Return the transformer over a new memory."""
+        return SanaWMDenoiser(self.pipeline, self.stack, geometry, conditioning, self.fps)
+
+    def first_length(self) -> int:
+        """Return the latent frames of the sink and the first block."""
+        return int(self.call["sink_size"] + self.stack.chunk_frames)
+
+    def length(self, index: int, first: int) -> int:
+        """Return the latent frames of a block."""
+        return min(self.stack.chunk_frames, self.latent_frames() - first)
+
+    @property
+    def _sink(self) -> Tensor:
+        return self.call["sana_latent"][:, :, : self.call["sink_size"]]
+
+    def chunks(self, first: int = 0) -> Iterator[GeneratedChunk]:
+        """Refine block after block; they begin behind the sink."""
+        return super().chunks(first or self.call["sink_size"])
+
+    @torch.no_grad()
+    def generated(self, index: int, first: int, frames: int) -> GeneratedChunk:
+        """Refine a block; the raw sink is committed before the first one, and returned in front of it."""
+        if index:
+            return super().generated(index, first, frames)
+        sink = self._sink.to(self.pipeline._execution_device, self.pipeline.transformer.dtype).contiguous()
+        self.commit_given(sink)
+        chunk = super().generated(index, first, frames)
+        return replace(chunk, latents=torch.cat([sink, chunk.latents], dim=2))
+
+    def noise(self, first: int, frames: int) -> Tensor:
+        """Return the raw sink and block, to which the call itself adds noise."""
+        return torch.cat([self._sink, self.call["sana_latent"][:, :, first : first + frames]], dim=2)
+
+    def stock_call(self, noise: Tensor) -> dict[str, Any]:
+        """Return the call's own arguments, for a video of this block alone."""
+        return {**self.call, "sana_latent": noise, "output_type": "latent"}
+
+    @contextmanager
+    def stock(self) -> Iterator[Callable[..., Any]]:
+        """Give the call without its encoder and its commits; it returns the block alone."""
+        text = self.denoiser.conditioning[BRANCH]
+        shadows: dict[str, Callable[..., Any]] = {
+            "_encode_prompt": lambda *_, **__: (text.embeds, text.mask),
+            "_capture_block_kv": _skip,
+        }
+        with super().stock() as call, _shadowed(self.pipeline, shadows):
+            yield lambda **arguments: call(**arguments)[:, :, self.call["sink_size"] :]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Refused: the decoder looks at frames to come."""
+        """Refuse: the decoder looks at frames to come."""
         raise UnsupportedPipelineError("the refiner's decoder looks at frames to come; decode the whole video at once")
 
     def decoded(self, latents: list[Tensor]) -> Iterator[Tensor]:
-        """Pixels in [-1, 1] of the whole video at once, without the sink, as upstream's."""
-        with torch.no_grad(), self.memory.timed("decode"):
-            pixels = self.pipeline._decode_latents(torch.cat(latents, dim=2))[:, :, self.sink_frames :]
+        """Return pixels in [-1, 1] of the whole video at once, without the sink, as upstream's."""
+        with torch.no_grad(), self.denoiser.timed("decode"):
+            pixels = self.pipeline._decode_latents(torch.cat(latents, dim=2))[:, :, self.call["sink_size"] :]
         return iter([pixels])
 
-    def postprocess(self, pixels: Tensor) -> Any:
-        """Frames in the call's `output_type`, batch first."""
-        return self.pipeline.video_processor.postprocess_video(pixels, output_type=self.arguments["output_type"])
-
     def output(self, frames: Any) -> Any:
-        """What the pipeline's call returns: latents of all videos, or the frames of one."""
-        return frames if self.arguments["output_type"] == "latent" else frames[0]
+        """Return what the pipeline's call returns: latents of all videos, or the frames of one."""
+        return frames if self.output_type == "latent" else frames[0]
 
-    def advance(self) -> None:
-        """One block is done."""
-        self._bar.update()
 
-    def close(self) -> None:
-        """Closes the progress bar and lets offloading free the models."""
-        if self._bar is not None:
-            self._bar.close()
-        self.pipeline.maybe_free_model_hooks()
-
-    def stats(self) -> dict[str, Any]:
-        """Tokens, bytes and seconds of each phase."""
-        return branch_stats(self.stack.name, self.sessions, self.memory.seconds)
-
-    def _text(self, prompt: Prompt | None) -> Text:
-        return encoded(self.pipeline, prompt, self.arguments["sana_latent"].shape[0])
-
-    @torch.no_grad()
-    def _turn(self, text: Text, cut: bool) -> None:
-        with self._driving():
-            self.memory.turn(text, cut=cut)
-
-    @torch.no_grad()
-    def _generate(self, index: int, start: int) -> Chunk:
-        given = self.arguments["sana_latent"]
-        sink, block = given[:, :, : self.sink_frames], given[:, :, start : start + self.block_frames]
-        with self._driving():
-            if index == 0:
-                transformer = self.pipeline.transformer
-                self.memory.sink(sink.to(self.pipeline._execution_device, transformer.dtype).contiguous())
-            latents = self._reviewed(index, torch.cat([sink, block], dim=2))
-            refined = latents[:, :, self.sink_frames :]
-            if refined.shape[2] == self.block_frames:  # nothing follows a shorter one
-                self.memory.commit(refined)
-        return Chunk(index, latents if index == 0 else refined, None)
-
-    def _reviewed(self, index: int, raw: Tensor) -> Tensor:
-        """Sink and refined block that the memory accepts; rows that it vetoes are refined again of the same noise."""
-        session, rewind = self.memory.session, rewinding(self.arguments["generator"])
-        latents = self._refined(index, raw)
-        for _ in range(self.stack.max_retries):
-            vetoed = session.review(latents[:, :, self.sink_frames :])
-            if vetoed is None:
-                return latents
-            self._bar.total += 1
-            rewind()
-            again = self._refined(index, raw)
-            latents = torch.where(vetoed[:, None, None, None, None].to(latents.device), again, latents)
-        session.settle()
-        return latents
-
-    def _refined(self, index: int, raw: Tensor) -> Tensor:
-        """The upstream call for one block, which is spared the encoder and the commits."""
-        pipeline, memory = self.pipeline, self.memory
-        memory.begin(raw.shape[2] - self.sink_frames)
-        call = {**self.arguments, "sana_latent": raw, "output_type": "latent"}
-        shadows: dict[str, Callable[..., Any]] = {
-            "_encode_prompt": lambda *_, **__: (memory.text.embeds, memory.text.mask),
-            "_capture_block_kv": _skip,
-        }
-        with memory.timed("denoise"), _shadowed(pipeline, shadows):
-            latents: Tensor = pipeline._kvpack_base.__call__(pipeline, **call)
-        if not bool(latents.isfinite().all()):
-            memory.session.check_policies()  # a policy is the likelier cause
-            raise NonFiniteLatentsError(
-                f"block {index} holds NaN or infinity after denoising; nothing of it was committed. "
-                "Check the weights and the dtype"
-            )
-        return latents
-
-    @contextmanager
-    def _driving(self) -> Iterator[None]:
-        """Kvpack's processors in the transformer, and the pipeline's own bar and freeing silenced, for one block."""
-        enabled = vars(self.pipeline).get("_kvpack")
-        if enabled is None:
-            raise UnsupportedPipelineError("packforcing was disabled while a stream was open; close the stream first")
-        self.adapter.check(self.pipeline)  # again for each block: anything may be switched on between two of them
-        enabled.driving = self
-        try:
-            with self.memory.attached():
-                yield
-        finally:
-            enabled.driving = None
+def _check_latents(pipeline: Any, call: dict[str, Any]) -> None:
+    latents, config = call["sana_latent"], pipeline.transformer.config
+    channels, patch = config.in_channels // config.patch_size**2, config.patch_size
+    shape = tuple(getattr(latents, "shape", ()))
+    if len(shape) != 5 or shape[1] != channels or 0 in shape or shape[3] % patch or shape[4] % patch:
+        raise InvalidOptionError(
+            f"sana_latent must be [batch, {channels} channels, frames, height, width] with height and width multiples "
+            f"of {patch}, got {list(shape) or type(latents).__name__}"
+        )
+    if shape[2] <= call["sink_size"]:
+        raise InvalidOptionError(
+            f"sana_latent must have more frames than sink_size={call['sink_size']}, got {shape[2]}"
+        )
+    if shape[0] > 1 and call["output_type"] != "latent":
+        raise InvalidOptionError(
+            f"the refiner returns pixels of one video, but sana_latent has a batch of {shape[0]}; "
+            'give output_type="latent"'
+        )
+    if not bool(latents.isfinite().all()):
+        raise NonFiniteLatentsError("sana_latent holds NaN or infinity; give finite latents")
 
 
 @contextmanager
 def _shadowed(pipeline: Any, methods: dict[str, Callable[..., Any]]) -> Iterator[None]:
-    """Lets a pipeline's call find other methods on the instance than on its class."""
+    """Let a pipeline's call find other methods on the instance than on its class."""
     before = dict(vars(pipeline))
     vars(pipeline).update(methods)
     try:
@@ -191,7 +205,7 @@ def _shadowed(pipeline: Any, methods: dict[str, Callable[..., Any]]) -> Iterator
 
 
 def _skip(*, clean_block: Tensor, kv_cache: Any, **_: Any) -> None:
-    """Upstream's capture of keys and values, which kvpack keeps instead: upstream reads back none at all."""
+    """Stand in for upstream's capture of keys and values, which kvpack keeps instead: it reads back none at all."""
     nothing = clean_block.new_empty(clean_block.shape[0], 0, 1)
     for index in range(len(kv_cache)):
         kv_cache.get(index).store_captured_pre_rope(nothing, nothing)

@@ -6,14 +6,14 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor
 
-from kvpack.adapters.wan.conditioning import in_rows
+from kvpack.adapters.wan.conditioning import expand_batch
 from kvpack.errors import NonFiniteLatentsError
 
 logger = logging.get_logger(__name__)
 
 
-def given_pixels(pipeline: Any, call: dict[str, Any], size: tuple[int, int]) -> Tensor | None:
-    """The call's image `[batch, 3, height, width]` or clip `[batch, 3, frames, height, width]` in [-1, 1].
+def conditioning_pixels(pipeline: Any, call: dict[str, Any], size: tuple[int, int]) -> Tensor | None:
+    """Return the call's image `[batch, 3, height, width]` or clip `[batch, 3, frames, height, width]` in [-1, 1].
 
     Args:
         pipeline: one of the three pipelines.
@@ -35,7 +35,7 @@ def given_pixels(pipeline: Any, call: dict[str, Any], size: tuple[int, int]) -> 
 
 
 def image_pixels(pipeline: Any, image: Any, size: tuple[int, int]) -> Tensor:
-    """An image in this size, `[batch, 3, height, width]` in [-1, 1]; NaN and infinity raise `NonFiniteLatentsError`."""
+    """Return an image in this size, `[batch, 3, height, width]` in [-1, 1]; NaN raises `NonFiniteLatentsError`."""
     return _on_device(pipeline, pipeline.video_processor.preprocess(image, height=size[0], width=size[1]))
 
 
@@ -46,13 +46,13 @@ def _on_device(pipeline: Any, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def given_latents(pipeline: Any, call: dict[str, Any], pixels: Tensor, rows: int) -> Tensor:
-    """Normalised latents that every video of the batch begins or ends with.
+def conditioning_latents(pipeline: Any, call: dict[str, Any], pixels: Tensor, rows: int) -> Tensor:
+    """Return normalised latents that every video of the batch begins or ends with.
 
     Args:
         pipeline: one of the three pipelines.
         call: arguments of its call.
-        pixels: what `given_pixels` or `image_pixels` gave.
+        pixels: what `conditioning_pixels` or `image_pixels` gave.
         rows: videos of the batch.
 
     Raises:
@@ -84,10 +84,10 @@ def given_latents(pipeline: Any, call: dict[str, Any], pixels: Tensor, rows: int
         )
     # The pipeline, too, keeps them in the transformer's dtype.
     latents = latents.to(pipeline.transformer.dtype).float()
-    return in_rows(latents, rows, call["num_videos_per_prompt"])
+    return expand_batch(latents, rows, call["num_videos_per_prompt"])
 
 
 def taken_frames(pipeline: Any, call: dict[str, Any], pixels: Tensor) -> int:
-    """Frames, the last of a clip, that the video goes on from: what its VAE has of all, or of `overlap_history`."""
+    """Return how many frames, the last of a clip, the video goes on from: `1 + 4m` of all, or of `overlap_history`."""
     scale, most = pipeline.vae_scale_factor_temporal, pixels.shape[2]
     return int((min(call["overlap_history"] or most, most) - 1) // scale * scale + 1)

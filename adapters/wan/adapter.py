@@ -1,18 +1,21 @@
 """Wan 2.1 and 2.2 text-to-video (`WanPipeline`) and everything trained from it in that format."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvpack.adapters.compatibility import check_placement
+from kvpack.adapters.wan.checkpoint import diffusers_names, transformer
 from kvpack.adapters.wan.compression import check_compressor, native_window, patch_of
 from kvpack.adapters.wan.run import WanRun
 from kvpack.adapters.wan.training import WanTrainee
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.generation.adapter import Adapter
+from kvpack.generation.run import Run
+from kvpack.generation.trainee import Trainee
 from kvpack.memory.base import Memory
 from kvpack.memory.costs import LatentShape, ModelCost
 from kvpack.memory.geometry import Geometry
@@ -24,36 +27,35 @@ class WanAdapter(Adapter):
     """Drives `WanPipeline` chunk by chunk."""
 
     name = "wan"
+    pipelines: ClassVar[tuple[type, ...]] = (WanPipeline,)  # image-to-video and VACE are pipelines of their own
+    run_class: ClassVar[type[Run]] = WanRun
     extra_arguments = {"image": None, "video": None}
-
-    def supports(self, pipeline: Any) -> bool:
-        """Any `WanPipeline`; image-to-video and VACE are pipelines of their own."""
-        return isinstance(pipeline, WanPipeline)
+    trainee_class: ClassVar[Callable[..., Trainee] | None] = WanTrainee
 
     def check(self, pipeline: Any) -> None:
-        """Refuses what would silently give wrong keys."""
-        transformer = pipeline.transformer
-        if transformer is None or getattr(pipeline, "transformer_2", None) is not None:
+        """Refuse what would silently give wrong keys."""
+        model = pipeline.transformer
+        if model is None or getattr(pipeline, "transformer_2", None) is not None:
             raise UnsupportedPipelineError(
                 "kvpack drives one causal transformer, but this pipeline has "
-                f"{'no transformer' if transformer is None else 'transformer_2 as well'}; load it with transformer only"
+                f"{'no transformer' if model is None else 'transformer_2 as well'}; load it with transformer only"
             )
-        attentions = [each for block in transformer.blocks for each in (block.attn1, block.attn2)]
-        head_dim = transformer.config.attention_head_dim
-        check_placement(transformer, attentions, pipeline._execution_device, head_dim)
-        if transformer.config.patch_size[0] != 1:
+        attentions = [each for block in model.blocks for each in (block.attn1, block.attn2)]
+        head_dim = model.config.attention_head_dim
+        check_placement(model, attentions, pipeline._execution_device, head_dim)
+        if model.config.patch_size[0] != 1:
             raise UnsupportedPipelineError(
-                f"kvpack needs one token grid a latent frame, but patch_size is {tuple(transformer.config.patch_size)}"
+                f"kvpack needs one token grid a latent frame, but patch_size is {tuple(model.config.patch_size)}"
             )
 
     def check_stack(self, pipeline: Any, stack: Memory) -> None:
-        """Refuses compressor weights of another model."""
+        """Refuse compressor weights of another model."""
         check_compressor(pipeline.transformer, stack)
 
     def geometry(
         self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int, dtype: torch.dtype
     ) -> Geometry:
-        """Geometry from `transformer/config.json` and `vae/config.json`."""
+        """Return the geometry from `transformer/config.json` and `vae/config.json`."""
         config, spatial = configs["transformer"], configs["vae"].get("scale_factor_spatial", 8)
         rows, columns = (spatial * patch for patch in config["patch_size"][1:])
         if height < rows or width < columns or height % rows or width % columns:
@@ -72,7 +74,7 @@ class WanAdapter(Adapter):
         )
 
     def forward_flops(self, configs: Mapping[str, Mapping[str, Any]], query_tokens: int, attended_tokens: int) -> int:
-        """Multiplications and additions of all layers: projections, both attentions and feed-forward."""
+        """Return multiplications and additions of all layers: projections, both attentions and feed-forward."""
         config = configs["transformer"]
         width = config["num_attention_heads"] * config["attention_head_dim"]
         linear = query_tokens * (6 * width * width + 2 * width * config["ffn_dim"]) + _TEXT_TOKENS * 2 * width * width
@@ -80,7 +82,7 @@ class WanAdapter(Adapter):
         return 2 * config["num_layers"] * (linear + attention)
 
     def latent_shape(self, configs: Mapping[str, Mapping[str, Any]]) -> LatentShape:
-        """From the same configs; a VAE's operations are counted in a copy of it that holds no numbers."""
+        """Return it from the configs; a VAE's operations are counted in a copy of it that holds no numbers."""
         vae = configs["vae"]
 
         def encode_flops(frames: int, height: int, width: int) -> int:
@@ -101,7 +103,9 @@ class WanAdapter(Adapter):
         )
 
     def model_cost(self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int) -> ModelCost | None:
-        """From the same configs, in copies that hold no numbers."""
+        """Return it from the configs, counted in models that hold no numbers; None for what nobody trains."""
+        if self.trainee_class is None:
+            return None
         config, spatial = configs["transformer"], configs["vae"].get("scale_factor_spatial", 8)
         with torch.device("meta"):
             vae: Any = AutoencoderKLWan.from_config(dict(configs["vae"]))
@@ -123,12 +127,6 @@ class WanAdapter(Adapter):
         parameters = sum(each.numel() for part in parts for each in part.parameters())
         return ModelCost(parameters, graph_elements, decode_flops)
 
-    def run(self, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool) -> WanRun:
-        """Starts a generation; bad arguments are refused before anything is computed."""
-        self.check(pipeline)
-        return WanRun(self, pipeline, stack, arguments, streaming=streaming)
-
-    def trainee(self, pipeline: Any, max_sequence_length: int | None = None) -> WanTrainee:
-        """What training does with a `WanPipeline`."""
-        self.check(pipeline)
-        return WanTrainee(self, pipeline, max_sequence_length)
+    def checkpoint_layout(self) -> tuple[Callable[..., dict[str, Any]], Callable[..., Any]]:
+        """Return how the original checkpoints' weights are named, and what builds a transformer of them."""
+        return diffusers_names, transformer

@@ -12,7 +12,7 @@ from kvpack.errors import InvalidOptionError
 
 
 def diffusers_names(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights by their diffusers names; those that have them already keep them."""
+    """Return weights by their diffusers names; those that have them already keep them."""
     if any(".attn1." in name or name.startswith("condition_embedder.") for name in weights):
         return dict(weights)
     renamed: dict[str, Any] = convert_wan_transformer_to_diffusers(dict(weights))  # empties the dict that it is given
@@ -20,7 +20,7 @@ def diffusers_names(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def transformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> WanTransformer3DModel:
-    """A transformer around the weights, which are not copied.
+    """Return a transformer around the weights, which are not copied.
 
     Args:
         weights: by diffusers name.

@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpack.adapters.wan.vae import encode, onload
+from kvpack.adapters.offload import onload
+from kvpack.adapters.wan.vae import encode
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError
 
 
-def check_given(pipeline: Any, call: dict[str, Any]) -> None:
-    """Refuses an image and a clip together, and a clip of a length that a causal VAE does not have.
+def check_conditioning(pipeline: Any, call: dict[str, Any]) -> None:
+    """Refuse an image and a clip together, and a clip of a length that a causal VAE does not have.
 
     Raises:
         InvalidOptionError: if the two cannot be what a video begins with.
@@ -28,8 +29,8 @@ def check_given(pipeline: Any, call: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def given_latents(pipeline: Any, call: dict[str, Any], size: tuple[int, int], rows: int) -> Tensor | None:
-    """Normalised latents of the frames that every video of the batch begins with; None if nothing is given.
+def conditioning_latents(pipeline: Any, call: dict[str, Any], size: tuple[int, int], rows: int) -> Tensor | None:
+    """Return normalised latents of the frames that every video of the batch begins with; None if nothing is given.
 
     Args:
         pipeline: has a VAE and a video processor.
@@ -52,11 +53,11 @@ def given_latents(pipeline: Any, call: dict[str, Any], size: tuple[int, int], ro
         raise NonFiniteLatentsError("image or video holds NaN or infinity; give finite pixels")
     onload(pipeline.vae)
     latents = encode(pipeline.vae, pixels.to(pipeline._execution_device, pipeline.vae.dtype)).float()
-    return in_rows(latents, rows, call["num_videos_per_prompt"] or 1)
+    return expand_batch(latents, rows, call["num_videos_per_prompt"] or 1)
 
 
-def in_rows(latents: Tensor, rows: int, videos: int) -> Tensor:
-    """One beginning for all videos, or one for each prompt or video.
+def expand_batch(latents: Tensor, rows: int, videos: int) -> Tensor:
+    """Return one beginning for all videos, or one for each prompt or video, as one for each video.
 
     Raises:
         InvalidOptionError: if there are neither one nor as many as there are prompts or videos.
@@ -68,5 +69,5 @@ def in_rows(latents: Tensor, rows: int, videos: int) -> Tensor:
 
 
 def _clip(pipeline: Any, video: Any, size: tuple[int, int] = (16, 16)) -> Tensor:
-    """A clip's pixels in [-1, 1], `[batch, 3, frames, height, width]`."""
+    """Return a clip's pixels in [-1, 1], `[batch, 3, frames, height, width]`."""
     return pipeline.video_processor.preprocess_video(video, height=size[0], width=size[1])

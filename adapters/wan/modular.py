@@ -21,10 +21,10 @@ from diffusers.modular_pipelines.wan.denoise import WanDenoiseStep
 from torch import Tensor
 
 from kvpack.adapters.wan.adapter import WanAdapter
-from kvpack.adapters.wan.denoiser import WanMemory
+from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.adapters.wan.vae import StreamingDecoder
-from kvpack.errors import NonFiniteLatentsError, UnsupportedPipelineError
-from kvpack.generation.stats import branch_stats
+from kvpack.errors import UnsupportedPipelineError
+from kvpack.generation.phase import Phase
 from kvpack.memory.base import Memory
 from kvpack.plugins.resolve import resolve_stack
 
@@ -32,7 +32,7 @@ _FIELDS = {"pred_cond": "prompt_embeds", "pred_uncond": "negative_prompt_embeds"
 
 
 class KVPackDenoiseStep(WanDenoiseStep):
-    """Denoises the latents chunk by chunk, each with kvpack's memory of those before it (arXiv 2603.25730).
+    """Denoise the latents chunk by chunk, each with kvpack's memory of those before it (arXiv 2603.25730).
 
     Its inputs are those of `WanDenoiseStep`, and so are its parts, which may be replaced. One more output,
     `memory_stats`, is what `pipe.packforcing.stats()` gives of a `WanPipeline`. If the frames are no multiple of the
@@ -63,21 +63,19 @@ class KVPackDenoiseStep(WanDenoiseStep):
 
     @torch.no_grad()
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
-        """Denoises and remembers chunk after chunk; the transformer is the stock one before and after."""
+        """Denoise and remember chunk after chunk; the transformer is the stock one before and after."""
         block: Any = self.get_block_state(state)
         adapter = WanAdapter()
         adapter.check(components)
         adapter.check_stack(components, self.stack)
         run = _ModularRun(self, adapter, components, block)
-        noise, chunks = block.latents, []
-        sizes = noise.split(self.stack.chunk_frames, dim=2)
+        sizes, chunks = block.latents.split(self.stack.chunk_frames, dim=2), []
         progress: Any = self.progress_bar
         with progress(total=len(sizes) * len(block.timesteps)) as bar:
             for index, part in enumerate(sizes):
                 chunks.append(run.chunk(index, part, last=index == len(sizes) - 1, advance=bar.update))
-        memory = run.memory
         block.latents = torch.cat(chunks, dim=2)
-        block.memory_stats = branch_stats(self.stack.name, memory.sessions, memory.seconds)
+        block.memory_stats = run.denoiser.stats()
         self.set_block_state(state, block)
         return components, state
 
@@ -106,39 +104,36 @@ class _ModularRun:
             for name, field in _FIELDS.items()
             if name in names
         }
-        self.memory = WanMemory(components, step.stack, geometry, embeds, block.attention_kwargs)
+        self.denoiser = WanDenoiser(components, step.stack, geometry, embeds, block.attention_kwargs)
         self.decoder = StreamingDecoder(components.vae, height, width) if step.stack.needs_pixels else None
         self._schedule = deepcopy(vars(components.scheduler))
-        #: Branches of the forwards to come.
-        self._coming: Iterator[tuple[str, int]] = iter(())
 
     def chunk(self, index: int, noise: Tensor, *, last: bool, advance: Any) -> Tensor:
-        """Clean latents of a chunk, which are in the memory unless it is the last."""
-        self.memory.expect(noise.shape[2])
-        with self.memory.attached():
-            with self._branches_told():
-                latents = self.memory.accepted(lambda _: self._denoised(index, noise, advance))
+        """Return the clean latents of a chunk, which are in the memory unless it is the last."""
+        denoiser = self.denoiser
+        denoiser.expect(noise.shape[2])
+        with denoiser.seam():
+            latents = self._denoised(index, noise, advance)
+            latents = denoiser.accepted(latents, lambda: self._denoised(index, noise, advance))
             if not last:
-                pixels = None if self.decoder is None else self.decoder(latents)
-                self.memory.commit(latents, pixels)
+                denoiser.commit(latents, None if self.decoder is None else self.decoder(latents))
         return latents
 
     def _denoised(self, index: int, noise: Tensor, advance: Any) -> Tensor:
-        """The upstream steps of a chunk, which begin the scheduler's schedule anew."""
+        """Run the upstream steps of a chunk, which begin the scheduler's schedule anew."""
         block = self.block
         block.latents = noise
         vars(self.components.scheduler).update(deepcopy(self._schedule))
-        with self.memory.timed("denoise"):
+        with self.denoiser.timed("denoise"), self.denoiser.during(Phase()), self._branch_contexts() as coming:
             for i, t in enumerate(block.timesteps):
-                self._coming = iter([(name, i) for name in self.branches[i]])
+                coming[:] = [(name, i) for name in self.branches[i]]
                 self.step.loop_step(self.components, block, i=i, t=t)
                 advance()
-        if not bool(block.latents.isfinite().all()):
-            self.memory.check_policies()  # a policy is the likelier cause
-            raise NonFiniteLatentsError(f"chunk {index} holds NaN or infinity after denoising; nothing of it was kept")
+        self.denoiser.check_finite(block.latents, index)
         return block.latents
 
     def _branches(self, i: int, t: Tensor) -> list[str]:
+        """Return the names of the predictions that the guider asks for at a step."""
         guider, steps = self.components.guider, self.block.num_inference_steps
         guider.set_state(step=i, num_inference_steps=steps, timestep=t)
         batches = guider.prepare_inputs_from_block_state(self.block, {"encoder_hidden_states": tuple(_FIELDS.values())})
@@ -151,18 +146,18 @@ class _ModularRun:
         return names
 
     @contextmanager
-    def _branches_told(self) -> Iterator[None]:
-        """Every forward of the denoiser is in the cache context of its prediction, which modular blocks do not tell."""
-        transformer = self.components.transformer
+    def _branch_contexts(self) -> Iterator[list[tuple[str, int]]]:
+        """Run every forward in the cache context of its prediction, which modular blocks do not say.
+
+        Yields the branch and step of the forwards to come, which the caller fills.
+        """
+        transformer, coming = self.components.transformer, list[tuple[str, int]]()
         with ExitStack() as context:
 
             def enter(*_: Any) -> None:
                 context.close()
-                name, step = next(self._coming)
+                name, step = coming.pop(0)
                 context.enter_context(transformer.cache_context(name, step_index=step))
 
-            handle = transformer.register_forward_pre_hook(enter, prepend=True)
-            try:
-                yield
-            finally:
-                handle.remove()
+            with transformer.register_forward_pre_hook(enter, prepend=True):
+                yield coming

@@ -3,12 +3,9 @@
 from typing import Any, ClassVar
 
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_anyflow_far import AnyFlowCrossAttnProcessor
-from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2AttnProcessor
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
-from kvpack.generation.compile_boundary import Slot, attend
+from kvpack.generation.compile_boundary import OpaqueAttention, attend
 
 #: Keys and values of the prompt in one layer, once they are computed.
 _Kept = list[Tensor]
@@ -25,39 +22,39 @@ class PromptCache:
         self._branches: dict[str, tuple[Tensor, list[_Kept]]] = {}
 
     def forget(self) -> None:
-        """All are computed anew when they are needed next."""
+        """Compute all of them anew when they are needed next."""
         self._branches.clear()
 
     def layers(self, branch: str, embeds: Tensor, count: int) -> list[_Kept]:
-        """What is kept of a branch's prompt in each of `count` layers; nothing of another tensor than `embeds`."""
+        """Return what is kept of a branch's prompt in each of `count` layers; empty for other `embeds`."""
         kept = self._branches.get(branch)
         if kept is None or kept[0] is not embeds:
             kept = self._branches[branch] = embeds, [[] for _ in range(count)]
         return kept[1]
 
 
-def serves(attention: Any) -> bool:
-    """Whether a cross-attention is a stock one, without an image beside the text."""
-    stock = (WanAttnProcessor, SkyReelsV2AttnProcessor, AnyFlowCrossAttnProcessor)
-    return type(attention.processor) in stock and getattr(attention, "add_k_proj", None) is None
+def serves(attention: Any, stock: type) -> bool:
+    """Return whether a cross-attention has the `stock` processor, and no image beside the text."""
+    return type(attention.processor) is stock and getattr(attention, "add_k_proj", None) is None
 
 
-class PromptWanAttnProcessor(Slot):
+class PromptWanAttnProcessor(OpaqueAttention):
     """Cross-attention of one Wan layer, bit-equal to the stock one; installed for the length of a chunk only.
 
     Args:
         attention: the layer's cross-attention, whose backend is kept.
+        forward: what is kept in each layer of the prompt of the forward in progress.
+        index: of the layer.
     """
 
     keeps: ClassVar[bool] = False
     _attention_backend: Any = None
     _parallel_config: Any = None
 
-    def __init__(self, attention: Any) -> None:
+    def __init__(self, attention: Any, forward: list[_Kept], index: int) -> None:
         super().__init__()
         self._attention_backend = attention.processor._attention_backend
-        self._module = attention
-        self.kept: _Kept = []
+        self._module, self._forward, self._index = attention, forward, index
 
     def __call__(
         self,
@@ -67,16 +64,17 @@ class PromptWanAttnProcessor(Slot):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Stock cross-attention, which has neither mask nor RoPE."""
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        """Return the stock output; cross-attention has neither mask nor RoPE."""
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))  # (b, l, h, d)
         attended = attend(self, query, [encoder_hidden_states])
-        return attn.to_out[1](attn.to_out[0](attended.flatten(2, 3).type_as(query)))
+        return attn.to_out[1](attn.to_out[0](attended.flatten(2, 3).type_as(query)))  # (b, l, h * d)
 
     def attended(self, queries: Tensor, others: list[Tensor]) -> Tensor:
-        """Attention to the prompt."""
-        if not self.kept:
-            self.kept += self._keys_values(others[0])
-        keys, values = self.kept
+        """Return attention to the prompt."""
+        kept = self._forward[self._index]
+        if not kept:
+            kept += self._keys_values(others[0])
+        keys, values = kept
         return dispatch_attention_fn(queries, keys, values, backend=self._attention_backend)
 
     def _keys_values(self, text: Tensor) -> _Kept:
@@ -86,7 +84,7 @@ class PromptWanAttnProcessor(Slot):
         else:
             keys, values = attention.to_k(text), attention.to_v(text)
         heads = (attention.heads, -1)
-        return [attention.norm_k(keys).unflatten(2, heads), values.unflatten(2, heads)]
+        return [attention.norm_k(keys).unflatten(2, heads), values.unflatten(2, heads)]  # (b, text, h, d)
 
 
 class PromptedLayers:
@@ -95,27 +93,28 @@ class PromptedLayers:
     Args:
         transformer: has `blocks` with an `attn2`.
         prompt: what is kept; None leaves all of them stock.
+        stock: the processor that the family's cross-attentions have; any other stays.
     """
 
-    def __init__(self, transformer: Any, prompt: PromptCache | None) -> None:
-        attentions = [] if prompt is None else [block.attn2 for block in transformer.blocks if serves(block.attn2)]
+    def __init__(self, transformer: Any, prompt: PromptCache | None, stock: type) -> None:
+        every = [] if prompt is None else [block.attn2 for block in transformer.blocks]
+        attentions = [attention for attention in every if serves(attention, stock)]
+        self._forward: list[_Kept] = []
         #: What is to be installed.
-        self.processors = {attention: PromptWanAttnProcessor(attention) for attention in attentions}
+        self.processors = {each: PromptWanAttnProcessor(each, self._forward, i) for i, each in enumerate(attentions)}
         self._prompt, self._hooked = prompt, bool(attentions) and _is_hooked(transformer)
 
     def before_forward(self, branch: str, embeds: Tensor) -> None:
-        """Hands each layer what is kept of these text embeddings."""
+        """Hand each layer what is kept of these text embeddings."""
         if self._prompt is None:
             return
         if self._hooked:
             self._prompt.forget()
-        kept = self._prompt.layers(branch, embeds, len(self.processors))
-        for processor, each in zip(self.processors.values(), kept, strict=True):
-            processor.kept = each
+        self._forward[:] = self._prompt.layers(branch, embeds, len(self.processors))
 
 
 def _is_hooked(transformer: Any) -> bool:
-    """Whether torch hooks of others run in its forwards, which may change anything in them."""
+    """Return whether torch hooks of others run in its forwards, which may change anything in them."""
     modules = list(transformer.modules())
     hooks = [hook for m in modules for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
     return any(not getattr(hook, "__module__", "").startswith("kvpack.") for hook in hooks)

@@ -1,300 +1,210 @@
-"""One generation of a `WanPipeline`: the upstream call once a chunk, a commit forward after it."""
+"""One call of a `WanPipeline`: a chunk of it has latents, embeddings and a length of its own."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.utils import logging
 from torch import Tensor
 
-from kvpack.adapters.wan.call import checked, chunk_noise, encode_prompts, frame_size, latent_frames, rewinding
-from kvpack.adapters.wan.conditioning import check_given, given_latents
-from kvpack.adapters.wan.denoiser import WanMemory
+from kvpack.adapters.wan.conditioning import check_conditioning, conditioning_latents
+from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.adapters.wan.prompt_cache import PromptCache
 from kvpack.adapters.wan.vae import StreamingDecoder
-from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, UnsupportedPipelineError
-from kvpack.generation.adapter import Adapter, Chunk, Run
-from kvpack.generation.prompts import Prompt, shots
-from kvpack.generation.stats import branch_stats
-from kvpack.memory.base import Memory
+from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, require_choice, require_int
+from kvpack.generation.prompts import Prompt
+from kvpack.generation.run import Run
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.ledger import require_length
+
+logger = logging.get_logger(__name__)
 
 
 class WanRun(Run):
-    """Generates a video chunk by chunk.
+    """Generates a video chunk by chunk; arguments are those of `Run`."""
 
-    Args:
-        adapter: the family's adapter.
-        pipeline: a `WanPipeline`.
-        stack: the memory policy.
-        arguments: all arguments of the pipeline's call; `num_frames` None is endless.
-        streaming: whether chunks are decoded as they come.
+    output_class = WanPipelineOutput
+    denoiser: WanDenoiser
 
-    Raises:
-        InvalidOptionError: if an argument cannot work.
-        NonFiniteLatentsError: if `latents` hold NaN or infinity.
-    """
+    def checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return all arguments of the call, height and width as the pipeline adjusts them.
 
-    #: What the pipeline's call returns around the frames.
-    output_class: ClassVar[Any] = WanPipelineOutput
+        Raises:
+            InvalidOptionError: if an argument cannot work.
+            NonFiniteLatentsError: if `latents` hold NaN or infinity.
+            ValueError: if the pipeline's own check says so.
+        """
+        pipeline, call = self.pipeline, dict(arguments)
+        self.check_beginning(call)
+        if hasattr(call["callback_on_step_end"], "tensor_inputs"):
+            call["callback_on_step_end_tensor_inputs"] = call["callback_on_step_end"].tensor_inputs
+        own = {**call, "num_frames": 1}  # any number will do
+        pipeline.check_inputs(**{name: own[name] for name in inspect.signature(pipeline.check_inputs).parameters})
+        if isinstance(call["prompt"], list) and not call["prompt"]:
+            raise InvalidOptionError("prompt is an empty list; give at least one prompt")
+        require_choice("output_type", call["output_type"], ("latent", "np", "pt", "pil"))
+        require_int("num_inference_steps", call["num_inference_steps"], minimum=1)
+        videos = require_int("num_videos_per_prompt", call["num_videos_per_prompt"] or 1, minimum=1)
+        if call["num_frames"] is not None:
+            require_int("num_frames", call["num_frames"], minimum=1)
+        elif not self.streaming and call["latents"] is None:
+            raise InvalidOptionError("num_frames None is endless; use pipe.packforcing.stream(...) or give a number")
+        _check_latents(pipeline, call["latents"])
+        height, width = _adjusted(pipeline, call["height"], call["width"])
+        return {**call, "num_videos_per_prompt": videos, "height": height, "width": width}
 
-    def __init__(
-        self, adapter: Adapter, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool
-    ) -> None:
-        self.adapter, self.pipeline, self.stack = adapter, pipeline, stack
-        spoken = "prompt_embeds" if arguments["prompt"] is None else "prompt"
-        schedule = shots(arguments[spoken])
-        self.arguments = self._checked({**arguments, spoken: schedule[0].prompt}, streaming=streaming)
-        needs_pixels = stack.needs_pixels
-        self.decodes_in_loop = needs_pixels or (streaming and arguments["output_type"] != "latent")
-        self.interrupted = False
-        self._bar: Any = None
-        self.total_frames = latent_frames(pipeline, self.arguments)
-        size = height, width = frame_size(pipeline, self.arguments)
-        decodes = arguments["output_type"] != "latent" or needs_pixels
-        self.decoder = StreamingDecoder(pipeline.vae, height, width) if decodes else None
-        configs = {"transformer": pipeline.transformer.config, "vae": pipeline.vae.config}
-        geometry = adapter.geometry(configs, height, width, pipeline.transformer.dtype)
-        embeds = encode_prompts(pipeline, self.arguments)
-        self.memory = self._new_memory(geometry, embeds)
-        self.prompt = self.memory.prompt = PromptCache()
-        self.streaming = streaming
-        self.sessions, self.seconds = self.memory.sessions, self.memory.seconds
-        #: Clean latents that the video begins with.
-        self.given = self._given(size, self._rows)
-        self.first_frames = self._first_frames()
-        scale, fps = pipeline.vae_scale_factor_temporal, self._fps
-        #: What is to come: the chunk that it begins with, embeddings, and whether the scene changes.
-        self._turns = [
-            (shot.chunk(fps, stack.chunk_frames, scale, self.first_frames), self._embeds(shot.prompt), shot.cut)
-            for shot in schedule[1:]
-        ]
+    def check_beginning(self, call: dict[str, Any]) -> None:
+        """Raise `InvalidOptionError` if a video cannot begin with the call's image or clip."""
+        check_conditioning(self.pipeline, call)
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Generates chunk after chunk; between two of them the pipeline is the stock one."""
-        given = 0 if self.given is None else self.given.shape[2]
-        chunks = float("inf") if self.count is None else self.count - self._count(given)
-        steps = chunks * self.arguments["num_inference_steps"]
-        self._bar = self.pipeline._kvpack_base.progress_bar(self.pipeline, total=steps)
-        index = first = 0
-        while (self.total_frames is None or first < self.total_frames) and not self.interrupted:
-            while self._turns and self._turns[0][0] <= index:
-                self._turn(*self._turns.pop(0)[1:])
-            frames = self._length(index, first)
-            self.memory.expect(frames)
-            yield self._commit_given(index, first, frames) if first < given else self._generate(index, first, frames)
-            first, index = first + frames, index + 1
+    def latent_frames(self) -> int | None:
+        """Return the latent frames of the whole video, as the pipeline counts them."""
+        if self.call["latents"] is not None:
+            return int(self.call["latents"].shape[2])
+        frames, scale = self.call["num_frames"], self.pipeline.vae_scale_factor_temporal
+        if frames is None:
+            return None
+        if frames % scale != 1:
+            logger.warning(f"`num_frames - 1` has to be divisible by {scale}. Rounding to the nearest number.")
+        return int(frames) // scale + 1
 
-    @property
-    def count(self) -> int | None:
-        """Chunks of the whole video."""
-        return None if self.total_frames is None else self._count(self.total_frames)
+    def frame_size(self) -> tuple[int, int]:
+        """Return height and width in pixels; those of `latents` where they are given."""
+        if self.call["latents"] is None:
+            return self.call["height"], self.call["width"]
+        height, width = self.call["latents"].shape[3:]
+        return height * self.pipeline.vae_scale_factor_spatial, width * self.pipeline.vae_scale_factor_spatial
 
-    def _count(self, frames: int) -> int:
-        """Chunks of so many latent frames."""
-        return frames and 1 + max(0, -(-(frames - self.first_frames) // self.stack.chunk_frames))
+    def decoder(self, height: int, width: int) -> Callable[[Tensor], Tensor]:
+        """Return a decoder with a feature cache of its own."""
+        return StreamingDecoder(self.pipeline.vae, height, width)
 
-    def _length(self, index: int, first: int) -> int:
-        return self.stack.chunk_frames if index else self.first_frames
+    @torch.no_grad()
+    def encode(self, prompt: Prompt | None) -> dict[str, Tensor]:
+        """Return text embeddings of each guidance branch, `[batch, tokens, width]`, a row for each video.
 
-    @property
-    def _rows(self) -> int:
-        return next(iter(self.memory.embeds.values())).shape[0]
-
-    @property
-    def _fps(self) -> float:
-        return float(self.pipeline.packforcing.fps)
-
-    def _checked(self, arguments: dict[str, Any], *, streaming: bool) -> dict[str, Any]:
-        """All arguments of the call, checked before anything is computed."""
-        check_given(self.pipeline, arguments)
-        return checked(self.pipeline, arguments, streaming=streaming)
-
-    def _new_memory(self, geometry: Geometry, embeds: dict[str, Tensor]) -> WanMemory:
-        """The memory of this generation."""
-        return WanMemory(self.pipeline, self.stack, geometry, embeds, self.arguments["attention_kwargs"])
-
-    def _given_latents(self, size: tuple[int, int], rows: int) -> Tensor | None:
-        """Clean latents that every video of the batch begins with."""
-        return given_latents(self.pipeline, self.arguments, size, rows)
-
-    def _given(self, size: tuple[int, int], rows: int) -> Tensor | None:
-        """The same, checked."""
-        given = self._given_latents(size, rows)
-        if given is not None and self.total_frames is not None and given.shape[2] >= self.total_frames:
-            raise InvalidOptionError(
-                f"what is given has {given.shape[2]} latent frames, but the whole video has {self.total_frames}; "
-                "give a larger num_frames, which counts those that are given"
-            )
-        return given
-
-    def _first_frames(self) -> int:
-        """Latent frames of the first chunk: chunks that are given are whole but for the first."""
-        frames = self.stack.chunk_frames
-        if self.given is None:
-            return require_length(self.pipeline.packforcing.first_chunk_frames or frames, frames)
-        return (self.given.shape[2] - 1) % frames + 1
-
-    def turn(self, prompt: Prompt, *, cut: bool = False) -> None:
-        """Another prompt, or another scene, from the next chunk on; what a schedule says for later still holds."""
-        (shot,) = shots([(0, prompt)])
-        self._turn(self._embeds(shot.prompt), cut)
-
-    def _embeds(self, prompt: Prompt | None) -> dict[str, Tensor]:
-        spoken = (
-            {"prompt": None, "prompt_embeds": prompt}
-            if isinstance(prompt, Tensor)
-            else {"prompt": prompt, "prompt_embeds": None}
+        Raises:
+            InvalidOptionError: if the batch of `latents` does not go with that of the prompts.
+        """
+        pipeline, call = self.pipeline, self.call
+        guided, videos = call["guidance_scale"] > 1.0, call["num_videos_per_prompt"]
+        given = prompt if isinstance(prompt, Tensor) else None
+        cond, uncond = pipeline.encode_prompt(
+            prompt=prompt if given is None else None,
+            negative_prompt=call["negative_prompt"],
+            do_classifier_free_guidance=guided,
+            num_videos_per_prompt=videos,
+            prompt_embeds=given,
+            negative_prompt_embeds=call["negative_prompt_embeds"],
+            max_sequence_length=call["max_sequence_length"],
+            device=pipeline._execution_device,
         )
-        embeds = encode_prompts(self.pipeline, {**self.arguments, **spoken})
-        rows, wanted = (each["cond"].shape[0] for each in (embeds, self.memory.embeds))
-        if rows != wanted:
-            raise InvalidOptionError(f"a later prompt is for as many videos as the first, {wanted}, got {rows}")
-        return embeds
-
-    @torch.no_grad()
-    def _turn(self, embeds: dict[str, Tensor], cut: bool) -> None:
-        with self._driving():
-            self.memory.turn(embeds, cut=cut)
-
-    def close(self) -> None:
-        """Closes the progress bar and lets offloading free the models."""
-        if self._bar is not None:
-            self._bar.close()
-        self.pipeline.maybe_free_model_hooks()
-
-    def advance(self) -> None:
-        """One denoising step is done."""
-        self._bar.update()
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pixels in [-1, 1] of the video's next latents."""
-        assert self.decoder is not None
-        with torch.no_grad(), self.memory.timed("decode"):
-            return self.decoder(latents)
-
-    def postprocess(self, pixels: Tensor) -> Any:
-        """Frames in the call's `output_type`, batch first."""
-        return self.pipeline.video_processor.postprocess_video(pixels, output_type=self.arguments["output_type"])
-
-    def output(self, frames: Any) -> Any:
-        """What the pipeline's call returns."""
-        return self.output_class(frames=frames) if self.arguments["return_dict"] else (frames,)
-
-    def stats(self) -> dict[str, Any]:
-        """Tokens of one branch, bytes of all, and seconds of each phase."""
-        return branch_stats(self.stack.name, self.sessions, self.seconds)
-
-    @torch.no_grad()
-    def _commit_given(self, index: int, first: int, frames: int) -> Chunk:
-        assert self.given is not None
-        latents = self.given[:, :, first : first + frames]
-        with self._driving():
-            pixels = self.decode(latents) if self.decodes_in_loop else None
-            self.memory.commit(latents, pixels, given=True)
-        return Chunk(index, latents, None if self.arguments["output_type"] == "latent" else pixels)
-
-    @torch.no_grad()
-    def _generate(self, index: int, first: int, frames: int) -> Chunk:
-        noise = self._noise(first, frames)
-        with self._driving():
-            latents = self._reviewed(index, noise)
-            pixels = self.decode(latents) if self.decodes_in_loop else None
-            # A chunk that is shorter than the rest without being the first is a video's last: nothing goes on from it.
-            if not self.pipeline._interrupt and (index == 0 or frames == self.stack.chunk_frames):
-                self.memory.commit(latents, pixels)
-            self.interrupted = self.pipeline._interrupt
-        keep = latents.shape[2] if self.total_frames is None else min(latents.shape[2], self.total_frames - first)
-        if pixels is not None:
-            scale = self.pipeline.vae_scale_factor_temporal
-            pixels = pixels[:, :, : keep * scale - (scale - 1 if index == 0 else 0)]
-        return Chunk(index, latents[:, :, :keep], None if self.arguments["output_type"] == "latent" else pixels)
-
-    def _noise(self, first: int, frames: int) -> Tensor:
-        """Noise of a chunk."""
-        return chunk_noise(self.pipeline, self.arguments, self._rows, first, frames)
-
-    def _reviewed(self, index: int, noise: Tensor) -> Tensor:
-        """Clean latents that the memory accepts; each try begins with the same noise."""
-        rewind = rewinding(self.arguments["generator"])
-
-        def make(retry: int) -> Tensor:
-            if retry:
-                self._bar.total += self.arguments["num_inference_steps"]
-                rewind()
-            return self._denoised(index, noise)
-
-        return self.memory.accepted(make)
-
-    def _denoised(self, index: int, noise: Tensor) -> Tensor:
-        with self.memory.timed("denoise"):
-            latents = self._call_upstream(noise)
-        self._check_finite(index, latents)
-        return latents
-
-    def _check_finite(self, index: int, latents: Tensor) -> None:
-        if not bool(latents.isfinite().all()):
-            self.memory.check_policies()  # a policy is the likelier cause
-            raise NonFiniteLatentsError(
-                f"chunk {index} holds NaN or infinity after denoising; nothing of it was committed. "
-                "Check the weights, the dtype and the callbacks"
+        branches = {"cond": (cond, given)}
+        if guided:
+            branches["uncond"] = (uncond, call["negative_prompt_embeds"])
+        # The pipeline repeats prompts for videos, but not embeddings that are given.
+        embeds = {
+            name: each.to(pipeline._execution_device, pipeline.transformer.dtype).repeat_interleave(
+                1 if own is None else videos, dim=0
             )
+            for name, (each, own) in branches.items()
+        }
+        return _same_batch(embeds, call["latents"])
 
-    def _call_upstream(self, noise: Tensor) -> Tensor:
-        pipeline, call = self.pipeline, self.arguments
-        scale = pipeline.vae_scale_factor_temporal
+    def new_denoiser(self, geometry: Geometry, conditioning: dict[str, Tensor]) -> WanDenoiser:
+        """Return the transformer over a new memory."""
+        kwargs = self.call["attention_kwargs"]
+        return self.denoiser_class()(
+            self.pipeline, self.stack, geometry, conditioning, attention_kwargs=kwargs, prompt=PromptCache()
+        )
+
+    def denoiser_class(self) -> Callable[..., WanDenoiser]:
+        """Return what makes the denoiser, given the arguments of `WanDenoiser`."""
+        return WanDenoiser
+
+    def beginning(self) -> Tensor | None:
+        """Return the latents of the image or clip that the video begins with."""
+        return conditioning_latents(self.pipeline, self.call, self.frame_size(), self.rows)
+
+    def noise(self, first: int, frames: int) -> Tensor:
+        """Return the noise of a chunk, drawn for it alone: a video's beginning does not depend on its length."""
+        given, pipeline = self.call["latents"], self.noise_pipeline
+        part = given[:, :, first : first + frames] if given is not None else None
+        if part is not None and part.shape[2] == frames:
+            return part
+        pixel_frames = self.scale * (frames - 1) + 1
+        shape = self.rows, pipeline.transformer.config.in_channels, *self.frame_size(), pixel_frames
+        device, generator = pipeline._execution_device, self.call["generator"]
+        noise = pipeline.prepare_latents(*shape, torch.float32, device, generator, None)
+        noise = noise[0] if isinstance(noise, tuple) else noise  # some pipelines tell their lengths too
+        return noise if part is None else torch.cat([part.to(noise), noise[:, :, part.shape[2] :]], dim=2)
+
+    @property
+    def noise_pipeline(self) -> Any:
+        """The pipeline whose `prepare_latents` draws noise."""
+        return self.pipeline
+
+    def stock_call(self, noise: Tensor) -> dict[str, Any]:
+        """Return the call's own arguments, but for the chunk's latents and length, and the embeddings that hold now."""
+        embeds = self.denoiser.conditioning
         changed = {
             "prompt": None,
             "negative_prompt": None,
-            "prompt_embeds": self.memory.embeds["cond"],
-            "negative_prompt_embeds": self.memory.embeds.get("uncond"),
+            "prompt_embeds": embeds["cond"],
+            "negative_prompt_embeds": embeds.get("uncond"),
             "num_videos_per_prompt": 1,
             "latents": noise,
-            "num_frames": scale * (noise.shape[2] - 1) + 1,
+            "num_frames": self.scale * (noise.shape[2] - 1) + 1,
             "output_type": "latent",
             "return_dict": False,
-            "callback_on_step_end": self._callback if call["callback_on_step_end"] is not None else None,
-            **self._for_chunk(noise.shape[2]),
+            "callback_on_step_end": self.step_done if self.call["callback_on_step_end"] is not None else None,
         }
-        bind = getattr(pipeline.scheduler, "bound_generator", nullcontext)
-        with bind(call["generator"]) if bind is not nullcontext else nullcontext():
-            (latents,) = self._stock_call({**self._upstream(call), **changed})
-        return latents
+        own = {name: value for name, value in self.call.items() if name not in self.adapter.extra_arguments}
+        return {**own, **changed}
 
-    def _stock_call(self, arguments: dict[str, Any]) -> Any:
-        return self.pipeline._kvpack_base.__call__(self.pipeline, **arguments)
-
-    def _for_chunk(self, frames: int) -> dict[str, Any]:
-        """Further arguments of the upstream call that makes a chunk of so many latent frames."""
-        return {}
-
-    def _upstream(self, call: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that the stock pipeline knows."""
-        return {name: value for name, value in call.items() if name not in self.adapter.extra_arguments}
-
-    def _callback(self, _: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The user's callback; embeddings that it replaces stay replaced for the chunks to come."""
-        outputs = self.arguments["callback_on_step_end"](self.pipeline, step, timestep, tensors)
-        self.prompt.forget()  # a callback may change weights
+    def step_done(self, _: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Call the user's callback; embeddings that it replaces stay replaced for the chunks to come."""
+        outputs = self.call["callback_on_step_end"](self.pipeline, step, timestep, tensors)
+        self.denoiser.forget_prompt()  # a callback may change weights
+        conditioning = self.denoiser.conditioning
         for branch, name in (("cond", "prompt_embeds"), ("uncond", "negative_prompt_embeds")):
-            if outputs.get(name) is not None and branch in self.memory.embeds:
-                self.memory.embeds[branch] = outputs[name].to(self.pipeline.transformer.dtype)
+            if outputs.get(name) is not None and branch in conditioning:
+                conditioning[branch] = outputs[name].to(self.pipeline.transformer.dtype)
         return outputs
 
-    @contextmanager
-    def _driving(self) -> Iterator[None]:
-        """Kvpack's processors in the transformer, and the pipeline's own bar and freeing silenced, for one chunk."""
-        enabled = vars(self.pipeline).get("_kvpack")
-        if enabled is None:
-            raise UnsupportedPipelineError("packforcing was disabled while a stream was open; close the stream first")
-        self.adapter.check(self.pipeline)  # again for each chunk: anything may be switched on between two of them
-        if self.streaming:
-            self.prompt.forget()
-        enabled.driving = self
-        try:
-            with self.memory.attached():
-                yield
-        finally:
-            enabled.driving = None
+
+def _adjusted(pipeline: Any, *given: int) -> tuple[int, ...]:
+    """Return height and width as multiples of a token's."""
+    patch, scale = pipeline.transformer.config.patch_size[1:], pipeline.vae_scale_factor_spatial
+    sides = tuple(side // (scale * size) * (scale * size) for side, size in zip(given, patch, strict=True))
+    if given != sides:
+        logger.warning(f"height and width {given} are adjusted to {sides} for patchification")
+    return sides
+
+
+def _check_latents(pipeline: Any, latents: Any) -> None:
+    if latents is None:
+        return
+    config, shape = pipeline.transformer.config, tuple(getattr(latents, "shape", ()))
+    _, *patch = config.patch_size
+    if len(shape) != 5 or shape[1] != config.in_channels or 0 in shape or shape[3] % patch[0] or shape[4] % patch[1]:
+        raise InvalidOptionError(
+            f"latents must be [batch, {config.in_channels} channels, frames, height, width] with height and width "
+            f"multiples of {patch[0]} and {patch[1]}, got {list(shape) or type(latents).__name__}"
+        )
+    if not bool(latents.isfinite().all()):
+        raise NonFiniteLatentsError("latents hold NaN or infinity; give finite noise")
+
+
+def _same_batch(embeds: dict[str, Tensor], latents: Tensor | None) -> dict[str, Tensor]:
+    """Repeat what is one row, as the pipeline: a prompt serves any batch of latents, a negative one any of prompts."""
+    rows = max(each.shape[0] for each in embeds.values())
+    if latents is not None and rows == 1:
+        rows = latents.shape[0]
+    batches = {f"{name} embeddings": each.shape[0] for name, each in embeds.items()}
+    if any(batch not in (1, rows) for batch in batches.values()) or (latents is not None and latents.shape[0] != rows):
+        if latents is not None:
+            batches["latents"] = latents.shape[0]
+        raise InvalidOptionError(f"batches do not go together: {', '.join(f'{k} {v}' for k, v in batches.items())}")
+    return {name: each if each.shape[0] == rows else each.repeat(rows, 1, 1) for name, each in embeds.items()}

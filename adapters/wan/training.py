@@ -1,17 +1,16 @@
 """A `WanPipeline` in training: its model rolled out over kvpack's memory without its sampler."""
 
 import inspect
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvpack.adapters.wan.denoiser import WanMemory
+from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.adapters.wan.vae import StreamingDecoder, encode
-from kvpack.generation.adapter import Adapter, Rollout, Trainee
+from kvpack.generation.adapter import Adapter
+from kvpack.generation.trainee import Rollout, Trainee
 from kvpack.memory.layer import LayerCache
-from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 
 _BRANCH = "cond"
@@ -33,12 +32,12 @@ class WanTrainee(Trainee):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Normalised latents, the posterior's mode."""
+        """Return normalised latents, the posterior's mode."""
         return encode(self.pipeline.vae, pixels.to(self.pipeline.vae.device))
 
     @torch.no_grad()
     def embed(self, captions: list[str]) -> Tensor:
-        """Text embeddings as the pipeline makes them."""
+        """Return text embeddings as the pipeline makes them."""
         pipeline = self.pipeline
         embeds, _ = pipeline.encode_prompt(
             captions, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
@@ -47,47 +46,16 @@ class WanTrainee(Trainee):
 
     def rollout(
         self, stack: Stack, embeds: Tensor, latent_size: tuple[int, int], buffer: type[LayerCache] = LayerCache
-    ) -> "WanRollout":
-        """A new video."""
+    ) -> Rollout:
+        """Start a new video."""
         height, width = (size * self.pipeline.vae_scale_factor_spatial for size in latent_size)
-        configs = {"transformer": self.pipeline.transformer.config, "vae": self.pipeline.vae.config}
+        configs = self.adapter.configs(self.pipeline)
         geometry = self.adapter.geometry(configs, height, width, self.pipeline.transformer.dtype)
-        memory = WanMemory(self.pipeline, stack, geometry, {_BRANCH: embeds}, buffer=buffer)
-        return WanRollout(memory, height, width)
+        denoiser = WanDenoiser(self.pipeline, stack, geometry, {_BRANCH: embeds}, buffer=buffer)
+        decoder = StreamingDecoder(self.pipeline.vae, height, width) if stack.needs_pixels else None
+        return Rollout(denoiser, _BRANCH, decoder)
 
     def velocity(self, transformer: Any, noisy: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
-        """The stock forward."""
+        """Return what the stock transformer predicts."""
         noisy, embeds = noisy.to(transformer.dtype), embeds.to(transformer.dtype)
         return transformer(noisy, timesteps, embeds, return_dict=False)[0]
-
-
-class WanRollout(Rollout):
-    """One video of a `WanTrainee`.
-
-    Args:
-        memory: its memory.
-        height: pixels of a frame.
-        width: pixels of a frame.
-    """
-
-    def __init__(self, memory: WanMemory, height: int, width: int) -> None:
-        session = memory.session(_BRANCH)
-        assert isinstance(session, Session)  # of a Stack, see `rollout`
-        self.memory, self.session = memory, session
-        decodes = memory.compressor is not None and memory.compressor.needs_pixels
-        self.decoder = StreamingDecoder(memory.pipeline.vae, height, width) if decodes else None
-
-    def attached(self) -> AbstractContextManager[None]:
-        """The memory in the transformer."""
-        return self.memory.attached()
-
-    def predict(self, noisy: Tensor, timestep: float, step: int) -> Tensor:
-        """Velocity of a chunk."""
-        timesteps = torch.full((noisy.shape[0],), timestep, device=noisy.device)
-        return self.memory.forward(_BRANCH, noisy.to(self.memory.transformer.dtype), timesteps, step)
-
-    def commit(self, latents: Tensor) -> None:
-        """Writes a clean chunk into history."""
-        with torch.no_grad():
-            pixels = None if self.decoder is None else self.decoder(latents)
-        self.memory.commit(latents, pixels)

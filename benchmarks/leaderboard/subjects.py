@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ from kvpack.shipped import STACK_OPTIONS, shipped_compressor
 # What the toy pipeline was trained with; given to every factory that takes it.
 SIZES = {"chunk_frames": 4, "train_frames": 20}
 # Option of a stack's factory -> role of the policy that it takes.
-ROLES = {"compressor": "compressor", "selector": "selector", "reindex": "reindexer"}
+ROLES = {"compressor": "compressor", "selector": "selector", "reindexer": "reindexer"}
 # Generated without a memory, see `sources.reference`.
 REFERENCES = ("truth", "shuffled", "frozen", "noise")
 HERO = "packforcing"
@@ -44,11 +43,8 @@ class Memory:
             UnknownNameError: if the stack, an option or a policy isn't there.
             InvalidOptionError: if an option is wrong.
         """
-        factory = registry().stacks.get(self.factory)
-        known = inspect.signature(factory).parameters if factory else {}
-        sizes = {option: value for option, value in SIZES.items() if option in known}
         options = {option: _policy(option, value) for option, value in self.options.items()}
-        return registry().stack(self.factory, {**sizes, **options})
+        return registry().stack(self.factory, options, registry().taken(self.factory, SIZES))
 
 
 def _policy(option: str, value: Any) -> Any:
@@ -63,7 +59,7 @@ RIVALS = (
     Memory(
         "window with sink 4, contiguous",
         "self-forcing",
-        {"window_frames": 20, "sink_frames": 4, "reindex": "contiguous"},
+        {"window_frames": 20, "sink_frames": 4, "reindexer": "contiguous"},
     ),
     Memory("sink 8 + recent 4", "packforcing", {"topk": 0}),
     Memory("packforcing, lr", "packforcing", {"compressor": "lr"}),

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvpack.checkpoints.hub import model_folder
+from kvpack.checkpoints.text import read_text
 from kvpack.errors import InvalidOptionError
 from kvpack.version import __version__
 
@@ -16,7 +18,7 @@ PLACES = (FILE, f"scheduler/{FILE}")
 
 @dataclass(frozen=True)
 class Settings:
-    """A model's own memory.
+    """The memory, frame rate and call arguments that a model was trained for.
 
     Args:
         stack: name of an installed stack.
@@ -35,7 +37,7 @@ class Settings:
     recipe: str | None = None
 
     def write(self, folder: Path) -> None:
-        """Writes the file into a model's folder, which has a `scheduler`."""
+        """Write the settings into a model's folder, which has a `scheduler`."""
         data = {
             "kvpack_version": __version__,
             "recipe": self.recipe,
@@ -44,18 +46,18 @@ class Settings:
             "first_chunk_frames": self.first_chunk_frames,
             "call": dict(self.call),
         }
-        for place in PLACES:
+        for place in PLACES:  # twice, for a download by diffusers has the folders of components only
             (folder / place).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> "Settings":
-        """Reads the file.
+        """Read settings from a file.
 
         Raises:
             InvalidOptionError: if it does not hold settings.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(read_text(path))
             stack, known = data["stack"], {"fps", "first_chunk_frames", "call", "recipe"}
             settings = cls(stack["name"], stack.get("options", {}), **{key: data[key] for key in known & set(data)})
             if not (isinstance(settings.stack, str) and settings.fps > 0):
@@ -68,12 +70,15 @@ class Settings:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Settings | None":
-        """The settings in a model's folder, if there are any."""
+        """Return the settings in a model's folder, or None if it has none."""
         return next((cls.read(folder / place) for place in PLACES if (folder / place).is_file()), None)
 
     @classmethod
     def of_pipeline(cls, pipeline: Any) -> "Settings | None":
-        """The settings in the folder, or the Hub's cache, that a pipeline was loaded from; the network is not asked."""
+        """Return the settings in the folder, or the Hub's local cache, that a pipeline was loaded from, or None.
+
+        The network is not asked.
+        """
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
@@ -89,14 +94,28 @@ class Settings:
         return next((cls.read(Path(path)) for path in cached if isinstance(path, str)), None)
 
 
-def require_model_folder(folder: Path) -> Path:
-    """Returns `folder` if it looks like a diffusers pipeline.
+def frame_rate(pipeline_class: str, configs: Mapping[str, Mapping[str, Any]]) -> float:
+    """Return the pixel frames a second that a stock model was trained with: 24 or 16.
+
+    Args:
+        pipeline_class: name of its diffusers class.
+        configs: of its parts, the transformer's among them.
+
+    >>> frame_rate("SkyReelsV2DiffusionForcingPipeline", {}), frame_rate("WanPipeline", {})
+    (24.0, 16.0)
+    """
+    # Of Wan's models only 2.2 TI2V 5B has 24; a VAE of 48 channels tells it.
+    wan_5b = pipeline_class.startswith("Wan") and configs.get("transformer", {}).get("in_channels") == 48
+    return 24.0 if pipeline_class.startswith("SkyReelsV2") or wan_5b else 16.0
+
+
+def require_model_folder(name: Path, only: list[str] | None = None) -> Path:
+    """Return the folder of a whole diffusers pipeline, given it or its Hub id (see `model_folder`).
 
     Raises:
-        InvalidOptionError: if it does not.
+        InvalidOptionError: if there is none.
     """
-    if not folder.is_dir():
-        raise InvalidOptionError(f"no model folder {folder}; give the folder of a whole diffusers pipeline")
+    folder = model_folder(name, only=only)
     if not (folder / "model_index.json").is_file():
         raise InvalidOptionError(f"{folder} has no model_index.json; give the folder of a whole diffusers pipeline")
     return folder

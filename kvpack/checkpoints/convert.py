@@ -5,17 +5,19 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
+from kvpack.checkpoints.hub import model_folder
 from kvpack.checkpoints.lora import merge, read_lora
 from kvpack.checkpoints.reading import NESTINGS, read_checkpoint
 from kvpack.checkpoints.recipes import Recipe
+from kvpack.checkpoints.text import read_text
 from kvpack.errors import InvalidOptionError, OutputError, UnsupportedPipelineError
-from kvpack.scheduler import FlowMatchFewStepScheduler
 
 _INDEX = "model_index.json"
 #: What a base without other parts lacks; they can be passed to `from_pretrained`.
@@ -25,7 +27,7 @@ _TRANSFORMER = ["diffusers", "WanTransformer3DModel"]
 
 @dataclass(frozen=True)
 class Family:
-    """What the layout of a model family's checkpoints is.
+    """How checkpoints of a model family are laid out.
 
     Args:
         rename: gives weights by name their diffusers names.
@@ -38,16 +40,16 @@ class Family:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is converted into what.
+    """Everything that a conversion reads, and where it writes.
 
     Args:
         source: checkpoint, a file or a folder of shards.
-        base: diffusers folder of the same model, or of its transformer's config alone.
+        base: diffusers folder of the same model, or of its transformer's config alone, or Hub id.
         output: folder to write.
         recipe: what the checkpoint was trained for.
         weights: outermost key of the weights in the checkpoint; the recipe's, or the first known, if None.
         lora: LoRA to merge.
-        lora_alpha: its strength; what the file says if None, else the rank.
+        lora_alpha: its strength; what its files say if None (see `Strength`).
         dtype: of the weights; the checkpoint's own if None.
         max_shard_size: bytes of a file, or a text such as "5GB".
         overwrite: whether an output that is there is replaced.
@@ -67,7 +69,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Converted:
-    """What came of it.
+    """What a conversion wrote.
 
     Args:
         nesting: keys under which the weights were.
@@ -87,12 +89,13 @@ class Converted:
 
 
 def convert(asked: Conversion, family: Family) -> Converted:
-    """Converts a checkpoint; all of the output is there at the end, or nothing of it.
+    """Convert a checkpoint into a diffusers folder; on an error the output stays as it was.
 
     Raises:
         InvalidOptionError: if the checkpoint, the LoRA or the base is not what it must be, or the output is in the way.
         UnsupportedPipelineError: if the base has two transformers.
     """
+    asked = replace(asked, base=model_folder(asked.base, "base", without=["transformer/*.safetensors", "*.bin"]))
     index, config = _base(asked.base)
     _require_free(asked)
     prefer = (asked.recipe.nesting,) if asked.recipe.nesting else ()
@@ -105,24 +108,26 @@ def convert(asked: Conversion, family: Family) -> Converted:
     if asked.dtype is not None:
         weights = {name: each.to(asked.dtype) for name, each in weights.items()}
     model = family.build(weights, config)
+    # Nothing is written before all that can be wrong with the weights has been found.
     with _replacing(asked.output) as folder:
         model.save_pretrained(folder / "transformer", max_shard_size=asked.max_shard_size)
-        FlowMatchFewStepScheduler(asked.recipe.sigmas, asked.recipe.shift).save_pretrained(folder / "scheduler")
+        asked.recipe.scheduler.save_pretrained(folder / "scheduler")
         asked.recipe.settings.write(folder)
-        copied, absent = _copy_parts(asked.base, folder, index)
+        copied, absent = _copy_parts(asked, folder, index)
     parameters = sum(each.numel() for each in model.parameters())
     return Converted(checkpoint.nesting, len(weights), parameters, len(deltas), copied, absent)
 
 
 def _base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Index and transformer's config."""
-    if not base.is_dir():
-        raise InvalidOptionError(
-            f"no base folder {base}; give a diffusers folder, or one with the transformer's config"
-        )
+    """Return the base's model index and its transformer's config."""
     index = _json(base / _INDEX) if (base / _INDEX).is_file() else dict(_ALONE)
     if any(index.get("transformer_2") or ()):
         raise UnsupportedPipelineError(f"kvpack drives one causal transformer, but {base} has transformer_2 as well")
+    if index.get("_class_name") != _ALONE["_class_name"]:
+        raise UnsupportedPipelineError(
+            f"{base} is a {index.get('_class_name')}, but what is converted is run by a {_ALONE['_class_name']}; "
+            "give a base of that class, e.g. Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+        )
     places = [base / "transformer/config.json", base / "config.json"]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
@@ -132,7 +137,7 @@ def _base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except ValueError as error:
         raise InvalidOptionError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):
@@ -140,12 +145,11 @@ def _json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _copy_parts(base: Path, folder: Path, index: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Copies all but the transformer and the scheduler, and writes the index."""
-    own = {
-        "transformer": _TRANSFORMER,
-        "scheduler": [FlowMatchFewStepScheduler.__module__, "FlowMatchFewStepScheduler"],
-    }
+def _copy_parts(asked: Conversion, folder: Path, index: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Copy all parts but the transformer and the scheduler, and write the model index."""
+    base, scheduler = asked.base, type(asked.recipe.scheduler)
+    library = "diffusers" if hasattr(diffusers, scheduler.__name__) else scheduler.__module__
+    own = {"transformer": _TRANSFORMER, "scheduler": [library, scheduler.__name__]}
     parts = [name for name, value in index.items() if isinstance(value, list) and name not in (*own, "transformer_2")]
     there = [name for name in parts if (base / name).is_dir()]
     for name in there:
@@ -167,9 +171,10 @@ def _require_free(asked: Conversion) -> None:
 
 @contextmanager
 def _replacing(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place at the end, unless something fails."""
+    """Yield a folder beside `output` that replaces it at the end, unless an error is raised."""
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, so that both renames stay on one file system, where they cannot stop halfway.
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as staging:
         new, old = Path(staging) / "new", Path(staging) / "old"
         new.mkdir()

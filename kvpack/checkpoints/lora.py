@@ -1,7 +1,7 @@
-"""Low-rank deltas merged into weights, exactly: one rounding of the exact sum."""
+"""A LoRA's deltas merged into weights, exactly: one rounding of the exact sum."""
 
-import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,70 +11,115 @@ import torch
 from torch import Tensor
 
 from kvpack.checkpoints.reading import NESTINGS, read_checkpoint
+from kvpack.checkpoints.strength import Strength
 from kvpack.errors import InvalidOptionError
 
-_FACTOR = re.compile(r"(?P<module>.+?)\.lora_(?P<factor>A|B|down|up)(\.\w+)?\.weight")
+#: Factors and biases as PEFT, kohya's trainers and older diffusers name them.
+_FACTOR = re.compile(
+    r"(?P<module>.+?)\.lora(?:_linear_layer\.|\.|_)(?P<factor>A|B|down|up)(?:\.\w+)?\.(?P<kind>weight|bias)"
+)
+_SIDES = {"A": "down", "B": "up"}
+#: What is added, as it is, to a module's weight, to its bias, or to a block's modulation.
+_WHOLE = re.compile(r"(?P<module>.+)\.(?P<kind>diff|diff_b|diff_m)")
+_TARGETS = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
 _ALPHA = re.compile(r"(?P<module>.+)\.alpha")
+#: Names of modules as kohya's trainers flatten them.
+_FLAT = re.compile(r"lora_unet_blocks_(\d+)_(?:(self_attn|cross_attn|ffn)_)?")
+
+
+class Delta(ABC):
+    """What is added to one weight."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+
+    @abstractmethod
+    def exact(self) -> Tensor:
+        """Return the delta in float64."""
+
+    def merged(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the weight with the delta added, computed in float64 and rounded once."""
+        return rounded(weight.double() + self.exact(), dtype)
+
+
+@dataclass(frozen=True)
+class LowRank(Delta):
+    """The delta `scale * up @ down` (LoRA, arXiv 2106.09685).
+
+    Args:
+        factors: "down" `[rank, in, ...]` and "up" `[out, rank, ...]`; a convolution's have its kernel behind.
+        scale: strength, e.g. alpha / rank.
+    """
+
+    factors: Mapping[str, Tensor]
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return (self.factors["up"].shape[0], *self.factors["down"].shape[1:])
+
+    def exact(self) -> Tensor:
+        """Return the delta in float64."""
+        up, down = (self.factors[each].double().flatten(1) for each in ("up", "down"))
+        return (self.scale * (up @ down)).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Whole(Delta):
+    """The delta `scale * tensor`, e.g. of a bias."""
+
+    tensor: Tensor
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return tuple(self.tensor.shape)
+
+    def exact(self) -> Tensor:
+        """Return the delta in float64."""
+        return self.scale * self.tensor.double()
 
 
 @dataclass
-class LowRank:
-    """The delta `alpha / rank * up @ down` of one weight (LoRA, arXiv 2106.09685).
-
-    Args:
-        factors: "down" `[rank, in]` and "up" `[out, rank]`.
-        alpha: its strength; the rank if None.
-    """
+class _Module:
+    """What a file says of one module's low-rank delta."""
 
     factors: dict[str, Tensor] = field(default_factory=dict)
+    bias: Tensor | None = None
     alpha: float | None = None
 
-    def merged(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight with the delta, computed in float64 and rounded once."""
-        up, down = (self.factors[each].double() for each in ("up", "down"))
-        scale = 1.0 if self.alpha is None else self.alpha / down.shape[0]
-        return rounded(weight.double() + scale * (up @ down), dtype)
 
+def read_lora(path: Path, alpha: float | None, rename: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Delta]:
+    """Read the deltas of a LoRA, by the diffusers name of the weight that each belongs to.
 
-def read_lora(
-    path: Path, alpha: float | None, rename: Callable[[dict[str, Any]], dict[str, Any]]
-) -> dict[str, LowRank]:
-    """Deltas by the diffusers name of the weight that they belong to; PEFT's keys and those of `lora_up`, `lora_down`.
+    Keys are those of PEFT, diffusers and kohya's trainers (`lora_up`, `lora_unet_...`), and `diff`, `diff_b`, `diff_m`.
+    Differs from diffusers, which drops what such keys add to norms, modulations and embeddings: it is merged too.
 
     Args:
         path: file, possibly nested under `generator_lora`, or folder of PEFT.
-        alpha: strength of all deltas; what the file or an `adapter_config.json` beside it says if None, else the rank.
+        alpha: strength of all low-rank deltas; what the file says if None (see `Strength`).
         rename: gives weights by name their diffusers names.
 
     Raises:
-        InvalidOptionError: if a key is no LoRA's, or half of a pair is missing.
+        InvalidOptionError: if a key is no LoRA's, half of a pair is missing, or the strength is not known for sure.
     """
-    tensors = read_checkpoint(path, nestings=("generator_lora", *NESTINGS)).tensors
-    found: dict[str, LowRank] = {}
-    for key, tensor in tensors.items():
-        factor, strength = _FACTOR.fullmatch(key), _ALPHA.fullmatch(key)
-        match = factor or strength
-        if match is None:
-            raise InvalidOptionError(
-                f"{path} has {key}, which is no LoRA's; it needs ...lora_A.weight, ...lora_B.weight"
-            )
-        delta = found.setdefault(match["module"], LowRank())
-        if factor is None:
-            delta.alpha = float(tensor)
-        else:
-            side = {"A": "down", "B": "up"}.get(factor["factor"], factor["factor"])
-            if side in delta.factors:
-                raise InvalidOptionError(f"{path} has two adapters for {match['module']}; give a file with one")
-            delta.factors[side] = tensor
-    shared = _configured_alpha(path) if alpha is None else alpha
-    for module, delta in found.items():
-        _require_pair(path, module, delta)
-        delta.alpha = delta.alpha if alpha is None and delta.alpha is not None else shared
-    return {name: found[module] for name, module in rename({f"{module}.weight": module for module in found}).items()}
+    modules, deltas = _sorted(path, read_checkpoint(path, nestings=("generator_lora", *NESTINGS)).tensors)
+    strength = Strength.read(path, alpha)
+    for name, module in modules.items():
+        _require_pair(path, name, module)
+        scale = strength.scale(name, module.factors["down"].shape[0], module.alpha)
+        _put(path, deltas, f"{name}.weight", LowRank(module.factors, scale))
+        if module.bias is not None:
+            _put(path, deltas, f"{name}.bias", Whole(module.bias, scale))
+    return rename(deltas)
 
 
-def merge(weights: Mapping[str, Tensor], deltas: Mapping[str, LowRank], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The weights with their deltas.
+def merge(weights: Mapping[str, Tensor], deltas: Mapping[str, Delta], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the weights with their deltas added.
 
     Args:
         weights: by diffusers name.
@@ -92,15 +137,17 @@ def merge(weights: Mapping[str, Tensor], deltas: Mapping[str, LowRank], dtype: t
         )
     merged = dict(weights)
     for name, delta in deltas.items():
-        weight, shape = weights[name], (delta.factors["up"].shape[0], delta.factors["down"].shape[1])
-        if tuple(weight.shape) != shape:
-            raise InvalidOptionError(f"the LoRA delta of {name} is {shape}, but the weight is {tuple(weight.shape)}")
+        weight = weights[name]
+        if tuple(weight.shape) != delta.shape:
+            raise InvalidOptionError(
+                f"the LoRA delta of {name} is {delta.shape}, but the weight is {tuple(weight.shape)}"
+            )
         merged[name] = delta.merged(weight, dtype or weight.dtype)
     return merged
 
 
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nearest value of `dtype` to a float64; torch itself rounds 16-bit floats twice, by way of float32."""
+    """Round float64 to the nearest value of `dtype`; torch itself rounds 16-bit floats twice, by way of float32."""
     if dtype.itemsize > 2:
         return exact.to(dtype)
     single = exact.float()
@@ -109,27 +156,52 @@ def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
     return (single.view(torch.int32) | (single.double() != exact).int()).view(torch.float32).to(dtype)
 
 
-def _require_pair(path: Path, module: str, delta: LowRank) -> None:
-    if set(delta.factors) != {"up", "down"}:
-        raise InvalidOptionError(f"{path} has half of a LoRA pair for {module}: {', '.join(delta.factors) or 'alpha'}")
-    up, down = delta.factors["up"], delta.factors["down"]
-    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
+def _sorted(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Module], dict[str, Delta]]:
+    """Return low-rank deltas by module, and those that are stated as a whole by weight."""
+    modules: dict[str, _Module] = {}
+    wholes: dict[str, Delta] = {}
+    for key, tensor in tensors.items():
+        dotted = _FLAT.sub(lambda flat: f"blocks.{flat[1]}." + (f"{flat[2]}." if flat[2] else ""), key)
+        if match := _FACTOR.fullmatch(dotted):
+            _add_factor(path, modules.setdefault(match["module"], _Module()), match, tensor)
+        elif match := _WHOLE.fullmatch(dotted):
+            # A modulation is a parameter, and not the weight of a module.
+            itself = match["kind"] == "diff" and match["module"].endswith(("modulation", "scale_shift_table"))
+            name = match["module"] if itself else f"{match['module']}.{_TARGETS[match['kind']]}"
+            _put(path, wholes, name, Whole(tensor))
+        elif match := _ALPHA.fullmatch(dotted):
+            modules.setdefault(match["module"], _Module()).alpha = float(tensor)
+        else:
+            raise InvalidOptionError(
+                f"{path} has {key}, which is no LoRA's; it needs ...lora_A.weight, ...lora_B.weight"
+            )
+    return modules, wholes
+
+
+def _add_factor(path: Path, module: _Module, match: re.Match[str], tensor: Tensor) -> None:
+    side = _SIDES.get(match["factor"], match["factor"])
+    if (side, match["kind"]) == ("up", "bias"):
+        module.bias = tensor
+    elif match["kind"] == "bias":
+        raise InvalidOptionError(f"{path} has {match[0]}; a LoRA has a bias behind its second factor only")
+    elif side in module.factors:
+        raise InvalidOptionError(f"{path} has two adapters for {match['module']}; give a file with one")
+    else:
+        module.factors[side] = tensor
+
+
+def _put(path: Path, deltas: dict[str, Delta], name: str, delta: Delta) -> None:
+    if name in deltas:
+        raise InvalidOptionError(f"{path} has two deltas for {name}; give a file with one")
+    deltas[name] = delta
+
+
+def _require_pair(path: Path, name: str, module: _Module) -> None:
+    if set(module.factors) != {"up", "down"}:
+        raise InvalidOptionError(f"{path} has half of a LoRA pair for {name}: {', '.join(module.factors) or 'alpha'}")
+    up, down = module.factors["up"], module.factors["down"]
+    # A convolution's kernel is in "down", as PEFT has it.
+    if up.ndim < 2 or up.ndim != down.ndim or up.shape[1] != down.shape[0] or up[0, 0].numel() != 1:
         raise InvalidOptionError(
-            f"the LoRA pair of {module} must be [rank, in] and [out, rank], got {[*down.shape]}, {[*up.shape]}"
+            f"the LoRA pair of {name} must be [rank, in] and [out, rank], got {[*down.shape]}, {[*up.shape]}"
         )
-
-
-def _configured_alpha(path: Path) -> float | None:
-    """What PEFT's config beside the file says."""
-    config = (path if path.is_dir() else path.parent) / "adapter_config.json"
-    if not config.is_file():
-        return None
-    try:
-        data = json.loads(config.read_text(encoding="utf-8"))
-        special = [name for name in ("use_rslora", "use_dora", "fan_in_fan_out", "alpha_pattern") if data.get(name)]
-        alpha = None if data.get("lora_alpha") is None else float(data["lora_alpha"])
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InvalidOptionError(f"{config} is not PEFT's: {error}") from error
-    if special:
-        raise InvalidOptionError(f"{config} asks for {', '.join(special)}, which is not merged; merge it with PEFT")
-    return alpha

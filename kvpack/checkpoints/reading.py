@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kvpack.checkpoints.text import read_text
 from kvpack.errors import InvalidOptionError
 
 #: Where a checkpoint keeps the generator's weights: the first of these that is there, again and again.
@@ -25,7 +26,7 @@ _OUTER = {"model", "diffusion_model", "base_model", "generator", "transformer"}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights by bare name.
+    """Weights by name, without the prefixes of wrappers.
 
     Args:
         tensors: the weights, still in their file where it can be mapped into memory.
@@ -37,7 +38,7 @@ class Checkpoint:
 
 
 def read_checkpoint(source: Path, weights: str | None = None, nestings: Sequence[str] = NESTINGS) -> Checkpoint:
-    """Reads `.safetensors`, `.pt`, `.pth`, `.bin`, `.ckpt`, or a folder of shards; no code from a file is run.
+    """Read `.safetensors`, `.pt`, `.pth`, `.bin`, `.ckpt`, or a folder of shards; no code from a file is run.
 
     Args:
         source: file or folder.
@@ -50,8 +51,10 @@ def read_checkpoint(source: Path, weights: str | None = None, nestings: Sequence
     data, nesting = _unnested(_load(source), source, weights, nestings)
     tensors: dict[str, Tensor] = {}
     for key, value in data.items():
-        if isinstance(value, Tensor):
-            name = bare_name(key)
+        name = bare_name(key)
+        if name.endswith(".alpha") and isinstance(value, Tensor | int | float):
+            value = torch.as_tensor(value, dtype=torch.float64)  # a LoRA's strength, often a whole number
+        if isinstance(value, Tensor) and _is_weight(name, value):
             if name in tensors:
                 raise InvalidOptionError(f"{source} has two weights for {name}, one of them {key}")
             tensors[name] = value
@@ -61,8 +64,18 @@ def read_checkpoint(source: Path, weights: str | None = None, nestings: Sequence
     return Checkpoint(tensors, nesting)
 
 
+def header(source: Path) -> dict[str, str]:
+    """Return what the headers of a checkpoint's safetensors files say beside their tensors."""
+    told: dict[str, str] = {}
+    for path in _shards(source) if source.is_dir() else [source]:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                told |= file.metadata() or {}
+    return told
+
+
 def bare_name(key: str) -> str:
-    """A weight's name without what FSDP, `torch.compile`, DDP and other wrappers put around it.
+    """Return a weight's name without what FSDP, `torch.compile`, DDP and other wrappers put around it.
 
     >>> bare_name("model._fsdp_wrapped_module.blocks.0._orig_mod.ffn.0.weight")
     'blocks.0.ffn.0.weight'
@@ -82,6 +95,7 @@ def _unnested(
         if inner is None:
             raise InvalidOptionError(f"{source} has no weights {weights!r}; it holds {_listed(data)}")
         data, taken = inner, [weights]
+    # Trainers nest more than once, e.g. {"generator": {"model": weights}}.
     while key := next((key for key in nestings if _inside(data, key) is not None), None):
         data = _inside(data, key) or {}
         taken.append(key)
@@ -89,12 +103,17 @@ def _unnested(
 
 
 def _inside(data: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
-    """What is nested under a key; safetensors can only say so in its names."""
+    """Return what is nested under a key, or None; a safetensors file nests by prefixes of its names only."""
     if isinstance(data.get(key), Mapping):
         return dict(data[key])
     if key == "model":  # a prefix like any other
         return None
     return {name.removeprefix(f"{key}."): data[name] for name in data if name.startswith(f"{key}.")} or None
+
+
+def _is_weight(name: str, tensor: Tensor) -> bool:
+    """Return whether a tensor is a number of the model, and not a counter, a mask or a table beside its weights."""
+    return tensor.is_floating_point() or re.search(r"(^|\.)q?weight(_packed)?$|\.bias$", name) is not None
 
 
 def _require_floats(tensors: Mapping[str, Tensor], source: Path) -> None:
@@ -120,9 +139,10 @@ def _load(source: Path) -> Mapping[str, Any]:
 
 
 def _shards(folder: Path) -> list[Path]:
+    # A folder may hold the weights twice, as safetensors and pickled: its safetensors are taken.
     for index in sorted(folder.glob("*.index.json"), key=lambda path: ".safetensors." not in path.name):
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(json.loads(read_text(index))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidOptionError(f"{index} is not the index of a sharded checkpoint: {error!r}") from error
         missing = [name for name in names if not (folder / name).is_file()]

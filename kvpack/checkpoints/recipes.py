@@ -1,12 +1,15 @@
 """Known causal checkpoints: how they were trained, from their repositories' configs."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffusers import SchedulerMixin, UniPCMultistepScheduler
+
+from kvpack.checkpoints.causality import ends, why_not_causal
 from kvpack.checkpoints.config import Settings
 from kvpack.errors import InvalidOptionError, unknown_name
+from kvpack.scheduler import FlowMatchFewStepScheduler
 
 _FOUR_STEPS = (1.0, 0.75, 0.5, 0.25)
 #: Self-Forcing and its kin were trained on 21 latent frames, in chunks of 3.
@@ -17,16 +20,19 @@ _PACKED_FRAMEWISE = {"chunk_frames": 1, "sink_frames": 6, "recent_frames": 3, "t
 
 @dataclass(frozen=True)
 class Recipe:
-    """A known checkpoint.
+    """How a known checkpoint was trained, and how it is sampled.
 
     Args:
         name: what `--recipe` calls it.
         source: where its weights and its config come from.
-        words: letters and digits that all occur in the checkpoint's file or folder names.
+        files: patterns of what the paths of its released files end with, as `plain` writes them.
         stack: the memory that it was trained with, or `packforcing` fitted to it.
         options: of the stack, the chunk length among them.
         sigmas: noise levels before the shift, a denoising step each.
         shift: time shift of the flow.
+        solver: whether its code samples by UniPC (arXiv 2302.04867), as stock Wan does, and not by re-noising.
+        fps: pixel frames a second that it was trained with.
+        base: preset of the model that it was made of.
         nesting: which weights its own code loads, where the checkpoint has several.
         lora: whether a LoRA belongs to it.
         note: what a user should know.
@@ -34,20 +40,31 @@ class Recipe:
 
     name: str
     source: str
-    words: tuple[str, ...]
+    files: tuple[str, ...]
     stack: str = "packforcing"
     options: dict[str, Any] = field(default_factory=lambda: dict(_PACKED))
     sigmas: tuple[float, ...] = _FOUR_STEPS
     shift: float = 5.0
+    solver: bool = False
+    fps: float = 16.0
+    base: str = "wan2.1-t2v-1.3b"
     nesting: str | None = None
     lora: bool = False
     note: str = ""
 
     @property
     def settings(self) -> Settings:
-        """What goes into `kvpack_config.json`; distilled checkpoints have their guidance inside."""
+        """What goes into `kvpack_config.json`; guidance is distilled into the weights, so its scale is 1."""
         call = {"num_inference_steps": len(self.sigmas), "guidance_scale": 1.0}
-        return Settings(self.stack, self.options, call=call, recipe=self.name)
+        return Settings(self.stack, self.options, self.fps, call=call, recipe=self.name)
+
+    @property
+    def scheduler(self) -> SchedulerMixin:
+        """The sampler that its own code uses."""
+        if not self.solver:
+            return FlowMatchFewStepScheduler(self.sigmas, self.shift)
+        flow: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        return UniPCMultistepScheduler(flow_shift=self.shift, **flow)
 
 
 _CAUSAL_FORCING = "github.com/thu-ml/Causal-Forcing, zhuhz22/Causal-Forcing"
@@ -56,30 +73,30 @@ _CAUSVID = "github.com/tianweiy/CausVid, tianweiy/CausVid"
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("self-forcing", "github.com/guandeh17/Self-Forcing, gdhe17/Self-Forcing", ("selfforcing",)),
+        Recipe("self-forcing", "github.com/guandeh17/Self-Forcing, gdhe17/Self-Forcing", ("selfforcingdmd",)),
         Recipe(
             "causal-forcing-chunkwise",
             f"{_CAUSAL_FORCING} chunkwise/causal_forcing.pt",
-            ("causalforcing", "chunkwise"),
+            ("chunkwise/causalforcing",),
             nesting="generator",
         ),
         Recipe(
             "causal-forcing-framewise",
             f"{_CAUSAL_FORCING} framewise/causal_forcing.pt",
-            ("causalforcing", "framewise"),
+            ("framewise/causalforcing",),
             options=_PACKED_FRAMEWISE,
         ),
         Recipe(
             "causal-forcing-framewise-2step",
             f"{_CAUSAL_FORCING}, Causal-Forcing++",
-            ("causalforcing", "framewise", "2step"),
+            ("causalforcing/framewise2step", "framewise2step/causalforcing"),
             options=_PACKED_FRAMEWISE,
             sigmas=(1.0, 0.5),
         ),
         Recipe(
             "causal-forcing-framewise-1step",
             f"{_CAUSAL_FORCING}, Causal-Forcing++",
-            ("causalforcing", "framewise", "1step"),
+            ("causalforcing/framewise1step", "framewise1step/causalforcing"),
             options=_PACKED_FRAMEWISE,
             sigmas=(1.0,),
             note="its config was not seen: a single step starts from noise alone",
@@ -87,7 +104,7 @@ RECIPES = {
         Recipe(
             "causvid",
             f"{_CAUSVID} autoregressive_checkpoint, configs/wan_causal_dmd.yaml",
-            ("causvid",),
+            ("causvid/([^/]*/)*autoregressivecheckpoint(/model)?",),
             sigmas=(1.0, 0.28, 0.12),
             shift=8.0,
             note="its steps 1000, 757 and 522 are the flow's 1000, 756.76 and 521.74",
@@ -95,13 +112,13 @@ RECIPES = {
         Recipe(
             "causvid-4step",
             f"{_CAUSVID} autoregressive_checkpoint_warp_4step_cfg2",
-            ("causvid", "4step"),
+            ("causvid/([^/]*/)*autoregressivecheckpointwarp4stepcfg2(/model)?",),
             shift=8.0,
         ),
         Recipe(
             "longlive",
             "github.com/NVlabs/LongLive v1.0, Efficient-Large-Model/LongLive longlive_base.pt with lora.pt",
-            ("longlive",),
+            ("longlivebase",),
             "longlive",
             {"chunk_frames": 3, "window_frames": 12, "sink_frames": 3, "global_sink": True},
             nesting="generator",
@@ -109,41 +126,68 @@ RECIPES = {
             note="trained in chunks of 3; a later config of its repository generates in chunks of 6",
         ),
         Recipe(
+            "longlive-2-5b",
+            "github.com/NVlabs/LongLive main, Efficient-Large-Model/LongLive-2.0-5B model_bf16.pt",
+            ("longlive205b/([^/]*/)*modelbf16",),
+            "longlive",
+            {"chunk_frames": 8, "window_frames": 32, "sink_frames": 8, "global_sink": True},
+            solver=True,
+            fps=24.0,
+            base="wan2.2-ti2v-5b",
+            nesting="generator",
+            note="its own code keeps a chunk as a second sink at every scene cut, and shifts positions by 8 frames; "
+            "here a cut is the stack's. Its weights were not at hand",
+        ),
+        Recipe(
             "infinite-forcing",
             "github.com/SOTAMak1r/Infinite-Forcing, SOTAMak1r/Infinite-Forcing",
-            ("infiniteforcing",),
+            ("infiniteforcing/(ema)?model",),
             "infinite-forcing",
             {"chunk_frames": 3, "window_frames": 6, "sink_frames": 1},
         ),
         Recipe(
             "krea-14b",
             "github.com/krea-ai/realtime-video, krea/krea-realtime-video krea-realtime-video-14b.safetensors",
-            ("krea",),
+            ("krearealtimevideo14b",),
             "krea",
             {"chunk_frames": 3, "context_frames": 3},
+            base="wan2.1-t2v-14b",
             note="the bias on past frames that its text names has no published value: 0",
         ),
     )
 }
 
 
+#: Released files that are no recipe's, and causal: what they are, by what their paths end with.
+_OTHERS = {
+    "wan(causal)?odecheckpoint[^/]*(/model)?": "CausVid's initialisation, which was not distilled",
+    "odeinit": "an initialisation from ODE pairs, which was not distilled",
+    "(chunkwise|framewise)/causal(ode|cd)": "an initialisation of Causal-Forcing, which was not distilled",
+    "(chunkwise|framewise)/ardiffusion": "a teacher of many steps and guidance, which was not distilled",
+    "chunkwise/longvideo": "Causal-Forcing's long-video weights, trained for a memory that is not here",
+}
+
+
 def recipe_for(source: Path, name: str | None) -> Recipe:
-    """A recipe by name, or the one that the checkpoint's path tells: its own name and those of two folders above it.
+    """Return a recipe by name, or the one whose released file the checkpoint's path is that of.
 
     Raises:
         UnknownNameError: if there is no recipe of that name.
-        InvalidOptionError: if the path tells none, or several.
+        InvalidOptionError: if the path is that of no recipe's file, or of weights that are not causal.
     """
     if name is not None:
         if name not in RECIPES:
             raise unknown_name("recipe", name, RECIPES)
         return RECIPES[name]
     path = "/".join(source.absolute().parts[-3:])
-    letters = re.sub("[^a-z0-9]", "", path.lower())
-    found = [recipe for recipe in RECIPES.values() if all(word in letters for word in recipe.words)]
-    # "causvid" also occurs wherever "causvid" with "4step" does.
-    found = [each for each in found if not any(set(each.words) < set(other.words) for other in found)]
-    if len(found) != 1:
-        told = "several: " + ", ".join(each.name for each in found) if found else "none"
-        raise InvalidOptionError(f"the path {path} tells {told}; give --recipe, one of {', '.join(RECIPES)}")
-    return found[0]
+    if what := why_not_causal(source):
+        raise InvalidOptionError(
+            f"{path} is not causal: {what}. It was never taught to work chunk by chunk; give a checkpoint that was"
+        )
+    found = [each for each in RECIPES.values() if any(ends(source, pattern) for pattern in each.files)]
+    if len(found) == 1:
+        return found[0]
+    if not source.exists():
+        raise InvalidOptionError(f"no checkpoint {source}; give a file or a folder of shards")
+    told = next((f"{what}, that no recipe is for" for each, what in _OTHERS.items() if ends(source, each)), "none")
+    raise InvalidOptionError(f"the path {path} tells {told}; give --recipe, one of {', '.join(RECIPES)}")

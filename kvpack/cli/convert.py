@@ -35,15 +35,15 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Make a diffusers folder of a causal Wan checkpoint, with the scheduler, chunk length and memory that it needs."""
-    from kvpack.adapters.wan.checkpoint import diffusers_names, transformer
     from kvpack.checkpoints.convert import Conversion, Family
     from kvpack.checkpoints.convert import convert as run
     from kvpack.checkpoints.recipes import recipe_for
+    from kvpack.plugins.registry import registry
 
     known = recipe_for(source, recipe)
     precision = None if dtype is None else parse_dtype(dtype)
     asked = Conversion(source, base, output, known, weights, lora, lora_alpha, precision, max_shard_size, overwrite)
-    done = run(asked, Family(diffusers_names, transformer))
+    done = run(asked, Family(*registry().adapters["wan"].checkpoint_layout()))
     notes = [known.note] * bool(known.note)
     if known.lora and lora is None:
         notes.append(f"{known.name} is a base and a LoRA, and no --lora was given")

@@ -24,9 +24,9 @@ def evaluate(
 ) -> None:
     """Measure videos by plain vision: is the subject itself, the background steady, does it move, what comes back.
 
-    All measures are better the higher; all lie in 0..1 but dynamic_degree, which is in frame heights a second. drift
-    is the last five seconds less the first. What can't be said of a video, such as whether it follows a prompt that
-    nothing tells, is left empty.
+    All measures are better the higher; all lie in 0..1 but motion_speed, which is in frame heights a second. drift is
+    the last five seconds less the first. What can't be said of a video is left empty. Those of the README's tables have
+    other names: they are measured with facts of the world that is filmed, which a file doesn't have.
     """
     if vbench:
         _vbench(videos, prompts, output, as_json)
@@ -42,15 +42,16 @@ def evaluate(
         lines = [[name, _text(value), _text(row["drift"][name])] for name, value in row["measures"].items()]
         title = f"{row['video']}, {row['frames']:,} frames at {row['fps']:g} fps"
         print_table(title, ("measure", "value", "drift"), lines)
+        print(f"not measured, for they need facts of the world that is filmed: {', '.join(row['unmeasured'])}")
 
 
 def measured(video: Path) -> dict[str, Any]:
-    """The measures of one video file and their drift.
+    """Measure one video file, and its drift.
 
     Raises:
         InvalidOptionError: if it isn't a video.
     """
-    from kvpack.evaluation import Facts, Observer, drift, measures
+    from kvpack.evaluation import METRICS, Facts, Observer, general_measures
     from kvpack.media.reading import opened
 
     with opened(video) as file:
@@ -59,12 +60,14 @@ def measured(video: Path) -> dict[str, Any]:
             observer.add(frames)
         fps = file.fps
     observation = observer.finish()
+    values, drift = general_measures(observation)
     return {
         "video": str(video),
         "fps": fps,
         "frames": observation.frames,
-        "measures": measures(observation, 0, observation.frames),
-        "drift": drift(observation),
+        "measures": values,
+        "drift": drift,
+        "unmeasured": list(METRICS),
     }
 
 

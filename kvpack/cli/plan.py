@@ -23,7 +23,7 @@ def plan(
         typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the stack, e.g. topk=8."),
     ] = [],  # noqa: B006
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bfloat16",
-    fps: Annotated[float, typer.Option(help="Frames a second.")] = 16.0,
+    fps: Annotated[float | None, typer.Option(help="Frames a second.", show_default="the model's own")] = None,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps of a chunk.", show_default="the model's own, else 4")
     ] = None,
@@ -41,6 +41,7 @@ def plan(
     from kvpack.plugins.resolve import resolve_stack
 
     described = _described(preset, model)
+    fps = described.settings.fps if fps is None else fps
     steps = int(described.settings.call.get("num_inference_steps", 4)) if steps is None else steps
     if training:
         _plan_training(described, size, stack, parse_options(option), dtype, fps, steps, batch, as_json)

@@ -37,7 +37,9 @@ def train_compressor(
     size: Annotated[
         str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels that videos are scaled and cropped to.")
     ] = None,
-    fps: Annotated[float, typer.Option(help="Frames a second that the model was trained with.")] = 16.0,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second that it was trained with.", show_default="the model's own")
+    ] = None,
     denoising_steps: Annotated[int, typer.Option(help="Denoising steps of a chunk.")] = 4,
     chunks: Annotated[int, typer.Option(help="Chunks of a clip that are learned from at once.")] = 1,
     max_sequence_length: Annotated[int | None, typer.Option(help="Text tokens; the pipeline's own default.")] = None,
@@ -59,9 +61,9 @@ def train_compressor(
     Without --teacher, what the model predicts behind packed history learns to be what it predicts behind all of it.
     """
     from kvpack.training.compressor import CompressorTraining
-    from kvpack.training.trainer import Recipe
+    from kvpack.training.trainer import TrainingRecipe
 
-    recipe = Recipe(steps, learning_rate, batch, accumulation, schedule, warmup, clip_norm, seed, save_every)
+    recipe = TrainingRecipe(steps, learning_rate, batch, accumulation, schedule, warmup, clip_norm, seed, save_every)
     width_height = None if size is None else parse_size(size)
     branch = CompressorTraining(
         model=model,

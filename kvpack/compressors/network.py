@@ -33,7 +33,7 @@ class HighResolutionBranch(
     tags=["kvpack", "packforcing", "video-generation", "kv-cache"],
     paper_url="https://arxiv.org/abs/2603.25730",
 ):
-    """Four strided convolutions and a projection: what the compressors `dual` and `hr` make of a chunk's latents.
+    """Four strided convolutions and a projection, from a chunk's latents to the tokens of `dual` and `hr`.
 
     The projection is zero at the start, so that training begins at the compressor without it. Saved and shared as any
     model of the Hub: `save_pretrained`, `from_pretrained`, `push_to_hub`; the config says how it is to be used.
@@ -104,7 +104,7 @@ class HighResolutionBranch(
         nn.init.zeros_(self.projection.bias)
 
     def forward(self, latents: Float[Tensor, "b c t y x"], grid: tuple[int, int, int]) -> Float[Tensor, "b n d"]:
-        """Hidden tokens in row-major order, on the device and in the dtype of the weights.
+        """Return hidden tokens in row-major order, on the device and in the dtype of the weights.
 
         Args:
             latents: normalised clean latents.
@@ -132,7 +132,7 @@ class HighResolutionBranch(
         strict: bool = True,
         **options: Any,
     ) -> "HighResolutionBranch":
-        """As the mixin's, but never from a pickle, in the dtype of the file, and without printing."""
+        """Load as the mixin does, but never from a pickle, in the dtype of the file, and without printing."""
         if os.path.isdir(model_id):
             path = os.path.join(model_id, WEIGHTS_FILE)
         else:
@@ -151,7 +151,7 @@ class HighResolutionBranch(
 
 
 def strides(patch: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Strides of the four convolutions: 2x in time, then 2x in space as often as it takes to reach 4 x 4 tokens.
+    """Return the convolutions' strides: 2x in time, then 2x in space as often as it takes to reach 4 x 4 tokens.
 
     >>> strides((2, 2))
     [(2, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2)]
@@ -165,7 +165,7 @@ def strides(patch: Sequence[int]) -> list[tuple[int, int, int]]:
 def branch_flops(
     channels: int, width: int, patch: Sequence[int], hidden: int, latents: tuple[int, int, int], tokens: int
 ) -> int:
-    """Operations of a `HighResolutionBranch` for one video, an addition and a multiplication being two.
+    """Count the operations of a `HighResolutionBranch` for one video; a multiply-add counts as two.
 
     Args:
         channels: as those of the branch.

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 
+from kvpack.checkpoints.text import read_text
 from kvpack.compressors.network import CONFIG_FILE, WEIGHTS_FILE, HighResolutionBranch
 from kvpack.errors import InvalidOptionError
 
@@ -20,8 +21,8 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _RIGHT = "give a folder that HighResolutionBranch.save_pretrained wrote, or a Hub id, which is owner/name"
 
 
-class BranchSource:
-    """A high-resolution branch, loaded when it is first needed, with a copy for each device and dtype.
+class CompressorWeights:
+    """A compressor's network, loaded at first use, with a copy for each device and dtype.
 
     Args:
         weights: folder or Hub id, the module itself, or None for what it is before training.
@@ -32,15 +33,15 @@ class BranchSource:
         self._copies: dict[object, HighResolutionBranch] = {}
 
     def __reduce__(self) -> Any:
-        """Copies and pickles without what was loaded."""
-        return (BranchSource, (self.weights,))
+        """Copy and pickle without what was loaded."""
+        return (CompressorWeights, (self.weights,))
 
     @cached_property
     def _given(self) -> HighResolutionBranch | None:
         return load_branch(self.weights) if isinstance(self.weights, str) else self.weights
 
     def fitting(self, channels: int, width: int, patch: tuple[int, int]) -> HighResolutionBranch:
-        """The branch of a model with such latents and tokens.
+        """Return the network for a model with such latents and tokens.
 
         Raises:
             InvalidOptionError: if there are no such weights, or they were made for another model.
@@ -60,7 +61,7 @@ class BranchSource:
     def on(
         self, device: torch.device, dtype: torch.dtype, channels: int, width: int, patch: tuple[int, int]
     ) -> HighResolutionBranch:
-        """The branch where a model runs; a module at hand that is being trained is used itself.
+        """Return the network on a device; a given module that is being trained is returned itself, not a copy.
 
         Raises:
             InvalidOptionError: as `fitting`.
@@ -75,14 +76,14 @@ class BranchSource:
 
 
 def branch_config(source: str) -> dict[str, Any]:
-    """What was written beside the weights in a folder or on the Hub.
+    """Read the config beside the weights in a folder or on the Hub.
 
     Raises:
         InvalidOptionError: if there is nothing of the kind.
     """
     path = _file(source, CONFIG_FILE)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise InvalidOptionError(f"cannot read {path}: {error}; {_RIGHT}") from error
     needed = {"channels", "width", "patch"}
@@ -92,12 +93,12 @@ def branch_config(source: str) -> dict[str, Any]:
 
 
 def load_branch(source: str) -> HighResolutionBranch:
-    """A branch from a folder or the Hub; a folder needs no network.
+    """Load a network from a folder or the Hub; a folder needs no internet connection.
 
     Raises:
         InvalidOptionError: if there is none, or it is broken.
     """
-    branch_config(source)
+    branch_config(source)  # first, for its error says more than that of the weights
     folder = _file(source, WEIGHTS_FILE).parent  # the Hub's cache keeps both files in one
     try:
         return HighResolutionBranch.from_pretrained(folder)

@@ -14,7 +14,7 @@ CHUNK = 4  # frames that a latent frame of a causal VAE stands for, after the fi
 
 
 def baselines(truth: Frames, facts: Facts, vae: Any = None, seed: int = 0) -> dict[str, dict[str, float]]:
-    """The measures, over all frames, of a true video [T, H, W, 3], of it through a VAE, and of the floors made of it.
+    """Measure a true video [T, H, W, 3], its reconstruction by a VAE, and the floors, over all frames.
 
     Args:
         truth: the video.
@@ -30,7 +30,7 @@ def baselines(truth: Frames, facts: Facts, vae: Any = None, seed: int = 0) -> di
 
 
 def floors(truth: Frames, seed: int = 0) -> dict[str, Frames]:
-    """Videos that must not win: noise, the first frame throughout, and all frames in disorder; as long as `truth`."""
+    """Make videos that must not win, as long as `truth`: noise, a frozen first frame, and shuffled frames."""
     rng = np.random.default_rng(seed)
     return {
         "noise": rng.integers(0, 256, truth.shape, np.uint8),
@@ -40,7 +40,7 @@ def floors(truth: Frames, seed: int = 0) -> dict[str, Frames]:
 
 
 def through_vae(vae: Any, frames: Frames) -> Frames:
-    """A video [T, H, W, 3] encoded and decoded: what no generator behind this VAE can beat.
+    """Encode and decode a video [T, H, W, 3]: the upper bound of any generator with this VAE.
 
     Args:
         vae: a causal video VAE of diffusers, such as a pipeline's `vae`.
@@ -58,7 +58,7 @@ def through_vae(vae: Any, frames: Frames) -> Frames:
 
 
 def against_truth(row: dict[str, float], truth: dict[str, float]) -> float:
-    """Mean over the measures of a video's share of the truth's, each at most 1; what only the truth has counts 0."""
+    """Return the mean ratio of a video's measures to the truth's, each at most 1; an unknown measure counts as 0."""
     known = [name for name in METRICS if truth[name] > 0]
     shares = [min(1.0, row[name] / truth[name]) if np.isfinite(row[name]) else 0.0 for name in known]
     return float(np.mean(shares)) if shares else float("nan")

@@ -18,7 +18,7 @@ Colour = tuple[float, float, float]
 
 @dataclass(frozen=True, eq=False)
 class Facts:
-    """What is known of a video beside its pixels; whatever is left out isn't asked.
+    """What is known of a video besides its pixels; a check whose fact is not given is not made.
 
     H and W are the height and width of the video, colours are red, green and blue in 0..1.
 
@@ -68,7 +68,7 @@ class Facts:
                 raise unknown_name("landmark", name, self.landmarks)
 
     def require_size(self, height: int, width: int) -> None:
-        """Checks that everything that is drawn over the video has its size.
+        """Check that all given backgrounds, landmarks and glows have the video's size.
 
         Raises:
             InvalidOptionError: if something has another.

@@ -15,7 +15,7 @@ ROWS = 16  # of a thumbnail
 
 
 def require_frames(frames: object) -> Frames:
-    """Returns `frames` if they are a video, uint8 [t, H, W, 3] with something in it.
+    """Return `frames` if they are a video, uint8 [t, H, W, 3] with at least one frame.
 
     Raises:
         InvalidOptionError: if not.
@@ -34,7 +34,7 @@ def require_frames(frames: object) -> Frames:
 
 
 def working_size(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns that are looked at.
+    """Return the rows and columns that frames are reduced to before they are measured.
 
     >>> working_size(480, 832), working_size(64, 64)
     ((64, 111), (64, 64))
@@ -43,7 +43,7 @@ def working_size(height: int, width: int) -> tuple[int, int]:
 
 
 def thumbnail_size(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of a thumbnail.
+    """Return the rows and columns of a thumbnail.
 
     >>> thumbnail_size(64, 111)
     (16, 28)
@@ -53,7 +53,7 @@ def thumbnail_size(height: int, width: int) -> tuple[int, int]:
 
 
 def means(array: NDArray[Any], rows: int, columns: int) -> Values:
-    """Means over the cells of a grid: [..., H, W] to [..., rows, columns]."""
+    """Average over the cells of a grid: [..., H, W] to [..., rows, columns]."""
     height, width = array.shape[-2:]
     whole = array.astype(np.float32)
     return (
@@ -64,7 +64,7 @@ def means(array: NDArray[Any], rows: int, columns: int) -> Values:
 
 
 def cells(array: Values, rows: int, columns: int) -> Values:
-    """Sums over the cells of a grid: [..., H, W] to [..., rows, columns]."""
+    """Sum over the cells of a grid: [..., H, W] to [..., rows, columns]."""
     height, width = array.shape[-2:]
     # As a product of matrices: many times faster than a sum over short axes.
     return np.asarray(_members(height, rows) @ (array @ _members(width, columns).T), np.float32)
@@ -72,7 +72,7 @@ def cells(array: Values, rows: int, columns: int) -> Values:
 
 @lru_cache(maxsize=16)
 def _members(length: int, count: int) -> Values:
-    """Which of `length` pixels belong to each of `count` cells, [count, length]."""
+    """Return which of `length` pixels belong to each of `count` cells, [count, length]."""
     edges = np.linspace(0, length, count + 1).astype(np.int64)
     at = np.arange(length)
     return ((at >= edges[:-1, None]) & (at < edges[1:, None])).astype(np.float32)
@@ -83,7 +83,7 @@ def _size(height: int, width: int, rows: int, columns: int) -> Values:
 
 
 def grown(mask: Mask) -> Mask:
-    """Masks [t, H, W] and the four neighbours of every pixel."""
+    """Grow masks [t, H, W] by the four neighbours of every pixel."""
     near = mask.copy()
     near[:, 1:] |= mask[:, :-1]
     near[:, :-1] |= mask[:, 1:]
@@ -93,7 +93,7 @@ def grown(mask: Mask) -> Mask:
 
 
 def shrunk(mask: Mask) -> Mask:
-    """Masks [t, H, W] without their outermost pixels; nothing lies beyond the frame."""
+    """Remove the outermost pixels of masks [t, H, W]; the frame's border does not count as outside."""
     inner = mask.copy()
     inner[:, 1:] &= mask[:, :-1]
     inner[:, :-1] &= mask[:, 1:]

@@ -26,7 +26,7 @@ REFERENCE_STRIDE = 3  # odd, so that both halves of a flicker are known
 
 
 def measures(observation: Observation, begin: int, end: int) -> dict[str, float]:
-    """The measures of the frames from `begin` up to `end`; the look to keep is that of the first five seconds.
+    """Measure the frames from `begin` up to `end`, compared with the first five seconds.
 
     All lie in 0..1 but `dynamic_degree`, which is in frame heights a second. What can't be said is NaN: motion in
     less than 0.75 seconds, alignment with no name, flicker of one frame, and returns where nothing returned.
@@ -52,14 +52,14 @@ def measures(observation: Observation, begin: int, end: int) -> dict[str, float]
 
 
 def drift(observation: Observation) -> dict[str, float]:
-    """The measures of the last five seconds less those of the first; NaN where either can't be said."""
+    """Subtract the measures of the first five seconds from those of the last; NaN where either is NaN."""
     length = observation.reference_frames
     first, last = (measures(observation, at, at + length) for at in (0, observation.frames - length))
     return {name: last[name] - first[name] for name in METRICS}
 
 
 def subject_likeness(observation: Observation) -> Values:
-    """How much the subject is still itself, [T] in 0..1: colour times form times area; 0 where it isn't visible."""
+    """Return how alike the subject stays, [T] in 0..1: colour times form times area; 0 where it isn't visible."""
     visible = observation.visible
     first = np.nonzero(visible[: observation.reference_frames])[0]
     if not len(first):
@@ -76,7 +76,7 @@ def subject_likeness(observation: Observation) -> Values:
 
 
 def background_likeness(observation: Observation, part: slice) -> Values:
-    """How near each background of a part is to the nearest of the first five seconds, [t] in 0..1."""
+    """Return how near each background of a part is to the nearest of the first five seconds, [t] in 0..1."""
     known = observation.background.astype(np.float32).reshape(observation.frames, -1)
     seen, usual = known[part], known[: observation.reference_frames : REFERENCE_STRIDE]
     here, there = np.isfinite(seen).astype(np.float32), np.isfinite(usual).astype(np.float32)
@@ -90,7 +90,7 @@ def background_likeness(observation: Observation, part: slice) -> Values:
 
 
 def returns(observation: Observation) -> list[tuple[int, float]]:
-    """Frame and score in 0..1 of every return: whether a landmark is lit again in the colour of its first time.
+    """Return frame and score in 0..1 of every reappearance: whether a landmark is lit again in its first colour.
 
     Without landmarks, whether the subject has the colour of its first time when it is back.
     """
@@ -109,7 +109,7 @@ def returns(observation: Observation) -> list[tuple[int, float]]:
 
 
 def _runs(on: Mask) -> Iterator[tuple[int, int]]:
-    """First frame and end of every time on, of at least three frames; shorter times off are bridged."""
+    """Yield begin and end of every time on of at least three frames; shorter times off are bridged."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], on, [False]]).astype(np.int8)))
     runs = edges.reshape(-1, 2)
     joined: list[list[int]] = []

@@ -14,7 +14,7 @@ FLOW_SLACK = 0.5  # pixels by which the flow back may miss
 
 
 def coherent_speed(centre: Values, fps: float) -> float:
-    """Mean speed of a centre [T, 2] of `paths`, in its unit a second; NaN if it is too short for one.
+    """Return the mean speed of a centre [T, 2] along `paths`, in its unit a second; NaN if it is too short for one.
 
     A window off its path counts nothing.
     """
@@ -23,7 +23,7 @@ def coherent_speed(centre: Values, fps: float) -> float:
 
 
 def paths(centre: Values, fps: float) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest paths of one speed with at most one bounce an axis to a centre [T, 2], in windows of 0.75 seconds.
+    """Fit paths of one speed with at most one bounce an axis to a centre [T, 2], in windows of 0.75 seconds.
 
     Windows overlap by half. Returns how far the centre is off, root mean square, and the speed a second, each
     [windows]; off is infinite where a frame of the window is NaN.
@@ -48,7 +48,7 @@ def paths(centre: Values, fps: float) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=8)
 def _bounces(length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Paths of one speed that turn never or once, [b, length, 2], and their least-squares solutions."""
+    """Return paths of unit speed that turn at most once, [b, length, 2], and their least-squares solutions."""
     steps = np.arange(length, dtype=np.float64)
     turns = np.arange(1.0, length - 1, 0.5)[:, None]
     bent = np.concatenate([steps[None], np.where(steps > turns, 2 * turns - steps, steps)])
@@ -57,7 +57,7 @@ def _bounces(length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def flow_speed(before: Values, after: Values, fps: float) -> float:
-    """Speed of the fastest pixels between two grey frames [h, w] in 0..1, in frame heights a second.
+    """Return the speed of the fastest pixels between two grey frames [h, w] in 0..1, in frame heights a second.
 
     Pixels count where the flow back from `after` leads to where it came from; 0 where fewer than half do.
 

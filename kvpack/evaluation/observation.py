@@ -18,7 +18,7 @@ REFERENCE_SECONDS = 5.0
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """What was seen of a video of T frames; lengths are in frame heights, colours in 0..1.
+    """Per-frame statistics of a video of T frames; lengths are in frame heights, colours in 0..1.
 
     Args:
         fps: frames a second.
@@ -50,12 +50,12 @@ class Observation:
 
     @property
     def frames(self) -> int:
-        """Frames of the video."""
+        """Number of frames of the video."""
         return len(self.area)
 
     @property
     def reference_frames(self) -> int:
-        """Frames of the first five seconds, to which all others are compared."""
+        """Number of frames in the first five seconds, to which all others are compared."""
         return min(self.frames, max(1, round(REFERENCE_SECONDS * self.fps)))
 
     @property
@@ -64,7 +64,7 @@ class Observation:
         return np.isfinite(self.area)
 
     def save(self, path: Path) -> None:
-        """Writes it as .npz, whole or not at all.
+        """Write it as .npz, whole or not at all.
 
         Raises:
             OutputError: if it can't be written.
@@ -76,7 +76,7 @@ class Observation:
 
     @classmethod
     def load(cls, path: Path) -> "Observation":
-        """Reads what `save` wrote; nothing in the file is executed.
+        """Read what `save` wrote; nothing in the file is executed.
 
         Raises:
             InvalidOptionError: if the file isn't one of an observation.

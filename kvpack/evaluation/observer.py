@@ -16,7 +16,7 @@ FLOW_PAIRS = 2  # a second
 
 
 class Observer:
-    """Watches a video go by, in pieces of any length, and keeps a few numbers a frame.
+    """Reads a video in pieces of any length, and keeps a few statistics of each frame.
 
     Where the subject is told by a median frame, the first five seconds are held, at 64 rows at most.
 
@@ -35,7 +35,7 @@ class Observer:
         self._done = 0
 
     def add(self, frames: Frames) -> None:
-        """Looks at the next frames, uint8 [t, H, W, 3].
+        """Add the next frames, uint8 [t, H, W, 3].
 
         Raises:
             InvalidOptionError: if they are no such array, or of another size than the frames or facts before.
@@ -55,7 +55,7 @@ class Observer:
         self._look(flush=False)
 
     def finish(self) -> Observation:
-        """What was seen.
+        """Return the statistics of all frames.
 
         Raises:
             InvalidOptionError: if no frame was added.
@@ -136,7 +136,7 @@ class Observer:
 
     def _keep_pairs(self, planes: Values) -> None:
         if self.facts.subject is None:
-            step = max(2, round(self.facts.fps / FLOW_PAIRS))
+            step = max(2, round(self.facts.fps / FLOW_PAIRS))  # pairs of successive frames, far enough apart to be few
             for index, frame in enumerate(planes, self._done):
                 if index % step < 2:
                     self._pairs.setdefault(index - index % step, []).append(frame.mean(0))
@@ -160,5 +160,5 @@ class Observer:
 
 
 def _planes(frames: Frames) -> Values:
-    """Frames [t, h, w, 3] as [t, 3, h, w] in 0..1: sums over long rows are fast."""
+    """Convert frames [t, h, w, 3] to [t, 3, h, w] in 0..1; sums over long rows are fast."""
     return np.ascontiguousarray(frames.transpose(0, 3, 1, 2)).astype(np.float32) / np.float32(255)

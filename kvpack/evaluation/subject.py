@@ -15,7 +15,7 @@ DIFFERENT = 0.2  # distance in colour from the background, at which a pixel is t
 
 @dataclass(frozen=True)
 class Looks:
-    """The subject of t frames of h rows and w columns; what is NaN isn't visible.
+    """The subject in t frames of h rows and w columns; NaN where it isn't visible.
 
     Args:
         mask: its pixels, [t, h, w].
@@ -33,13 +33,13 @@ class Looks:
 
 
 def differing(planes: Values, background: Values) -> Values:
-    """How much each pixel [t, h, w] of frames [t, 3, h, w] differs from a background [3, h, w]: above 0.5, it is it."""
+    """Return how much pixels of frames [t, 3, h, w] differ from a background [3, h, w]; above 0.5 is the subject."""
     red, green, blue = ((planes[:, channel] - background[channel]) ** 2 for channel in range(3))
     return np.asarray(np.clip(np.sqrt(red + green + blue) / (2 * DIFFERENT), 0, 1), np.float32)
 
 
 def look(planes: Values, soft: Values) -> Looks:
-    """The subject of frames [t, 3, h, w] in 0..1, of which `soft` [t, h, w] says how much is it."""
+    """Find the subject of frames [t, 3, h, w] in 0..1, given its soft mask [t, h, w]."""
     height, width = soft.shape[1:]
     hard = soft > 0.5
     core = shrunk(hard)  # what is one pixel wide, such as a blurred edge, has none
@@ -47,6 +47,7 @@ def look(planes: Values, soft: Values) -> Looks:
     total = weight.sum((1, 2))
     solid = core.astype(np.float32)
     inner = solid.sum((1, 2))
+    # Too little is noise; too much is a change of the background.
     visible = (total >= SMALLEST * height * width) & (total <= LARGEST * height * width) & (inner > 0)
     mass = np.maximum(total, 1e-6)
     x = weight.sum(1) @ np.arange(width, dtype=np.float32) / mass
@@ -64,7 +65,7 @@ def look(planes: Values, soft: Values) -> Looks:
 
 
 def canonical(weight: Values, x: Values, y: Values, scale: Values) -> Values:
-    """Images [t, h, w] seen from their centres at their scales, [t, 16, 16]; 0 beyond the frame."""
+    """Resample images [t, h, w] around their centres at their scales, [t, 16, 16]; 0 beyond the frame."""
     height, width = weight.shape[1:]
     steps = np.linspace(-REACH, REACH, FORM, dtype=np.float32)
     rows, columns = y[:, None] + scale[:, None] * steps, x[:, None] + scale[:, None] * steps
@@ -83,7 +84,7 @@ def canonical(weight: Values, x: Values, y: Values, scale: Values) -> Values:
 
 
 def template(drawn: Values) -> Values:
-    """The form [16, 16] of a shape that is drawn [h, w] in 0..1."""
+    """Return the form [16, 16] of a shape that is drawn [h, w] in 0..1."""
     weight = drawn[None].astype(np.float32)
     total = np.maximum(weight.sum((1, 2)), 1e-6)
     x = weight.sum(1) @ np.arange(weight.shape[2], dtype=np.float32) / total
@@ -92,6 +93,6 @@ def template(drawn: Values) -> Values:
 
 
 def nearest(values: Values, choices: Values) -> np.ndarray:
-    """Index of the nearest of `choices` [n, ...] to each of `values` [t, ...], [t]."""
+    """Return the index of the nearest of `choices` [n, ...] to each of `values` [t, ...], [t]."""
     flat, options = values.reshape(len(values), -1), choices.reshape(len(choices), -1)
     return np.asarray(((flat[:, None] - options) ** 2).sum(-1).argmin(1))

@@ -13,7 +13,7 @@ SAMPLES = 64  # pixels of a landmark that are looked at
 
 
 def thumbnails(planes: Values, keep: Mask) -> Values:
-    """Backgrounds [t, 3, r, c] in 0..1 of frames [t, 3, h, w], over the pixels of `keep` [t, h, w]; NaN where few."""
+    """Shrink frames [t, 3, h, w] over the pixels of `keep` [t, h, w] to [t, 3, r, c] in 0..1; NaN where few."""
     rows, columns = thumbnail_size(*planes.shape[2:])
     weight = keep.astype(np.float32)
     kept = cells(weight, rows, columns)[:, None]
@@ -23,7 +23,7 @@ def thumbnails(planes: Values, keep: Mask) -> Values:
 
 
 def landmarks(frames: Frames, places: Sequence[Mask], bright: float) -> tuple[Mask, Values]:
-    """Which landmarks [h, w] are on, [t, n], and their median colours in 0..1, [t, n, 3]."""
+    """Return which landmarks [h, w] are on, [t, n], and their median colours in 0..1, [t, n, 3]."""
     on = np.zeros((len(frames), len(places)), bool)
     colours = np.zeros((len(frames), len(places), 3), np.float32)
     for index, place in enumerate(places):
@@ -36,7 +36,7 @@ def landmarks(frames: Frames, places: Sequence[Mask], bright: float) -> tuple[Ma
 
 
 def flicker(planes: Values, keep: Mask) -> Values:
-    """Mean |difference| of frames [t, 3, h, w] and the ones before, where both keep, [t - 1]; NaN if nowhere."""
+    """Return the mean |difference| of successive frames [t, 3, h, w] where both keep, [t - 1]; NaN if nowhere."""
     both = (keep[1:] & keep[:-1]).astype(np.float32)
     count = both.sum((1, 2))
     change = np.abs(planes[1:] - planes[:-1])

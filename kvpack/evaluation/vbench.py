@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kvpack.checkpoints.text import read_lines
 from kvpack.errors import InvalidOptionError, KVPackError, OutputError
 
 # What VBench 0.1 reads for each dimension, below its cache.
@@ -28,13 +29,13 @@ FORBIDDEN = "/\0"
 
 
 def cache() -> Path:
-    """Where VBench keeps its weights: VBENCH_CACHE_DIR, or ~/.cache/vbench."""
+    """Return the folder of VBench's weights: VBENCH_CACHE_DIR, or ~/.cache/vbench."""
     given = os.environ.get("VBENCH_CACHE_DIR")
     return Path(given) if given else Path.home() / ".cache" / "vbench"
 
 
 def require_installed() -> None:
-    """Checks that VBench and its weights are there.
+    """Check that VBench and its weights are there.
 
     Raises:
         KVPackError: if not; it names what is missing and how to get it.
@@ -54,13 +55,13 @@ def require_installed() -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, one a line; empty lines don't count.
+    """Read the prompts of a file, one a line; empty lines are skipped.
 
     Raises:
         InvalidOptionError: if it can't be read as text, or a prompt can't be part of a file's name.
     """
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it isn't UTF-8 text"
         raise InvalidOptionError(f"cannot read {path}: {reason}; give a text file with one prompt a line") from error
@@ -73,7 +74,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def lay_out(videos: Sequence[Path], prompts: Sequence[str], folder: Path) -> list[Path]:
-    """Copies videos as VBench names them, "{prompt}-{index}.mp4", counting the videos of equal prompts from 0.
+    """Copy videos as VBench names them, "{prompt}-{index}.mp4", counting the videos of equal prompts from 0.
 
     Args:
         videos: mp4 files.
@@ -108,7 +109,9 @@ def lay_out(videos: Sequence[Path], prompts: Sequence[str], folder: Path) -> lis
 
 
 def run(folder: Path, device: str) -> dict[str, float]:
-    """What VBench says of the videos of a folder, by dimension; its own files go beside it, to `<name>-vbench`.
+    """Run VBench on the videos of a folder, and return its scores by dimension.
+
+    Its own files go to the folder `<name>-vbench` beside it.
 
     Raises:
         KVPackError: if VBench or its weights are missing.

@@ -1,4 +1,4 @@
-"""An operator that `torch.compile` does not look into: memory is Python that changes by chunk.
+"""An operator that `torch.compile` does not trace: memory is Python that changes by chunk.
 
 Compiled code holds a number for each layer, as a tensor, so that neither layers nor chunks compile anew.
 """
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 _numbers = count()
-_slots: "WeakValueDictionary[int, Slot]" = WeakValueDictionary()
+_alive: "WeakValueDictionary[int, OpaqueAttention]" = WeakValueDictionary()
 
 
-class Slot(ABC):
-    """Something that attends and that compiled code reaches by its number; gone with its last reference."""
+class OpaqueAttention(ABC):
+    """Attention that compiled code reaches by a number; freed with its last reference."""
 
     #: Whether tensors that it is given may be needed after the call.
     keeps: ClassVar[bool] = True
@@ -25,25 +25,25 @@ class Slot(ABC):
         number = next(_numbers)
         #: The number, as a tensor: compiled code looks at a tensor's shape, but at a number's value.
         self.number = torch.tensor(number)
-        _slots[number] = self
+        _alive[number] = self
 
     @abstractmethod
     def attended(self, queries: Tensor, others: list[Tensor]) -> Tensor:
-        """A new tensor in the shape of the queries."""
+        """Return a new tensor in the shape of the queries."""
 
 
-def attend(slot: Slot, queries: Tensor, others: list[Tensor]) -> Tensor:
-    """What the slot makes of the queries; opaque to a compiler, and nothing else where there is none."""
+def attend(attention: OpaqueAttention, queries: Tensor, others: list[Tensor]) -> Tensor:
+    """Return `attention.attended(queries, others)`; a compiler sees one opaque operator."""
     if not torch.compiler.is_compiling():
-        return slot.attended(queries, others)
+        return attention.attended(queries, others)
     if torch.is_grad_enabled():
-        attended: Tensor = _outside(slot, queries, others)
+        attended: Tensor = _outside(attention, queries, others)
         return attended
-    return _attend(queries, others, slot.number)
+    return _attend(queries, others, attention.number)
 
 
-def _directly(slot: Slot, queries: Tensor, others: list[Tensor]) -> Tensor:
-    return slot.attended(queries, others)
+def _directly(attention: OpaqueAttention, queries: Tensor, others: list[Tensor]) -> Tensor:
+    return attention.attended(queries, others)
 
 
 # Gradients pass through the memory's own operations, at the price of a break in the graph.
@@ -57,10 +57,10 @@ _unsafe: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cu
 # The number stands for a memory that is written: that it is "mutated" keeps calls in order, and each of them alive.
 @torch.library.custom_op("kvpack::attend", mutates_args={"number"}, **_unsafe)
 def _attend(queries: Tensor, others: list[Tensor], number: Tensor) -> Tensor:
-    slot = _slots[int(number)]
-    if slot.keeps:  # compiled code writes over tensors that it has no more use for
+    attention = _alive[int(number)]
+    if attention.keeps:  # compiled code writes over tensors that it has no more use for
         queries, others = queries.clone(), [each.clone() for each in others]
-    return slot.attended(queries, others).to(queries.dtype).contiguous()
+    return attention.attended(queries, others).to(queries.dtype).contiguous()
 
 
 @_attend.register_fake

@@ -20,7 +20,7 @@ class Shot:
 
     Args:
         seconds: of the video, where it begins.
-        prompt: what is heard; None if the call has none.
+        prompt: what the model is told; None if the call has none.
         cut: whether it is another scene.
     """
 
@@ -29,7 +29,7 @@ class Shot:
     cut: bool = False
 
     def chunk(self, fps: float, chunk_frames: int, temporal_scale: int, first_frames: int | None = None) -> int:
-        """The chunk whose beginning is nearest; a video's first latent frame stands for one pixel frame.
+        """Return the chunk whose beginning is nearest; a video's first latent frame stands for one pixel frame.
 
         Args:
             fps: pixel frames a second.
@@ -47,7 +47,7 @@ class Shot:
 
 
 def shots(prompt: Any) -> list[Shot]:
-    """The shots of a prompt, which is one for the whole video or a schedule of them.
+    """Return the shots of a prompt, which is one for the whole video or a schedule of them.
 
     Raises:
         InvalidOptionError: if it is meant as a schedule, but is none.

@@ -12,24 +12,24 @@ from kvpack.memory.ledger import Piece
 
 @dataclass(frozen=True, eq=False)
 class CleanFrames:
-    """A value: `with_chunk` returns the next one.
+    """An immutable value; `with_chunk` returns the next one.
 
     Args:
         most_frames: latent frames that are kept; 0 keeps nothing.
         latents: clean latents of each chunk, oldest first.
         pixels: the last pixel frame of each latent frame, for a memory that encodes one anew.
-        twins: hidden tokens that a compressor made of these chunks' pieces.
+        tokens: hidden tokens that a compressor made of these chunks' pieces.
         frames: latent frames there have been in all.
     """
 
     most_frames: int
     latents: tuple[Float[Tensor, "batch channels _ height width"], ...] = ()
     pixels: tuple[Float[Tensor, "batch 3 _ pixel_height pixel_width"], ...] = ()
-    twins: Mapping[Piece, Float[Tensor, "batch tokens hidden"]] = field(default_factory=dict)
+    tokens: Mapping[Piece, Float[Tensor, "batch tokens hidden"]] = field(default_factory=dict)
     frames: int = 0
 
-    def with_chunk(self, latents: Tensor, twins: Mapping[Piece, Tensor], pixels: Tensor | None) -> "CleanFrames":
-        """These and a chunk behind them, without what is too old for any replay."""
+    def with_chunk(self, latents: Tensor, tokens: Mapping[Piece, Tensor], pixels: Tensor | None) -> "CleanFrames":
+        """Return these and a chunk behind them, without what is too old for any replay."""
         if not self.most_frames:
             return self
         kept = [*self.latents, latents]
@@ -42,21 +42,21 @@ class CleanFrames:
             self,
             latents=tuple(kept),
             pixels=(*self.pixels, *seen)[-len(kept) :],
-            twins={piece: each for piece, each in {**self.twins, **twins}.items() if piece.first_frame >= oldest},
+            tokens={piece: each for piece, each in {**self.tokens, **tokens}.items() if piece.first_frame >= oldest},
             frames=frames,
         )
 
     def last(self, frames: int) -> Tensor:
-        """Clean latents of the last frames."""
+        """Return clean latents of the last frames."""
         return torch.cat(self.latents, dim=2)[:, :, -frames:]
 
     def last_pixels(self, frames: int) -> Tensor:
-        """The last pixel frame of each of the last latent frames."""
+        """Return the last pixel frame of each of the last latent frames."""
         return torch.cat(self.pixels, dim=2)[:, :, -frames:]
 
 
 def _last_of_each(pixels: Tensor, frames: int, *, first: bool) -> Tensor:
-    """A video's first latent frame stands for one pixel frame, every other for as many as any."""
+    """Return the last pixel frame of each latent frame; a video's first one stands for a single pixel frame."""
     if frames == 1:
         return pixels[:, :, -1:]
     count = pixels.shape[2]

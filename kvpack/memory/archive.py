@@ -4,9 +4,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-#: Slots that an archive grows by at least; many would be bytes that nobody asked for.
-_MORE_SLOTS = 4
-
 
 class Archive:
     """Compressed blocks of one layer in equal slots: keys before RoPE, values, and the sum of each block's keys.
@@ -108,10 +105,12 @@ class Archive:
 def grown_slots(slots: int, slot: int) -> int:
     """Return how many slots an archive of `slots` has once a block is in `slot`.
 
+    Spare slots are bytes that nobody asked for, but to grow copies the archive.
+
     >>> grown_slots(0, 0), grown_slots(4, 3), grown_slots(320, 320)
-    (4, 4, 330)
+    (1, 4, 330)
     """
-    return slots if slot < slots else max(slot + 1, slots + max(_MORE_SLOTS, slots // 32))
+    return slots if slot < slots else max(slot + 1, slots + slots // 32)
 
 
 def _extended(old: Tensor, more: Tensor) -> Tensor:

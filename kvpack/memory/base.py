@@ -211,6 +211,10 @@ class Memory(Policy, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has max_retries, so it must have veto()")
 
+    def written(self, state: Any) -> Any:
+        """Return the state once its commit is certain; the first moment at which storage may be written over."""
+        return state
+
     def fork(self, state: Any) -> Any:
         """Return a state that does not notice what becomes of this one; a state of values is its own fork."""
         return state

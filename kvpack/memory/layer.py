@@ -176,7 +176,7 @@ class LayerCache:
         if not isinstance(start, Tensor):
             start = torch.full((1,), float(start), dtype=wide_dtype(queries.device), device=queries.device)
         turns = rotations(at(places, start, torch.ones_like(start)), plan.geometry)
-        self.twins[piece] = keys, values
+        self.twins[piece] = keys.clone(), values.clone()  # the forward's own tensors are far larger
         with self.context.beside(keys.shape[1]):
             return self.context.attend(queries, keys, values, turns, attention)
 

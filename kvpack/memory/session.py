@@ -167,7 +167,8 @@ class Session:
 
     def adopt(self, past: Past) -> None:
         """End the chunk in progress."""
-        self.past, self.plan, self.step = past, None, -1
+        self.past = Past(past.book, tuple(self.stack.written(state) for state in past.states))
+        self.plan, self.step = None, -1
         self._expected, self._retry, self._forward_layers = None, None, ()
         for cache in self.caches:
             cache.clear()

@@ -62,11 +62,13 @@ class StackState:
         whole: what is kept at full resolution, as the ledger lists it.
         archive: compressed blocks, in the slots that the ledger says.
         tokens: committed tokens.
+        leaving: blocks on their way into a slot, which may still hold a block of the past before.
     """
 
     whole: tuple[KeptBlock, ...]
     archive: Archive
     tokens: int = 0
+    leaving: tuple[tuple[int, KVBlock], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Stack(Memory):
         selector: which mid blocks a chunk attends.
         reindexer: temporal positions of everything attended.
         chunk_frames: latent frames generated together; the length that the model was trained with.
-        archive_blocks: most compressed blocks kept, the oldest go first; None keeps all.
+        archive_blocks: most compressed blocks kept, the oldest go first, so that memory is bounded; None keeps all.
         selection: whose queries choose mid blocks: each "layer" its own, or the first layer's once a "chunk" for all
             layers; for each batch row either way.
         commit: which keys and values of a chunk become history: those of a "rerun" of the clean chunk at t = 0, or
@@ -97,7 +99,7 @@ class Stack(Memory):
     selector: Selector
     reindexer: Reindexer
     chunk_frames: int = 4
-    archive_blocks: int | None = None
+    archive_blocks: int | None = 128
     selection: Selection = "layer"
     commit: Commit = "rerun"  # type: ignore[misc]
     replay_frames: int = 21
@@ -192,10 +194,16 @@ class Stack(Memory):
             assert chunk.tokens.block is not None
             whole.append(KeptBlock(piece.first_frame * each, chunk.tokens.block.part(cut), chunk.twins.get(piece)))
         pieces = (*plan.ledger.whole, *plan.new_pieces)
-        for index, slot in plan.step.leaving:
-            self._archive(state.archive, pieces[index], whole[index], slot, chunk)
+        leaving = [(slot, self._compressed(pieces[i], whole[i], chunk)) for i, slot in plan.step.leaving]
         tokens = state.tokens + len(chunk.tokens)
-        return StackState(tuple(whole[index] for index in plan.step.kept), state.archive, tokens)
+        return StackState(tuple(whole[i] for i in plan.step.kept), state.archive, tokens, tuple(leaving))
+
+    def written(self, state: StackState) -> StackState:
+        """Put blocks into slots, of which nothing of the past before is needed any more."""
+        for slot, block in state.leaving:
+            own = block.span.coordinates if block.span.coordinates.ndim > 2 else None
+            state.archive.write(slot, block.keys, block.values, own)
+        return replace(state, leaving=()) if state.leaving else state
 
     def forget(self, state: StackState, tokens: int) -> StackState:
         """Return the state without the last tokens; archived blocks stay."""
@@ -310,8 +318,8 @@ class Stack(Memory):
         check_block(self.compressor, shrunk, plan.attended[block], keys, chunk.layer, "shrunk")
         return shrunk.keys, shrunk.values
 
-    def _archive(self, archive: Archive, piece: Piece, kept: KeptBlock, slot: int, chunk: Chunk) -> None:
-        """Compress a block into a slot."""
+    def _compressed(self, piece: Piece, kept: KeptBlock, chunk: Chunk) -> KVBlock:
+        """Return what will stand for a block."""
         grid, compressor, first_frame, frames = chunk.geometry.grid, self.compressor, piece.first_frame, piece.frames
         span, keys, values = compressor.span(first_frame, frames, grid), kept.block.keys, kept.block.values
         if kept.twin is not None:
@@ -322,8 +330,7 @@ class Stack(Memory):
             with blamed(compressor, "compress", chunk.plan.ledger.seconds, chunk.layer):
                 block = compressor.compress(KVBlock(keys, values, whole), grid)
         check_block(compressor, block, span, keys, chunk.layer)
-        own = block.span.coordinates if block.span.coordinates.ndim > 2 else None
-        archive.write(slot, block.keys, block.values, own)
+        return block
 
 
 def _policy_dict(policy: Policy) -> dict[str, Any]:

@@ -55,6 +55,10 @@ class Tokens:
             self.bias,
         )
 
+    def compact(self) -> "Tokens":
+        """Return the same tokens in tensors of their own, where they are a part of larger ones."""
+        return Tokens(self.keys.clone(), self.values.clone(), self.coordinates.clone(), self.bias)
+
     def without_data(self) -> "Tokens":
         """Return the places alone, which keep no keys and values alive."""
         nothing = self.keys.new_empty(self.keys.shape[0], 0, *self.keys.shape[2:])

@@ -1,15 +1,18 @@
 """One call of an enabled pipeline: its arguments bound, its chunks collected or handed out."""
 
 import inspect
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from kvpack.generation.adapter import Adapter, Run
+from kvpack.generation.adapter import Adapter
+from kvpack.generation.run import Run
 from kvpack.memory.base import Memory
 
 
@@ -37,26 +40,26 @@ class Enabled:
     first_chunk_frames: int | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
 
-    def told(self) -> dict[str, Any]:
-        """What the model's settings and the user have said, which copies take along."""
-        return {"fps": self.fps, "first_chunk_frames": self.first_chunk_frames, "call": self.call}
+    def as_kwargs(self) -> dict[str, Any]:
+        """Return what copies take along: all but generations."""
+        return {
+            "stack": self.stack,
+            "adapter": self.adapter,
+            "fps": self.fps,
+            "first_chunk_frames": self.first_chunk_frames,
+            "call": self.call,
+        }
 
 
 def bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return all arguments of the pipeline's own call, and of the adapter's, by name."""
-    extra = dict(pipeline._kvpack.adapter.extra_arguments)
+    extra = pipeline._kvpack.adapter.extra_arguments
     own = {name: value for name, value in kwargs.items() if name not in extra}
     bound = inspect.signature(pipeline._kvpack_base.__call__).bind(pipeline, *args, **own)
-    given = dict(bound.arguments)
+    given = {**bound.arguments, **{name: kwargs.get(name, default) for name, default in extra.items()}}
     bound.apply_defaults()
-    models = {name: value for name, value in pipeline._kvpack.call.items() if name in bound.arguments}
-    arguments = {
-        **bound.arguments,
-        **models,
-        **given,
-        **extra,
-        **{name: kwargs[name] for name in extra if name in kwargs},
-    }
+    settings = {name: value for name, value in pipeline._kvpack.call.items() if name in bound.arguments}
+    arguments = {**bound.arguments, **settings, **given}
     del arguments["self"]
     return arguments
 
@@ -67,41 +70,40 @@ def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> Run:
     return enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
 
 
+@contextmanager
+def running(pipeline: Any, run: Run) -> Iterator[None]:
+    """Make a run the pipeline's generation in progress; at the end free what it holds and keep its stats."""
+    enabled = pipeline._kvpack
+    enabled.run = run
+    try:
+        yield
+    finally:
+        if enabled.run is run:
+            enabled.run = None
+        run.close()
+        enabled.last = run.stats()
+
+
 def frames(pipeline: Any, run: Run) -> Generator[Any, None, None]:
     """Yield each chunk's frames in the call's `output_type`."""
-    enabled = pipeline._kvpack
-    enabled.run = run
-    try:
+    with running(pipeline, run):
         for chunk in run.chunks():
             yield chunk.latents if chunk.pixels is None else run.postprocess(chunk.pixels)
-    finally:
-        _finish(enabled, run)
 
 
-def collect(pipeline: Any, run: Run, output_type: str) -> Any:
-    """Return what the pipeline's call returns, all chunks in it."""
-    enabled = pipeline._kvpack
-    enabled.run = run
-    try:
-        latents, frames = [], []
-        for chunk in run.chunks():
-            latents.append(chunk.latents)
-            if chunk.pixels is not None:
-                frames.append(run.postprocess(chunk.pixels))
-        if output_type == "latent":
-            return run.output(torch.cat(latents, dim=2))
-        # Decoded after the loop, when the transformer is done, unless the compressor needed the pixels anyway.
-        frames = frames or [run.postprocess(each) for each in run.decoded(latents)]
-        return run.output(_joined(frames, output_type))
-    finally:
-        _finish(enabled, run)
+def output(run: Run, latents: list[Tensor], frames: list[Any]) -> Any:
+    """Return what the pipeline's call returns, all chunks in it.
 
-
-def _finish(enabled: Enabled, run: Run) -> None:
-    if enabled.run is run:
-        enabled.run = None
-    run.close()
-    enabled.last = run.stats()
+    Args:
+        run: the generation.
+        latents: of each chunk.
+        frames: of each chunk in the call's `output_type`; empty if none are decoded yet.
+    """
+    if run.output_type == "latent":
+        return run.output(torch.cat(latents, dim=2))
+    # Decoded after the loop, when the transformer is done, unless the compressor needed the pixels anyway.
+    frames = frames or [run.postprocess(each) for each in run.decoded(latents)]
+    return run.output(_joined(frames, run.output_type))
 
 
 def _joined(parts: list[Any], output_type: str) -> Any:

@@ -6,55 +6,74 @@ from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
 
-from kvpack.checkpoints.config import Settings
+from kvpack.checkpoints.causality import warn_if_bidirectional
+from kvpack.checkpoints.config import Settings, frame_rate
+from kvpack.generation.adapter import Adapter
 from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
+from kvpack.pipeline.calls import Enabled
 from kvpack.pipeline.enabled import PackForcingMixin, adapter_of, attach, enabled_class
 from kvpack.plugins.resolve import resolve_stack
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
-def enable(pipeline: Pipeline, stack: str | Memory | Mapping[str, Any] | None = None, **options: Any) -> Pipeline:
-    """Lets a causal video pipeline generate any length in bounded memory (PackForcing, arXiv 2603.25730).
+def enable(
+    pipeline: Pipeline,
+    stack: str | Memory | Mapping[str, Any] | None = None,
+    *,
+    adapter: Adapter | None = None,
+    **options: Any,
+) -> Pipeline:
+    """Let a causal video pipeline generate any length in bounded memory (PackForcing, arXiv 2603.25730).
 
     The pipeline keeps its class name, components and call; `num_frames` may now exceed what the model was trained with.
     Enabling again replaces the stack. Where the pipeline's folder has a `kvpack_config.json`, its frame rate, first
     chunk and arguments of the call (steps, guidance) hold with any stack; what a call gives goes before them.
 
     Args:
-        pipeline: a diffusers pipeline that an installed adapter supports.
+        pipeline: a diffusers pipeline.
         stack: name of an installed stack, a `Stack` or other `Memory`, or what its `to_dict` gave; None is what the
             `kvpack_config.json` of the pipeline's folder says, and "packforcing" where there is none.
+        adapter: what drives the pipeline; None is the one of before, or else the installed one for its class.
         options: options of the named stack, e.g. `topk=16`; they go before those of the file, and those before what the
             adapter knows to be better for its model than the stack's own (`Adapter.default_options`).
 
     Returns:
         The same pipeline.
 
+    Example:
+        >>> import kvpack, kvpack.testing
+        >>> pipe = kvpack.enable(kvpack.testing.tiny_wan_pipeline(), topk=2)
+        >>> pipe.packforcing.stack.selector.topk
+        2
+
     Raises:
         UnsupportedPipelineError: if no adapter drives this pipeline, or something is switched on that cannot work.
         UnknownNameError: if a stack or policy is not installed.
         InvalidOptionError: if an option is unknown or wrong, or a compressor's weights are missing or another model's.
     """
-    settings = Settings.of_pipeline(pipeline) or Settings()
-    adapter = adapter_of(pipeline)
+    before: Enabled | None = vars(pipeline).get("_kvpack")
+    adapter = adapter or (adapter_of(pipeline) if before is None else before.adapter)
     adapter.check(pipeline)
-    configs = {name: part.config for name, part in pipeline.components.items() if hasattr(part, "config")}
+    configs = adapter.configs(pipeline)
+    own = Settings.of_pipeline(pipeline)
+    settings = own or Settings(fps=frame_rate(type(pipeline).__name__, configs))
     resolved = resolve_stack(stack, options, settings, partial(adapter.default_options, configs))
     if settings.first_chunk_frames is not None:
         require_length(settings.first_chunk_frames, resolved.chunk_frames)
     adapter.check_stack(pipeline, resolved)
     if not isinstance(pipeline, PackForcingMixin):
+        if own is None:
+            warn_if_bidirectional(getattr(pipeline, "transformer", None))
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
-    told = {"fps": float(settings.fps), "first_chunk_frames": settings.first_chunk_frames, "call": settings.call}
-    before = vars(pipeline).get("_kvpack")
-    attach(pipeline, resolved, **{**told, **({} if before is None else {"fps": before.fps})})
+    fps = float(settings.fps) if before is None else before.fps
+    attach(pipeline, resolved, adapter, fps=fps, first_chunk_frames=settings.first_chunk_frames, call=settings.call)
     return pipeline
 
 
 def disable(pipeline: Pipeline) -> Pipeline:
-    """Makes it the stock pipeline of before, bit for bit; does nothing to one that is not enabled."""
+    """Make it the stock pipeline of before, bit for bit; it does nothing to one that is not enabled."""
     if isinstance(pipeline, PackForcingMixin):
         pipeline.__dict__.pop("_kvpack", None)
         pipeline.__class__ = pipeline._kvpack_base  # type: ignore[assignment]

@@ -2,18 +2,20 @@
 
 import inspect
 from collections.abc import Generator
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
-from kvpack.generation.adapter import Adapter, Run
+from kvpack.generation.adapter import Adapter
 from kvpack.generation.prompts import Prompt
+from kvpack.generation.run import Run
 from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
 from kvpack.memory.session import Session
-from kvpack.pipeline.calls import Enabled, bound, collect, frames, start
+from kvpack.pipeline.calls import Enabled, bound, frames, output, running, start
 from kvpack.plugins.registry import registry
 
 
@@ -60,12 +62,12 @@ class PackForcing:
         return {} if run is None else run.sessions
 
     def stats(self) -> dict[str, Any]:
-        """Tokens and bytes by partition, selections and seconds of the generation in progress, or of the last one."""
+        """Return tokens and bytes by partition, selections and seconds of the generation in progress, or the last."""
         enabled = self._pipeline._kvpack
         return enabled.last if enabled.run is None else enabled.run.stats()
 
     def stream(self, *args: Any, **kwargs: Any) -> "Stream":
-        """Generates without end, or `num_frames`, and yields each chunk's frames as soon as they are decoded.
+        """Generate without end, or `num_frames`, and yields each chunk's frames as soon as they are decoded.
 
         Takes the arguments of the pipeline's call. Between two chunks the pipeline is the stock one, and memory does
         not grow but for the archive of compressed blocks (see `archive_blocks`).
@@ -94,9 +96,9 @@ class Stream(Generator[Any, Prompt | None, None]):
         self.chunks = run.count
 
     def send(self, prompt: Prompt | None, *, cut: bool = False) -> Any:
-        """The next chunk's frames, under another prompt unless it is None.
+        """Return the next chunk's frames, under another prompt unless it is None.
 
-        The prompt is heard at once, and what the stack keeps of the last frames is computed anew with it.
+        The prompt holds at once, and what the stack keeps of the last frames is computed anew with it.
 
         Args:
             prompt: for this chunk and those behind it: a text, one for each video, or text embeddings.
@@ -107,15 +109,15 @@ class Stream(Generator[Any, Prompt | None, None]):
             StopIteration: if all frames are there.
         """
         if prompt is not None:
-            self._run.turn(prompt, cut=cut)
+            self._run.set_prompt(prompt, cut=cut)
         return next(self._frames)
 
     def throw(self, *error: Any) -> Any:
-        """Ends the generation with an error."""
+        """End the generation with an error."""
         return self._frames.throw(*error)
 
     def close(self) -> None:
-        """Ends the generation."""
+        """End the generation."""
         self._frames.close()
 
 
@@ -132,80 +134,67 @@ class PackForcingMixin:
         return PackForcing(self)
 
     def maybe_free_model_hooks(self) -> None:
-        """Does nothing between the chunks of a generation, where weights must stay."""
+        """Free the models, but not between the chunks of a generation, where weights must stay."""
         enabled = self.__dict__.get("_kvpack")
         if enabled is None or enabled.driving is None:
             self._kvpack_base.maybe_free_model_hooks(self)  # type: ignore[arg-type]
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
-        """One bar for the whole video."""
+        """Return the stock bar, or in a generation what moves the one bar of the whole video."""
         enabled = self.__dict__.get("_kvpack")
         if enabled is None or enabled.driving is None:
             return self._kvpack_base.progress_bar(self, iterable, total)  # type: ignore[arg-type]
-        return _StepBar(enabled.driving)
+        return nullcontext(enabled.driving)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles as the stock class, enabled again on arrival."""
+        """Copy and pickle as the stock class, enabled again on arrival."""
         reduced: Any = super().__reduce_ex__(protocol)
         _, _, state, *rest = reduced
         state = dict(state)
         enabled = state.pop("_kvpack", None)
-        told = None if enabled is None else (enabled.stack, enabled.told())
-        return (_rebuild, (self._kvpack_base, told), state, *rest)
-
-
-class _StepBar:
-    """Stands in for the bar of one upstream call and moves the outer one."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def __enter__(self) -> "_StepBar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """The outer bar goes on."""
-
-    def update(self, n: int = 1) -> None:
-        """A denoising step is done."""
-        self.run.advance()
+        kept = None if enabled is None else enabled.as_kwargs()
+        return (_rebuild, (self._kvpack_base, kept), state, *rest)
 
 
 def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
-    """A subclass of `base` that cannot be told from it by name: saving and reloading give the stock pipeline."""
+    """Return a subclass of `base` that cannot be told from it by name: saving and reloading give the stock pipeline."""
 
     @wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "_kvpack" not in self.__dict__:
             return base.__call__(self, *args, **kwargs)
-        arguments = bound(self, args, kwargs)
-        return collect(self, start(self, arguments, streaming=False), arguments["output_type"])
+        run, latents, frames = start(self, bound(self, args, kwargs), streaming=False), [], []
+        with running(self, run):
+            for chunk in run.chunks():
+                latents.append(chunk.latents)
+                if chunk.pixels is not None:
+                    frames.append(run.postprocess(chunk.pixels))
+            return output(run, latents, frames)
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (PackForcingMixin, base), {**names, "__call__": call, "_kvpack_base": base})
 
 
-def _rebuild(base: type[DiffusionPipeline], told: tuple[Memory, dict[str, Any]] | None) -> Any:
-    cls = enabled_class(base)
-    pipeline: Any = object.__new__(cls)
-    if told is not None:
-        attach(pipeline, told[0], **told[1])
+def _rebuild(base: type[DiffusionPipeline], kept: dict[str, Any] | None) -> Any:
+    pipeline: Any = object.__new__(enabled_class(base))
+    if kept is not None:
+        attach(pipeline, **kept)
     return pipeline
 
 
-def attach(pipeline: Any, stack: Memory, **told: Any) -> None:
-    """Puts the stack on a pipeline whose class is already the enabled one, and what is `told` of the model."""
+def attach(pipeline: Any, stack: Memory, adapter: Adapter, **settings: Any) -> None:
+    """Put the stack on a pipeline whose class is already the enabled one, and further fields of `Enabled`."""
     # Past DiffusionPipeline.__setattr__, which looks into the pipeline's config.
-    object.__setattr__(pipeline, "_kvpack", Enabled(stack, adapter_of(pipeline), **told))
+    object.__setattr__(pipeline, "_kvpack", Enabled(stack, adapter, **settings))
 
 
 def adapter_of(pipeline: Any) -> Adapter:
-    """The installed adapter that drives a pipeline.
+    """Return the installed adapter that drives a pipeline.
 
     Raises:
         UnsupportedPipelineError: if there is none.
     """
-    adapter = registry().adapter(pipeline)
+    adapter = registry().adapter(type(pipeline))
     if adapter is None:
         model = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None) or pipeline
         raise UnsupportedPipelineError(

@@ -38,7 +38,7 @@ class Track:
     chunk_seconds: list[float] = field(default_factory=list)
 
     def next_frames(self) -> Frames | None:
-        """The next chunk's frames, `[frames, height, width, 3]`; None behind the last one."""
+        """Return the next chunk's frames, `[frames, height, width, 3]`; None behind the last one."""
         start = time.perf_counter()
         chunk = next(self.stream, None)
         if chunk is None:
@@ -59,7 +59,7 @@ class Track:
         return self.frames / max(sum(self.chunk_seconds), 1e-9)
 
     def report(self) -> dict[str, Any]:
-        """Plain data, as JSON takes it."""
+        """Return plain data, as JSON takes it."""
         return {
             "stack": self.stack.to_dict(),
             "frames": self.frames,
@@ -71,7 +71,7 @@ class Track:
 
 
 def load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
-    """A diffusers pipeline from its folder; the network is never asked.
+    """Return a diffusers pipeline from its folder; the network is never asked.
 
     Raises:
         InvalidOptionError: if the folder does not hold one, or the device is not there.
@@ -97,7 +97,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
 
 @contextmanager
 def started(pipeline: Any, stack: Memory, frames: int, seed: int, arguments: Mapping[str, Any]) -> Iterator[Track]:
-    """Starts a generation, and frees what it holds at the end.
+    """Start a generation, and frees what it holds at the end.
 
     Args:
         pipeline: a pipeline that an installed adapter supports.
@@ -127,7 +127,7 @@ def started(pipeline: Any, stack: Memory, frames: int, seed: int, arguments: Map
 
 
 def beginning(path: Path, scale: int = 4) -> torch.Tensor:
-    """Pixels of an image or of a clip's last frames, as a video begins with, `[1, 1 + scale * m, 3, height, width]`.
+    """Return an image, or a clip's last frames, that a video begins with, `[1, 1 + scale * m, 3, height, width]`.
 
     Raises:
         InvalidOptionError: if there is no such file, or libav finds no pictures in it.

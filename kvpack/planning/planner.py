@@ -2,11 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from typing import Any
-
-import torch
 
 from kvpack.errors import InvalidOptionError, require_int
 from kvpack.memory.base import Memory
@@ -14,13 +11,15 @@ from kvpack.memory.costs import LatentShape
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import Ledger, Piece
 from kvpack.memory.roles import LatentCompressor
-from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
+from kvpack.planning.resident import resident
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Tokens are those of one video and one guidance branch; bytes and operations are those of all of them.
+    """Tokens, bytes and operations of a generation.
+
+    Tokens are those of one video and one guidance branch; bytes and operations are those of all of them.
 
     Args:
         stack: name of the stack.
@@ -32,6 +31,8 @@ class Plan:
         archive_blocks: compressed blocks kept after the last chunk.
         archive_tokens: their tokens.
         archive_kv_bytes: their keys and values, whether attended or not.
+        resident_kv_bytes: all that the memory holds, as `stats()["resident_bytes"]` says it: the attended history with
+            room for a chunk, the archive with spare slots, and room for rotated keys, once for all layers.
         full_tokens: tokens of all chunks at full resolution.
         full_kv_bytes: their keys and values, which full history would hold.
         kv_bytes_per_token: keys and values of one token over all layers.
@@ -51,6 +52,7 @@ class Plan:
     archive_blocks: int
     archive_tokens: int
     archive_kv_bytes: int
+    resident_kv_bytes: int
     full_tokens: int
     full_kv_bytes: int
     kv_bytes_per_token: int
@@ -59,7 +61,7 @@ class Plan:
     compressor_flops: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as JSON takes it."""
+        """Return plain data that JSON can hold."""
         return asdict(self)
 
 
@@ -74,7 +76,7 @@ def plan(
     flops: Callable[[int, int], int] | None = None,
     latents: LatentShape | None = None,
 ) -> Plan:
-    """Plans a generation of `frames` latent frames.
+    """Plan a generation of `frames` latent frames.
 
     The bytes are those that `pipe.packforcing.stats()` reports after it. If mid blocks differ in size, which of them a
     selector will choose is not known; the plan takes the newest.
@@ -102,19 +104,20 @@ def plan(
         require_int(name, value, minimum=1)
     chunks = -(-frames // stack.chunk_frames)
     chunk_tokens = stack.chunk_frames * geometry.tokens_per_frame
+    held = resident(geometry, stack, chunks, batch, latents.channels if latents else 16)
+    history = held.history
     archive: list[int] = []
     compressor_parameters: dict[str, int] = {}
     compressor_flops: dict[str, int] = {}
     if isinstance(stack, Stack):
         before = after = Ledger(stack.partitioner, stack.chunk_frames, stack.archive_blocks)
+        # What the last chunk attends is what was held before it was committed.
         for _ in range(chunks):
             before, after = after, after.commit().ledger
-        history, archive = attended_tokens(geometry, stack, before), _mid_tokens(geometry, stack, after)
+        archive = _mid_tokens(geometry, stack, after)
         compressor_parameters, compressor_flops = _branches(geometry, stack, before, latents)
         if twin := _twin_flops(geometry, stack, before, history, flops):
             compressor_flops["twin"] = twin * branches
-    else:
-        history = _rehearsed(geometry, stack, chunks)
     token_bytes = geometry.kv_bytes_per_token * batch * branches
     forward = flops(chunk_tokens, history + chunk_tokens) if flops else 0
     return Plan(
@@ -127,6 +130,7 @@ def plan(
         archive_blocks=len(archive),
         archive_tokens=sum(archive),
         archive_kv_bytes=sum(archive) * token_bytes,
+        resident_kv_bytes=held.bytes(geometry.layers) * branches,
         full_tokens=chunks * chunk_tokens,
         full_kv_bytes=chunks * chunk_tokens * token_bytes,
         kv_bytes_per_token=geometry.kv_bytes_per_token,
@@ -137,7 +141,7 @@ def plan(
 
 
 def video_frames(seconds: float, fps: float, scale: int = 4) -> tuple[int, int]:
-    """Pixel and latent frames of the longest video of at most `seconds` that a causal VAE of `scale` can decode.
+    """Return pixel and latent frames of the longest video of at most `seconds` that a causal VAE can decode.
 
     Raises:
         InvalidOptionError: if that is not even one frame.
@@ -155,21 +159,8 @@ def video_frames(seconds: float, fps: float, scale: int = 4) -> tuple[int, int]:
     return scale * (latent - 1) + 1, latent
 
 
-def _rehearsed(geometry: Geometry, memory: Memory, chunks: int) -> int:
-    """Tokens of history that the last of some chunks attends: the memory at work in a layer of one tiny head."""
-    tiny = replace(geometry, layers=1, heads=1, head_dim=6, rope_split=(2, 2, 2), dtype=torch.float32, rotary=None)
-    session = Session(memory, tiny)
-    zeros = torch.zeros(1, memory.chunk_frames * geometry.tokens_per_frame, 1, 6)
-    for _ in range(chunks):
-        for announce in (partial(session.denoise, 0), session.commit):
-            (layer,) = announce()
-            layer.attend(zeros, zeros, zeros, lambda queries, keys, values: queries)
-        session.finish_commit()
-    return int(session.stats()["attended_tokens"])
-
-
 def attended_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> int:
-    """Tokens of history that the chunk after `ledger` attends."""
+    """Count the tokens of history that the chunk after `ledger` attends."""
     mid = _mid_tokens(geometry, stack, ledger, attended=True)
     chosen = min(stack.selector.limit(len(mid)), len(mid))
     whole = sum(piece.frames for piece in ledger.whole)
@@ -177,7 +168,7 @@ def attended_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> int:
 
 
 def _mid_tokens(geometry: Geometry, stack: Stack, ledger: Ledger, *, attended: bool = False) -> list[int]:
-    """Tokens of each archived block, as it is kept or as it is attended."""
+    """Count the tokens of each archived block, as it is kept or as it is attended."""
     compressor, grid = stack.compressor, geometry.grid
     spans = [compressor.span(piece.first_frame, piece.frames, grid) for piece in ledger.archive]
     levels = [compressor.level(age) if attended else 0 for age in reversed(range(len(spans)))]
@@ -188,7 +179,7 @@ def _mid_tokens(geometry: Geometry, stack: Stack, ledger: Ledger, *, attended: b
 
 
 def _twins(stack: Stack, ledger: Ledger) -> list[Piece]:
-    """Pieces of the chunk after `ledger` that a latent-space compressor makes twins of."""
+    """Return the pieces of the chunk after `ledger` that a latent-space compressor makes twins of."""
     if not isinstance(stack.compressor, LatentCompressor):
         return []
     return [piece for piece in ledger.new_pieces() if ledger.is_ever_compressed(piece)]
@@ -197,7 +188,7 @@ def _twins(stack: Stack, ledger: Ledger) -> list[Piece]:
 def _branches(
     geometry: Geometry, stack: Stack, ledger: Ledger, latents: LatentShape | None
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Parameters and operations of each branch of a latent-space compressor, for one video."""
+    """Count parameters and operations of each branch of a latent-space compressor, for one video."""
     parameters: dict[str, int] = {}
     flops: dict[str, int] = {}
     if not isinstance(stack.compressor, LatentCompressor) or latents is None:
@@ -211,7 +202,7 @@ def _branches(
 
 
 def twin_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> list[int]:
-    """Tokens of each twin that a latent-space compressor makes of the chunk after `ledger`."""
+    """Count the tokens of each twin that a latent-space compressor makes of the chunk after `ledger`."""
     spans = (stack.compressor.span(each.first_frame, each.frames, geometry.grid) for each in _twins(stack, ledger))
     return [span.tokens for span in spans]
 
@@ -219,7 +210,7 @@ def twin_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> list[int]:
 def _twin_flops(
     geometry: Geometry, stack: Stack, ledger: Ledger, history: int, flops: Callable[[int, int], int] | None
 ) -> int:
-    """Operations that turn the hidden tokens of a chunk's twins into keys and values, in one guidance branch."""
+    """Count the operations that turn a chunk's hidden tokens into keys and values, in one guidance branch."""
     tokens = twin_tokens(geometry, stack, ledger)
     if flops is None:
         return 0

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvpack.checkpoints.config import Settings, require_model_folder
+from kvpack.checkpoints.config import Settings, frame_rate, require_model_folder
 from kvpack.checkpoints.recipes import RECIPES, Recipe
+from kvpack.checkpoints.text import read_text
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, unknown_name
 
 Configs = Mapping[str, Mapping[str, Any]]
@@ -15,7 +16,7 @@ Configs = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What a plan needs of a model.
+    """A model's pipeline class, configs and settings, from which a plan is made.
 
     Args:
         name: preset or folder.
@@ -56,7 +57,7 @@ def _wan(layers: int, heads: int, ffn_dim: int, *, channels: int = 16, spatial: 
 
 
 def _far(wan: Configs) -> Configs:
-    """The same as a causal model that compresses old frames itself, and what it was trained with (AnyFlow-FAR)."""
+    """Add the config of AnyFlow-FAR, a causal model that compresses old frames itself."""
     far = {
         "compressed_patch_size": (1, 4, 4),
         "full_chunk_limit": 3,
@@ -65,26 +66,29 @@ def _far(wan: Configs) -> Configs:
     return {**wan, "transformer": {**wan["transformer"], **far}}
 
 
+def _stock(name: str, pipeline_class: str, configs: Configs) -> ModelDescription:
+    """Describe a model that has no settings of its own but its family's frame rate."""
+    return ModelDescription(name, pipeline_class, configs, Settings(fps=frame_rate(pipeline_class, configs)))
+
+
+_SKYREELS = "SkyReelsV2DiffusionForcingPipeline"
 PRESETS = {
-    "wan2.1-t2v-1.3b": ModelDescription("wan2.1-t2v-1.3b", "WanPipeline", _wan(30, 12, 8960)),
-    "wan2.1-t2v-14b": ModelDescription("wan2.1-t2v-14b", "WanPipeline", _wan(40, 40, 13824)),
-    "wan2.2-ti2v-5b": ModelDescription(
-        "wan2.2-ti2v-5b", "WanPipeline", _wan(30, 24, 14336, channels=48, spatial=16, **_VAE_2_2)
-    ),
-    "skyreels-v2-df-1.3b": ModelDescription(
-        "skyreels-v2-df-1.3b", "SkyReelsV2DiffusionForcingPipeline", _wan(30, 12, 8960)
-    ),
-    "skyreels-v2-df-14b": ModelDescription(
-        "skyreels-v2-df-14b", "SkyReelsV2DiffusionForcingPipeline", _wan(40, 40, 13824)
-    ),
-    "anyflow-far-1.3b": ModelDescription("anyflow-far-1.3b", "AnyFlowFARPipeline", _far(_wan(30, 12, 8960))),
+    each.name: each
+    for each in (
+        _stock("wan2.1-t2v-1.3b", "WanPipeline", _wan(30, 12, 8960)),
+        _stock("wan2.1-t2v-14b", "WanPipeline", _wan(40, 40, 13824)),
+        _stock("wan2.2-ti2v-5b", "WanPipeline", _wan(30, 24, 14336, channels=48, spatial=16, **_VAE_2_2)),
+        _stock("skyreels-v2-df-1.3b", _SKYREELS, _wan(30, 12, 8960)),
+        _stock("skyreels-v2-df-14b", _SKYREELS, _wan(40, 40, 13824)),
+        _stock("anyflow-far-1.3b", "AnyFlowFARPipeline", _far(_wan(30, 12, 8960))),
+    )
 }
 
 
 def _checkpoint(recipe: Recipe) -> ModelDescription:
-    """A checkpoint that `kvpack convert` knows; it has the shape of the model that it was made of."""
-    name = recipe.name if recipe.name.endswith("-14b") else f"{recipe.name}-1.3b"
-    of = PRESETS[f"wan2.1-t2v-{name.rpartition('-')[2]}"]
+    """Describe a checkpoint that `kvpack convert` knows; it has the shape of the model that it was made of."""
+    of, size = PRESETS[recipe.base], recipe.base.rpartition("-")[2]
+    name = recipe.name if recipe.name.endswith(f"-{size}") else f"{recipe.name}-{size}"
     return ModelDescription(name, of.pipeline_class, of.configs, recipe.settings)
 
 
@@ -92,7 +96,7 @@ PRESETS |= {each.name: each for each in map(_checkpoint, RECIPES.values())}
 
 
 def preset(name: str) -> ModelDescription:
-    """A model by name.
+    """Return a model by name.
 
     Raises:
         UnknownNameError: if there is no preset of that name.
@@ -102,14 +106,15 @@ def preset(name: str) -> ModelDescription:
     return PRESETS[name]
 
 
-def from_folder(folder: Path) -> ModelDescription:
-    """Reads a diffusers folder's configs; its weights need not be there.
+def from_folder(name: Path) -> ModelDescription:
+    """Read the configs in a diffusers folder, or under a Hub id; weights need not be there.
 
     Raises:
         InvalidOptionError: if the folder, or a config in it, is missing or broken.
         UnsupportedPipelineError: if the pipeline has two transformers.
     """
-    index = _read(require_model_folder(folder) / "model_index.json")
+    folder = require_model_folder(name, only=["*.json"])
+    index = _read(folder / "model_index.json")
     if any(index.get("transformer_2") or ()):
         raise UnsupportedPipelineError(f"kvpack drives one causal transformer, but {folder} has transformer_2 as well")
     absent = [None, None]  # what diffusers writes for an optional part
@@ -117,12 +122,13 @@ def from_folder(folder: Path) -> ModelDescription:
         part: {} if index.get(part) == absent else _read(folder / part / "config.json")
         for part in ("transformer", "vae")
     }
-    settings = Settings.of_folder(folder) or Settings()
-    return ModelDescription(str(folder), str(index.get("_class_name")), configs, settings)
+    pipeline_class = str(index.get("_class_name"))
+    settings = Settings.of_folder(folder) or Settings(fps=frame_rate(pipeline_class, configs))
+    return ModelDescription(str(name), pipeline_class, configs, settings)
 
 
 def adapter_for(model: ModelDescription) -> Any:
-    """The installed adapter that drives pipelines of the model's class.
+    """Return the installed adapter that drives pipelines of the model's class.
 
     Raises:
         UnsupportedPipelineError: if there is none.
@@ -132,8 +138,7 @@ def adapter_for(model: ModelDescription) -> Any:
     from kvpack.plugins.registry import registry
 
     cls: Any = getattr(diffusers, model.pipeline_class, None)
-    # An adapter recognises pipelines, not classes; this one is empty, for there are no weights to fill it with.
-    adapter = registry().adapter(object.__new__(cls)) if isinstance(cls, type) else None
+    adapter = registry().adapter(cls) if isinstance(cls, type) else None
     if adapter is None:
         raise UnsupportedPipelineError(
             f"kvpack has no adapter for {model.pipeline_class}, the pipeline of {model.name}. "
@@ -144,7 +149,7 @@ def adapter_for(model: ModelDescription) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except OSError as error:
         raise InvalidOptionError(f"cannot read {path}: {error.strerror}; give a diffusers pipeline's folder") from error
     except ValueError as error:

@@ -4,17 +4,17 @@ import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from threading import RLock
 from typing import Any
 
 import pluggy
 
-from kvpack.errors import InvalidOptionError, PluginWarning, unknown_name
+from kvpack.errors import InvalidOptionError, PluginWarning, UnusedOptionError, require_int, unknown_name
 from kvpack.generation.adapter import Adapter
-from kvpack.memory.attribution import blamed
 from kvpack.memory.base import Memory
 from kvpack.memory.roles import Policy
+from kvpack.memory.stack import Stack
 from kvpack.plugins import hookspecs
 
 
@@ -28,7 +28,7 @@ class Failure:
 
 
 class Registry:
-    """Names of one discovery.
+    """Policies, stacks and adapters by name, from the entry points of installed packages.
 
     Args:
         entry_points: what to load; each in its own `try`, so that a broken plugin costs a warning only.
@@ -44,27 +44,35 @@ class Registry:
         self.failures: list[Failure] = []
         #: Who else wants a (kind, name) of a third party: nobody can say whose is meant.
         self._rivals: dict[tuple[str, str], str] = {}
+        self.load(entry_points)
+
+    def load(self, entry_points: Iterable[importlib.metadata.EntryPoint]) -> None:
+        """Add what entry points name; a plugin that fails is left out, and one warning names it."""
         for entry_point in entry_points:
             try:
                 self._load(entry_point)
-            except (Exception, SystemExit) as error:  # any plugin's any failure
+            except (Exception, SystemExit) as error:  # whatever a plugin does, the others still load
                 message = f"kvpack plugin {entry_point.name!r} ({entry_point.value}) was left out: {error!r}"
                 self.failures.append(
                     Failure(entry_point.name, _package(entry_point), f"{type(error).__name__}: {error}")
                 )
-                warnings.warn(message, PluginWarning, stacklevel=2)
+                warnings.warn(message, PluginWarning, stacklevel=3)
 
     def _load(self, entry_point: importlib.metadata.EntryPoint) -> None:
         plugin = entry_point.load()
+        # A manager of its own, so that a plugin that fails halfway has registered nothing.
         manager = pluggy.PluginManager("kvpack")
         manager.add_hookspecs(hookspecs)
         manager.register(plugin, name=entry_point.name)
         manager.check_pending()
         package = _package(entry_point)
         found: list[tuple[str, str, Any]] = []
-        manager.hook.kvpack_register_policies(register=lambda cls: found.extend(_as_installed(cls)))
-        manager.hook.kvpack_register_stacks(register=lambda name, factory: found.append(("stack", name, factory)))
-        manager.hook.kvpack_register_adapters(register=lambda adapter: found.append(("adapter", adapter.name, adapter)))
+        manager.hook.kvpack_register_policies(register=lambda cls: found.append(_policy(cls)))
+        manager.hook.kvpack_register_stacks(register=lambda name, factory: found.append(_stack(name, factory)))
+        manager.hook.kvpack_register_adapters(register=lambda adapter: found.append(_adapter(adapter)))
+        # A memory is a stack by itself, unless its plugin has a factory of that name.
+        stacks = {name for kind, name, _ in found if kind == "stack"}
+        found += [("stack", name, cls) for kind, name, cls in found if kind == "memory" and name not in stacks]
         names = [(kind, name) for kind, name, _ in found]
         if twice := next((each for each in names if names.count(each) > 1), None):
             raise InvalidOptionError(f"{package} registers {twice[0]} {twice[1]!r} twice")
@@ -84,44 +92,63 @@ class Registry:
                 self.policies[kind, name] = thing
 
     def names(self, kind: str) -> list[str]:
-        """Installed names of a role, of "stack" or of "adapter", sorted."""
+        """Return the installed names of a role, of "stack" or of "adapter", sorted."""
         return sorted(name for each, name in self.origins if each == kind)
 
-    def policy(self, role: str, policy: object, options: dict[str, Any] | None = None) -> Any:
-        """A policy of `role` by name, with the options that it takes; an instance is returned as it is.
+    def policy(self, role: str, policy: object, options: Mapping[str, Any] | None = None) -> Any:
+        """Return a policy of `role` by name, with the options that it takes; an instance is returned as it is.
 
         Raises:
             UnknownNameError: if no policy of that name is installed.
-            InvalidOptionError: if two packages want the name, or an option is unknown or wrong.
+            UnusedOptionError: if options are given with an instance.
+            InvalidOptionError: if it is of another role, two packages want the name, or an option is unknown or wrong.
         """
-        if isinstance(policy, Policy):
+        if not isinstance(policy, str):
+            require_instance(role, policy)
+            if options:
+                has = f"{role} is an instance, which has options of its own, {policy!r}"
+                raise UnusedOptionError(next(iter(options)), f"{has}; give the instance that option")
             return policy
-        self._check_name(role, str(policy))
-        return _call(f"{role} {policy}", self.policies[role, str(policy)], options or {})
+        self._check_name(role, policy)
+        made = _call(f"{role} {policy}", self.policies[role, policy], options or {})
+        require_instance(role, made)
+        return made
 
-    def stack(self, name: str, options: dict[str, Any]) -> Memory:
-        """A stack by name, with its options as keywords.
+    def stack(self, name: str, options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Memory:
+        """Return a stack by name, with its options as keywords.
+
+        Args:
+            name: an installed one, which is then the stack's own name too.
+            options: what was asked for; each has an effect, or is refused.
+            defaults: options that hold where they have an effect beside those that were asked for.
 
         Raises:
             UnknownNameError: if no stack of that name is installed.
             InvalidOptionError: if two packages want the name, or an option is unknown or wrong.
         """
         self._check_name("stack", name)
-        return _call(f"stack {name}", self.stacks[name], options)
+        offered = dict(defaults or {})
+        while True:
+            try:
+                made = _call(f"stack {name}", self.stacks[name], {**offered, **options})
+                break
+            except UnusedOptionError as error:
+                if error.option in options or error.option not in offered:
+                    raise
+                del offered[error.option]
+        require_instance("memory", made)
+        # A factory that changes a built-in stack is known by its own name in tables.
+        return replace(made, name=name) if isinstance(made, Stack) and made.name != name else made
 
     def taken(self, stack: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of some options that a stack by name takes; none of a stack that is not installed."""
+        """Return those options that a stack by name takes; none if the stack is not installed."""
         factory = self.stacks.get(stack)
         known = inspect.signature(factory).parameters if factory else {}
         return {name: value for name, value in options.items() if name in known}
 
-    def adapter(self, pipeline: object) -> Adapter | None:
-        """The adapter that drives this pipeline, if one is installed."""
-        for adapter in self.adapters.values():
-            with blamed(adapter, "supports", {}):
-                if adapter.supports(pipeline):
-                    return adapter
-        return None
+    def adapter(self, pipeline_class: type) -> Adapter | None:
+        """Return the adapter that drives pipelines of a class, if one is installed."""
+        return next((each for each in self.adapters.values() if issubclass(pipeline_class, each.pipelines)), None)
 
     def _check_name(self, kind: str, name: str) -> None:
         if rival := self._rivals.get((kind, name)):
@@ -139,15 +166,44 @@ def _package(entry_point: importlib.metadata.EntryPoint) -> str:
     return entry_point.dist.name if entry_point.dist else entry_point.value.split(".")[0]
 
 
-def _as_installed(cls: Any) -> list[tuple[str, str, Any]]:
-    """A policy; a memory is a stack of its own too."""
+def _policy(cls: Any) -> tuple[str, str, Any]:
     if not (isinstance(cls, type) and issubclass(cls, Policy)):
         raise InvalidOptionError(f"kvpack_register_policies registers classes of policies, got {cls!r}")
-    policy = (cls.role, cls.name, cls)
-    return [policy, ("stack", cls.name, cls)] if cls.role == "memory" else [policy]
+    return cls.role, cls.name, cls
 
 
-def _call(what: str, factory: Callable[..., Any], options: dict[str, Any]) -> Any:
+def _stack(name: Any, factory: Any) -> tuple[str, str, Any]:
+    if not (isinstance(name, str) and callable(factory)):
+        raise InvalidOptionError(
+            f"kvpack_register_stacks registers a name and a function that returns a memory, got {name!r}, {factory!r}"
+        )
+    return "stack", name, factory
+
+
+def _adapter(adapter: Any) -> tuple[str, str, Any]:
+    if not isinstance(adapter, Adapter):
+        raise InvalidOptionError(f"kvpack_register_adapters registers instances of Adapter, got {adapter!r}")
+    return "adapter", adapter.name, adapter
+
+
+def require_instance(role: str, given: object) -> None:
+    """Raise `InvalidOptionError` if `given` is no policy of a role, or a memory that says no chunk length."""
+    if isinstance(given, type) and issubclass(given, Policy):
+        raise InvalidOptionError(f"{role} must be an instance, got the class {given.__name__}; give {given.__name__}()")
+    if not isinstance(given, Policy):
+        raise InvalidOptionError(f"{role} must be a name or an instance, got {given!r}")
+    if given.role != role:
+        hint = f"; give it to a stack, {given.role}={type(given).__name__}(...)" if role == "memory" else ""
+        raise InvalidOptionError(f"{role} must be a {role}, but {type(given).__name__} is a {given.role}{hint}")
+    if isinstance(given, Memory):
+        if not hasattr(given, "chunk_frames"):
+            raise InvalidOptionError(
+                f"{type(given).__name__} has no chunk_frames, the latent frames generated together; add the field"
+            )
+        require_int(f"chunk_frames of {type(given).__name__}", given.chunk_frames, minimum=1)
+
+
+def _call(what: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
     known = list(inspect.signature(factory).parameters)
     for option in options:
         if option not in known:
@@ -158,9 +214,17 @@ def _call(what: str, factory: Callable[..., Any], options: dict[str, Any]) -> An
         raise InvalidOptionError(f"{what}: {error}; options: {', '.join(known)}") from error
 
 
-@cache
+_LOCK = RLock()
+_FOUND: list[Registry] = []  # one, from its first use on
+
+
 def registry() -> Registry:
-    """What is installed in this interpreter, discovered once, at first use."""
-    found = importlib.metadata.entry_points(group="kvpack")
-    # Built-ins first, so that nobody takes their names; then in an order that does not depend on the file system.
-    return Registry(sorted(found, key=lambda each: (_package(each) != "kvpack", _package(each), each.name)))
+    """Return what is installed in this interpreter, discovered once, at first use."""
+    with _LOCK:
+        if not _FOUND:
+            # There while it is filled: a plugin that asks for names while it is loaded meets the built-ins.
+            _FOUND.append(Registry([]))
+            found = importlib.metadata.entry_points(group="kvpack")
+            # Built-ins first, so that nobody takes their names; then in an order that no file system changes.
+            _FOUND[0].load(sorted(found, key=lambda each: (_package(each) != "kvpack", _package(each), each.name)))
+    return _FOUND[0]

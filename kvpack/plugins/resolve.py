@@ -1,14 +1,15 @@
 """Names, options and plain data resolved to a memory."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
 from kvpack.checkpoints.config import Settings
-from kvpack.errors import InvalidOptionError
+from kvpack.errors import InvalidOptionError, UnusedOptionError
 from kvpack.memory.base import Memory
 from kvpack.memory.stack import ROLES, Stack
-from kvpack.plugins.registry import registry
+from kvpack.plugins.registry import registry, require_instance
 
 
 def resolve_stack(
@@ -17,7 +18,7 @@ def resolve_stack(
     settings: Settings | None = None,
     defaults: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> Memory:
-    """The stack that a name with options, a dict, a `Stack` or a model's own settings stand for.
+    """Return the memory that a name with options, a dict, a `Stack` or a model's own settings stand for.
 
     Args:
         stack: the name, dict or `Stack`; None takes the settings'.
@@ -28,21 +29,49 @@ def resolve_stack(
     Raises:
         InvalidOptionError: if options are given with anything but a name, or are wrong.
     """
+    file: Mapping[str, Any] = {}
     if stack is None:
         settings = settings or Settings()
-        stack, options = settings.stack, {**settings.options, **options}
+        stack, file = settings.stack, settings.options
+        if not options:
+            options, file = file, {}  # the file's options must have an effect, unless the user's say otherwise
     if isinstance(stack, str):
-        own = registry().taken(stack, defaults(stack)) if defaults else {}
-        return registry().stack(stack, {**own, **options})
+        family = registry().taken(stack, defaults(stack)) if defaults else {}
+        return registry().stack(stack, options, {**family, **file})
     if options:
         raise InvalidOptionError(
             f"options {sorted(options)} belong to a named stack; use dataclasses.replace on a Stack"
         )
-    if isinstance(stack, Memory):
+    if not isinstance(stack, Mapping):
+        require_instance("memory", stack)
         return stack
     if "memory" in stack:
         return registry().policy("memory", stack["memory"], {k: v for k, v in stack.items() if k != "memory"})
     return stack_from_dict(stack)
+
+
+def resolve_policy(role: str, policy: object, usual: Mapping[str, Any], **asked: Any) -> Any:
+    """Return a policy of a stack: an instance as it is, a name with those options of the stack that it takes.
+
+    Args:
+        role: its role.
+        policy: name or instance.
+        usual: values of the options where none was asked for.
+        asked: options of the stack that are the policy's; None where none was asked for.
+
+    Raises:
+        UnusedOptionError: if an option was asked for that the policy does not take.
+        InvalidOptionError: as `Registry.policy`.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    if not isinstance(policy, str):
+        return registry().policy(role, policy, given)
+    cls = registry().policies.get((role, policy))
+    taken = inspect.signature(cls).parameters if cls else {}
+    made = registry().policy(role, policy, {name: each for name, each in {**usual, **given}.items() if name in taken})
+    if unused := next((name for name in given if name not in taken), None):
+        raise UnusedOptionError(unused, f"{role} {policy!r} does not take it; leave it out")
+    return made
 
 
 def stack_from_dict(data: Mapping[str, Any]) -> Stack:
@@ -67,7 +96,7 @@ def stack_from_dict(data: Mapping[str, Any]) -> Stack:
 
 
 def require_stack(memory: Memory) -> Stack:
-    """Returns `memory` if it has a compressor to choose.
+    """Return `memory` if it is a `Stack`, whose compressor can be chosen.
 
     Raises:
         InvalidOptionError: if it is no `Stack`.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvpack.errors import AdapterError
+from kvpack.generation.adapter import Adapter
 from kvpack.memory.base import Memory
 from kvpack.pipeline.enable import disable, enable
 from kvpack.pipeline.enabled import adapter_of
@@ -18,17 +19,19 @@ def check_adapter(
     pipeline: Any,
     call: Call,
     *,
+    adapter: Adapter | None = None,
     stack: str | Memory = "packforcing",
     options: Mapping[str, Any] | None = None,
     identity: tuple[Memory, Tensor] | None = None,
     chunks: int = 24,
     tolerance: float = 1e-5,
 ) -> None:
-    """Tests an adapter on a pipeline of its family; the whole test of a plugin can be this one line.
+    """Test an adapter on a pipeline of its family; the whole test of a plugin can be this one line.
 
     Args:
         pipeline: a small stock pipeline with random weights.
         call: gives the arguments of a call that makes latents of so many chunks; seeded, as new at each call.
+        adapter: the adapter; None is the installed one for the pipeline's class.
         stack: memory of the long run.
         options: its options; four mid blocks and an archive of eight for `packforcing`.
         identity: a memory that forgets nothing, and the latents that the stock pipeline makes of `call(3)` in a mode in
@@ -40,14 +43,14 @@ def check_adapter(
         AdapterError: if latents differ from upstream's, depend on streaming, or on how long the video is, memory grows
             beyond its archive, or the pipeline is not the stock one again afterwards.
     """
-    adapter = adapter_of(pipeline)
+    adapter = adapter or adapter_of(pipeline)
     before, stock = _state(pipeline), _latents(pipeline(**call(3)))
     few = {"topk": 4, "archive_blocks": 8} if stack == "packforcing" else {}
     try:
         if identity is not None:
-            enable(pipeline, identity[0])
+            enable(pipeline, identity[0], adapter=adapter)
             _check_identity(adapter, _latents(pipeline(**call(3))), identity[1], tolerance)
-        enable(pipeline, stack, **dict(few if options is None else options))
+        enable(pipeline, stack, adapter=adapter, **dict(few if options is None else options))
         _check_streaming(adapter, pipeline, call)
         _check_growth(adapter, pipeline, call, chunks)
         _check_failure(adapter, pipeline, call)
@@ -67,7 +70,7 @@ def _check_identity(adapter: Any, given: Tensor, expected: Tensor, tolerance: fl
 
 
 def _check_streaming(adapter: Any, pipeline: Any, call: Call) -> None:
-    """The same seed gives the same bits, streamed or whole, and a video's beginning does not depend on its length."""
+    """Check that the same seed gives the same bits, streamed or whole, and that a call can be made twice."""
     whole, again = _latents(pipeline(**call(4))), _latents(pipeline(**call(4)))
     if not torch.equal(whole, again):
         raise _broken(adapter, "is not deterministic: the same call gave other bits")
@@ -77,7 +80,7 @@ def _check_streaming(adapter: Any, pipeline: Any, call: Call) -> None:
 
 
 def _check_growth(adapter: Any, pipeline: Any, call: Call, chunks: int) -> None:
-    """Tokens and bytes of the second half of a long run are those of its middle."""
+    """Check that tokens and bytes of the second half of a long run are those of its middle."""
     counts: list[tuple[int, int]] = []
     for latents in pipeline.packforcing.stream(**call(chunks)):
         if not bool(latents.isfinite().all()):
@@ -92,7 +95,7 @@ def _check_growth(adapter: Any, pipeline: Any, call: Call, chunks: int) -> None:
 
 
 def _check_failure(adapter: Any, pipeline: Any, call: Call) -> None:
-    """An error in a chunk goes through, and leaves nothing in the transformer."""
+    """Check that an error in a chunk goes through, and leaves nothing in the transformer."""
     before, transformer = _modules(pipeline), pipeline.transformer
     # The last module of all need not run; behind it, the transformer is done.
     places = {"first": next(next(transformer.children()).modules()), "last": transformer}
@@ -114,7 +117,7 @@ def _check_failure(adapter: Any, pipeline: Any, call: Call) -> None:
 
 
 def _state(pipeline: Any) -> dict[str, Any]:
-    """All that enabling or a generation could leave behind."""
+    """Return all that enabling or a generation could leave behind."""
     return {
         "class": type(pipeline),
         "attributes": sorted(name for name in vars(pipeline) if name == "_kvpack"),
@@ -141,7 +144,7 @@ def _check_stock(adapter: Any, before: dict[str, Any], after: dict[str, Any]) ->
 
 
 def _latents(output: Any) -> Tensor:
-    """Latents in what a call returns."""
+    """Return the latents in what a call returns."""
     frames = getattr(output, "frames", output)
     return frames[0] if isinstance(frames, tuple) else frames
 

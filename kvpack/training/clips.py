@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
+from kvpack.checkpoints.text import read_lines
 from kvpack.errors import BrokenClipError, InvalidOptionError
-from kvpack.generation.adapter import Trainee
+from kvpack.generation.trainee import Trainee
 from kvpack.media.reading import opened
 from kvpack.media.video import Frames, save_bytes
 
@@ -29,7 +30,7 @@ LATENTS = ".safetensors"
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """A clip as the model sees it.
+    """Latents of a clip and embeddings of its caption.
 
     Args:
         name: of the file, and of the row in it.
@@ -44,7 +45,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class _Row:
-    """Where a clip lies."""
+    """The file and the row in it that hold a clip."""
 
     file: Path
     index: int
@@ -120,7 +121,7 @@ class ClipFolder(Sequence[Clip]):
         return Clip(row.name, latents, self._embeds[row.caption])
 
     def fingerprint(self) -> str:
-        """The same for the same clips: a run that goes on has to find what it began with."""
+        """Return a hash of names, captions and sizes, by which a resumed run checks that it has the same clips."""
         told = json.dumps([[row.name, row.caption] for row in self._rows] + [self.shape])
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
@@ -186,10 +187,9 @@ class ClipFolder(Sequence[Clip]):
 def _captions(file: Path) -> list[str]:
     path = file.with_suffix(".txt")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise BrokenClipError(f"no captions can be read from {path.name}: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 def _opened(path: Path) -> Any:
@@ -203,7 +203,7 @@ def _opened(path: Path) -> Any:
 
 
 def _pixels(path: Path, frames: int, size: tuple[int, int] | None, fps: float) -> Tensor:
-    """The first frames of a video in [-1, 1], at `fps`, scaled to cover `size` and cropped at its centre."""
+    """Read the first frames of a video in [-1, 1], at `fps`, scaled to cover `size` and cropped at the centre."""
     pictures: list[Frames] = []
     try:
         with opened(path) as video:

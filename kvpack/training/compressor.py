@@ -10,20 +10,22 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from kvpack.checkpoints.hub import model_folder
 from kvpack.compressors.network import Branches, HighResolutionBranch
-from kvpack.compressors.weights import BranchSource
+from kvpack.compressors.weights import CompressorWeights
 from kvpack.errors import InvalidOptionError, require_choice, require_int
 from kvpack.memory.roles import Project
 from kvpack.memory.stack import Stack
 from kvpack.pipeline.enabled import adapter_of
 from kvpack.pipeline.track import load_pipeline
+from kvpack.planning.presets import from_folder
 from kvpack.plugins.registry import registry
 from kvpack.plugins.resolve import require_stack, resolve_stack
 from kvpack.training.clips import Broken, ClipFolder
 from kvpack.training.distillation import ContextDistillation
 from kvpack.training.matching import DistributionMatching
 from kvpack.training.targets import targets
-from kvpack.training.trainer import Objective, Recipe, Trainer
+from kvpack.training.trainer import Objective, Trainer, TrainingRecipe
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,7 +35,7 @@ class CompressorTraining:
     """A training run of a compressor for one frozen model.
 
     Args:
-        model: folder of a diffusers pipeline.
+        model: folder or Hub id of a diffusers pipeline.
         data: folder of clips (see `ClipFolder`).
         output: folder of the run; the compressor is saved there, for `enable_packforcing(compressor=folder)`.
         stack: the memory that it is trained in.
@@ -42,14 +44,14 @@ class CompressorTraining:
         project: how its tokens become keys and values.
         hidden: channels between its convolutions.
         initial: folder or Hub id of a trained compressor to go on from; None starts from what it is before training.
-        teacher: folder of a pipeline with a bidirectional transformer: trains by distribution matching instead of by
-            context distillation.
+        teacher: folder or Hub id of a pipeline with a bidirectional transformer: trains by distribution matching
+            instead of by context distillation.
         lora_rank: rank of LoRA weights of the model, trained too; needs a teacher.
         critic_steps: steps of the critic for one of the compressor; needs a teacher.
         guidance_scale: of the teacher.
         frames: latent frames of a clip.
         size: height and width in pixels that videos are scaled and cropped to.
-        fps: frames a second that the model was trained with.
+        fps: frames a second that the model was trained with; its settings' or its family's if None.
         denoising_steps: of a chunk.
         chunks: chunks of a clip that are learned from at once, by context distillation.
         broken: what a broken clip does.
@@ -79,7 +81,7 @@ class CompressorTraining:
     guidance_scale: float = 3.0
     frames: int = 20
     size: tuple[int, int] | None = None
-    fps: float = 16.0
+    fps: float | None = None
     denoising_steps: int = 4
     chunks: int = 1
     broken: Broken = "stop"
@@ -88,7 +90,7 @@ class CompressorTraining:
     cpu: bool = False
     tensorboard: bool = False
     base_model: str | None = None
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: TrainingRecipe = field(default_factory=TrainingRecipe)
 
     def __post_init__(self) -> None:
         require_choice("mixed_precision", self.mixed_precision, PRECISIONS)
@@ -106,7 +108,7 @@ class CompressorTraining:
             )
 
     def run(self) -> HighResolutionBranch:
-        """Trains to the end, or on from the last checkpoint.
+        """Train to the end, resuming from the last checkpoint if there is one.
 
         Raises:
             BrokenClipError: if a clip cannot be used.
@@ -130,7 +132,7 @@ class CompressorTraining:
             self.frames,
             config.in_channels,
             size=self.size,
-            fps=self.fps,
+            fps=from_folder(self.model).settings.fps if self.fps is None else self.fps,
             cache=self.output / "clips",
             broken=self.broken,
             device=accelerator.device,
@@ -168,7 +170,7 @@ class CompressorTraining:
         return branch
 
     def _branch(self, config: Any) -> HighResolutionBranch:
-        """What is trained, as it is at the start."""
+        """Build the network that is trained, with its initial weights."""
         branch = HighResolutionBranch(
             channels=config.in_channels,
             width=config.num_attention_heads * config.attention_head_dim,
@@ -180,7 +182,7 @@ class CompressorTraining:
             seed=self.recipe.seed,
         )
         if self.initial is not None:
-            source = BranchSource(self.initial).fitting(branch.channels, branch.width, branch.patch)
+            source = CompressorWeights(self.initial).fitting(branch.channels, branch.width, branch.patch)
             if source.hidden != branch.hidden:
                 raise InvalidOptionError(
                     f"initial {self.initial} has hidden={source.hidden}, but hidden={branch.hidden} was asked for; "
@@ -194,7 +196,7 @@ class CompressorTraining:
         return replace(require_stack(resolve_stack(self.stack, self.options)), compressor=compressor)
 
     def _generator(self, branch: HighResolutionBranch, transformer: Any) -> nn.Module:
-        """What learns: the compressor, and the model's LoRA weights if there are."""
+        """Return the trained modules: the compressor, and the model if it has LoRA weights."""
         if not self.lora_rank:
             return nn.ModuleList([branch])
         from peft import LoraConfig
@@ -233,13 +235,13 @@ _ABOUT = (
 )
 
 
-def frozen(folder: Path, dtype: torch.dtype, device: str) -> Any:
-    """A pipeline from a folder, without gradients and without dropout.
+def frozen(folder: Path | str, dtype: torch.dtype, device: str) -> Any:
+    """Load a pipeline from a folder or by its Hub id, without gradients and without dropout.
 
     Raises:
         InvalidOptionError: if there is none.
     """
-    pipeline = load_pipeline(folder, dtype, device)
+    pipeline = load_pipeline(model_folder(folder), dtype, device)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()

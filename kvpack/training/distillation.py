@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvpack.generation.adapter import Rollout, Trainee
+from kvpack.generation.trainee import Rollout, Trainee
 from kvpack.memory.layer import LayerCache
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
@@ -51,7 +51,7 @@ class ContextDistillation:
     def backward(
         self, step: int, clips: Sequence[Clip], source: torch.Generator, backward: Callable[[Tensor], None]
     ) -> dict[str, float]:
-        """Some chunks of clips of one length; gradients add up in the compressor.
+        """Add up gradients in the compressor for some chunks of clips of one length.
 
         Args:
             step: of the training run; makes no difference.
@@ -80,7 +80,7 @@ class ContextDistillation:
 
     @torch.no_grad()
     def measure(self, clips: Sequence[Clip], chosen: Sequence[int], seed: int) -> dict[int, list[float]]:
-        """Losses of chunks at each denoising step, without gradients.
+        """Return the losses of chunks at each denoising step, without gradients.
 
         Args:
             clips: clips of one shape.
@@ -93,10 +93,11 @@ class ContextDistillation:
     def _compare(
         self, clips: Sequence[Clip], chosen: Sequence[int], source: torch.Generator, buffer: type[LayerCache]
     ) -> Iterator[tuple[int, Session, Iterator[Tensor]]]:
-        """Each chosen chunk, the session that it is predicted in, and the losses of its denoising steps."""
+        """Yield each chosen chunk, the session that predicts it, and the losses of its denoising steps."""
         latents, embeds = torch.stack([clip.latents for clip in clips]), torch.stack([clip.embeds for clip in clips])
         chunks = latents.split(self.stack.chunk_frames, dim=2)[: chosen[-1] + 1]
         noises, levels = {c: noise_like(chunks[c], source) for c in chosen}, noise_levels(self.scheduler, self.steps)
+        # The teacher is the same stack, except that nothing is compressed and everything is attended.
         policy = registry().policy
         whole = replace(self.stack, compressor=policy("compressor", "identity"), selector=policy("selector", "all"))
 

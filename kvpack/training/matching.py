@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvpack.generation.adapter import Trainee
+from kvpack.generation.trainee import Trainee
 from kvpack.memory.stack import Stack
 from kvpack.training.buffer import Cut, GraphLayer, backward_history, histories
 from kvpack.training.clips import Clip
@@ -22,12 +22,13 @@ SIGMAS = (0.02, 0.98)  # between which noise is added to what was generated, bef
 
 @dataclass(eq=False)
 class DistributionMatching:
-    """Videos made over packed memory should be likely under a teacher that sees whole clips (paper, sections 3.2, 4).
+    """Distribution matching: videos made over packed memory should be likely under a teacher that sees whole clips.
 
-    Every step generates videos from noise, chunk by chunk, and trains a critic, which begins as the teacher, to denoise
-    them. In every so-manieth step one chunk of them, with the last of its denoising steps in the graph, moves to where
-    the teacher finds it likelier than the critic does. A graph so spans one chunk and the twins that it attends;
-    the paper's spans all chunks of a rollout, which is the same gradient in expectation.
+    As in sections 3.2 and 4 of PackForcing (arXiv 2603.25730), every step generates videos from noise, chunk by chunk,
+    and trains a critic, which begins as the teacher, to denoise them. Every `critic_steps` steps one chunk of them,
+    with the last of its denoising steps in the graph, moves to where the teacher finds it likelier than the critic
+    does. A graph so spans one chunk and the twins that it attends; the paper's spans all chunks of a rollout, which is
+    the same gradient in expectation.
 
     Of a clip the caption and the size are used only.
 
@@ -69,7 +70,7 @@ class DistributionMatching:
 
     @property
     def learners(self) -> Sequence[Learner]:
-        """The generator, whose gradients come in every so-manieth step, and the critic."""
+        """The generator, which has gradients every `critic_steps` steps, and the critic."""
         options = {"betas": (0.0, 0.999), "weight_decay": 0.01}
         return (
             Learner("generator", self.generator, options=options),
@@ -79,7 +80,7 @@ class DistributionMatching:
     def backward(
         self, step: int, clips: Sequence[Clip], source: torch.Generator, backward: Callable[[Tensor], None]
     ) -> dict[str, float]:
-        """Gradients of the critic in every step, of the generator in every so-manieth."""
+        """Add up gradients of the critic in every step, and of the generator every `critic_steps` steps."""
         like, embeds = torch.stack([clip.latents for clip in clips]), torch.stack([clip.embeds for clip in clips])
         frames = like.shape[2] // self.stack.chunk_frames * self.stack.chunk_frames
         like, told = like[:, :, :frames], {}
@@ -91,12 +92,13 @@ class DistributionMatching:
         return told
 
     def _move(self, like: Tensor, embeds: Tensor, source: torch.Generator, backward: Callable[[Tensor], None]) -> float:
-        """Gradients of the generator through one chunk."""
+        """Add up gradients of the generator through one chunk, and return its loss."""
         every = list(range(like.shape[2] // self.stack.chunk_frames))
         chunks = every if self.whole_model else targets(self.stack, like.shape[2])
         chunk = chunks[int(torch.randint(len(chunks), (), generator=source))]
         videos, cuts = self._generate(like, embeds, source, chunk)
         direction = self._direction(videos.detach(), embeds, source)
+        # Its gradient in `videos` is `direction`, divided by the number of elements.
         loss = 0.5 * (videos - (videos.detach() - direction)).square().mean()
         backward(loss)
         backward_history(cuts)
@@ -105,7 +107,7 @@ class DistributionMatching:
     def _generate(
         self, like: Tensor, embeds: Tensor, source: torch.Generator, learning: int | None
     ) -> tuple[Tensor, list[Cut]]:
-        """Clean videos, the last denoising step of chunk `learning` in the graph, and the history that it attended."""
+        """Generate clean videos with the last step of chunk `learning` in the graph; return them and its history."""
         chunks, levels = like.split(self.stack.chunk_frames, dim=2), noise_levels(self.scheduler, self.steps)
         rollout = self.trainee.rollout(self.stack, embeds, (like.shape[3], like.shape[4]), GraphLayer)
         last = int(torch.randint(len(levels), (), generator=source))  # one noise level for all chunks, as in the paper
@@ -129,7 +131,7 @@ class DistributionMatching:
 
     @torch.no_grad()
     def _direction(self, videos: Tensor, embeds: Tensor, source: torch.Generator) -> Tensor:
-        """From where the teacher finds the videos to where the critic does, in units of how far the teacher is off."""
+        """Return the difference of critic and teacher, divided by the teacher's own mean error."""
         noisy, sigma, _ = self._noised(videos, source)
         against = self.negative.to(embeds).expand_as(embeds)
         toward = self._clean(self.teacher, noisy, sigma, embeds)
@@ -143,7 +145,7 @@ class DistributionMatching:
     def _denoise(
         self, videos: Tensor, embeds: Tensor, source: torch.Generator, backward: Callable[[Tensor], None]
     ) -> float:
-        """Gradients of the critic."""
+        """Add up gradients of the critic, and return its loss."""
         noisy, sigma, noise = self._noised(videos, source)
         with self.autocast():
             velocity = self.trainee.velocity(self.critic, noisy, 1000 * sigma.flatten(), embeds).float()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def noise_levels(scheduler: Any, steps: int) -> list[tuple[float, float]]:
-    """Sigma in 0..1 and timestep of each denoising step of a flow-matching scheduler.
+    """Return sigma in 0..1 and timestep of each denoising step of a flow-matching scheduler.
 
     >>> from diffusers import FlowMatchEulerDiscreteScheduler
     >>> noise_levels(FlowMatchEulerDiscreteScheduler(shift=1.0), 2)
@@ -20,16 +20,16 @@ def noise_levels(scheduler: Any, steps: int) -> list[tuple[float, float]]:
 
 
 def generator(*seeds: int) -> torch.Generator:
-    """A generator for one place of a training run: the same numbers wherever a run that was stopped goes on."""
+    """Return a generator seeded by a place in a training run, so that a resumed run draws the same numbers."""
     (state,) = np.random.SeedSequence(seeds).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state))
 
 
 def noise_like(tensor: Tensor, source: torch.Generator) -> Tensor:
-    """Normal noise, drawn on the CPU so that it is the same on every device."""
+    """Draw normal noise on the CPU, so that it is the same on every device."""
     return torch.randn(tensor.shape, generator=source).to(tensor.device, tensor.dtype)
 
 
 def mixed(clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
-    """What flow matching has at a noise level."""
+    """Interpolate between clean latents and noise: `(1 - sigma) * clean + sigma * noise`."""
     return (1 - sigma) * clean + sigma * noise

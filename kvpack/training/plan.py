@@ -20,7 +20,7 @@ _BACKWARD = 2
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Context distillation of one batch, where the last chunk of its clips is learned from: the most that a step needs.
+    """Memory and operations of context distillation on one batch, for the last chunk of its clips: the largest step.
 
     Args:
         model_parameters: transformer and VAE, frozen.
@@ -42,11 +42,11 @@ class TrainingPlan:
 
     @property
     def total_bytes(self) -> int:
-        """All that is held at once, but for what single operations need while they run."""
+        """All that is held at once, except the temporary memory of single operations."""
         return self.model_bytes + self.trained_bytes + self.graph_bytes + self.kv_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as JSON takes it."""
+        """Return plain data that JSON can hold."""
         return {**asdict(self), "total_bytes": self.total_bytes}
 
 
@@ -61,7 +61,7 @@ def training_plan(
     batch: int = 1,
     steps: int = 4,
 ) -> TrainingPlan:
-    """Plans context distillation.
+    """Plan context distillation.
 
     Args:
         geometry: the model at the clips' size; its dtype is that of the frozen model.

@@ -6,7 +6,7 @@ from kvpack.memory.stack import Stack
 
 
 def targets(stack: Stack, frames: int) -> list[int]:
-    """Chunks of a clip of `frames` latent frames that attend something compressed.
+    """Return the chunks of a clip of `frames` latent frames that attend something compressed.
 
     Raises:
         InvalidOptionError: if none does.

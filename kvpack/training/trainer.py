@@ -24,8 +24,8 @@ STATE, LOG, RECIPE = "state.pt", "log.csv", "recipe.json"
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How long and how fast.
+class TrainingRecipe:
+    """Length, learning rate, batch and seed of a training run.
 
     Args:
         steps: optimiser steps.
@@ -89,18 +89,18 @@ class Objective(Protocol):
 
     @property
     def learners(self) -> Sequence[Learner]:
-        """What is trained; those left without gradients in a step stay as they are."""
+        """What is trained; a learner without gradients in a step is not updated."""
         ...
 
     def backward(
         self, step: int, clips: Sequence[Clip], source: torch.Generator, backward: Callable[[Tensor], None]
     ) -> dict[str, float]:
-        """Adds up gradients for one batch, by `backward(loss)`, and returns what is logged."""
+        """Add up gradients for one batch, by `backward(loss)`, and return what is logged."""
         ...
 
 
 class Trainer:
-    """A training run in a folder, begun or gone on with.
+    """A training run in a folder, new or resumed.
 
     The folder has `state.pt`, from which it goes on bit for bit on the same kind of processor, `log.csv`, and
     `recipe.json`, which says what it is a training of.
@@ -121,7 +121,7 @@ class Trainer:
         self,
         objective: Objective,
         clips: ClipFolder,
-        recipe: Recipe,
+        recipe: TrainingRecipe,
         output: Path,
         accelerator: Accelerator,
         about: dict[str, Any] | None = None,
@@ -130,7 +130,8 @@ class Trainer:
         self.accelerator = accelerator
         self.step = self.saved_step = 0
         told = {**asdict(recipe), "clips": clips.fingerprint(), "processes": accelerator.num_processes, **(about or {})}
-        told = {name: value for name, value in told.items() if name not in ("steps", "save_every")}  # these may change
+        # These two may change between a run and its continuation: they change no gradient.
+        told = {name: value for name, value in told.items() if name not in ("steps", "save_every")}
         self.about = json.dumps(told, indent=2, sort_keys=True, default=str) + "\n"
         self.optimisers, self.schedules = {}, {}
         for learner in objective.learners:
@@ -144,7 +145,7 @@ class Trainer:
         self._resume()
 
     def run(self, saved: Callable[[int], None] = lambda step: None) -> None:
-        """Trains to the end.
+        """Train to the end.
 
         Args:
             saved: called at each checkpoint, in the main process.
@@ -167,7 +168,7 @@ class Trainer:
                         self._save()
 
     def _advance(self) -> dict[str, float]:
-        """One step of the optimisers."""
+        """Do one optimiser step, and return what is logged."""
         recipe, accelerator = self.recipe, self.accelerator
         totals: dict[str, float] = {}
         for part in range(recipe.accumulation):
@@ -187,7 +188,7 @@ class Trainer:
         return totals
 
     def _batch(self, turn: int) -> list[Clip]:
-        """Clips in a new order in every round of all of them."""
+        """Return the clips of a batch; every epoch has its own order."""
         first, chosen = turn * self.recipe.batch, []
         for index in range(first, first + self.recipe.batch):
             round_, place = divmod(index, len(self.clips))
@@ -221,7 +222,7 @@ class Trainer:
         return {f"{learner.name} gradient norm": norm}
 
     def _mean(self, tensor: Tensor) -> Tensor:
-        """Over all processes."""
+        """Average a tensor over all processes."""
         if self.accelerator.num_processes == 1:
             return tensor
         reduced: Any = self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="mean")
@@ -278,7 +279,7 @@ class Trainer:
             self._cut_log()
 
     def _cut_log(self) -> None:
-        """Steps behind the checkpoint will be done, and logged, again."""
+        """Drop the log's rows after the checkpoint, whose steps will be done and logged again."""
         path = self.output / LOG
         if path.exists():
             header, *rows = path.read_text(encoding="utf-8").splitlines()

@@ -176,11 +176,12 @@ plan = partial(told, "plan", "--json")
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_a_preset_of_plan(recipe):
-    name = recipe if recipe.endswith("14b") else f"{recipe}-1.3b"
+    name = recipe if recipe.endswith(("14b", "5b")) else f"{recipe}-1.3b"
     planned = plan("--preset", name)
     assert planned["stack"] == RECIPES[recipe].stack
-    assert planned["chunk_tokens"] == 1560 * RECIPES[recipe].options["chunk_frames"]
-    assert PRESETS[name].configs == PRESETS["wan2.1-t2v-" + name.rpartition("-")[2]].configs
+    tokens = 390 if name.endswith("5b") else 1560
+    assert planned["chunk_tokens"] == tokens * RECIPES[recipe].options["chunk_frames"]
+    assert PRESETS[name].configs == PRESETS[RECIPES[recipe].base].configs
     assert plan("--preset", name, "--stack", "full")["stack"] == "full"
 
 

@@ -246,7 +246,7 @@ def test_every_recipe_enables_without_arguments(name, base, weights, tmp_path):
     assert pipe.packforcing.stack.chunk_frames == recipe.options["chunk_frames"]
     pipe.scheduler.set_timesteps(recipe.settings.call["num_inference_steps"])
     wanted = [1000 * recipe.shift * s / (1 + (recipe.shift - 1) * s) for s in recipe.sigmas]
-    assert pipe.scheduler.timesteps.tolist() == pytest.approx(wanted)
+    assert pipe.scheduler.timesteps.tolist() == pytest.approx(wanted, abs=2 if recipe.solver else 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_merged_bit_for_bit_as_exact_arithmetic(dtype):
     torch.manual_seed(1)
     # Few bits, so that float64 holds products and sums without rounding.
     weight, down, up = (torch.randint(-64, 64, shape) / 32 for shape in ((6, 5), (4, 5), (6, 4)))
-    merged = LowRank({"down": down.to(dtype), "up": up.to(dtype)}, alpha=3.0).merged(weight.to(dtype), dtype)
+    merged = LowRank({"down": down.to(dtype), "up": up.to(dtype)}, scale=3 / 4).merged(weight.to(dtype), dtype)
     for row in range(6):
         for column in range(5):
             product = sum(Fraction(float(up[row, i])) * Fraction(float(down[i, column])) for i in range(4))
@@ -138,10 +138,8 @@ def test_as_peft_merges():
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"], init_lora_weights=False)
     wrapped = peft.get_peft_model(layer, config)
     tensors = peft.get_peft_model_state_dict(wrapped)
-    delta = LowRank(
-        {"down": tensors["base_model.model.0.lora_A.weight"], "up": tensors["base_model.model.0.lora_B.weight"]}
-    )
-    delta.alpha = 6.0
+    factors = {"down": tensors["base_model.model.0.lora_A.weight"], "up": tensors["base_model.model.0.lora_B.weight"]}
+    delta = LowRank(factors, scale=6 / 4)
     merged = wrapped.merge_and_unload()[0].weight.detach()
     assert torch.allclose(delta.merged(weight, torch.float32), merged, rtol=0, atol=2e-6)
     assert not torch.allclose(weight, merged, atol=1e-2)
@@ -155,10 +153,12 @@ def test_alpha_is_the_callers_then_the_files_then_the_rank(pairs, tmp_path):
     tensors = peft_keys(pairs) | {"blocks.0.ffn.0.alpha": torch.tensor(5.0)}
     torch.save(tensors, tmp_path / "lora.pt")
     name, other = "blocks.0.ffn.net.0.proj.weight", "blocks.0.ffn.net.2.weight"
-    assert (read(tmp_path / "lora.pt")[name].alpha, read(tmp_path / "lora.pt")[other].alpha) == (5.0, None)
-    assert read(tmp_path / "lora.pt", 2.0)[name].alpha == 2.0
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 16, "r": 4}))
-    assert (read(tmp_path / "lora.pt")[name].alpha, read(tmp_path / "lora.pt")[other].alpha) == (5.0, 16.0)
+    rank, other_rank = (len(pairs[f"blocks.0.{module}"][0]) for module in ("ffn.0", "ffn.2"))
+    assert (read(tmp_path / "lora.pt")[name].scale, read(tmp_path / "lora.pt")[other].scale) == (5 / rank, 1)
+    assert read(tmp_path / "lora.pt", 2.0)[name].scale == 2 / rank
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 16}))
+    both = read(tmp_path / "lora.pt")
+    assert (both[name].scale, both[other].scale) == (5 / rank, 16 / other_rank)
     up, down = torch.ones(2, 1), torch.ones(1, 2)
     assert LowRank({"up": up, "down": down}).merged(torch.zeros(2, 2), torch.float32).tolist() == [[1, 1], [1, 1]]
 
@@ -192,8 +192,8 @@ def test_what_is_no_lora(change, message, pairs, tmp_path):
 
 def test_a_peft_config_that_means_something_else(pairs, tmp_path):
     torch.save(peft_keys(pairs), tmp_path / "lora.pt")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 16, "use_rslora": True}))
-    with pytest.raises(InvalidOptionError, match="asks for use_rslora, which is not merged"):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 16, "use_dora": True}))
+    with pytest.raises(InvalidOptionError, match="asks for use_dora, which is not merged"):
         read(tmp_path / "lora.pt")
 
 

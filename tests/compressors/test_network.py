@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvpack.compressors import weights as branches
 from kvpack.compressors.network import HighResolutionBranch, branch_flops, strides
-from kvpack.compressors.weights import BranchSource, branch_config, load_branch
+from kvpack.compressors.weights import CompressorWeights, branch_config, load_branch
 from kvpack.errors import InvalidOptionError
 from kvpack.plugins.registry import registry
 from kvpack.plugins.resolve import stack_from_dict
@@ -220,7 +220,7 @@ def test_a_folder_becomes_what_its_config_says(tmp_path):
 def test_weights_are_loaded_once_and_copied_for_each_dtype(folder, monkeypatch):
     loads = []
     monkeypatch.setattr(branches, "load_branch", lambda source: loads.append(source) or load_branch(source))
-    source = BranchSource(folder)
+    source = CompressorWeights(folder)
     cpu = torch.device("cpu")
     first, again, other = (source.on(cpu, dtype, 16, 24, (2, 2)) for dtype in (torch.float32,) * 2 + (torch.bfloat16,))
     assert first is again
@@ -231,7 +231,7 @@ def test_weights_are_loaded_once_and_copied_for_each_dtype(folder, monkeypatch):
 
 def test_a_module_that_is_trained_is_used_itself(trained):
     cpu = torch.device("cpu")
-    source = BranchSource(trained)
+    source = CompressorWeights(trained)
     for dtype in (torch.float32, torch.bfloat16):
         assert source.on(cpu, dtype, 16, 24, (2, 2)) is trained
     trained.requires_grad_(False)

@@ -13,9 +13,11 @@ import pytest
 
 import helpers
 from benchmarks.toyworld import world
+from benchmarks.toyworld.facts import facts_of
 from helpers import command
 from kvpack.errors import InvalidOptionError, OutputError
-from kvpack.evaluation import METRICS, vbench
+from kvpack.evaluation import METRICS, Facts, Observer, drift, general_measures, measures, vbench
+from kvpack.evaluation.general import GENERAL
 from kvpack.media.reading import opened
 from kvpack.media.video import VideoWriter
 
@@ -48,12 +50,29 @@ def test_measures_of_files(video: Path) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     (row,) = json.loads(result.stdout)["videos"]
     assert (row["video"], row["frames"], row["fps"]) == (str(video), 48, 16)
-    assert set(row["measures"]) == set(row["drift"]) == set(METRICS)
-    assert row["measures"]["prompt_alignment"] is None
-    assert row["measures"]["dynamic_degree"] == pytest.approx(24 / 64, rel=0.25)
+    names = [name for name in GENERAL.values() if name is not None]
+    assert list(row["measures"]) == list(row["drift"]) == names
+    assert not set(names) & set(METRICS)  # a name means one thing
+    assert row["unmeasured"] == list(METRICS)
+    assert row["measures"]["motion_speed"] == pytest.approx(24 / 64, rel=0.25)
     table = run(video, video)
     assert table.exit_code == 0
-    assert all(table.stdout.count(name) == 2 for name in METRICS)
+    assert all(table.stdout.count(name) == 2 for name in (*names, *METRICS))
+
+
+def test_a_measure_with_facts_and_one_without_are_two() -> None:
+    """Of one video with lamps: the leaderboard's, which know the world, and those of any video."""
+    frames = world.make_clip(world.HELD_OUT[0], 0, 96).video
+    found = []
+    for facts in (facts_of(world.HELD_OUT[0]), Facts(fps=16)):
+        observer = Observer(facts)
+        observer.add(frames)
+        found.append(observer.finish())
+    known, (values, drifts) = measures(found[0], 0, 96), general_measures(found[1])
+    plain = measures(found[1], 0, 96)
+    assert known["subject_consistency"] > values["foreground_likeness"] + 0.1
+    assert values == pytest.approx({new: plain[old] for old, new in GENERAL.items() if new}, nan_ok=True)
+    assert drifts == pytest.approx({new: drift(found[1])[old] for old, new in GENERAL.items() if new}, nan_ok=True)
 
 
 def test_files_that_are_no_video(tmp_path: Path) -> None:

@@ -11,9 +11,8 @@ import kvpack
 from helpers import quiet
 from kvpack.adapters import attention as processor
 from kvpack.adapters.wan import WanAdapter
-from kvpack.adapters.wan import attention as wan_attention
 from kvpack.adapters.wan import prompt_cache as wan_prompt
-from kvpack.generation import compile_boundary as opaque
+from kvpack.generation import compile_boundary
 from kvpack.plugins.resolve import resolve_stack
 from kvpack.testing import tiny_wan_pipeline
 from kvpack.training.buffer import GraphLayer
@@ -33,13 +32,12 @@ PACKED = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 1}
 @pytest.fixture(autouse=True)
 def _unchecked(monkeypatch):
     """The tests' own checks of shapes can't be traced."""
-    attend = inspect.unwrap(opaque.attend)
-    for module in (opaque, processor, wan_prompt):
+    attend = inspect.unwrap(compile_boundary.attend)
+    for module in (compile_boundary, processor, wan_prompt):
         monkeypatch.setattr(module, "attend", attend)
-    base = processor.PackedAttnProcessor
-    monkeypatch.setattr(base, "attend", inspect.unwrap(base.attend))
-    for cls in (wan_attention.PackedWanAttnProcessor, wan_prompt.PromptWanAttnProcessor):
-        monkeypatch.setattr(cls, "__call__", inspect.unwrap(cls.__call__))
+    base, prompt = processor.PackedAttnProcessor, wan_prompt.PromptWanAttnProcessor
+    for cls, name in ((base, "__call__"), (base, "project"), (base, "output"), (prompt, "__call__")):
+        monkeypatch.setattr(cls, name, inspect.unwrap(getattr(cls, name)))
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +95,7 @@ def test_few_graphs_and_the_same_bits(stack, options, guidance_scale, most):
         assert torch.equal(generate(pipe, guidance_scale=guidance_scale), frames)
     assert len(graphs) <= most
     assert not counters["graph_break"]
-    assert not opaque._slots  # nothing outlives its chunk
+    assert not compile_boundary._alive  # nothing outlives its chunk
 
 
 @pytest.mark.slow
@@ -157,7 +155,7 @@ def test_the_whole_transformer(wrapped):
 def test_gradients_pass_outside_the_graph():
     """Training calls the memory itself: the graph breaks there, and the gradient is that of eager."""
 
-    class Memory(opaque.Slot):
+    class Memory(compile_boundary.OpaqueAttention):
         def attended(self, queries, others):
             return queries * others[0]
 
@@ -165,7 +163,7 @@ def test_gradients_pass_outside_the_graph():
 
     @torch.compile(backend="eager")
     def run(queries, others):
-        return opaque.attend(memory, queries * 1, [others]) + 1
+        return compile_boundary.attend(memory, queries * 1, [others]) + 1
 
     run(queries, torch.arange(3.0)).sum().backward()
     assert queries.grad.tolist() == [0.0, 1.0, 2.0]

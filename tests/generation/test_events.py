@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import quiet, seeded
-from kvpack.adapters.wan import denoiser as wan_memory
+from kvpack.adapters.wan import denoiser as wan_denoiser
 from kvpack.adapters.wan.vae import StreamingDecoder
 from kvpack.errors import InvalidOptionError
 from kvpack.generation.prompts import Shot, shots
@@ -168,7 +168,7 @@ def test_a_stack_computes_the_recent_window_anew_and_keeps_the_rest():
     before = session.history
     assert session.replays() == (2, 2)
     run = pipe._kvpack.run
-    run.turn(DOG)
+    run.set_prompt(DOG)
     after = session.history
     assert after.ledger == before.ledger
     assert after.aim is None
@@ -197,7 +197,7 @@ def test_twins_are_replayed_with_their_chunk(compressor):
         next(stream)
     session = pipe.packforcing.sessions["cond"]
     old = session.history.held[-1]
-    pipe._kvpack.run.turn(DOG)
+    pipe._kvpack.run.set_prompt(DOG)
     new = session.history.held[-1]
     assert (old.twin is None) == (new.twin is None) == (compressor == "pool")
     if old.twin is not None:
@@ -219,7 +219,7 @@ def test_a_replay_that_fails_leaves_all_as_it_was():
     stream = pipe.packforcing.stream(FOX, num_frames=29, generator=seeded(), **CALL)
     parts = [next(stream) for _ in range(5)]
     run = pipe._kvpack.run
-    session, embeds = pipe.packforcing.sessions["cond"], run.memory.embeds
+    session, embeds = pipe.packforcing.sessions["cond"], run.denoiser.conditioning
     history = session.history
 
     def broken(module, args):
@@ -231,7 +231,7 @@ def test_a_replay_that_fails_leaves_all_as_it_was():
         stream.send(DOG)
     handle.remove()
     assert session.history is history
-    assert run.memory.embeds is embeds
+    assert run.denoiser.conditioning is embeds
     parts += list(stream)
     assert torch.equal(torch.cat(parts, dim=2), generate(pipe, FOX, 8))
 
@@ -283,10 +283,10 @@ def test_frames_of_longlives_replay_attend_each_other():
         stream = pipe.packforcing.stream(FOX, num_frames=None, generator=seeded(), **CALL)
         for _ in range(3):
             next(stream)
-        memory = pipe._kvpack.run.memory
+        memory = pipe._kvpack.run.denoiser
         clean = memory._clean.latents
         clean[-1].add_(change)
-        pipe._kvpack.run.turn(DOG)
+        pipe._kvpack.run.set_prompt(DOG)
         stream.close()
         return memory.sessions["cond"].past.states[-1].sink.keys
 
@@ -337,7 +337,7 @@ def test_a_flush_leaves_the_last_frames():
 def test_krea_forwards_its_context_from_nothing_and_encodes_the_first_frame_anew(monkeypatch):
     pipe = pipeline("krea", chunk_frames=1, context_frames=2)
     commits, encoded = [], []
-    real_commit, real_encode = Session.commit, wan_memory.encode
+    real_commit, real_encode = Session.commit, wan_denoiser.encode
     monkeypatch.setattr(
         Session,
         "commit",
@@ -346,7 +346,9 @@ def test_krea_forwards_its_context_from_nothing_and_encodes_the_first_frame_anew
             real_commit(self, twins, latents),
         )[1],
     )
-    monkeypatch.setattr(wan_memory, "encode", lambda vae, frames: (encoded.append(frames), real_encode(vae, frames))[1])
+    monkeypatch.setattr(
+        wan_denoiser, "encode", lambda vae, frames: (encoded.append(frames), real_encode(vae, frames))[1]
+    )
     chunks = list(
         pipe.packforcing.stream(FOX, num_frames=13, generator=seeded(), **{**CALL, "height": 64, "width": 64})
     )

@@ -334,8 +334,8 @@ def test_bfloat16(guidance_scale, pipe):
     assert torch.isfinite(frames).all()
     # as far from fp32 as the stock pipeline is, within a factor of chance
     assert rel_l2(frames.float(), reference) < 4 * rel_l2(stock16.float(), stock32)
-    for reindex in ("contiguous", "fit"):
-        pipe.enable_packforcing(reindex=reindex, chunk_frames=2, sink_frames=1, recent_frames=1, topk=1)
+    for reindexer in ("contiguous", "fit"):
+        pipe.enable_packforcing(reindexer=reindexer, chunk_frames=2, sink_frames=1, recent_frames=1, topk=1)
         pixels = generate(pipe, output_type="np")
         assert pixels.shape == (1, 25, 16, 32, 3)
         assert pipe.packforcing.stats()["attended_bytes"] % 2 == 0

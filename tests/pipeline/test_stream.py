@@ -22,7 +22,7 @@ SIZES = {"chunk_frames": 3, "sink_frames": 3, "recent_frames": 3}
 STACKS = {
     "full": ("full", {"chunk_frames": 3}),
     "window": ("self-forcing", {"chunk_frames": 3, "window_frames": 6, "sink_frames": 1}),
-    "pool": ("packforcing", {**SIZES, "topk": 1, "sink_frames": 2, "reindex": "contiguous"}),
+    "pool": ("packforcing", {**SIZES, "topk": 1, "sink_frames": 2, "reindexer": "contiguous"}),
     "lr": ("packforcing", {**SIZES, "topk": 1, "compressor": "lr"}),
     "fit": ("packforcing", {**SIZES, "topk": 2}),
 }

@@ -68,7 +68,7 @@ STACKS = {
     "full": stack("full"),
     "self-forcing": stack("self-forcing"),
     "packforcing": stack("packforcing", topk=2, sink_frames=4),
-    "pool": stack("packforcing", topk=3, sink_frames=4, reindex="contiguous"),
+    "pool": stack("packforcing", topk=3, sink_frames=4, reindexer="contiguous"),
     "lr": stack("packforcing", topk=2, sink_frames=4, compressor="lr"),
     "hr": stack("packforcing", topk=2, sink_frames=4, compressor="hr"),
     "bounded": stack("packforcing", topk=1, sink_frames=4, compressor="pool", archive_blocks=2),

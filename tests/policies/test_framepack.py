@@ -87,11 +87,11 @@ def naive(cells, sizes, side):
 
 
 @pytest.mark.parametrize("grid", [(4, 6), (5, 7)])
-@pytest.mark.parametrize("reindex", ["contiguous", "fit"])
-def test_a_session_attends_the_means_of_what_was_committed(grid, reindex):
+@pytest.mark.parametrize("reindexer", ["contiguous", "fit"])
+def test_a_session_attends_the_means_of_what_was_committed(grid, reindexer):
     """Keys at their places, and values, of every layer: oldest blocks smallest, the newest archived one as it is."""
     geometry = replace(GRID, grid=grid)
-    session, generator = Session(framepack(reindex=reindex), geometry), torch.Generator().manual_seed(1)
+    session, generator = Session(framepack(reindexer=reindexer), geometry), torch.Generator().manual_seed(1)
     frames = [[] for _ in session.layers]  # each [keys or values, batch, rows, columns, heads, head_dim]
     for chunk in range(8):
         for announce in (lambda: session.denoise(0), session.commit):
@@ -104,7 +104,7 @@ def test_a_session_attends_the_means_of_what_was_committed(grid, reindex):
         blocks += [(range(max(1, 4 * chunk - 4), 4 * chunk), 0)]
         mid = sum(len(run) for run in archived)
         # 20 positions less those of the sink frame, the recent chunk and the current one.
-        ratio = min(1.0, (20 - 9) / mid) if reindex == "fit" and mid else 1.0
+        ratio = min(1.0, (20 - 9) / mid) if reindexer == "fit" and mid else 1.0
         for index, layer in enumerate(session.layers if chunk else []):
             tokens, places, start = [], [], 0.0
             for run, halvings in blocks:

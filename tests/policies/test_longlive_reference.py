@@ -5,7 +5,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from kvpack.adapters import WanAdapter
-from kvpack.adapters.wan.denoiser import WanMemory
+from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.policies import LongLive
 from kvpack.testing import tiny_wan_pipeline
 
@@ -97,14 +97,14 @@ def test_every_forward_is_the_same(window, sink, global_sink, switch):
     clean = [torch.randn(shape, generator=source) for _ in range(8)]
     noisy = [[torch.randn(shape, generator=source) for _ in range(2)] for _ in range(8)]
     embeds = [torch.randn(1, 6, 32, generator=source) for _ in range(2)]
-    memory = WanMemory(pipe, rules, geometry, {"cond": embeds[0]})
+    memory = WanDenoiser(pipe, rules, geometry, {"cond": embeds[0]})
     outputs = []
-    with memory.attached():
+    with memory.seam():
         for index, steps in enumerate(noisy):
             if index == switch:
-                memory.turn({"cond": embeds[1]})
+                memory.set_prompt({"cond": embeds[1]})
             for step, (latents, t) in enumerate(zip(steps, (1000.0, 500.0), strict=True)):
-                outputs.append(memory.forward("cond", latents, torch.full((1,), t), step))
+                outputs.append(memory.predict("cond", latents, torch.full((1,), t), step))
             memory.commit(clean[index], None)
     wanted, caches = reference(pipe.transformer, rules, geometry, clean, noisy, embeds, switch)
     for place, (given, each) in enumerate(zip(outputs, wanted, strict=True)):

@@ -33,14 +33,15 @@ def pipe():
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (0, 8), (8, 4), (8, 8)])
-@pytest.mark.parametrize("reindex", ["absolute", "sink-shift", "contiguous", "fit"])
+@pytest.mark.parametrize("reindexer", ["absolute", "sink-shift", "contiguous", "fit"])
 @pytest.mark.parametrize(("selector", "topk"), [("topk", 0), ("topk", 1), ("topk", 32), ("all", 1)])
-def test_an_uncompressed_mid(sizes, reindex, selector, topk, pipe):
+def test_an_uncompressed_mid(sizes, reindexer, selector, topk, pipe):
     sink, recent = sizes
+    options = {"topk": topk} if selector == "topk" else {}
+    options |= {"train_frames": 24} if reindexer == "fit" else {}
     pipe.enable_packforcing(
-        compressor="identity", selector=selector, topk=topk, reindex=reindex, sink_frames=sink, recent_frames=recent,
-        train_frames=24,
-    )  # fmt: skip
+        compressor="identity", selector=selector, reindexer=reindexer, sink_frames=sink, recent_frames=recent, **options
+    )
     frames = pipe(generator=torch.Generator().manual_seed(0), **CALL).frames
     assert frames.shape[2] == 32
     assert bool(frames.isfinite().all())
@@ -85,7 +86,7 @@ def choices(selection, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"reindex": "absolute"}, {"sink_frames": 7, "recent_frames": 5, "chunk_frames": 3}]
+    "options", [{}, {"reindexer": "absolute"}, {"sink_frames": 7, "recent_frames": 5, "chunk_frames": 3}]
 )
 def test_selection_by_layer_or_by_chunk(options):
     chunk, layer = choices("chunk", **options), choices("layer", **options)

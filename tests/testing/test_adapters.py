@@ -34,9 +34,9 @@ def unseeded(run, first, frames):
 def counting(steps):
     """Denoising that leaves a hook behind."""
 
-    def denoised(run, index, noise):
+    def denoised(run, *args):
         run.pipeline.transformer.norm_out.register_forward_hook(lambda *_: None)
-        return steps(run, index, noise)
+        return steps(run, *args)
 
     return denoised
 
@@ -51,7 +51,7 @@ def longer(stream):
 
 
 BROKEN = {
-    "is not deterministic": lambda patch: patch.setattr(WanRun, "_noise", unseeded),
+    "is not deterministic": lambda patch: patch.setattr(WanRun, "noise", unseeded),
     "leaves other hooks": lambda patch: patch.setattr(WanRun, "_denoised", counting(WanRun._denoised)),
     "streams other latents": lambda patch: patch.setattr(PackForcing, "stream", longer(PackForcing.stream)),
 }

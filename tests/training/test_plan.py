@@ -77,7 +77,7 @@ def test_the_reference_model():
     assert plan.total_bytes < 40e9  # one GPU of 48 GB
     assert planned(sink_frames=8).graph_bytes > 0.9 * plan.graph_bytes
     with pytest.raises(InvalidOptionError, match="no chunk of 4 attends anything"):
-        planned(sink_frames=16, reindex="contiguous")
+        planned(sink_frames=16, reindexer="contiguous")
 
 
 def test_the_command():

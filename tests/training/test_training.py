@@ -19,7 +19,7 @@ from helpers import told
 from kvpack.errors import BrokenClipError, InvalidOptionError, TrainingError
 from kvpack.training.clips import ClipFolder
 from kvpack.training.compressor import CompressorTraining, frozen
-from kvpack.training.trainer import Learner, Recipe, Trainer
+from kvpack.training.trainer import Learner, Trainer, TrainingRecipe
 
 CHUNKS, SIZE = 5, (8, 8)
 STACK = {"topk": 4, "sink_frames": 2, "recent_frames": 2, "chunk_frames": 2}
@@ -56,7 +56,7 @@ def training(model, data, tmp_path):
         given = {"options": STACK, "hidden": 8, "frames": 2 * CHUNKS, "denoising_steps": 2, "max_sequence_length": 8}
         return CompressorTraining(
             **{"model": model, "data": data, "output": tmp_path / output, "cpu": True, **given, **changed},
-            recipe=Recipe(**steps),
+            recipe=TrainingRecipe(**steps),
         )
 
     return make
@@ -253,7 +253,7 @@ def test_accumulation_is_a_larger_batch(model, data, tmp_path):
     for batch, accumulation in ((1, 4), (2, 2), (4, 1)):
         torch.manual_seed(0)
         objective = MeanLatent()
-        recipe = Recipe(steps=3, batch=batch, accumulation=accumulation, learning_rate=0.1, clip_norm=1e9)
+        recipe = TrainingRecipe(steps=3, batch=batch, accumulation=accumulation, learning_rate=0.1, clip_norm=1e9)
         Trainer(objective, clips, recipe, tmp_path / str(batch), Accelerator(cpu=True)).run()
         found.append((objective.seen, objective.module.weight.detach()))
     for seen, weight in found[1:]:
@@ -359,7 +359,7 @@ def test_options_that_cannot_work(training):
     with pytest.raises(InvalidOptionError, match="no chunk of 2 attends anything that"):
         training(options={**STACK, "sink_frames": 8}).run()
     with pytest.raises(InvalidOptionError, match="learning_rate must be a number > 0"):
-        Recipe(learning_rate=0.0)
+        TrainingRecipe(learning_rate=0.0)
 
 
 def test_bf16_model_and_float32_weights(training, tmp_path):

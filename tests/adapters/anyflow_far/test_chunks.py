@@ -119,7 +119,7 @@ def test_a_stack_of_another_length_is_fitted_or_refused(pipe, caplog):
     assert lengths(pipe, num_frames=29) == [1, 3, 3, 1]
     assert "the 3 latent frames of the model's chunk_partition, not the 2 of the stack" in caplog.text
     pipe.enable_packforcing("self-forcing", chunk_frames=2, window_frames=4, sink_frames=0)
-    with pytest.raises(InvalidOptionError, match="cannot work with the chunks of 3 latent frames"):
+    with pytest.raises(InvalidOptionError, match="chunk_partition 3 does not go with the chunks of"):
         pipe(**CALL, num_frames=29)
 
 

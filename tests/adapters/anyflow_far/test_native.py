@@ -107,11 +107,13 @@ def test_native_is_near_upstream_and_nearer_than_forgetting(pipe):
     assert far > 0.03  # the README's figures
 
 
-def test_a_twin_that_rides_is_one_with_a_forward_of_its_own(pipe, monkeypatch):
+def test_tokens_that_are_appended_are_as_in_a_forward_of_their_own(pipe, monkeypatch):
     call = {"guidance_scale": 2.0}
-    riding = generate(pipe.enable_packforcing(), **call)
-    monkeypatch.setattr("kvpack.adapters.anyflow_far.denoiser.AnyFlowFARMemory._ride", property(lambda _: False))
-    assert distance(generate(pipe, **call), riding) < 1e-5
+    appended = generate(pipe.enable_packforcing(), **call)
+    monkeypatch.setattr(
+        "kvpack.adapters.anyflow_far.denoiser.AnyFlowFARDenoiser.appends_tokens", property(lambda _: False)
+    )
+    assert distance(generate(pipe, **call), appended) < 1e-5
 
 
 @pytest.mark.parametrize("options", [{"commit": "last-step"}, {"compressor": NativeCompressor(project="direct")}])

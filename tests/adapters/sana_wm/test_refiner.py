@@ -173,7 +173,7 @@ def test_stats_say_what_is_kept(pipe):
     assert all(stats["seconds"][phase] > 0 for phase in ("denoise", "commit"))
 
 
-@pytest.mark.parametrize("options", [{"commit": "last-step"}, {"reindex": "absolute", "topk": 1}])
+@pytest.mark.parametrize("options", [{"commit": "last-step"}, {"reindexer": "absolute", "topk": 1}])
 def test_other_memories_of_packforcing(pipe, options):
     pipe.enable_packforcing(sink_frames=2, recent_frames=3, **options)
     latents = pipe(**arguments())

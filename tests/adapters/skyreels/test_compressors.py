@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers import quiet, random_branch, row_seeds
-from kvpack.adapters.skyreels.denoiser import SkyReelsMemory
+from kvpack.adapters.skyreels.denoiser import SkyReelsDenoiser
 from kvpack.policies import DualCompressor, HighResolutionCompressor, LowResolutionCompressor, PoolCompressor
 from kvpack.testing import tiny_skyreels_v2_pipeline
 
@@ -55,17 +55,17 @@ def test_rows_are_independent(name, how):
         assert float((both[row] - alone[0]).abs().max() / alone.abs().max()) <= 1e-5
 
 
-def test_riding_in_the_commit_is_a_forward_of_its_own(monkeypatch):
+def test_tokens_appended_in_the_commit_are_as_in_a_forward_of_their_own(monkeypatch):
     found, forwards = [], []
     for rides in (True, False):
-        monkeypatch.setattr(SkyReelsMemory, "_ride", rides)
+        monkeypatch.setattr(SkyReelsDenoiser, "appends_tokens", rides)
         pipe, count = enabled(DualCompressor(random_branch().requires_grad_(False))), []
         pipe.transformer.register_forward_pre_hook(lambda *_, count=count: count.append(1))
         video, twins = archives(pipe)
         found.append([video, *(each for pair in twins for each in pair)])
         forwards.append(len(count))
-    for riding, alone in zip(*found, strict=True):
-        torch.testing.assert_close(riding, alone, rtol=1e-4, atol=1e-5)
+    for appended, alone in zip(*found, strict=True):
+        torch.testing.assert_close(appended, alone, rtol=1e-4, atol=1e-5)
     assert forwards[0] < forwards[1]
 
 

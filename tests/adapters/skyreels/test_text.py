@@ -249,7 +249,7 @@ def test_upstreams_own_errors_come_through(pipe):
     with pytest.raises(ValueError, match="divisible by 16"):
         generate(pipe, height=20)
     with pytest.raises(UnsupportedPipelineError, match="skyreels-v2 cannot train yet"):
-        registry().adapter(pipe).trainee(pipe)
+        registry().adapter(type(pipe)).trainee(pipe)
 
 
 def test_what_upstream_needs_for_long_videos_is_not_needed(pipe):

@@ -41,9 +41,9 @@ def pipe():
     ("stack", "guidance_scale", "options"),
     [
         ("full", 4.0, {}),
-        ("packforcing", 4.0, {"reindex": "contiguous"}),
+        ("packforcing", 4.0, {"reindexer": "contiguous"}),
         pytest.param("self-forcing", 1.0, {}, marks=pytest.mark.slow),
-        pytest.param("packforcing", 1.0, {"reindex": "fit"}, marks=pytest.mark.slow),
+        pytest.param("packforcing", 1.0, {"reindexer": "fit"}, marks=pytest.mark.slow),
     ],
 )
 def test_rows_are_independent(stack, guidance_scale, options, pipe):

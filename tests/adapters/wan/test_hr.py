@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers import generated, quiet, random_branch, row_seeds, seeded
-from kvpack.adapters.wan.denoiser import WanMemory
+from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.compressors.network import HighResolutionBranch
 from kvpack.errors import InvalidOptionError, PolicyError
 from kvpack.policies import DualCompressor, HighResolutionCompressor, LowResolutionCompressor
@@ -181,7 +181,7 @@ def test_direct_projection_sees_the_scale_of_a_lora(pipe, folder):
 
 
 @pytest.mark.parametrize("chunk_frames", [2, 3])
-def test_riding_in_the_commit_is_a_forward_of_its_own(chunk_frames, folder, monkeypatch):
+def test_tokens_appended_in_the_commit_are_as_in_a_forward_of_their_own(chunk_frames, folder, monkeypatch):
     """With a sink that ends inside a chunk, two guidance branches, and rows whose choices differ."""
     found, forwards = [], []
     for rides in (True, False):
@@ -189,7 +189,7 @@ def test_riding_in_the_commit_is_a_forward_of_its_own(chunk_frames, folder, monk
         pipe.set_progress_bar_config(disable=True)
         count = []
         pipe.transformer.register_forward_pre_hook(lambda *_, count=count: count.append(1))
-        monkeypatch.setattr(WanMemory, "_ride", rides)
+        monkeypatch.setattr(WanDenoiser, "appends_tokens", rides)
         enabled(pipe, DualCompressor(folder), chunk_frames=chunk_frames, sink_frames=chunk_frames + 1)
         seeds = [seeded(row) for row in range(2)]
         stream = pipe.packforcing.stream(**{**CALL, "guidance_scale": 2.0, "generator": seeds})
@@ -199,8 +199,8 @@ def test_riding_in_the_commit_is_a_forward_of_its_own(chunk_frames, folder, monk
         found.append([video, *(tensor.clone() for each in archives for tensor in (each.keys, each.values))])
         stream.close()
         forwards.append(len(count))
-    for riding, alone in zip(*found, strict=True):
-        torch.testing.assert_close(riding, alone, rtol=1e-4, atol=1e-5)
+    for appended, alone in zip(*found, strict=True):
+        torch.testing.assert_close(appended, alone, rtol=1e-4, atol=1e-5)
     assert forwards[0] < forwards[1]
 
 

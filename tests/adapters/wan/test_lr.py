@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from helpers import generated, quiet, row_seeds
-from kvpack.adapters.wan.vae import StreamingDecoder, embed, encode
+from kvpack.adapters.wan.compression import embed
+from kvpack.adapters.wan.vae import StreamingDecoder, encode
 from kvpack.policies import LowResolutionCompressor
 from kvpack.testing import tiny_wan_pipeline
 

@@ -51,7 +51,7 @@ def generate(pipe, chunks=3, **changed):
 def stock(pipe, monkeypatch, make=generate, **changed):
     """The same with stock cross-attention."""
     with monkeypatch.context() as patch:
-        patch.setattr(wan_prompt, "serves", lambda attention: False)
+        patch.setattr(wan_prompt, "serves", lambda *_: False)
         return make(pipe, **changed)
 
 
