@@ -1,6 +1,7 @@
 """What many tests do: seeds, distances, calls of a pipeline and of the command line."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import av
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 import kvpack
 from kvpack.cli import app
 from kvpack.compressors.network import HighResolutionBranch
+from kvpack.memory.layer import ForwardLayer
 from kvpack.memory.stack import Stack
 from kvpack.policies import ContiguousReindexer, PoolCompressor, QueryTopK, SinkMidRecentPartitioner
 
@@ -114,3 +116,100 @@ def pixels(path: Path) -> np.ndarray:
     """All frames of a video file."""
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+# Inside a session: nothing else in the tests looks there
+
+
+def ledger(session):
+    """A stack's bookkeeping in host integers."""
+    return session.past.book.ledger
+
+
+def state(session, layer=0):
+    """What a memory has made of a layer's past."""
+    return session.past.states[layer]
+
+
+def context(session, layer=0):
+    """The memory's answer to what a layer attends in the chunk in progress: tokens, their places, the chunk's start."""
+    return session.caches[layer].attended
+
+
+def placement(session, layer=0):
+    """Where a stack's re-indexer has put the blocks that a layer attends in the chunk in progress."""
+    return session.plan.place(session.caches[layer].selected, torch.device("cpu")).placement
+
+
+def held(session):
+    """Each block that a stack holds whole: its piece of the ledger, and copies of its keys and values by layer."""
+    blocks = zip(*(each.whole for each in session.past.states), strict=True)
+    copies = ([(each.block.keys.clone(), each.block.values.clone()) for each in layers] for layers in blocks)
+    return list(zip(ledger(session).whole, copies, strict=True))
+
+
+def twins(session, layer=0):
+    """Compressed keys and values that wait beside each block that is held whole; None where there are none."""
+    return [each.twin for each in state(session, layer).whole]
+
+
+def archived(session, layer=0):
+    """Copies of keys and values of each compressed block, the oldest first."""
+    archive, span = state(session, layer).archive, session.stack.compressor.span
+    found = []
+    for piece in ledger(session).archive:
+        tokens = span(piece.first_frame, piece.frames, session.geometry.grid).tokens
+        found.append(tuple(each[:, piece.slot, :tokens].clone() for each in (archive.keys, archive.values)))
+    return found
+
+
+def archive_bytes(session):
+    """Bytes that are allocated for compressed blocks."""
+    return sum(each.archive.nbytes for each in session.past.states)
+
+
+def room(session):
+    """Tokens, current ones included, that the first layer has room for."""
+    return session.caches[0].arena.keys.shape[1]
+
+
+def places(session):
+    """Where the memory of a stack lies."""
+    arenas = [each for cache in session.caches for each in (cache.arena.keys, cache.arena.values)]
+    archives = [each for one in session.past.states for each in (one.archive.keys, one.archive.values)]
+    return [each.data_ptr() for each in arenas + archives]
+
+
+def spoil(session):
+    """Fill with NaN whatever room holds nothing."""
+    session.workspace.owner = None
+    for each in (session.workspace._keys, session.workspace._values):
+        each.fill_(torch.nan)
+    for cache in session.caches:
+        arena = cache.arena
+        free = torch.ones(arena.keys.shape[1] if arena.keys.ndim == 4 else 0, dtype=torch.bool)
+        for block in (each() for each in arena._residents):
+            if block is not None:
+                free[block.places[arena] : block.places[arena] + len(block)] = False
+        for each in (arena.keys, arena.values) if free.any() else ():
+            each[:, free] = torch.nan
+
+
+def record_forwards(monkeypatch, inspect=lambda keys, values: None):
+    """Return a function that lists the forwards of a layer from here on: first frame of the chunk, keys, values.
+
+    Args:
+        inspect: called with what each forward gives the attention kernel.
+    """
+    forwards, attend = defaultdict(list), ForwardLayer.attend
+
+    def recorded(self, queries, keys, values, attention):
+        def seen(q, k, v):
+            inspect(k, v)
+            return attention(q, k, v)
+
+        forwards[id(self.cache)].append((self.forward.plan.book.frames, keys.clone(), values.clone()))
+        return attend(self, queries, keys, values, seen)
+
+    monkeypatch.setattr(ForwardLayer, "attend", recorded)
+    return lambda session, layer=0: forwards[id(session.caches[layer])]

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers import archived, held, quiet, record_forwards
 from kvpack.errors import InvalidOptionError
-from kvpack.memory.layer import LayerMemory
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 from kvpack.planning.planner import plan
@@ -28,30 +28,15 @@ OPTIONS = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 4, "
 STEPS, CHUNKS = 4, 4
 
 
-@pytest.fixture(scope="module")
-def shared():
-    pipe = tiny_wan_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture
-def pipe(shared):
-    yield shared
-    shared.disable_packforcing()
+def pipe():
+    return quiet(tiny_wan_pipeline())
 
 
 @pytest.fixture
 def heard(monkeypatch):
-    """Keys and values of every forward, by the memory that they came to."""
-    calls, attend = {}, LayerMemory.attend
-
-    def listening(self, queries, keys, values, attention):
-        calls.setdefault(id(self), []).append((keys.clone(), values.clone()))
-        return attend(self, queries, keys, values, attention)
-
-    monkeypatch.setattr(LayerMemory, "attend", listening)
-    return calls
+    """The forwards of a session's layer."""
+    return record_forwards(monkeypatch)
 
 
 def stream(pipe, guidance_scale=1.0, **changed):
@@ -69,18 +54,18 @@ def test_what_is_stored_is_what_the_last_forward_made(commit, guidance_scale, pi
         sessions = pipe.packforcing.sessions
         assert list(sessions) == branches
         for branch, session in sessions.items():
-            for layer in session.layers:
-                forwards = heard[id(layer)]
+            for layer in range(session.geometry.layers):
+                forwards = heard(session, layer)
                 assert len(forwards) == (chunk + 1) * (STEPS + (commit == "rerun"))
-                last[branch, layer.index, chunk] = forwards[-1]
-                for given, wanted in zip(session.history.held[-1].layers[layer.index], forwards[-1], strict=True):
+                _, *last[branch, layer, chunk] = forwards[-1]
+                for given, wanted in zip(held(session)[-1][1][layer], last[branch, layer, chunk], strict=True):
                     assert torch.equal(given, wanted)
                 if chunk == CHUNKS - 1:  # chunks 1 and 2 have left recent
-                    for index, piece in enumerate(session.history.ledger.archive, start=1):
-                        keys, values = last[branch, layer.index, index]
-                        assert torch.equal(layer.archive.keys[:, piece.slot], keys)
-                        assert torch.equal(layer.archive.values[:, piece.slot], values)
-                    assert len(session.history.ledger.archive) == 2
+                    for index, pair in enumerate(archived(session, layer), start=1):
+                        keys, values = last[branch, layer, index]
+                        assert torch.equal(pair[0], keys)
+                        assert torch.equal(pair[1], values)
+                    assert len(archived(session, layer)) == 2
 
 
 @pytest.mark.parametrize(
@@ -138,7 +123,7 @@ def test_a_branch_that_guidance_left_out_of_the_last_step_runs_again(pipe, heard
     made = iter(stream(pipe, 4.0, callback_on_step_end=callback))
     next(made)
     sessions = pipe.packforcing.sessions
-    assert [len(heard[id(sessions[branch].layers[0])]) for branch in ("cond", "uncond")] == [4, 1 + 1]
+    assert [len(heard(sessions[branch])) for branch in ("cond", "uncond")] == [4, 1 + 1]
     assert sessions["cond"].frames == sessions["uncond"].frames == 2
     made.close()
 
@@ -147,12 +132,12 @@ def test_half_a_forward_is_never_committed():
     stack = registry().stack("packforcing", {"commit": "last-step", "topk": 2})
     session = Session(stack, TINY)
     run_session(session, 6)
-    before = session.history
+    before = session.past
     session.denoise(0)
     session.layers[0].attend(*torch.zeros(3, 1, 80, TINY.heads, TINY.head_dim), lambda q, k, v: q)
     with pytest.raises(RuntimeError, match="must follow"):
         session.finish_commit()
-    assert session.history is before
+    assert session.past is before
 
 
 def test_a_chunk_is_committed_once():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers import archived
 from kvpack.errors import InvalidOptionError
 from kvpack.memory.rope import rotate, rotations
 from kvpack.memory.session import Session
@@ -72,10 +73,9 @@ def test_positions_in_the_packed_buffer(name, places, reindexer, squeeze):
     qkv = torch.zeros(3, 1, 80, TINY.heads, TINY.head_dim)
     session.layers[0].attend(*qkv, lambda q, k, v: q)
     keys, _ = session.attended(0)
-    for block, piece in enumerate(session.history.ledger.archive):
+    for block, (stored, _) in enumerate(archived(session)):
         start = 4 + 4 * squeeze * block
         positions = torch.tensor([[start + (t + 0.5) * squeeze - 0.5, y, x] for t, y, x in places])
-        stored = session.layers[0].archive.keys[:, piece.slot, :2]
         wanted = rotate(stored, rotations(positions[None], TINY))
         torch.testing.assert_close(keys[:, 80 + 2 * block : 82 + 2 * block], wanted)
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from helpers import context, ledger, placement, record_forwards, seeded
 from kvpack.memory.blocks import grid_coordinates
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.session import Session
+from kvpack.memory.stack import Stack
 from kvpack.plugins.registry import registry
 from kvpack.testing import run_session
 
@@ -27,36 +29,38 @@ def rotated(keys, coordinates):
     return torch.view_as_real(pairs * turns).flatten(-2)
 
 
-def attended(session):
-    """Of every run of whole tokens that the coming chunk attends: where it begins, its stored keys and its places."""
-    session.denoise(0)
-    (layer,) = session.layers
+def attended(session, clean):
+    """Of every run of whole tokens that the coming chunk attends: where it begins, its keys and its places.
+
+    Args:
+        clean: keys of each frame before RoPE, as they were committed.
+    """
+    (layer,) = session.denoise(0)
     tokens = session.stack.chunk_frames * SMALL.tokens_per_frame
-    q, k, v = torch.randn(3, 1, tokens, SMALL.heads, SMALL.head_dim, generator=torch.Generator().manual_seed(9))
-    layer.attend(q, k, v, lambda q, k, v: q)
-    if not isinstance(session, Session):
+    layer.attend(*torch.randn(3, 1, tokens, SMALL.heads, SMALL.head_dim, generator=seeded(9)), lambda q, k, v: q)
+    if not isinstance(session.stack, Stack):
         start = 0
-        for part in layer.attended.tokens:
+        for part in context(session).tokens:
             yield start, part.keys, part.coordinates
             start += len(part)
         return
-    (turns,) = layer.placed
-    starts, lengths = turns.placement.starts[0], turns.placement.lengths[0]
-    held = session.history.held
-    start, behind = 0, layer.buffer.lengths[0]
-    sinks = [each for each in held if each.piece.part == "sink"]
-    for block, each in [*enumerate(sinks), *enumerate(held[len(sinks) :], len(sinks) - len(held))]:
-        frames, (keys, _) = each.piece.frames, each.layers[0]
-        if block == len(sinks) - len(held):
-            start = behind - sum(each.layers[0][0].shape[1] for each in held[len(sinks) :])
-        places = grid_coordinates(frames, SMALL.grid).double().clone()
-        places[:, 0] = starts[block] + (places[:, 0] + 0.5) * lengths[block] / frames - 0.5
-        yield start, keys, places[None]
-        start += keys.shape[1]
+    starts, lengths = placement(session).starts[0], placement(session).lengths[0]
+    pieces, (keys, _) = ledger(session).whole, session.attended(0)
+    sinks = sum(piece.part == "sink" for piece in pieces)
+    start = 0
+    for index, piece in enumerate(pieces):
+        block = index if index < sinks else index - len(pieces)
+        if index == sinks:
+            start = keys.shape[1] - sum(each.frames for each in pieces[sinks:]) * SMALL.tokens_per_frame
+        places = grid_coordinates(piece.frames, SMALL.grid).double().clone()
+        places[:, 0] = starts[block] + (places[:, 0] + 0.5) * lengths[block] / piece.frames - 0.5
+        yield start, torch.cat([clean[frame] for frame in range(piece.first_frame, piece.stop)], dim=1), places[None]
+        start += len(places)
 
 
 @pytest.mark.parametrize("name", sorted(registry().stacks))
-def test_a_thousand_chunks(name):
+def test_a_thousand_chunks(name, monkeypatch):
+    forwards = record_forwards(monkeypatch)
     stack = registry().stack(name, GROWING.get(name, {}))
     session = Session(stack, SMALL)
     run_session(session, 500, steps=1)
@@ -68,7 +72,11 @@ def test_a_thousand_chunks(name):
     constant = name not in GROWING or bool(GROWING[name])
     assert (after["resident_bytes"] == before["resident_bytes"]) == constant
     assert (after["attended_tokens"] == before["attended_tokens"]) == (name != "full")
-    parts = list(attended(session))
+    # The last forward of a chunk is its commit.
+    chunks = {first: keys for first, keys, _ in forwards(session)}
+    frames = [keys.split(SMALL.tokens_per_frame, dim=1) for keys in chunks.values()]
+    clean = {first + index: each for first, part in zip(chunks, frames, strict=True) for index, each in enumerate(part)}
+    parts = list(attended(session, clean))
     given, _ = session.attended(0)
     assert sum(keys.shape[1] for _, keys, _ in parts) > 0
     for start, keys, places in parts:
