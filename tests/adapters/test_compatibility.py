@@ -1,6 +1,7 @@
 """Attention backends and caches: what cannot work is named before anything is computed."""
 
 import types
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from diffusers import hooks
 from diffusers.hooks import HookRegistry
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
-import kvpack
+from helpers import enable_small, generated, quiet
 from kvpack.errors import UnsupportedPipelineError
 from kvpack.testing import tiny_wan_pipeline
 
@@ -25,20 +26,12 @@ CALL = {
 }
 
 
-def generate(pipe):
-    return pipe(**CALL, generator=torch.Generator().manual_seed(0)).frames
-
-
-def enable(pipe):
-    return kvpack.enable(pipe, "packforcing", chunk_frames=2, sink_frames=1, recent_frames=1, topk=1)
+generate = partial(generated, **CALL)
 
 
 @pytest.fixture
 def pipe():
-    pipe = tiny_wan_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    yield pipe
-    pipe.transformer.reset_attention_backend()
+    return quiet(tiny_wan_pipeline())
 
 
 # Attention backends
@@ -46,11 +39,11 @@ def pipe():
 
 @pytest.mark.parametrize("backend", ["native", "_native_flash", "_native_math", "flex"])
 def test_backends_that_run_on_a_cpu(backend, pipe):
-    frames = generate(enable(pipe))
+    frames = generate(enable_small(pipe))
     pipe.transformer.set_attention_backend(backend)
     assert float((generate(pipe) - frames).norm() / frames.norm()) < 1e-5
     pipe.disable_packforcing()
-    generate(enable(pipe))
+    generate(enable_small(pipe))
 
 
 def switch(pipe, backend):
@@ -65,9 +58,9 @@ def test_backends_that_do_not(backend, pipe):
     message = rf"backend is {backend}, which does not run on cpu .*set_attention_backend\(\"native\"\)"
     switch(pipe, backend)
     with pytest.raises(UnsupportedPipelineError, match=message):
-        enable(pipe)
+        enable_small(pipe)
     switch(pipe, "native")
-    stream = enable(pipe).packforcing.stream(**CALL)
+    stream = enable_small(pipe).packforcing.stream(**CALL)
     next(stream)
     switch(pipe, backend)
     with pytest.raises(UnsupportedPipelineError, match=message):
@@ -78,7 +71,7 @@ def test_backends_that_do_not(backend, pipe):
 
 def test_the_backend_of_the_process(pipe):
     """Processors without a backend of their own have that of the process, or of a context."""
-    enable(pipe)
+    enable_small(pipe)
     with (
         attention_backend("_native_efficient"),
         pytest.raises(UnsupportedPipelineError, match="backend is _native_efficient"),
@@ -108,7 +101,7 @@ CACHES = [
 
 @pytest.mark.parametrize(("apply", "config", "name"), CACHES, ids=[name for *_, name in CACHES])
 def test_caches(apply, config, name, pipe):
-    frames = generate(enable(pipe))
+    frames = generate(enable_small(pipe))
     pipe.transformer.enable_cache(config)
     with pytest.raises(UnsupportedPipelineError, match=rf"{type(config).__name__}.*disable_cache"):
         generate(pipe)
@@ -122,11 +115,11 @@ def test_caches(apply, config, name, pipe):
 def test_layers_skipped_for_good(pipe):
     hooks.apply_layer_skip(pipe.transformer, hooks.LayerSkipConfig(indices=[1], fqn="blocks"))
     with pytest.raises(UnsupportedPipelineError, match=r"TransformerBlockSkipHook is on blocks.1"):
-        enable(pipe)
+        enable_small(pipe)
 
 
 def test_the_error_says_how_a_cache_is_taken_off(pipe):
-    frames = generate(enable(pipe))
+    frames = generate(enable_small(pipe))
     hooks.apply_sea_cache(pipe.transformer, hooks.SeaCacheConfig())
     for _ in range(10):
         try:
@@ -146,18 +139,18 @@ def test_teacache_on_the_class(pipe):
     cls = type(pipe.transformer)
     pipe.transformer.__class__ = type(cls.__name__, (cls,), {"forward": teacache, "stock_forward": cls.forward})
     with pytest.raises(UnsupportedPipelineError, match="forward was replaced, as TeaCache does"):
-        enable(pipe)
+        enable_small(pipe)
     pipe.transformer.__class__ = type(cls.__name__, (cls,), {"teacache_threshold": 0.1})
     with pytest.raises(UnsupportedPipelineError, match="TeaCache"):
-        enable(pipe)
+        enable_small(pipe)
     pipe.transformer.__class__ = cls
-    generate(enable(pipe))
+    generate(enable_small(pipe))
 
 
 @pytest.mark.parametrize("forwards", [1, 2, 6])
 def test_a_cache_that_nothing_tells_of(forwards, pipe):
     """A forward of the instance's own that gives an old output now and then is caught when it leaves layers out."""
-    frames = generate(enable(pipe))
+    frames = generate(enable_small(pipe))
     stock, calls, kept = pipe.transformer.forward, 0, None
 
     def forward(self, *args, **kwargs):
@@ -185,7 +178,7 @@ def test_hooks_of_others_are_not_caches(pipe):
             forward: Any = self.fn_ref.original_forward
             return forward(*args, **kwargs)
 
-    frames = generate(enable(pipe))
+    frames = generate(enable_small(pipe))
     HookRegistry.check_if_exists_or_initialize(pipe.transformer.blocks[0]).register_hook(Mine(), "mine")
     assert torch.equal(generate(pipe), frames)
     assert Mine.calls > 0

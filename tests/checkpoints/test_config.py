@@ -3,16 +3,16 @@
 import copy
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from diffusers import WanPipeline
-from typer.testing import CliRunner
 
 import kvpack
+from helpers import command, told
 from kvpack.checkpoints.config import Settings
 from kvpack.checkpoints.recipes import RECIPES
-from kvpack.cli import app
 from kvpack.errors import InvalidOptionError, UnknownNameError
 from kvpack.planning.presets import PRESETS
 from kvpack.testing import tiny_wan_pipeline
@@ -25,7 +25,7 @@ def longlive(tmp_path_factory):
     tiny_wan_pipeline().save_pretrained(folder / "base")
     torch.save({"generator": tiny_wan_pipeline().transformer.state_dict()}, folder / "longlive_base.pt")
     words = ["convert", folder / "longlive_base.pt", "--base", folder / "base", "--output", folder / "out"]
-    result = CliRunner().invoke(app, [str(word) for word in words])
+    result = command(*words)
     assert result.exit_code == 0, result.output
     assert "and no --lora was given" in " ".join(result.stdout.replace("│", " ").split())
     return folder / "out"
@@ -156,9 +156,7 @@ def test_from_the_cache_of_the_hub(folder, tmp_path, monkeypatch):
 def generate(model, output, *more):
     words = ["generate", "--model", model, "--prompt", "a red circle", "--seconds", 1.5, "--output", output, "--json"]
     words += ["--height", 32, "--width", 32, "--call", "max_sequence_length=8", "--device", "cpu", *more]
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+    return told(*words)
 
 
 def test_generate_uses_the_models_own_memory_steps_and_fps(folder, tmp_path):
@@ -173,10 +171,7 @@ def test_generate_uses_the_models_own_memory_steps_and_fps(folder, tmp_path):
     assert generate(folder, tmp_path / "video.mp4", "--stack", "packforcing")["stack"]["name"] == "packforcing"
 
 
-def plan(*words):
-    result = CliRunner().invoke(app, ["plan", "--json", *map(str, words)])
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+plan = partial(told, "plan", "--json")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -10,12 +10,11 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from diffusers.schedulers import scheduling_flow_match_lcm
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import kvpack
+from helpers import told
 from kvpack.checkpoints.reading import read_checkpoint
 from kvpack.checkpoints.recipes import RECIPES, recipe_for
-from kvpack.cli import app
 from kvpack.testing import tiny_wan_pipeline
 
 DATA = Path(__file__).parents[1] / "golden_data"
@@ -102,9 +101,7 @@ def weights():
 
 def convert(source, base, output, *more):
     words = ["convert", source, "--base", base, "--output", output, "--recipe", "self-forcing", "--json", *more]
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+    return told(*words)
 
 
 def converted(output):

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
+from helpers import command
 from kvpack.checkpoints import convert as converting
-from kvpack.cli import app
 from kvpack.testing.pipelines import tiny_wan_transformer
 
 
@@ -25,25 +24,24 @@ def base(tmp_path):
     return tmp_path / "base"
 
 
-def run(source, base, output, *more):
-    words = ["convert", source, "--base", base, "--output", output, "--recipe", "krea-14b", *more]
-    return CliRunner().invoke(app, [str(word) for word in words])
+def convert(source, base, output, *more):
+    return command("convert", source, "--base", base, "--output", output, "--recipe", "krea-14b", *more)
 
 
 @pytest.fixture
 def complaint(tmp_path, base):
     """Converts, which must fail with one line and leave nothing."""
 
-    def convert(source, *more, base=base):
+    def refused(source, *more, base=base):
         before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
-        result = run(source, base, tmp_path / "out", *more)
+        result = convert(source, base, tmp_path / "out", *more)
         assert result.exit_code == 1, result.output
         assert result.stdout == ""
         (line,) = result.stderr.strip().splitlines()
         assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
         return line.removeprefix("error: ")
 
-    return convert
+    return refused
 
 
 def saved(tmp_path, data):
@@ -158,7 +156,7 @@ def test_unknown_words(weights, complaint, tmp_path):
 def test_a_path_that_tells_no_recipe(name, told, weights, base, tmp_path):
     torch.save(weights, tmp_path / f"{name}.pt")
     words = ["convert", tmp_path / f"{name}.pt", "--base", base, "--output", tmp_path / "out"]
-    result = CliRunner().invoke(app, [str(word) for word in words])
+    result = command(*words)
     assert result.exit_code == 1
     assert f"tells {told}; give --recipe, one of self-forcing, " in result.stderr
 
@@ -167,10 +165,10 @@ def test_an_output_that_is_there(weights, base, complaint, tmp_path):
     source = saved(tmp_path, weights)
     output = tmp_path / "out"
     output.mkdir()
-    assert run(source, base, output).exit_code == 0  # empty, so nothing is lost
+    assert convert(source, base, output).exit_code == 0  # empty, so nothing is lost
     assert "is not empty; give another folder or --overwrite" in complaint(source)
     (output / "mine.txt").write_text("x")
-    assert run(source, base, output, "--overwrite").exit_code == 0
+    assert convert(source, base, output, "--overwrite").exit_code == 0
     assert sorted(path.name for path in output.iterdir()) == [
         "kvpack_config.json",
         "model_index.json",
@@ -184,24 +182,24 @@ def test_an_output_that_is_there(weights, base, complaint, tmp_path):
 
 def test_an_output_that_is_read(weights, complaint, base, tmp_path):
     source = saved(tmp_path, weights)
-    result = run(source, base, tmp_path, "--overwrite")
+    result = convert(source, base, tmp_path, "--overwrite")
     assert result.exit_code == 1
     assert "which is read; give another folder" in result.stderr
-    assert "which is read; give another folder" in run(source, base, base, "--overwrite").stderr
+    assert "which is read; give another folder" in convert(source, base, base, "--overwrite").stderr
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["overwriting", "new"])
 def test_all_or_nothing(there, weights, base, tmp_path, monkeypatch):
     source, output = saved(tmp_path, weights), tmp_path / "out"
     if there:
-        assert run(source, base, output).exit_code == 0
+        assert convert(source, base, output).exit_code == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     def full(*_):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(converting, "_copy_parts", full)  # the last step, when the transformer is written
-    result = run(source, base, output, "--overwrite")
+    result = convert(source, base, output, "--overwrite")
     assert result.exit_code == 1
     assert "no space left on device" in result.stderr
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -210,7 +208,7 @@ def test_all_or_nothing(there, weights, base, tmp_path, monkeypatch):
 
 def test_what_was_there_comes_back_if_the_last_step_fails(weights, base, tmp_path, monkeypatch):
     source, output = saved(tmp_path, weights), tmp_path / "out"
-    assert run(source, base, output).exit_code == 0
+    assert convert(source, base, output).exit_code == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     rename = Path.rename
 
@@ -220,14 +218,14 @@ def test_what_was_there_comes_back_if_the_last_step_fails(weights, base, tmp_pat
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refused)
-    assert "cannot be renamed" in run(source, base, output, "--overwrite").stderr
+    assert "cannot be renamed" in convert(source, base, output, "--overwrite").stderr
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_the_source_is_not_changed(weights, base, tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     before = (tmp_path / "model.safetensors").read_bytes()
-    assert run(tmp_path / "model.safetensors", base, tmp_path / "out", "--dtype", "bfloat16").exit_code == 0
+    assert convert(tmp_path / "model.safetensors", base, tmp_path / "out", "--dtype", "bfloat16").exit_code == 0
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert load_file(tmp_path / "out/transformer/diffusion_pytorch_model.safetensors")["proj_out.bias"].dtype == (
         torch.bfloat16

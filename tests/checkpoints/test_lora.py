@@ -7,10 +7,9 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
+from helpers import command
 from kvpack.checkpoints.lora import LowRank, merge, read_lora, rounded
-from kvpack.cli import app
 from kvpack.errors import InvalidOptionError
 from kvpack.testing.pipelines import tiny_wan_transformer
 
@@ -104,18 +103,18 @@ FORMS = {
 }
 
 
-def command(transformer, tmp_path, *more):
+def convert(transformer, tmp_path, *more):
     transformer.save_config(tmp_path / "base")
     save_file(transformer.state_dict(), tmp_path / "longlive_base.safetensors")
     words = ["convert", tmp_path / "longlive_base.safetensors", "--base", tmp_path / "base", "--json", *more]
     words += ["--output", tmp_path / "out", "--recipe", "longlive", "--lora", tmp_path / "lora.pt"]
-    return CliRunner().invoke(app, [str(word) for word in words])
+    return command(*words)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_merged_in_float64(form, transformer, pairs, tmp_path):
     torch.save(FORMS[form](pairs), tmp_path / "lora.pt")
-    result = command(transformer, tmp_path, "--lora-alpha", 8)
+    result = convert(transformer, tmp_path, "--lora-alpha", 8)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["merged"] == len(pairs)
     given = load_file(tmp_path / "out/transformer/diffusion_pytorch_model.safetensors")
@@ -166,7 +165,7 @@ def test_alpha_is_the_callers_then_the_files_then_the_rank(pairs, tmp_path):
 
 def test_one_rounding_into_another_dtype(transformer, pairs, tmp_path):
     torch.save(peft_keys(pairs), tmp_path / "lora.pt")
-    assert command(transformer, tmp_path, "--dtype", "float32").exit_code == 0
+    assert convert(transformer, tmp_path, "--dtype", "float32").exit_code == 0
     given = load_file(tmp_path / "out/transformer/diffusion_pytorch_model.safetensors")
     name, (down, up) = "blocks.1.attn1.to_q.weight", pairs["blocks.1.self_attn.q"]
     exact = transformer.get_parameter(name).double() + up.double() @ down.double()
@@ -203,7 +202,7 @@ def test_a_lora_of_another_model(transformer, pairs, tmp_path):
     with pytest.raises(InvalidOptionError, match=r"1 of 1 LoRA deltas belong to no weight .* blocks.7.ffn.net.0.proj"):
         merge(transformer.state_dict(), read(tmp_path / "lora.pt"), None)
     torch.save(peft_keys({"blocks.0.ffn.0": pairs["blocks.0.ffn.2"]}), tmp_path / "lora.pt")
-    result = command(transformer, tmp_path)
+    result = convert(transformer, tmp_path)
     assert result.exit_code == 1
     assert "the LoRA delta of blocks.0.ffn.net.0.proj.weight is (24, 32), but the weight is (32, 24)" in result.stderr
     assert not (tmp_path / "out").exists()

@@ -9,41 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 import kvpack
-from kvpack.cli import app
+from helpers import command, complaint
 from kvpack.cli import support as cli_support
 from kvpack.plugins.registry import registry
-from kvpack.testing import tiny_wan_pipeline
 
 REFERENCE = ["plan", "--preset", "wan2.1-t2v-1.3b", "--size", "832x480", "--seconds", "120", "--stack", "packforcing"]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_wan_pipeline().save_pretrained(folder)
-    return folder
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def complaint(*words: object) -> str:
-    """The one line that a wrong command prints."""
-    result = run(*words)
-    assert result.exit_code == 1, result.output
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
-
-
 def test_plan_prints_one_json_object_with_the_figures_of_the_paper() -> None:
-    result = run(*REFERENCE, "--dtype", "bfloat16", "--json")
+    result = command(*REFERENCE, "--dtype", "bfloat16", "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     plan = json.loads(result.stdout)
     assert plan["attended_tokens"] == 27_872
@@ -56,7 +32,7 @@ def test_plan_prints_one_json_object_with_the_figures_of_the_paper() -> None:
 
 
 def test_plan_for_a_reader() -> None:
-    result = run(*REFERENCE)
+    result = command(*REFERENCE)
     assert result.exit_code == 0
     for figure in ("27,872 tokens", "3,987,210,240 B", "748,800 tokens", "138 GB"):
         assert figure in result.stdout
@@ -64,7 +40,7 @@ def test_plan_for_a_reader() -> None:
 
 def test_plan_options_reach_the_stack_and_the_model() -> None:
     def plan(*more: object) -> dict[str, Any]:
-        return json.loads(run(*REFERENCE, "--json", *more).stdout)
+        return json.loads(command(*REFERENCE, "--json", *more).stdout)
 
     assert plan("-o", "topk=8", "-o", "compressor=pool")["attended_tokens"] == 27_872 - 8 * 182
     assert plan("--option", "archive_blocks=20")["archive_blocks"] == 20
@@ -78,7 +54,7 @@ def test_plan_for_a_folder_without_weights(model: Path, tmp_path: Path) -> None:
     for part in ("model_index.json", "transformer/config.json", "vae/config.json"):
         (tmp_path / part).parent.mkdir(exist_ok=True)
         (tmp_path / part).write_text((model / part).read_text())
-    result = run("plan", "--model", tmp_path, "--size", "64x64", "--seconds", 5, "--dtype", "float32", "--json")
+    result = command("plan", "--model", tmp_path, "--size", "64x64", "--seconds", 5, "--dtype", "float32", "--json")
     assert json.loads(result.stdout)["kv_bytes_per_token"] == 2 * 2 * 24 * 4
 
 
@@ -116,29 +92,29 @@ def test_what_plan_cannot_do(words: list[str], message: str) -> None:
 
 @pytest.mark.parametrize("words", [["plan", "--second", "5"], ["plan", "--seconds", "five"], ["demos"], ["generate"]])
 def test_misspelt_commands_exit_with_2(words: list[str]) -> None:
-    result = run(*words)
+    result = command(*words)
     assert result.exit_code == 2
     assert "Traceback" not in result.output
 
 
 def test_policies_lists_everything_with_its_package() -> None:
-    result = run("policies", "--json")
+    result = command("policies", "--json")
     rows = json.loads(result.stdout)["policies"]
     assert {(row["role"], row["name"]) for row in rows} == set(registry().origins)
     assert all(row["summary"] for row in rows if row["role"] != "adapter")
     assert {"role": "selector", "name": "topk"}.items() <= next(row for row in rows if row["name"] == "topk").items()
     assert {row["package"] for row in rows if row["name"] in ("topk", "wan", "full")} == {"kvpack"}
-    table = run("policies")
+    table = command("policies")
     assert table.exit_code == 0
     assert all(row["name"] in table.stdout for row in rows)
 
 
 def test_help_names_every_option() -> None:
     for words in (["--help"], ["demo", "--help"], ["generate", "--help"], ["plan", "--help"], ["policies", "--help"]):
-        result = run(*words)
+        result = command(*words)
         assert result.exit_code == 0
         assert "--help" in result.stdout
-    assert run("--version").stdout.strip() == kvpack.__version__
+    assert command("--version").stdout.strip() == kvpack.__version__
 
 
 def test_sizes_for_readers() -> None:

@@ -6,38 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import kvpack
+from helpers import pixels
 from kvpack import shipped
 from kvpack.cli import demo
 from kvpack.errors import InvalidOptionError, OutputError, UnknownNameError
 from kvpack.pipeline.track import Track
 from kvpack.planning import planner
 from kvpack.plugins.registry import registry
-from kvpack.testing import tiny_wan_pipeline
 
 SHIPPED = Path(kvpack.__file__).parent / "data" / "toyworld"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_wan_pipeline().save_pretrained(folder)
-    return folder
-
-
 def make(model: Path, folder: Path, *stacks: str, seconds: float = 1.5, prompt: str = "a red circle") -> demo.Demo:
     return demo.Demo(prompt, seconds, [(stack, {}) for stack in stacks], folder, steps=1, model=model)
-
-
-def frames_of(path: Path) -> np.ndarray:
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def test_one_stack(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,7 +35,7 @@ def test_one_stack(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
     assert seen == [(13, 2), (21, 2)]
     assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == ["demo.json", "demo.mp4", "demo.png"]
-    assert frames_of(tmp_path / "new" / "out" / "demo.mp4").shape == (21, 384, 384, 3)
+    assert pixels(tmp_path / "new" / "out" / "demo.mp4").shape == (21, 384, 384, 3)
     assert json.loads((tmp_path / "new" / "out" / "demo.json").read_text()) == result
     assert (result["frames"], result["fps"]) == (21, 16)
     assert torch.get_num_threads() == threads
@@ -68,7 +55,7 @@ def test_stacks_stand_side_by_side_and_do_not_touch_each_other(
     monkeypatch.setattr(demo.VideoWriter, "write", lambda self, frames: (written.append(frames), write(self, frames)))
     names = ["full", "self-forcing", "packforcing"]
     result = demo.run(make(model, tmp_path, *names, seconds=2), lambda _: None)
-    together = frames_of(tmp_path / "demo.mp4")
+    together = pixels(tmp_path / "demo.mp4")
     assert together.shape == (29, 28 + 256, 3 * 256 + 2 * 8, 3)
     assert [each["stack"]["name"] for each in result["stacks"]] == names
     assert [each["frames"] for each in result["stacks"]] == [29, 29, 29]
@@ -86,7 +73,7 @@ def test_stacks_of_other_chunk_lengths_are_kept_in_step(
     monkeypatch.setattr(demo, "demo_stack", lambda name: registry().stack(name, {}))
     result = demo.run(make(model, tmp_path, "full", "self-forcing"), lambda _: None)
     assert [each["stack"]["chunk_frames"] for each in result["stacks"]] == [4, 3]
-    assert len(frames_of(tmp_path / "demo.mp4")) == 21
+    assert len(pixels(tmp_path / "demo.mp4")) == 21
 
 
 def test_stacks_of_the_demo_have_the_sizes_of_the_training() -> None:
@@ -161,5 +148,5 @@ def test_the_shipped_pipeline_knows_the_default_prompt(tmp_path: Path, capsys: p
     assert capsys.readouterr().err == ""
     _, latent_frames = planner.video_frames(3, 16)
     assert result["stacks"][0]["stats"]["chunks"] == latent_frames // 4
-    brightest = frames_of(tmp_path / "demo.mp4").max(axis=3)
+    brightest = pixels(tmp_path / "demo.mp4").max(axis=3)
     assert (brightest > 0.58 * 255).mean() > 0.005  # the object is the only bright thing

@@ -18,34 +18,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner, Result
 
-from kvpack.cli import app, demo
+from helpers import command, complaint
+from kvpack.cli import demo
 from kvpack.media import video
 from kvpack.pipeline import track as generation
 from kvpack.testing import tiny_wan_pipeline
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_wan_pipeline().save_pretrained(folder)
-    return folder
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def complaint(*words: object) -> str:
-    """The one line that a wrong command prints."""
-    result = run(*words)
-    assert result.exit_code == 1, result.output
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 def generate(model: Path, output: Path, *more: object) -> list[object]:
@@ -66,7 +44,7 @@ def nothing_generated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_generate_writes_the_video_that_the_pipeline_makes(model: Path, tmp_path: Path) -> None:
-    result = run(*generate(model, tmp_path / "a.mp4", "--stack", "packforcing", "-o", "topk=2", "--json"))
+    result = command(*generate(model, tmp_path / "a.mp4", "--stack", "packforcing", "-o", "topk=2", "--json"))
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert (report["frames"], report["fps"], report["seed"]) == (21, 16, 0)
@@ -80,14 +58,14 @@ def test_generate_writes_the_video_that_the_pipeline_makes(model: Path, tmp_path
 
 def test_the_same_seed_gives_the_same_file(model: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        assert run(*generate(model, tmp_path / f"{name}.mp4", "--seed", seed, "--stack", "full")).exit_code == 0
+        assert command(*generate(model, tmp_path / f"{name}.mp4", "--seed", seed, "--stack", "full")).exit_code == 0
     a, b, c = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abc")
     assert a == b
     assert a != c
 
 
 def test_generate_shows_progress_and_figures(model: Path, tmp_path: Path) -> None:
-    result = run(*generate(model, tmp_path / "a.mp4"))
+    result = command(*generate(model, tmp_path / "a.mp4"))
     assert re.search(r"chunk\s+2/2", result.stderr)
     assert re.search(r"fps, KV 24.6 kB \+ 0 B", result.stderr)
     assert f"wrote {tmp_path / 'a.mp4'}" in result.stdout
@@ -159,7 +137,7 @@ def test_broken_weights_are_reported(model: Path, tmp_path: Path) -> None:
 
 
 def complaint_after_progress(*words: object) -> str:
-    result = run(*words)
+    result = command(*words)
     assert (result.exit_code, result.stdout) == (1, ""), result.output
     assert "Traceback" not in result.stderr
     return next(line for line in result.stderr.splitlines() if line.startswith("error: "))
@@ -195,7 +173,7 @@ def test_a_bug_keeps_its_traceback(model: Path, tmp_path: Path, monkeypatch: pyt
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(generation.Track, "next_frames", next_frames)
-    assert isinstance(run(*generate(model, tmp_path / "a.mp4")).exception, RuntimeError)
+    assert isinstance(command(*generate(model, tmp_path / "a.mp4")).exception, RuntimeError)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -211,7 +189,7 @@ def test_ctrl_c_exits_with_130_and_keeps_what_is_there(
         return real(self)
 
     monkeypatch.setattr(generation.Track, "next_frames", next_frames)
-    result = run(*generate(model, tmp_path / "a.mp4"))
+    result = command(*generate(model, tmp_path / "a.mp4"))
     assert (result.exit_code, result.stdout) == (130, "")
     assert f"error: interrupted; {tmp_path / 'a.mp4'} holds the 0.8 s that were made" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
@@ -219,12 +197,12 @@ def test_ctrl_c_exits_with_130_and_keeps_what_is_there(
 
 def test_demo_compares_stacks(model: Path, tmp_path: Path) -> None:
     words = ["demo", "--model", model, "--seconds", 1, "--steps", 1, "--prompt", "a red circle", "--output", tmp_path]
-    result = run(*words, "--compare", "full, packforcing", "--json")
+    result = command(*words, "--compare", "full, packforcing", "--json")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert [each["stack"]["name"] for each in report["stacks"]] == ["full", "packforcing"]
     assert json.loads((tmp_path / "demo.json").read_text()) == report
-    table = run(*words)
+    table = command(*words)
     assert "0.8125 s of video" in table.stdout
     assert f"wrote {tmp_path}" in table.stdout.replace("\n", "")
     assert "--compare names no stack" in complaint(*words, "--compare", ",")
@@ -271,7 +249,7 @@ def test_a_video_begins_with_a_file(model: Path, tmp_path: Path, kind: str, give
     else:
         with video.VideoWriter(first, 16) as writer:
             writer.write(pictures)
-    result = run(*generate(model, output, "--begin", first, "--json"))
+    result = command(*generate(model, output, "--begin", first, "--json"))
     assert result.exit_code == 0, result.output
     stats = json.loads(result.stdout)["stats"]
     assert stats["frames"] == (given + 3) // 4 + 4 * (stats["chunks"] - 1)

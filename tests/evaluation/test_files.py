@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
+import helpers
 from benchmarks.toyworld import world
 from benchmarks.toyworld.facts import facts_of
-from kvpack.cli import app
+from helpers import command
 from kvpack.errors import InvalidOptionError, OutputError
 from kvpack.evaluation import METRICS, Facts, Observer, drift, general_measures, measures, vbench
 from kvpack.evaluation.general import GENERAL
@@ -29,17 +30,10 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(*words: object) -> Result:
-    return CliRunner().invoke(app, ["evaluate", *map(str, words)])
+run = partial(command, "evaluate")
 
 
-def complaint(*words: object) -> str:
-    result = run(*words)
-    assert result.exit_code == 1, result.output
-    assert result.stdout == ""
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: ")
-    return line
+complaint = partial(helpers.complaint, "evaluate")
 
 
 def test_a_file_is_read_in_pieces(video: Path) -> None:

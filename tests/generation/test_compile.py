@@ -8,6 +8,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch._dynamo.utils import counters
 
 import kvpack
+from helpers import quiet
 from kvpack.adapters import attention as processor
 from kvpack.adapters.wan import WanAdapter
 from kvpack.adapters.wan import prompt_cache as wan_prompt
@@ -48,9 +49,7 @@ def _fresh_dynamo():
 
 
 def pipeline(layers=2):
-    pipe = tiny_wan_pipeline(num_layers=layers)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(tiny_wan_pipeline(num_layers=layers))
 
 
 def generate(pipe, chunks=6, **changed):

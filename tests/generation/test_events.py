@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ledger, whole
 
+from helpers import ledger, quiet, seeded, whole
 from kvpack.adapters.wan import denoiser as wan_denoiser
 from kvpack.adapters.wan.vae import StreamingDecoder
 from kvpack.errors import InvalidOptionError
@@ -28,14 +28,8 @@ CALL = {
 FOX, DOG = "a fox", "a red dog runs"
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def pipeline(stack, **options):
-    pipe = tiny_wan_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.enable_packforcing(stack, **options)
+    return quiet(tiny_wan_pipeline()).enable_packforcing(stack, **options)
 
 
 def generate(pipe, prompt, frames=12, **call):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import pixels
 from kvpack.errors import OutputError
 from kvpack.media import video
 from kvpack.media.contact_sheet import Row, banner, contact_sheet, side_by_side
@@ -24,11 +25,6 @@ def noise(frames: int, height: int = 64, width: int = 48, seed: int = 0) -> Fram
 
 def flat(frames: int, colour: tuple[int, int, int], side: int = 32) -> Any:
     return np.full((frames, side, side, 3), colour, dtype=np.uint8)
-
-
-def decoded(path: Path) -> Any:
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
@@ -51,7 +47,7 @@ def test_frames_come_back_at_their_rate_and_size(tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "a.mp4", 16, upscale=2) as writer:
         for colour in colours:
             writer.write(flat(5, colour))
-    back = decoded(tmp_path / "a.mp4")
+    back = pixels(tmp_path / "a.mp4")
     assert back.shape == (15, 64, 64, 3)
     assert writer.frames == 15
     for index, colour in enumerate(colours):
@@ -67,7 +63,7 @@ def test_frames_come_back_at_their_rate_and_size(tmp_path: Path) -> None:
 def test_odd_sizes_are_padded(tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "a.mp4", 16) as writer:
         writer.write(noise(3, 33, 47))
-    assert decoded(tmp_path / "a.mp4").shape == (3, 34, 48, 3)
+    assert pixels(tmp_path / "a.mp4").shape == (3, 34, 48, 3)
 
 
 def test_fractional_rates(tmp_path: Path) -> None:
@@ -84,7 +80,7 @@ def test_any_codec_that_is_there_will_do(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(video, "CODECS", ("no-such-codec", codec))
     with VideoWriter(tmp_path / "a.mp4", 16) as writer:
         writer.write(flat(4, (200, 100, 50)))
-    assert len(decoded(tmp_path / "a.mp4")) == 4
+    assert len(pixels(tmp_path / "a.mp4")) == 4
 
 
 def test_nothing_has_its_name_before_it_is_whole(tmp_path: Path) -> None:
@@ -95,7 +91,7 @@ def test_nothing_has_its_name_before_it_is_whole(tmp_path: Path) -> None:
         assert target.read_bytes() == b"the old one"
         assert len(list(tmp_path.iterdir())) == 2
     assert list(tmp_path.iterdir()) == [target]
-    assert len(decoded(target)) == 4
+    assert len(pixels(target)) == 4
 
 
 @pytest.mark.parametrize("error", [GeneratorExit, RuntimeError])

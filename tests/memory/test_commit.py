@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import archive, ledger, whole
 
+from helpers import archived, held, quiet, record_forwards
 from kvpack.errors import InvalidOptionError
-from kvpack.memory.layer import LayerCache
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 from kvpack.planning.planner import plan
@@ -29,30 +28,15 @@ OPTIONS = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 4, "
 STEPS, CHUNKS = 4, 4
 
 
-@pytest.fixture(scope="module")
-def shared():
-    pipe = tiny_wan_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture
-def pipe(shared):
-    yield shared
-    shared.disable_packforcing()
+def pipe():
+    return quiet(tiny_wan_pipeline())
 
 
 @pytest.fixture
 def heard(monkeypatch):
-    """Keys and values of every forward, by the memory that they came to."""
-    calls, attend = {}, LayerCache.attend
-
-    def listening(self, forward, first, queries, keys, values, attention):
-        calls.setdefault(id(self), []).append((keys.clone(), values.clone()))
-        return attend(self, forward, first, queries, keys, values, attention)
-
-    monkeypatch.setattr(LayerCache, "attend", listening)
-    return calls
+    """The forwards of a session's layer."""
+    return record_forwards(monkeypatch)
 
 
 def stream(pipe, guidance_scale=1.0, **changed):
@@ -70,19 +54,18 @@ def test_what_is_stored_is_what_the_last_forward_made(commit, guidance_scale, pi
         sessions = pipe.packforcing.sessions
         assert list(sessions) == branches
         for branch, session in sessions.items():
-            for layer in session.caches:
-                forwards = heard[id(layer)]
+            for layer in range(session.geometry.layers):
+                forwards = heard(session, layer)
                 assert len(forwards) == (chunk + 1) * (STEPS + (commit == "rerun"))
-                last[branch, layer.index, chunk] = forwards[-1]
-                newest = whole(session, layer.index)[-1]
-                for given, wanted in zip((newest.keys, newest.values), forwards[-1], strict=True):
+                _, *last[branch, layer, chunk] = forwards[-1]
+                for given, wanted in zip(held(session)[-1][1][layer], last[branch, layer, chunk], strict=True):
                     assert torch.equal(given, wanted)
                 if chunk == CHUNKS - 1:  # chunks 1 and 2 have left recent
-                    for index, piece in enumerate(ledger(session).archive, start=1):
-                        keys, values = last[branch, layer.index, index]
-                        assert torch.equal(archive(session, layer.index).keys[:, piece.slot], keys)
-                        assert torch.equal(archive(session, layer.index).values[:, piece.slot], values)
-                    assert len(ledger(session).archive) == 2
+                    for index, pair in enumerate(archived(session, layer), start=1):
+                        keys, values = last[branch, layer, index]
+                        assert torch.equal(pair[0], keys)
+                        assert torch.equal(pair[1], values)
+                    assert len(archived(session, layer)) == 2
 
 
 @pytest.mark.parametrize(
@@ -140,7 +123,7 @@ def test_a_branch_that_guidance_left_out_of_the_last_step_runs_again(pipe, heard
     made = iter(stream(pipe, 4.0, callback_on_step_end=callback))
     next(made)
     sessions = pipe.packforcing.sessions
-    assert [len(heard[id(sessions[branch].caches[0])]) for branch in ("cond", "uncond")] == [4, 1 + 1]
+    assert [len(heard(sessions[branch])) for branch in ("cond", "uncond")] == [4, 1 + 1]
     assert sessions["cond"].frames == sessions["uncond"].frames == 2
     made.close()
 

@@ -5,15 +5,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import archive, chosen
-from torch.nn.functional import adaptive_avg_pool3d, scaled_dot_product_attention
+from torch.nn.functional import adaptive_avg_pool3d
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers import archived, attention, held, placement, places, pool_stack, spoil
 from kvpack.memory.blocks import grid_coordinates
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.rope import rotate, rotations
 from kvpack.memory.session import Session
-from kvpack.memory.stack import Stack
 from kvpack.policies import (
     AbsoluteReindexer,
     AllSelector,
@@ -32,20 +31,7 @@ from kvpack.testing import TINY, run_session
 GRID = TINY.grid
 
 
-def make(partitioner=None, compressor=None, selector=None, reindexer=None, chunk_frames=4, **options):
-    return Stack(
-        "test",
-        partitioner or SinkMidRecentPartitioner(8, 4),
-        compressor or PoolCompressor(),
-        selector or QueryTopK(2),
-        reindexer or ContiguousReindexer(),
-        chunk_frames,
-        **options,
-    )
-
-
-def attention(q, k, v):
-    return scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+make = pool_stack
 
 
 class Reference:
@@ -145,14 +131,17 @@ def test_packforcing_equals_the_reference(sink, recent, chunk):
 def test_denoising_never_writes_history():
     session = Session(make(), TINY)
     run_session(session, 6)
-    before, slabs = session.past, [archive(session, layer).keys.clone() for layer in range(TINY.layers)]
+    before, archives, blocks = session.past, [archived(session, layer) for layer in range(2)], held(session)
     tokens = 4 * TINY.tokens_per_frame
     for step in range(3):
         session.denoise(step)
         for layer in session.layers:
             layer.attend(*torch.randn(3, 1, tokens, TINY.heads, TINY.head_dim), attention)
     assert session.past is before
-    assert all(torch.equal(archive(session, layer).keys, slab) for layer, slab in enumerate(slabs))
+    for given, wanted in zip([archived(session, layer) for layer in range(2)], archives, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(sum(given, ()), sum(wanted, ()), strict=True))
+    for (_, given), (_, wanted) in zip(held(session), blocks, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(sum(given, ()), sum(wanted, ()), strict=True))
 
 
 def test_a_failed_commit_leaves_everything_as_it_was():
@@ -200,7 +189,9 @@ def test_a_snapshot_goes_on_with_the_same_bits():
 @pytest.mark.parametrize("compressor", [PoolCompressor(), IdentityCompressor(), LowResolutionCompressor()])
 @pytest.mark.parametrize("sizes", [(8, 4, 4), (7, 5, 3)])
 def test_batch_rows_do_not_influence_each_other(reindexer, compressor, sizes):
-    stack = make(SinkMidRecentPartitioner(*sizes[:2]), compressor, QueryTopK(2), reindexer, sizes[2])
+    stack = make(
+        SinkMidRecentPartitioner(*sizes[:2]), compressor=compressor, reindexer=reindexer, chunk_frames=sizes[2]
+    )
     whole = run_session(Session(stack, TINY), 9, batch=3)
     for row in range(3):
         alone = run_session(Session(stack, TINY), 9, batch=3, rows=slice(row, row + 1))
@@ -235,13 +226,9 @@ def test_buffers_stay_where_they_are():
     session = Session(make(archive_blocks=5), TINY)
     run_session(session, 12)
 
-    def places():
-        tensors = [t for each in session.caches for t in (each.arena.keys, each.arena.values)]
-        return [t.data_ptr() for t in (*tensors, *(archive(session, layer).keys for layer in range(TINY.layers)))]
-
-    before, resident = places(), session.stats()["resident_bytes"]
+    before, resident = places(session), session.stats()["resident_bytes"]
     run_session(session, 12, seed=1)
-    assert places() == before
+    assert places(session) == before
     assert session.stats()["resident_bytes"] == resident
 
 
@@ -255,9 +242,7 @@ def test_attention_reads_one_contiguous_view_of_exactly_what_is_there():
     generator = torch.Generator().manual_seed(0)
     n = TINY.tokens_per_frame
     for chunk in range(7):
-        if chunk:  # what was never written must never be attended
-            session.workspace.keys(1, 0, session.caches[0].arena.keys)
-            session.workspace._keys.fill_(float("nan"))
+        spoil(session)  # what was never written must never be attended
         for announce in (lambda: session.denoise(0), session.commit):
             announce()
             for layer in session.layers:
@@ -284,12 +269,12 @@ def test_stats_count_tokens_and_bytes():
 
 def test_unselected_blocks_come_back():
     """Soft eviction: what was passed over once can be chosen later."""
-    session, seen = Session(make(selector=QueryTopK(1)), TINY), []
+    session, chosen = Session(make(selector=QueryTopK(1)), TINY), []
     for seed in range(40):
         run_session(session, 1, seed=seed)
-        if chosen(session) is not None:
-            seen.append(int(chosen(session)[0, 0]))
-    assert any(later < earlier for earlier, later in pairwise(seen))
+        if session.stats()["selected"]:
+            chosen.append(session.stats()["selected"][0][0][0])
+    assert any(later < earlier for earlier, later in pairwise(chosen))
 
 
 def test_positions_of_a_long_video_stay_small_or_grow_as_asked():
@@ -298,20 +283,17 @@ def test_positions_of_a_long_video_stay_small_or_grow_as_asked():
         (FitReindexer(20), 20 - 4),
         (AbsoluteReindexer(), None),
     ):
-        session = Session(make(reindexer=reindexer), TINY)
-        starts = []
-        run_session(session, 30, inspect=lambda session, starts=starts: starts.append(session.caches[0].attended))
-        start = float(starts[-1].chunk_start.max())
-        assert start == (29 * 4 if bound is None else pytest.approx(bound))
+        session, starts = Session(make(reindexer=reindexer), TINY), []
+        run_session(session, 30, inspect=lambda each, starts=starts: starts.append(placement(each).chunk_start))
+        assert float(starts[-1].max()) == (29 * 4 if bound is None else pytest.approx(bound))
 
 
 def test_sink_shift_abuts_the_oldest_kept_frame():
     session = Session(make(WindowPartitioner(12, 4), selector=AllSelector(), reindexer=SinkShiftReindexer()), TINY)
-    placed = []
-    run_session(session, 12, inspect=lambda session: placed.append(session.plan.place(None, torch.device("cpu"))))
-    placement = placed[-1].placement
-    assert placement.starts[0].tolist() == [36.0, 40.0]
-    assert placement.chunk_start.tolist() == [44.0]
+    found = []
+    run_session(session, 12, inspect=lambda each: found.append(placement(each)))
+    assert found[-1].starts[0].tolist() == [36.0, 40.0]
+    assert found[-1].chunk_start.tolist() == [44.0]
 
 
 def test_bf16_and_float16_memory():

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from helpers import attention, context, quiet, state
 from kvpack.errors import PolicyError
 from kvpack.memory import Attended, StateMemory, Tokens, consecutive
 from kvpack.memory.attended import biased
@@ -44,15 +45,10 @@ def tokens(count, first=0, rows=1, value=None):
     return Tokens(keys, keys if value is None else torch.full_like(keys, value), places)
 
 
-def attention(queries, keys, values):
-    q, k, v = (each.transpose(1, 2) for each in (queries, keys, values))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
 def test_a_state_says_what_a_stack_says():
     stack = run_session(Session(self_forcing(window_frames=9, sink_frames=3), TINY), 8, batch=2)
-    state = run_session(Session(Window(), TINY), 8, batch=2)
-    assert all(torch.equal(a, b) for a, b in zip(stack, state, strict=True))
+    wide = run_session(Session(Window(), TINY), 8, batch=2)
+    assert all(torch.equal(a, b) for a, b in zip(stack, wide, strict=True))
 
 
 def test_a_chunk_can_be_done_again_and_a_session_forked():
@@ -61,7 +57,7 @@ def test_a_chunk_can_be_done_again_and_a_session_forked():
     fork = session.snapshot()
     first, second = (run_session(each, 2, seed=7) for each in (session, fork))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert session.past.book.chunks == fork.past.book.chunks == 5
+    assert session.stats()["chunks"] == fork.stats()["chunks"] == 5
 
 
 def test_tokens_are_cut_joined_and_taken():
@@ -146,7 +142,7 @@ def test_what_a_memory_returns_is_checked():
         session = Session(Wrong(how=how), TINY)
         with pytest.raises(PolicyError, match=message):
             run_session(session, 1)
-        assert session.past.book.chunks == 0
+        assert session.stats()["chunks"] == 0
 
 
 def frames_of(part):
@@ -157,9 +153,7 @@ def test_deep_sink_moves_and_evicts():
     memory = DeepForcing(chunk_frames=1, window_frames=4, sink_frames=2, budget_frames=0, recent_frames=1)
     session = Session(memory, TINY)
     seen = []
-    for _ in range(7):
-        look = lambda session: seen.append([frames_of(part) for part in session.caches[0].attended.tokens])  # noqa: E731
-        run_session(session, 1, inspect=look)
+    run_session(session, 7, inspect=lambda each: seen.append([frames_of(part) for part in context(each).tokens]))
     assert seen[3] == [[0, 1], [2]]  # the last chunk that fits
     assert seen[4] == [[0, 1], [3]]  # 5 frames in a window of 4: frame 2 goes, the sink moves to 4 - 4
     assert seen[6] == [[2, 3], [5]]  # and on to 6 - 4
@@ -169,43 +163,42 @@ def test_participative_compression_keeps_what_queries_attend_most():
     memory = DeepForcing(chunk_frames=1, window_frames=5, sink_frames=1, budget_frames=4, recent_frames=2)
     session = Session(memory, TINY)
     run_session(session, 5)
-    before = session.past.states[1].tokens
+    before = state(session, 1).tokens
     assert len(before) == 5 * FRAME
-    attended = []
-    run_session(session, 1, seed=3, inspect=lambda session: attended.append(session.caches[1].attended))
-    state = session.past.states[1]
-    kept = state.tokens
+    seen = []
+    run_session(session, 1, seed=3, inspect=lambda each: seen.append(context(each, 1).tokens[0].coordinates[0, 0, 0]))
+    after = state(session, 1)
+    kept = after.tokens
     assert len(kept) == 4 * FRAME  # one of the sink, one chosen token by token, two recent ones
     assert frames_of(kept[:FRAME]) == [0]
     assert frames_of(kept[-2 * FRAME :]) == [4, 5]
     assert set(frames_of(kept[FRAME : 2 * FRAME])) <= {1, 2, 3}
-    assert state.chosen[0].tolist() == [0] * FRAME + [1] * FRAME + [0] * 2 * FRAME
-    assert state.shift == 5 - 4
-    assert attended[0].tokens[0].coordinates[0, 0, 0] == 1
+    assert after.chosen[0].tolist() == [0] * FRAME + [1] * FRAME + [0] * 2 * FRAME
+    assert after.shift == 5 - 4
+    assert seen == [1]
 
 
 def test_memrope_averages_what_leaves():
     memory = MemRoPE(chunk_frames=1, sink_frames=1, recent_frames=2, slow=0.25, fast=0.5)
     session, outs, seen = Session(memory, TINY), [], []
     for chunk in range(6):
-        run_session(session, 1, seed=chunk, inspect=lambda session: seen.append(session.caches[0].attended))
-        heard = session.past.states[0].recent[-FRAME:]
-        outs.append(heard.keys.clone() if len(heard) else None)
+        run_session(session, 1, seed=chunk, inspect=lambda each: seen.append(context(each)))
+        newest = state(session).recent[-FRAME:]
+        outs.append(newest.keys.clone() if len(newest) else None)
     # Frame 0 is the sink; frames 1, 2 and 3 have left the two recent ones.
-    state = session.past.states[0]
+    means = state(session)
     one, two, three = outs[1], outs[2], outs[3]
-    torch.testing.assert_close(state.slow.keys, 0.75 * (0.75 * one + 0.25 * two) + 0.25 * three)
-    torch.testing.assert_close(state.fast.keys, 0.5 * (0.5 * one + 0.5 * two) + 0.5 * three)
-    attended = seen[-1]
-    assert [frames_of(part) for part in attended.tokens] == [[0], [1], [2], [3, 4]]
-    assert attended.chunk_start == 5
-    assert state.slow.keys.dtype == torch.float32
+    torch.testing.assert_close(means.slow.keys, 0.75 * (0.75 * one + 0.25 * two) + 0.25 * three)
+    torch.testing.assert_close(means.fast.keys, 0.5 * (0.5 * one + 0.5 * two) + 0.5 * three)
+    assert [frames_of(part) for part in seen[-1].tokens] == [[0], [1], [2], [3, 4]]
+    assert seen[-1].chunk_start == 5
+    assert means.slow.keys.dtype == torch.float32
 
 
 def test_memrope_as_released_spreads_one_mean():
     session = Session(MemRoPE(chunk_frames=1, sink_frames=1, recent_frames=1, per_position=False), TINY)
     run_session(session, 4)
-    keys = session.past.states[0].slow.keys
+    keys = state(session).slow.keys
     assert torch.equal(keys, keys[:, :1].expand_as(keys))
 
 
@@ -219,8 +212,7 @@ def test_a_memory_is_planned_by_a_rehearsal():
 
 
 def test_a_memory_is_written_as_data_and_enabled():
-    pipe = tiny_wan_pipeline()
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quiet(tiny_wan_pipeline())
     stock = [each.processor for each in (block.attn1 for block in pipe.transformer.blocks)]
     call = {"prompt": "a red circle", "height": 32, "width": 48, "num_frames": 45, "num_inference_steps": 2}
     call |= {"max_sequence_length": 8, "output_type": "latent"}
@@ -243,19 +235,18 @@ def test_a_memory_is_written_as_data_and_enabled():
 def test_a_rolling_sink_walks_to_and_fro():
     memory = RollingSink(chunk_frames=1, window_frames=4)
     session, seen, heard = Session(memory, TINY), [], []
-
-    def look(session):
-        parts = session.caches[1].attended.tokens
-        keys = [each for part in parts for each in part.keys[0, FRAME - 1 :: FRAME]]
-        seen.append([next(i for i, known in enumerate(heard) if torch.equal(known, each)) for each in keys])
-        places = [frame for part in parts for frame in frames_of(part)]
-        assert places == list(range(max(0, session.frames - 3), session.frames))  # true ones, whatever they hold
-        heard.append(session.caches[1].captured.tokens.keys[0, -1].clone())
-
     for chunk in range(9):
-        run_session(session, 1, seed=chunk, inspect=look)
+        run_session(session, 1, seed=chunk)
+        window = state(session, 1).window
+        heard.append(window.keys[0, -1])
+        held = [
+            next(i for i, keys in enumerate(heard) if torch.equal(keys, each))
+            for each in window.keys[0, FRAME - 1 :: FRAME]
+        ]
+        seen.append(held)
+        assert frames_of(window) == list(range(max(0, chunk - 3), chunk + 1))  # at true positions, whatever they hold
     # Frame f >= 3 is replaced when frame f + 1 has come: by frames 2, 1, 0 (backward), then 0, 1, 2 (forward), ...
-    after = [
+    assert seen == [
         [0],
         [0, 1],
         [0, 1, 2],
@@ -266,4 +257,3 @@ def test_a_rolling_sink_walks_to_and_fro():
         [1, 0, 0, 7],
         [0, 0, 1, 8],
     ]
-    assert seen == [[], *(each[-3:] for each in after[:-1])]  # what a chunk attends is what the one before left

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import context, state
 from kvpack.errors import InvalidOptionError
 from kvpack.memory import Chunk, Tokens
 from kvpack.memory.blocks import grid_coordinates
@@ -242,8 +243,8 @@ def test_magi_attends_less_the_cleaner_the_chunk():
     session = Session(memory, TINY)
 
     def attended():
-        (tokens,) = session.caches[1].attended.tokens
-        assert session.caches[1].attended.chunk_start == session.frames
+        (tokens,) = context(session, 1).tokens
+        assert context(session, 1).chunk_start == session.frames
         frames = sorted(set(tokens.coordinates[..., 0].flatten().tolist()))
         assert len(tokens) == len(frames) * TINY.tokens_per_frame
         return frames
@@ -267,7 +268,7 @@ def test_magi_attends_less_the_cleaner_the_chunk():
         [6, 7],
         [],
     ]
-    assert len(session.past.states[0]) == 3 * 2 * TINY.tokens_per_frame  # no more is held than is ever attended
+    assert len(state(session)) == 3 * 2 * TINY.tokens_per_frame  # no more is held than is ever attended
 
 
 def test_magi_forgets_the_newest_chunks():

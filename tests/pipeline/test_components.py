@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from PIL import Image
 
 import kvpack
+from helpers import generated, quiet, rel_l2
 from kvpack.errors import UnsupportedPipelineError
 from kvpack.testing import tiny_wan_pipeline
 
@@ -34,28 +36,16 @@ PACKED = {"chunk_frames": 2, "sink_frames": 1, "recent_frames": 1, "topk": 1}
 WINDOW = {"chunk_frames": 3, "window_frames": 6, "sink_frames": 1}
 
 
-def generate(pipe, seed=0, **changed):
-    return pipe(**{"generator": torch.Generator().manual_seed(seed), **CALL, **changed}).frames
+generate = partial(generated, **CALL)
 
 
 def enable(pipe):
     return kvpack.enable(pipe, "self-forcing", **WINDOW)
 
 
-def rel_l2(given, wanted):
-    return float((given - wanted).norm() / wanted.norm())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def pipe():
-    pipe = tiny_wan_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(tiny_wan_pipeline())
 
 
 def contents(value):

@@ -6,6 +6,7 @@ import torch
 from diffusers import WanPipeline
 
 import kvpack
+from helpers import quiet, seeded
 from kvpack.errors import UnsupportedPipelineError
 from kvpack.testing import tiny_wan_pipeline
 
@@ -27,30 +28,14 @@ STACKS = {
 }
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def arguments(seed=0, **changed):
     return {"generator": seeded(seed), **CALL, **changed}
 
 
-@pytest.fixture(scope="module")
-def shared():
-    torch.set_num_threads(1)
-    pipe = tiny_wan_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture
-def pipe(shared):
-    scheduler = shared.scheduler
+def pipe():
     name, options = STACKS["window"]
-    shared.enable_packforcing(name, **options)
-    yield shared
-    shared.disable_packforcing()
-    shared.scheduler = scheduler
+    return quiet(tiny_wan_pipeline()).enable_packforcing(name, **options)
 
 
 def is_stock(pipe):

@@ -5,8 +5,8 @@ from itertools import product
 
 import pytest
 import torch
-from helpers import ledger
 
+from helpers import ledger
 from kvpack.errors import PolicyError
 from kvpack.memory.blocks import KVBlock, Span, grid_coordinates
 from kvpack.memory.geometry import Geometry

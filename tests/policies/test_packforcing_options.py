@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import archive, chosen
 
+from helpers import archive, chosen, quiet
 from kvpack.errors import InvalidOptionError
 from kvpack.memory.ledger import Ledger
 from kvpack.memory.session import Session
@@ -27,11 +27,9 @@ CALL = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pipe():
-    pipe = tiny_wan_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(tiny_wan_pipeline())
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (0, 8), (8, 4), (8, 8)])

@@ -4,8 +4,8 @@ from dataclasses import FrozenInstanceError, dataclass, replace
 
 import pytest
 import torch
-from helpers import archive, chosen, ledger
 
+from helpers import archive, chosen, ledger, pool_stack
 from kvpack.errors import InvalidOptionError, PolicyError
 from kvpack.memory.blocks import KVBlock, LatentChunk, Span, grid_coordinates
 from kvpack.memory.roles import Candidates, Layout, Query
@@ -87,14 +87,7 @@ def test_topk_of_the_true_past_beats_recency():
     assert chosen(session).tolist() == [[wanted]]
 
 
-def stack(**roles):
-    given = {
-        "partitioner": SinkMidRecentPartitioner(8, 4),
-        "compressor": PoolCompressor(),
-        "selector": QueryTopK(2),
-        "reindexer": ContiguousReindexer(),
-    }
-    return Stack("test", **{**given, **roles})
+stack = pool_stack
 
 
 def block(frames=4, grid=(8, 8)):

@@ -1,17 +1,15 @@
 """What a training is planned to hold is what it holds."""
 
 import importlib.util
-import json
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
+from helpers import told
 from kvpack.adapters import WanAdapter
-from kvpack.cli import app
 from kvpack.errors import InvalidOptionError
 from kvpack.planning import presets
 from kvpack.policies import packforcing
@@ -84,8 +82,6 @@ def test_the_reference_model():
 
 def test_the_command():
     words = ["plan", "--training", "--preset", "wan2.1-t2v-1.3b", "--size", "832x480", "-o", "sink_frames=4", "--json"]
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert {name: told[name] for name in planned(sink_frames=4).to_dict()} == planned(sink_frames=4).to_dict()
-    assert told["frames"] == 20
+    given = told(*words)
+    assert {name: given[name] for name in planned(sink_frames=4).to_dict()} == planned(sink_frames=4).to_dict()
+    assert given["frames"] == 20

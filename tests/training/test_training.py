@@ -13,12 +13,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import kvpack.plugins.registry
-from kvpack.cli import app
+from helpers import told
 from kvpack.errors import BrokenClipError, InvalidOptionError, TrainingError
-from kvpack.testing import tiny_wan_pipeline
 from kvpack.training.clips import ClipFolder
 from kvpack.training.compressor import CompressorTraining, frozen
 from kvpack.training.trainer import Learner, Trainer, TrainingRecipe
@@ -43,13 +41,6 @@ def write_clips(folder, name="clips", captions=CAPTIONS, frames=2 * CHUNKS, size
         folder / f"{name}.safetensors",
     )
     (folder / f"{name}.txt").write_text("\n".join(captions) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_wan_pipeline().save_pretrained(folder)
     return folder
 
 
@@ -397,8 +388,6 @@ def test_distribution_matching(lora_rank, training, model, tmp_path):
 
 
 def test_the_command(model, data, tmp_path):
-    result = CliRunner().invoke(app, words(model, data, tmp_path / "run", 1, "--json"))
-    assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert told["steps"] == 1
-    assert told["parameters"] == sum(each.numel() for each in weights(tmp_path / "run").values())
+    given = told(*words(model, data, tmp_path / "run", 1, "--json"))
+    assert given["steps"] == 1
+    assert given["parameters"] == sum(each.numel() for each in weights(tmp_path / "run").values())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers import quiet, seeded
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, UnsupportedPipelineError
 from kvpack.planning.presets import adapter_for, from_folder
 from kvpack.policies import IdentityCompressor, NativeCompressor
@@ -18,22 +19,9 @@ CALL = {
 }
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def shared():
-    pipe = tiny_anyflow_far_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture
-def pipe(shared):
-    yield shared
-    shared.disable_packforcing()
-    shared.set_progress_bar_config(disable=True)
+def pipe():
+    return quiet(tiny_anyflow_far_pipeline())
 
 
 def lengths(pipe, **changed):

@@ -1,10 +1,12 @@
 """LoRA, offloading, dtypes, batches, copies and errors with an AnyFlow-FAR pipeline."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
+from helpers import distance, generated, quiet, seeded
 from kvpack.errors import NonFiniteLatentsError, UnsupportedPipelineError
 from kvpack.testing import tiny_anyflow_far_pipeline
 
@@ -20,23 +22,12 @@ CALL = {
 }
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def generate(pipe, **changed):
-    return pipe(**{**CALL, "generator": seeded(), **changed}).frames
-
-
-def error(given, wanted):
-    return float((given - wanted).abs().max() / wanted.abs().max())
+generate = partial(generated, **CALL)
 
 
 @pytest.fixture
 def pipe():
-    pipe = tiny_anyflow_far_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.enable_packforcing(sink_frames=1, recent_frames=3)
+    return quiet(tiny_anyflow_far_pipeline()).enable_packforcing(sink_frames=1, recent_frames=3)
 
 
 def test_lora_and_its_scale_also_in_the_commit(pipe):
@@ -50,12 +41,12 @@ def test_lora_and_its_scale_also_in_the_commit(pipe):
             if "lora" in name:
                 weight.copy_(torch.randn(weight.shape, generator=seeded(1)) / 4)
     full, half, none = (generate(pipe, attention_kwargs={"scale": scale}) for scale in (1.0, 0.5, 0.0))
-    assert error(full, plain) > 1e-2
-    assert error(half, full) > 1e-3
+    assert distance(full, plain) > 1e-2
+    assert distance(half, full) > 1e-3
     assert torch.equal(generate(pipe), full)
-    assert error(none[:, :, :4], plain[:, :, :4]) < 1e-5  # nothing is compressed yet
+    assert distance(none[:, :, :4], plain[:, :, :4]) < 1e-5  # nothing is compressed yet
     pipe.transformer.disable_adapters()
-    assert error(generate(pipe), plain) < 1e-5
+    assert distance(generate(pipe), plain) < 1e-5
 
 
 def test_model_offload(pipe):
@@ -71,14 +62,14 @@ def test_half_precision(pipe):
     wide = generate(pipe, num_frames=29, num_inference_steps=1)
     narrow = generate(pipe.to(torch.bfloat16), num_frames=29, num_inference_steps=1)
     assert narrow.dtype == torch.bfloat16
-    assert error(narrow.float(), wide) < 0.1
+    assert distance(narrow.float(), wide) < 0.1
 
 
 def test_rows_are_independent(pipe):
     prompts = ["a red circle", "night", "grass"]
     together = generate(pipe, prompt=prompts, generator=[seeded(row) for row in range(3)])
     for row, prompt in enumerate(prompts):
-        assert error(together[row], generate(pipe, prompt=prompt, generator=seeded(row))[0]) < 1e-5
+        assert distance(together[row], generate(pipe, prompt=prompt, generator=seeded(row))[0]) < 1e-5
 
 
 def test_a_veto_is_for_rows_of_the_batch(pipe):
@@ -88,7 +79,7 @@ def test_a_veto_is_for_rows_of_the_batch(pipe):
     together = generate(pipe, prompt=prompts, generator=[seeded(row) for row in range(2)], **call)
     assert len(made) > 5
     for row, prompt in enumerate(prompts):
-        assert error(together[row], generate(pipe, prompt=prompt, generator=seeded(row), **call)[0]) < 1e-5
+        assert distance(together[row], generate(pipe, prompt=prompt, generator=seeded(row), **call)[0]) < 1e-5
 
 
 @pytest.mark.parametrize("stack", ["krea", "longlive", "infinity-rope", "framepack", "h2o"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.pipelines.anyflow.pipeline_output import AnyFlowPipelineOutput
 
+from helpers import distance, quiet, seeded
 from kvpack.errors import InvalidOptionError
 from kvpack.testing import check_adapter, tiny_anyflow_far_pipeline
 
@@ -20,30 +21,13 @@ CALL = {
 }
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def noise(frames=5, rows=1):
     return torch.randn(rows, 16, frames, 16, 32, generator=seeded(1))
 
 
-def error(given, wanted):
-    assert given.shape == wanted.shape
-    return float((given - wanted).abs().max() / wanted.abs().max())
-
-
-@pytest.fixture(scope="module")
-def shared():
-    pipe = tiny_anyflow_far_pipeline(full_chunk_limit=4)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture
-def pipe(shared):
-    yield shared
-    shared.disable_packforcing()
+def pipe():
+    return quiet(tiny_anyflow_far_pipeline(full_chunk_limit=4))
 
 
 def both(pipe, **changed):
@@ -54,7 +38,7 @@ def both(pipe, **changed):
     return stock, pipe.enable_packforcing("full", chunk_frames=2)(**call).frames
 
 
-def test_the_adapter_keeps_the_contract(shared):
+def test_the_adapter_keeps_the_contract(pipe):
     def call(chunks):
         frames = 2 * chunks - 1
         return {
@@ -68,7 +52,7 @@ def test_the_adapter_keeps_the_contract(shared):
             "generator": seeded(),
         }
 
-    check_adapter(shared, call)
+    check_adapter(pipe, call)
 
 
 def test_identity_is_upstream_and_disabling_gives_its_bits_back():
@@ -76,9 +60,9 @@ def test_identity_is_upstream_and_disabling_gives_its_bits_back():
     pipe.set_progress_bar_config(disable=True)
     single = {"chunk_partition": None, "num_inference_steps": 1}
     stock, given = both(pipe, **single)
-    assert error(given, stock) < 1e-5
+    assert distance(given, stock) < 1e-5
     alone = pipe(**{**CALL, **single, "latents": noise()[:, :, 4:], "num_frames": 1}).frames
-    assert error(alone, stock[:, :, 4:]) > 1e-2  # what is before it is attended
+    assert distance(alone, stock[:, :, 4:]) > 1e-2  # what is before it is attended
     pipe.disable_packforcing()
     assert torch.equal(pipe(**{**CALL, **single, "latents": noise()}).frames, stock)
 
@@ -95,7 +79,7 @@ def test_identity_is_upstream_and_disabling_gives_its_bits_back():
 )
 def test_arguments_mean_what_they_mean_upstream(changed, pipe):
     stock, given = both(pipe, **changed)
-    assert error(given, stock) < 1e-5
+    assert distance(given, stock) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["image", "clip", "latents"])
@@ -105,8 +89,8 @@ def test_a_given_beginning_is_upstreams(kind, pipe):
     stock, made = both(pipe, **given)
     frames = 1 if kind == "image" else 3
     assert torch.equal(made[:, :, :frames], stock[:, :, :frames])
-    assert error(made, stock) < 1e-5
-    assert error(made, both(pipe)[1]) > 1e-2
+    assert distance(made, stock) < 1e-5
+    assert distance(made, both(pipe)[1]) > 1e-2
 
 
 def test_callbacks_are_those_of_upstream(pipe):
@@ -118,11 +102,11 @@ def test_callbacks_are_those_of_upstream(pipe):
 
     names = ["latents", "prompt_embeds"]
     stock, given = both(pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names)
-    assert error(given, stock) < 1e-5
+    assert distance(given, stock) < 1e-5
     theirs, ours = heard[:6], heard[6:]
     assert [each[:2] for each in ours] == [each[:2] for each in theirs]
     assert [each[3] for each in ours] == [each[3] for each in theirs]
-    assert all(error(mine[2], other[2]) < 1e-5 for mine, other in zip(ours, theirs, strict=True))
+    assert all(distance(mine[2], other[2]) < 1e-5 for mine, other in zip(ours, theirs, strict=True))
 
 
 def test_pixels_and_the_output_class_are_upstreams(pipe):

@@ -1,9 +1,11 @@
 """The model's own embedding as a compressor, other compressors, upstream's padding, and backends."""
 
+from functools import partial
+
 import pytest
 import torch
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
+from helpers import distance, generated, quiet, seeded
 from kvpack import Stack
 from kvpack.compressors.network import HighResolutionBranch
 from kvpack.errors import InvalidOptionError
@@ -23,37 +25,12 @@ CALL = {
 }
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def generate(pipe, **changed):
-    return pipe(**{**CALL, "generator": seeded(), **changed}).frames
-
-
-def error(given, wanted):
-    return float((given - wanted).abs().max() / wanted.abs().max())
-
-
-@pytest.fixture(scope="module")
-def shared():
-    pipe = tiny_anyflow_far_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+generate = partial(generated, **CALL)
 
 
 @pytest.fixture
-def pipe(shared):
-    before = [vars(block.attn1.processor).copy() for block in shared.transformer.blocks]
-    active = _AttentionBackendRegistry.get_active_backend()[0]
-    yield shared
-    shared.disable_packforcing()
-    _AttentionBackendRegistry.set_active_backend(active)
-    for module in shared.transformer.modules():
-        if hasattr(module, "processor"):
-            vars(module.processor).clear()
-    for block, attributes in zip(shared.transformer.blocks, before, strict=True):
-        vars(block.attn1.processor).update(attributes)
+def pipe():
+    return quiet(tiny_anyflow_far_pipeline())
 
 
 def kept(recent_frames, compressor=None):
@@ -121,10 +98,10 @@ def test_native_is_near_upstream_and_nearer_than_forgetting(pipe):
     call = {"latents": noise, "num_inference_steps": 2}
     upstream = generate(pipe, **call)
     pipe.enable_packforcing(kept(6))
-    near = error(generate(pipe, **call, upstream_padding=True), upstream)
+    near = distance(generate(pipe, **call, upstream_padding=True), upstream)
     tokens = pipe.packforcing.stats()["attended_tokens"]
     pipe.enable_packforcing("self-forcing", window_frames=9, sink_frames=0)
-    far = error(generate(pipe, **call, upstream_padding=True), upstream)
+    far = distance(generate(pipe, **call, upstream_padding=True), upstream)
     assert tokens == 13 * 4 + 6 * 20
     assert near < 0.004
     assert far > 0.03  # the README's figures
@@ -136,7 +113,7 @@ def test_tokens_that_are_appended_are_as_in_a_forward_of_their_own(pipe, monkeyp
     monkeypatch.setattr(
         "kvpack.adapters.anyflow_far.denoiser.AnyFlowFARDenoiser.appends_tokens", property(lambda _: False)
     )
-    assert error(generate(pipe, **call), appended) < 1e-5
+    assert distance(generate(pipe, **call), appended) < 1e-5
 
 
 @pytest.mark.parametrize("options", [{"commit": "last-step"}, {"compressor": NativeCompressor(project="direct")}])
@@ -145,7 +122,7 @@ def test_other_ways_of_native(options, pipe):
     other = generate(pipe.enable_packforcing(**options), guidance_scale=2.0)
     assert bool(other.isfinite().all())
     assert torch.equal(plain[:, :, :1], other[:, :, :1])
-    assert error(other, plain) > 1e-4
+    assert distance(other, plain) > 1e-4
 
 
 def test_direct_keys_of_the_first_layer_are_those_of_a_forward(pipe):
@@ -193,8 +170,8 @@ def test_upstreams_padding_is_reproduced_on_request_only(pipe):
     upstream = generate(pipe, **call)
     pipe.enable_packforcing("full")
     plain = generate(pipe, **call)
-    assert error(generate(pipe, **call, upstream_padding=True), upstream) < 1e-5
-    assert error(plain, upstream) > 1e-3
+    assert distance(generate(pipe, **call, upstream_padding=True), upstream) < 1e-5
+    assert distance(plain, upstream) > 1e-3
     assert torch.equal(generate(pipe, **call), plain)
 
 
@@ -204,7 +181,7 @@ def test_backends(backend, pipe):
     pipe.transformer.set_attention_backend(backend)
     stock = pipe.transformer.blocks[0].attn1.processor
     given = generate(pipe, num_frames=41)
-    assert error(given, wanted) < 1e-5
+    assert distance(given, wanted) < 1e-5
     assert pipe.transformer.blocks[0].attn1.processor is stock
     if backend != "flex":
         pipe.disable_packforcing()

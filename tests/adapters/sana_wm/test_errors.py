@@ -10,6 +10,7 @@ from diffusers import TaylorSeerCacheConfig
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 import kvpack
+from helpers import quiet, seeded
 from kvpack.errors import GradientError, InvalidOptionError, NonFiniteLatentsError, UnsupportedPipelineError
 from kvpack.policies import SinkMidRecentPartitioner
 from kvpack.testing import tiny_sana_wm_refiner
@@ -17,9 +18,7 @@ from kvpack.testing import tiny_sana_wm_refiner
 
 @pytest.fixture(scope="module")
 def stock():
-    pipeline = tiny_sana_wm_refiner()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return quiet(tiny_sana_wm_refiner())
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def pipe(stock):
 
 
 def arguments(frames=10, batch=1):
-    raw = torch.randn(batch, 4, frames, 2, 3, generator=torch.Generator().manual_seed(0))
+    raw = torch.randn(batch, 4, frames, 2, 3, generator=seeded())
     return {"sana_latent": raw, "prompt": "the red circle", "fps": 16.0, "output_type": "latent"}
 
 

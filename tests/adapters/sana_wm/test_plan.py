@@ -1,15 +1,12 @@
 """What a plan says of the refiner is what it then does."""
 
-import json
-
 import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 from torch.utils.flop_counter import FlopCounterMode
-from typer.testing import CliRunner
 
+from helpers import told
 from kvpack.adapters.sana_wm.adapter import SanaWMAdapter
-from kvpack.cli import app
 from kvpack.planning.planner import plan
 from kvpack.plugins.registry import registry
 from kvpack.testing import tiny_sana_wm_refiner, tiny_sana_wm_transformer
@@ -77,8 +74,6 @@ def test_a_folder_without_weights_or_vae_is_planned(tmp_path):
     pipe.save_config(tmp_path)
     pipe.transformer.save_config(tmp_path / "transformer")
     words = ["plan", "--model", str(tmp_path), "--size", "64x64", "--seconds", "5", "--stack", "sana-wm", "--json"]
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 0, result.output
-    planned = json.loads(result.stdout)
+    planned = told(*words)
     assert planned["kv_bytes_per_token"] == 2 * 2 * 32 * 2
     assert (planned["pixel_frames"], planned["frames"]) == (73, 10)  # of 80, what a VAE of 8 frames to one decodes

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, SanaWMLTX2Refiner
 from diffusers.models.attention_dispatch import attention_backend
 
+from helpers import distance, quiet, seeded
 from kvpack.memory import Attended, StateMemory
 from kvpack.plugins.registry import registry
 from kvpack.testing import check_adapter, tiny_sana_wm_refiner
@@ -18,28 +19,22 @@ PROMPT = "the red circle"
 
 
 def arguments(frames=25, batch=1, **changed):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     raw = torch.randn(batch, 4, frames, 2, 3, generator=generator)
     return {"sana_latent": raw, "prompt": PROMPT, "fps": 16.0, "output_type": "latent", **changed}
 
 
 def call(blocks, **changed):
-    return arguments(1 + 3 * blocks, generator=torch.Generator().manual_seed(1), **changed)
+    return arguments(1 + 3 * blocks, generator=seeded(1), **changed)
 
 
 def refiner(**config):
-    pipeline = tiny_sana_wm_refiner(**config)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return quiet(tiny_sana_wm_refiner(**config))
 
 
 @pytest.fixture
 def pipe():
     return refiner()
-
-
-def difference(given, wanted):
-    return float((given - wanted).abs().max() / wanted.abs().max())
 
 
 def test_keeps_what_every_adapter_must(pipe):
@@ -65,22 +60,22 @@ def test_equals_upstream_with_and_without_its_window(config, changed, frames):
     given = arguments(frames, **changed)
     window, unbounded = pipe(**given), pipe(**given, kv_max_frames=UNBOUNDED)
     pipe.enable_packforcing("sana-wm", sink_frames=given.get("sink_size", 1))
-    assert difference(pipe(**given), window) <= 1e-5
+    assert distance(pipe(**given), window) <= 1e-5
     pipe.enable_packforcing("full")
-    assert difference(pipe(**given), unbounded) <= 1e-5
-    assert difference(window, unbounded) > 1e-3  # what is compared depends on the memory
+    assert distance(pipe(**given), unbounded) <= 1e-5
+    assert distance(window, unbounded) > 1e-3  # what is compared depends on the memory
 
 
 def test_the_window_may_have_another_length(pipe):
     wanted = pipe(**arguments(), kv_max_frames=6)
     pipe.enable_packforcing("sana-wm", window_frames=6)
-    assert difference(pipe(**arguments()), wanted) <= 1e-5
+    assert distance(pipe(**arguments()), wanted) <= 1e-5
 
 
 def test_noise_is_upstreams(pipe):
     """One generator draws for all blocks; without one its seed is upstream's."""
     pipe.enable_packforcing("sana-wm")
-    assert torch.equal(pipe(**arguments()), pipe(**arguments(), generator=torch.Generator().manual_seed(42)))
+    assert torch.equal(pipe(**arguments()), pipe(**arguments(), generator=seeded(42)))
 
 
 def test_decodes_as_upstream(pipe):
@@ -105,13 +100,13 @@ def test_without_a_vae_latents_come_whatever_is_asked_for():
 
 def test_a_row_of_a_batch_is_that_row_alone(pipe):
     """Upstream itself takes one video."""
-    seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    seeds = [seeded(seed) for seed in (1, 2)]
     pipe.enable_packforcing(sink_frames=4, recent_frames=3, topk=1)
     together = pipe(**arguments(batch=2, generator=seeds))
     raw = arguments(batch=2)["sana_latent"]
     for row in range(2):
         alone = {**arguments(), "sana_latent": raw[row : row + 1]}
-        assert torch.equal(pipe(**alone, generator=torch.Generator().manual_seed(row + 1)), together[row : row + 1])
+        assert torch.equal(pipe(**alone, generator=seeded(row + 1)), together[row : row + 1])
 
 
 def test_the_prompt_is_encoded_once_and_forwards_are_not_repeated(pipe):
@@ -184,7 +179,7 @@ def test_other_memories_of_packforcing(pipe, options):
     latents = pipe(**arguments())
     assert bool(latents.isfinite().all())
     pipe.enable_packforcing("full")
-    assert difference(pipe(**arguments()), latents) > 1e-3
+    assert distance(pipe(**arguments()), latents) > 1e-3
 
 
 def test_the_pipeline_stays_itself(pipe, tmp_path):
@@ -200,14 +195,14 @@ def test_the_pipeline_stays_itself(pipe, tmp_path):
     loaded.enable_model_cpu_offload(device="cpu")
     loaded.enable_packforcing("sana-wm")
     for _ in range(2):
-        assert difference(loaded(**arguments()), wanted) <= 1e-5
+        assert distance(loaded(**arguments()), wanted) <= 1e-5
     pipe.to(dtype=torch.bfloat16)
     with attention_backend("native"):  # what is active in the process is then as before
         pipe.transformer.set_attention_backend("_native_math")
         wanted = pipe(**arguments())
         latents = pipe.enable_packforcing("sana-wm")(**arguments())
     assert latents.dtype == torch.bfloat16
-    assert difference(latents, wanted) <= 2e-2
+    assert distance(latents, wanted) <= 2e-2
 
 
 def test_a_prompt_schedule_is_the_same_as_sending(pipe):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from helpers import quiet, random_branch, row_seeds
 from kvpack.adapters.skyreels.denoiser import SkyReelsDenoiser
-from kvpack.compressors.network import HighResolutionBranch
 from kvpack.policies import DualCompressor, HighResolutionCompressor, LowResolutionCompressor, PoolCompressor
 from kvpack.testing import tiny_skyreels_v2_pipeline
 
@@ -21,27 +21,14 @@ CALL = {
 OPTIONS = {"chunk_frames": 4, "sink_frames": 4, "recent_frames": 0, "topk": 4}
 
 
-def seeds():
-    return [torch.Generator().manual_seed(row) for row in range(2)]
-
-
 def enabled(compressor, **config):
-    torch.set_num_threads(1)
-    pipe = tiny_skyreels_v2_pipeline(**{"inject_sample_info": True, **config})
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quiet(tiny_skyreels_v2_pipeline(**{"inject_sample_info": True, **config}))
     return pipe.enable_packforcing(**OPTIONS, compressor=compressor)
-
-
-def branch():
-    branch = HighResolutionBranch(channels=16, width=24, patch=(2, 2), hidden=8, base_model="tiny")
-    with torch.no_grad():
-        branch.projection.weight.copy_(torch.randn(24, 8, generator=torch.Generator().manual_seed(0)))
-    return branch.requires_grad_(False)
 
 
 def archives(pipe, **changed):
     """The video, and keys and values of the second chunk's twin by branch and layer."""
-    stream = pipe.packforcing.stream(**{**CALL, "generator": seeds(), **changed})
+    stream = pipe.packforcing.stream(**{**CALL, "generator": row_seeds(), **changed})
     video = torch.cat([next(stream) for _ in range(3)], dim=2)
     archives = [state.archive for session in pipe.packforcing.sessions.values() for state in session.past.states]
     found = [(each.keys[:, 0].clone(), each.values[:, 0].clone()) for each in archives]
@@ -52,8 +39,8 @@ def archives(pipe, **changed):
 COMPRESSORS = {
     "pool": lambda how: PoolCompressor(),
     "lr": lambda how: LowResolutionCompressor(project=how),
-    "hr": lambda how: HighResolutionCompressor(branch(), project=how),
-    "dual": lambda how: DualCompressor(branch(), project=how),
+    "hr": lambda how: HighResolutionCompressor(random_branch().requires_grad_(False), project=how),
+    "dual": lambda how: DualCompressor(random_branch().requires_grad_(False), project=how),
 }
 
 
@@ -62,9 +49,9 @@ COMPRESSORS = {
 )
 def test_rows_are_independent(name, how):
     pipe = enabled(COMPRESSORS[name](how))
-    both = pipe(**CALL, generator=seeds()).frames
+    both = pipe(**CALL, generator=row_seeds()).frames
     for row, prompt in enumerate(CALL["prompt"]):
-        alone = pipe(**{**CALL, "prompt": prompt}, generator=seeds()[row]).frames
+        alone = pipe(**{**CALL, "prompt": prompt}, generator=row_seeds()[row]).frames
         assert float((both[row] - alone[0]).abs().max() / alone.abs().max()) <= 1e-5
 
 
@@ -72,7 +59,7 @@ def test_tokens_appended_in_the_commit_are_as_in_a_forward_of_their_own(monkeypa
     found, forwards = [], []
     for rides in (True, False):
         monkeypatch.setattr(SkyReelsDenoiser, "appends_tokens", rides)
-        pipe, count = enabled(DualCompressor(branch())), []
+        pipe, count = enabled(DualCompressor(random_branch().requires_grad_(False))), []
         pipe.transformer.register_forward_pre_hook(lambda *_, count=count: count.append(1))
         video, twins = archives(pipe)
         found.append([video, *(each for pair in twins for each in pair)])
@@ -95,6 +82,6 @@ def test_direct_projection_is_the_first_layer_of_a_forward(fps):
 
 
 def test_a_bfloat16_model():
-    pipe = enabled(DualCompressor(branch())).to(torch.bfloat16)
-    frames = pipe(**CALL, generator=seeds()).frames
+    pipe = enabled(DualCompressor(random_branch().requires_grad_(False))).to(torch.bfloat16)
+    frames = pipe(**CALL, generator=row_seeds()).frames
     assert bool(frames.isfinite().all())

@@ -1,6 +1,7 @@
 """SkyReels-V2 videos that go on from an image or a clip, through the pipelines that are made for it."""
 
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from diffusers import (
     SkyReelsV2DiffusionForcingVideoToVideoPipeline,
 )
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2AttnProcessor
-from PIL import Image
 
+import helpers
+from helpers import distance, quiet, seeded
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError
 from kvpack.plugins.registry import registry
 from kvpack.shipped import demo_stack
@@ -29,45 +31,20 @@ CALL = {
 }
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+clip = partial(helpers.clip, size=32)
 
 
-def clip(frames, rows=1, seed=1):
-    return torch.rand(rows, frames, 3, 32, 32, generator=seeded(seed))
-
-
-def picture(seed=1):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8))
-
-
-def made(pipeline_class):
-    pipe = tiny_skyreels_v2_pipeline(pipeline_class=pipeline_class)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def shared():
-    torch.set_num_threads(1)
-    image = made(SkyReelsV2DiffusionForcingImageToVideoPipeline)
-    return image, made(SkyReelsV2DiffusionForcingVideoToVideoPipeline)
+picture = partial(helpers.picture, 32)
 
 
 @pytest.fixture
-def from_image(shared):
-    yield shared[0]
-    shared[0].disable_packforcing()
+def from_image():
+    return quiet(tiny_skyreels_v2_pipeline(pipeline_class=SkyReelsV2DiffusionForcingImageToVideoPipeline))
 
 
 @pytest.fixture
-def from_clip(shared):
-    yield shared[1]
-    shared[1].disable_packforcing()
-
-
-def distance(given, wanted):
-    return float((given - wanted).abs().max() / wanted.abs().max())
+def from_clip():
+    return quiet(tiny_skyreels_v2_pipeline(pipeline_class=SkyReelsV2DiffusionForcingVideoToVideoPipeline))
 
 
 def drawn(*frames, rows=1):
@@ -250,7 +227,7 @@ def test_check_adapter_with_an_image():
         small = {"num_inference_steps": 1, "height": 16, "width": 16, "base_num_frames": 400, "generator": seeded()}
         return {**CALL, **small, "image": picture(), "num_frames": 1 + 16 * (chunks - 1)}
 
-    check_adapter(made(SkyReelsV2DiffusionForcingImageToVideoPipeline), call)
+    check_adapter(quiet(tiny_skyreels_v2_pipeline(pipeline_class=SkyReelsV2DiffusionForcingImageToVideoPipeline)), call)
 
 
 def test_check_adapter_with_a_clip():
@@ -258,7 +235,7 @@ def test_check_adapter_with_a_clip():
         small = {"num_inference_steps": 1, "height": 16, "width": 16, "base_num_frames": 400, "generator": seeded()}
         return {**CALL, **small, "video": clip(29), "overlap_history": 13, "num_frames": 16 * chunks - 3}
 
-    check_adapter(made(SkyReelsV2DiffusionForcingVideoToVideoPipeline), call)
+    check_adapter(quiet(tiny_skyreels_v2_pipeline(pipeline_class=SkyReelsV2DiffusionForcingVideoToVideoPipeline)), call)
 
 
 @pytest.mark.parametrize("options", [{"compressor": "lr"}, {"compressor": "pool"}, {"commit": "last-step"}], ids=str)

@@ -1,11 +1,13 @@
 """SkyReels-V2 diffusion forcing from text: equal to upstream's own masked forward, and nothing left behind."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
+from helpers import distance, generated, quiet, seeded
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.memory.session import Session
 from kvpack.plugins.registry import registry
@@ -26,33 +28,16 @@ CALL = {
 FULL = {"stack": "full", "chunk_frames": 4}
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def generate(pipe, seed=0, **changed):
-    return pipe(**{"generator": seeded(seed), **CALL, **changed}).frames
+generate = partial(generated, **CALL)
 
 
 def made(**options):
-    pipe = tiny_skyreels_v2_pipeline(**options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def shared():
-    torch.set_num_threads(1)
-    return made()
+    return quiet(tiny_skyreels_v2_pipeline(**options))
 
 
 @pytest.fixture
-def pipe(shared):
-    scheduler = shared.scheduler
-    yield shared
-    shared.disable_packforcing()
-    shared.scheduler = scheduler
-    shared.transformer.register_to_config(num_frame_per_block=1)
+def pipe():
+    return made()
 
 
 def upstream(pipe, noise, block, **changed):
@@ -64,10 +49,6 @@ def upstream(pipe, noise, block, **changed):
     finally:
         del pipe.prepare_latents
         pipe.transformer.register_to_config(num_frame_per_block=1)
-
-
-def distance(given, wanted):
-    return float((given - wanted).abs().max() / wanted.abs().max())
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])

@@ -10,6 +10,7 @@ from diffusers import UniPCMultistepScheduler, WanPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL.Image import Image
 
+from helpers import generated, quiet, seeded
 from kvpack.testing import tiny_wan_pipeline
 
 PROMPTS = ["a red circle moving over grass", "the blue square at night", "green triangle"]
@@ -26,32 +27,14 @@ CALL = {
 STEPS = 3 * CALL["num_inference_steps"]
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def generate(pipe, seed=0, **changed):
-    arguments = {"generator": seeded(seed), **CALL, **changed}
-    return pipe(**arguments).frames
-
-
-@pytest.fixture(scope="module")
-def shared():
-    torch.set_num_threads(1)
-    pipe = tiny_wan_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+generate = partial(generated, **CALL)
 
 
 @pytest.fixture
-def pipe(shared):
+def pipe():
     """Enabled with a window, so that blocks are dropped."""
-    scheduler = shared.scheduler
-    shared.enable_packforcing("self-forcing", chunk_frames=3, window_frames=6, sink_frames=1)
-    yield shared
-    shared.disable_packforcing()
-    shared.scheduler = scheduler
-    shared.set_progress_bar_config(disable=True)
+    pipe = quiet(tiny_wan_pipeline())
+    return pipe.enable_packforcing("self-forcing", chunk_frames=3, window_frames=6, sink_frames=1)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import kvpack
+from helpers import quiet, seeded
 from kvpack.policies import (
     AbsoluteReindexer,
     AllSelector,
@@ -20,22 +21,9 @@ SIZE = {"height": 32, "width": 48, "max_sequence_length": 8, "num_inference_step
 GRID = (2, 3)
 
 
-@pytest.fixture(scope="module")
-def shared():
-    torch.set_num_threads(1)
-    pipe = tiny_wan_pipeline(num_layers=3)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture
-def pipe(shared):
-    yield shared
-    shared.disable_packforcing()
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+def pipe():
+    return quiet(tiny_wan_pipeline(num_layers=3))
 
 
 class MaskedProcessor(WanAttnProcessor):

@@ -3,6 +3,7 @@
 import copy
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, FirstBlockCacheConfig, UNet2D
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 import kvpack
+from helpers import generated, pool_stack, quiet
 from kvpack.errors import (
     GradientError,
     InvalidOptionError,
@@ -44,15 +46,12 @@ BRIEF = {"num_frames": 21, "num_inference_steps": 1}  # three chunks
 SIZES = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 1}
 
 
-def generate(pipe, **changed):
-    return pipe(**{"generator": torch.Generator().manual_seed(0), **CALL, **changed}).frames
+generate = partial(generated, **CALL)
 
 
 @pytest.fixture(scope="module")
 def shared():
-    torch.set_num_threads(1)
-    pipe = tiny_wan_pipeline()
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quiet(tiny_wan_pipeline())
     stock = generate(pipe, **BRIEF)
     pipe.enable_packforcing("packforcing", **SIZES, compressor="pool")
     packed = generate(pipe, **BRIEF)
@@ -414,14 +413,7 @@ class Partitions(SinkMidRecentPartitioner):
         }[self.what]
 
 
-def stack(**roles):
-    fine = {
-        "partitioner": SinkMidRecentPartitioner(2, 2),
-        "compressor": PoolCompressor(),
-        "selector": QueryTopK(2),
-        "reindexer": ContiguousReindexer(),
-    }
-    return kvpack.Stack("broken", **{**fine, **roles}, chunk_frames=2)
+stack = partial(pool_stack, partitioner=SinkMidRecentPartitioner(2, 2), name="broken", chunk_frames=2)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """Videos that begin with an image or a clip."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import helpers
+from helpers import quiet, seeded
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError
 from kvpack.plugins.registry import registry
 from kvpack.shipped import demo_stack
@@ -21,30 +25,15 @@ CALL = {
 }
 
 
-@pytest.fixture(scope="module")
-def shared():
-    pipe = tiny_wan_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture
-def pipe(shared):
-    yield shared
-    shared.disable_packforcing()
-    shared.register_to_config(expand_timesteps=False)
+def pipe():
+    return quiet(tiny_wan_pipeline())
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+clip = partial(helpers.clip, size=16)
 
 
-def clip(frames, seed=1):
-    return torch.rand(1, frames, 3, 16, 16, generator=seeded(seed))
-
-
-def picture(seed=1):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+picture = partial(helpers.picture, 16)
 
 
 @pytest.mark.parametrize("stack", sorted(registry().names("stack")))

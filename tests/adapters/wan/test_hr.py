@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 
+from helpers import generated, quiet, random_branch, row_seeds, seeded
 from kvpack.adapters.wan.denoiser import WanDenoiser
-from kvpack.adapters.wan.vae import StreamingDecoder
 from kvpack.compressors.network import HighResolutionBranch
 from kvpack.errors import InvalidOptionError, PolicyError
 from kvpack.policies import DualCompressor, HighResolutionCompressor, LowResolutionCompressor
@@ -26,30 +26,18 @@ CALL = {
 OPTIONS = {"chunk_frames": 4, "sink_frames": 4, "recent_frames": 0, "topk": 4}
 
 
-def generate(pipe, seed=0, **changed):
-    generator = [torch.Generator().manual_seed(seed + row) for row in range(2)]
-    return pipe(**{"generator": generator, **CALL, **changed}).frames
-
-
-@pytest.fixture(scope="module")
-def shared():
-    pipe = tiny_wan_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def generate(pipe, **changed):
+    return generated(pipe, **{"generator": row_seeds(), **CALL, **changed})
 
 
 @pytest.fixture
-def pipe(shared):
-    yield shared
-    shared.disable_packforcing()
+def pipe():
+    return quiet(tiny_wan_pipeline())
 
 
 @pytest.fixture
 def branch():
-    branch = HighResolutionBranch(channels=16, width=24, patch=(2, 2), hidden=8, base_model="tiny")
-    with torch.no_grad():
-        branch.projection.weight.copy_(torch.randn(24, 8, generator=torch.Generator().manual_seed(0)))
-    return branch
+    return random_branch()
 
 
 @pytest.fixture
@@ -58,26 +46,13 @@ def folder(branch, tmp_path):
     return str(tmp_path / "compressor")
 
 
-@pytest.fixture
-def decoded(monkeypatch):
-    """Latent frames that were decoded."""
-    counts, call = [], StreamingDecoder.__call__
-
-    def counting(self, latents):
-        counts.append(latents.shape[2])
-        return call(self, latents)
-
-    monkeypatch.setattr(StreamingDecoder, "__call__", counting)
-    return counts
-
-
 def enabled(pipe, compressor, **changed):
     return pipe.enable_packforcing(**{**OPTIONS, **changed}, compressor=compressor)
 
 
 def archive(pipe, **options):
     """Keys and values of the second chunk's twin, by layer."""
-    arguments = {**CALL, "prompt": "a red circle", "generator": torch.Generator().manual_seed(0), **options}
+    arguments = {**CALL, "prompt": "a red circle", "generator": seeded(), **options}
     stream = pipe.packforcing.stream(**arguments)
     for _ in range(2):
         next(stream)
@@ -121,7 +96,7 @@ def test_trained_weights_change_the_video_and_rows_stay_independent(pipe, folder
     assert not torch.equal(both, generate(enabled(pipe, "lr")))
     enabled(pipe, folder)
     for row, prompt in enumerate(CALL["prompt"]):
-        alone = generate(pipe, prompt=prompt, generator=torch.Generator().manual_seed(row))
+        alone = generate(pipe, prompt=prompt, generator=seeded(row))
         assert float((both[row] - alone[0]).abs().max() / alone.abs().max()) <= 1e-5
 
 
@@ -137,8 +112,7 @@ def test_a_folder_an_instance_and_a_module_are_one(pipe, folder, branch):
 def test_streaming_equals_whole(pipe, folder):
     enabled(pipe, HighResolutionCompressor(folder, project="direct"))
     whole = generate(pipe)
-    generator = [torch.Generator().manual_seed(row) for row in range(2)]
-    assert torch.equal(torch.cat(list(pipe.packforcing.stream(generator=generator, **CALL)), dim=2), whole)
+    assert torch.equal(torch.cat(list(pipe.packforcing.stream(generator=row_seeds(), **CALL)), dim=2), whole)
 
 
 def test_copies_and_pickles_of_an_enabled_pipeline(pipe, folder):
@@ -217,7 +191,7 @@ def test_tokens_appended_in_the_commit_are_as_in_a_forward_of_their_own(chunk_fr
         pipe.transformer.register_forward_pre_hook(lambda *_, count=count: count.append(1))
         monkeypatch.setattr(WanDenoiser, "appends_tokens", rides)
         enabled(pipe, DualCompressor(folder), chunk_frames=chunk_frames, sink_frames=chunk_frames + 1)
-        seeds = [torch.Generator().manual_seed(row) for row in range(2)]
+        seeds = [seeded(row) for row in range(2)]
         stream = pipe.packforcing.stream(**{**CALL, "guidance_scale": 2.0, "generator": seeds})
         video = torch.cat([next(stream) for _ in range(3)], dim=2)
         archives = [state.archive for each in pipe.packforcing.sessions.values() for state in each.past.states]

@@ -1,17 +1,20 @@
 """LoRA adapters as users handle them: loaded, scaled, chosen between chunks, fused; history has their keys too."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-import kvpack
+from helpers import enable_small, generated, quiet, rel_l2
 from kvpack.testing import tiny_wan_pipeline, tiny_wan_transformer
 
 CALL = {
     "prompt": "a red circle",
     "height": 16,
     "width": 32,
+    "num_frames": 29,
     "num_inference_steps": 2,
     "guidance_scale": 3.0,
     "max_sequence_length": 8,
@@ -21,16 +24,7 @@ CHUNK = {"num_frames": 5}  # two latent frames
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-def generate(pipe, num_frames=29, **changed):
-    return pipe(**{**CALL, "num_frames": num_frames, "generator": torch.Generator().manual_seed(0), **changed}).frames
-
-
-def enable(pipe):
-    return kvpack.enable(pipe, "packforcing", chunk_frames=2, sink_frames=1, recent_frames=1, topk=1)
-
-
-def rel_l2(given, wanted):
-    return float((given - wanted).norm() / wanted.norm())
+generate = partial(generated, **CALL)
 
 
 def lora(seed):
@@ -44,9 +38,7 @@ def lora(seed):
 
 @pytest.fixture
 def pipe():
-    pipe = tiny_wan_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(tiny_wan_pipeline())
 
 
 @pytest.fixture
@@ -58,13 +50,13 @@ def loaded(pipe):
 
 
 def test_loaded_and_unloaded(pipe):
-    plain = generate(enable(pipe))
+    plain = generate(enable_small(pipe))
     pipe.load_lora_weights(lora(1), adapter_name="one")
     adapted = generate(pipe)
     assert rel_l2(adapted, plain) > 1e-2
     pipe.disable_packforcing()
     stock = generate(pipe, **CHUNK)
-    enable(pipe)
+    enable_small(pipe)
     assert rel_l2(generate(pipe, **CHUNK), stock) <= 1e-6
     assert torch.equal(generate(pipe), adapted)
     pipe.unload_lora_weights()
@@ -72,7 +64,7 @@ def test_loaded_and_unloaded(pipe):
 
 
 def test_fused_is_loaded(loaded):
-    adapted = generate(enable(loaded))
+    adapted = generate(enable_small(loaded))
     loaded.fuse_lora(adapter_names=["one"])
     assert rel_l2(generate(loaded), adapted) < 1e-5
     loaded.unfuse_lora()
@@ -81,7 +73,7 @@ def test_fused_is_loaded(loaded):
 
 def test_the_scale_of_a_call_is_that_of_an_adapter(loaded):
     """In the commit and in the prompt's keys too, else the second chunk would differ."""
-    enable(loaded)
+    enable_small(loaded)
     scaled = generate(loaded, attention_kwargs={"scale": 0.5})
     loaded.set_adapters("one", adapter_weights=0.5)
     assert rel_l2(generate(loaded), scaled) < 1e-6
@@ -98,7 +90,7 @@ def change_between_chunks(pipe, change):
 
 
 def test_adapters_between_two_chunks(loaded):
-    enable(loaded)
+    enable_small(loaded)
     unchanged = change_between_chunks(loaded, lambda: None)
     chosen = change_between_chunks(loaded, lambda: loaded.set_adapters("two"))
     loaded.set_adapters("one")

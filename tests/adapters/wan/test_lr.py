@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import archive, ledger
 
+from helpers import archive, generated, ledger, quiet, row_seeds
 from kvpack.adapters.wan.compression import embed
 from kvpack.adapters.wan.vae import StreamingDecoder, encode
 from kvpack.policies import LowResolutionCompressor
@@ -22,36 +22,12 @@ OPTIONS = {"chunk_frames": 4, "sink_frames": 4, "recent_frames": 0, "topk": 4}
 
 
 def generate(pipe, seed=0, **changed):
-    generator = [torch.Generator().manual_seed(seed + row) for row in range(2)]
-    return pipe(**{"generator": generator, "guidance_scale": 1.0, **CALL, **changed}).frames
-
-
-@pytest.fixture(scope="module")
-def shared():
-    torch.set_num_threads(1)
-    pipe = tiny_wan_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return generated(pipe, **{"generator": row_seeds(seed), "guidance_scale": 1.0, **CALL, **changed})
 
 
 @pytest.fixture
-def pipe(shared):
-    shared.enable_packforcing("packforcing", **OPTIONS, compressor="lr")
-    yield shared
-    shared.disable_packforcing()
-
-
-@pytest.fixture
-def decoded(monkeypatch):
-    """Latent frames that were decoded."""
-    counts, call = [], StreamingDecoder.__call__
-
-    def counting(self, latents):
-        counts.append(latents.shape[2])
-        return call(self, latents)
-
-    monkeypatch.setattr(StreamingDecoder, "__call__", counting)
-    return counts
+def pipe():
+    return quiet(tiny_wan_pipeline()).enable_packforcing("packforcing", **OPTIONS, compressor="lr")
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])

@@ -1,11 +1,13 @@
 """Offloaded, placed and cast: the video of plain kvpack over the same weights."""
 
+from functools import partial
+
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from diffusers import WanPipeline, WanTransformer3DModel
 
-import kvpack
+from helpers import enable_small, generated, quiet, rel_l2
 from kvpack.policies import LowResolutionCompressor
 from kvpack.testing import tiny_wan_pipeline
 
@@ -27,22 +29,11 @@ STACKS = {
 }
 
 
-def generate(pipe, **changed):
-    return pipe(**{**CALL, "generator": torch.Generator().manual_seed(0), **changed}).frames
+generate = partial(generated, **CALL)
 
 
 def pipeline(**config):
-    pipe = tiny_wan_pipeline(**config)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def enable(pipe, **options):
-    return kvpack.enable(pipe, "packforcing", chunk_frames=2, sink_frames=1, recent_frames=1, topk=1, **options)
-
-
-def rel_l2(given, wanted):
-    return float((given - wanted).norm() / wanted.norm())
+    return quiet(tiny_wan_pipeline(**config))
 
 
 def offload_everything(pipe, folder):
@@ -81,11 +72,11 @@ PLACES = [offload_everything, offload_to_disk, offload_models, offload_every_lay
     "place", [each if each is offload_to_disk else pytest.param(each, marks=pytest.mark.slow) for each in PLACES]
 )
 def test_placed(place, stack, tmp_path):
-    frames = generate(enable(pipeline(), **STACKS[stack]), output_type="pt")
+    frames = generate(enable_small(pipeline(), **STACKS[stack]), output_type="pt")
     before, after = pipeline(), pipeline()
     place(before, tmp_path / "before")
-    enable(before, **STACKS[stack])
-    enable(after, **STACKS[stack])
+    enable_small(before, **STACKS[stack])
+    enable_small(after, **STACKS[stack])
     place(after, tmp_path / "after")
     for pipe in (before, after, after):
         assert torch.equal(generate(pipe, output_type="pt"), frames)
@@ -102,11 +93,11 @@ def test_device_map(tmp_path):
     assert placed.hf_device_map == "cpu"
     for pipe in (placed, automatic):
         # Loaded weights lie elsewhere in memory: other kernels
-        assert rel_l2(generate(enable(pipe)), generate(enable(plain))) <= 1e-6
+        assert rel_l2(generate(enable_small(pipe)), generate(enable_small(plain))) <= 1e-6
 
 
 def test_another_dtype_between_two_videos():
-    pipe = enable(pipeline())
+    pipe = enable_small(pipeline())
     frames = generate(pipe)
     pipe.to(torch.float64)
     assert rel_l2(generate(pipe).float(), frames) < 1e-5
@@ -127,6 +118,6 @@ def test_layerwise_casting():
     pipe = pipeline()
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     stock = generate(pipe, num_frames=5)
-    enable(pipe)
+    enable_small(pipe)
     assert rel_l2(generate(pipe, num_frames=5), stock) <= 1e-6
     assert generate(pipe).isfinite().all()

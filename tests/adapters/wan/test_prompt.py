@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-import kvpack
+from helpers import enable_small, generated, quiet
 from kvpack.adapters.wan import prompt_cache as wan_prompt
 from kvpack.testing import tiny_wan_pipeline
 
@@ -34,9 +34,7 @@ class Counting(torch.nn.Module):
 
 @pytest.fixture
 def pipe():
-    pipe = tiny_wan_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return kvpack.enable(pipe, "packforcing", chunk_frames=2, sink_frames=1, recent_frames=1, topk=1)
+    return enable_small(quiet(tiny_wan_pipeline()))
 
 
 def count(pipe):
@@ -47,8 +45,7 @@ def count(pipe):
 
 
 def generate(pipe, chunks=3, **changed):
-    call = {**CALL, "num_frames": 8 * chunks - 3, "generator": torch.Generator().manual_seed(0), **changed}
-    return pipe(**call).frames
+    return generated(pipe, **{**CALL, "num_frames": 8 * chunks - 3, **changed})
 
 
 def stock(pipe, monkeypatch, make=generate, **changed):

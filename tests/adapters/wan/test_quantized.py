@@ -1,10 +1,12 @@
 """Quantised weights: the video of kvpack over them. Needs torchao, which warns at every import on a CPU."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-import kvpack
+from helpers import enable_small, generated, rel_l2
 from kvpack.policies import LowResolutionCompressor
 from kvpack.testing import tiny_wan_pipeline
 
@@ -25,16 +27,7 @@ STACKS = {
 }
 
 
-def generate(pipe, **changed):
-    return pipe(**{**CALL, "generator": torch.Generator().manual_seed(0), **changed}).frames
-
-
-def enable(pipe, **options):
-    return kvpack.enable(pipe, "packforcing", chunk_frames=2, sink_frames=1, recent_frames=1, topk=1, **options)
-
-
-def rel_l2(given, wanted):
-    return float((given - wanted).norm() / wanted.norm())
+generate = partial(generated, **CALL)
 
 
 @pytest.mark.parametrize("stack", STACKS)
@@ -54,7 +47,7 @@ def test_int8_weights(stack, tmp_path):
     assert quantised == ["Int8Tensor", "Int8Tensor"]
     stock = generate(pipe, num_frames=5)
     assert 1e-3 < rel_l2(stock, exact) < 0.1
-    enable(pipe, **STACKS[stack])
+    enable_small(pipe, **STACKS[stack])
     assert torch.equal(generate(pipe, num_frames=5), stock)
     frames = generate(pipe)
     assert frames.isfinite().all()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
+from helpers import seeded
 from kvpack.adapters.wan.vae import StreamingDecoder, encode
 from kvpack.errors import UnsupportedPipelineError
 
@@ -27,7 +28,6 @@ VAES = {
 
 @pytest.fixture(scope="module", params=VAES)
 def vae(request):
-    torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoencoderKLWan(**COMMON, **VAES[request.param]).eval()
@@ -45,7 +45,7 @@ def at_once(vae, latents):
 @torch.no_grad()
 @pytest.mark.parametrize("chunks", [(7,), (3, 3, 1), (1,) * 7, (4, 3), (1, 6), (2, 2, 2, 1)], ids=str)
 def test_streamed_equals_decoded_at_once(chunks, vae):
-    latents = torch.randn(2, vae.config.z_dim, 7, 3, 4, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(2, vae.config.z_dim, 7, 3, 4, generator=seeded(1))
     wanted = at_once(vae, latents)
     decoder = StreamingDecoder(vae, 48, 64)
     given = torch.cat([decoder(part) for part in latents.split(chunks, dim=2)], dim=2)
@@ -56,7 +56,7 @@ def test_streamed_equals_decoded_at_once(chunks, vae):
 
 @torch.no_grad()
 def test_two_decoders_and_a_stock_decode_in_between(vae):
-    latents = torch.randn(2, 1, vae.config.z_dim, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(2, 1, vae.config.z_dim, 4, 4, 4, generator=seeded(1))
     wanted = [at_once(vae, each) for each in latents]
     decoders = [StreamingDecoder(vae, 64, 64) for _ in latents]
     parts = [[], []]
@@ -72,14 +72,14 @@ def test_two_decoders_and_a_stock_decode_in_between(vae):
 @torch.no_grad()
 def test_decoding_chunks_alone_would_not_do(vae):
     """Sensitivity: the feature cache matters."""
-    latents = torch.randn(1, vae.config.z_dim, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(1, vae.config.z_dim, 4, 2, 2, generator=seeded(1))
     alone = torch.cat([at_once(vae, part) for part in latents.split(2, dim=2)], dim=2)
     assert alone.shape[2] == 10  # and not 13
 
 
 @torch.no_grad()
 def test_encode_is_the_normalised_mode(vae):
-    pixels = torch.rand(2, 3, 5, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    pixels = torch.rand(2, 3, 5, 32, 32, generator=seeded(1)) * 2 - 1
     mean, std = statistics(vae)
     wanted = (vae.encode(pixels).latent_dist.mode() - mean) / std
     assert torch.equal(encode(vae, pixels), wanted)
