@@ -9,12 +9,16 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # Unchecked: tests give the core integers for floats, and wrong values that it has to refuse itself.
+import kvpack.pipeline.enable
+import kvpack.scheduler
 
 # The tensors are tiny: threads, also of the commands that tests start, only wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 with install_import_hook("kvpack", "beartype.beartype"):
+    import kvpack.adapters
+    import kvpack.policies  # noqa: F401
     from kvpack.testing import tiny_wan_pipeline
 
 settings.register_profile("same", derandomize=True, deadline=None, database=None)

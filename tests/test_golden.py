@@ -10,7 +10,7 @@ from diffusers.schedulers import scheduling_flow_match_lcm
 from safetensors.torch import load_file
 
 import kvpack
-from helpers import rel_l2
+from kvpack.memory.attended import Gathered, InPlace
 from kvpack.testing import tiny_wan_pipeline
 
 DATA = Path(__file__).parent / "golden_data"
@@ -33,6 +33,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def pipeline(golden):
+    torch.set_num_threads(1)
     transformer = WanTransformer3DModel(**json.loads((DATA / "transformer_config.json").read_text())).eval()
     transformer.load_state_dict(load_file(DATA / "weights.safetensors"), strict=True)
     pipe = tiny_wan_pipeline(scheduler=kvpack.FlowMatchFewStepScheduler())
@@ -57,17 +58,30 @@ def rollout(pipe, golden, monkeypatch, chunks, stack, **options):
         guidance_scale=1.0,
         output_type="latent",
     )
-    latents, memories = [], []
+    latents, memories, seen = [], [], []
+    attend = {kind: kind.attend for kind in (InPlace, Gathered)}
+
+    def watched(self, queries, keys, values, turns, attention):
+        def watching(q, k, v):
+            seen.append((k[0].clone(), v[0].clone()))
+            return attention(q, k, v)
+
+        return attend[type(self)](self, queries, keys, values, turns, watching)
+
+    for kind in attend:
+        monkeypatch.setattr(kind, "attend", watched)
     for chunk in stream:
         latents.append(chunk.transpose(1, 2))
-        buffers = [layer.buffer for layer in pipe.packforcing.sessions["cond"].layers]
-        attended = [each.lengths[0] + 3 * TOKENS for each in buffers]
-        memories.append(
-            [(b.keys[0, :n].clone(), b.values[0, :n].clone()) for b, n in zip(buffers, attended, strict=True)]
-        )
+        memories.append(seen[-len(pipe.transformer.blocks) :])  # those of the commit
+    for kind, method in attend.items():
+        monkeypatch.setattr(kind, "attend", method)
     pipe.disable_packforcing()
     assert torch.allclose(pipe.scheduler.timesteps, golden["timesteps"], atol=1e-4)
     return latents, memories
+
+
+def rel_l2(given, wanted):
+    return float((given - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from kvpack.memory.base import Attended
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.rope import rotate, rotations
+from kvpack.memory.rope import joined_places, rotate, rotations
 from kvpack.memory.store import Arena, KeysValues, StoredBlock, Workspace
 from kvpack.memory.tokens import Tokens
 
@@ -133,7 +133,7 @@ class InPlace:
     def _turns(self) -> tuple[Tensor, ...]:
         if self.turns is not None:
             return self.turns
-        return (rotations(_joined(self.places), self.geometry),) if self.places else ()
+        return (rotations(joined_places(self.places), self.geometry),) if self.places else ()
 
 
 class Gathered:
@@ -217,11 +217,6 @@ def _rotate_into(room: Tensor, tokens: Tokens, geometry: Geometry) -> None:
     for start in range(0, len(tokens), step):
         some = slice(start, start + step)
         rotate(tokens.keys[:, some], rotations(tokens.coordinates[:, some], geometry), out=room[:, some])
-
-
-def _joined(places: list[Tensor]) -> Tensor:
-    rows = max(each.shape[0] for each in places)
-    return torch.cat([each.expand(rows, *each.shape[1:]) for each in places], dim=1)
 
 
 def biased(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, attention: Attention) -> Tensor:

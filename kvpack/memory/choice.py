@@ -33,7 +33,10 @@ def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) 
         return archive.keys[:, plan.mid[block].slot, : plan.tokens[block]]
 
     def turned(vectors: Callable[[], Tensor], block: int | None) -> Tensor:
-        return rotate(vectors(), plan.absolute_rotations(block, device))
+        own = None
+        if block is not None and archive.coordinates is not None:
+            own = archive.coordinates[:, plan.mid[block].slot, : plan.tokens[block]]
+        return rotate(vectors(), plan.absolute_rotations(block, device, own))
 
     candidates = Candidates(
         first_frames=tuple(piece.first_frame for piece in plan.mid),

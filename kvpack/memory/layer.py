@@ -1,6 +1,5 @@
 """The memory of one transformer layer in one generation: what an attention processor talks to."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -9,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvpack.errors import PolicyError
 from kvpack.memory.attended import Attention, Context, Gathered, InPlace
 from kvpack.memory.attribution import memory_call
 from kvpack.memory.base import Attended, Chunk, Memory
+from kvpack.memory.checks import check_attended, signs
 from kvpack.memory.ledger import Piece
 from kvpack.memory.plan import Plan, at
 from kvpack.memory.rope import rotations, wide_dtype
@@ -133,6 +132,7 @@ class LayerCache:
         """End the chunk in progress."""
         self._settled = self.attended = self.context = self.captured = None
         self.twins, self.earlier, self.signs = {}, (), []
+        self.workspace.owner = None  # it would keep alive what was attended
 
     def remembered(self, seconds: dict[str, float]) -> Any:
         """Return the state with the chunk in it."""
@@ -251,58 +251,7 @@ class ForwardLayer:
         self.cache.hear(piece, keys, values)
 
 
-def check_attended(memory: Memory, attended: object, like: Tensor, layer: int) -> None:
-    """Raise `PolicyError` if what a memory wants attended does not fit the model."""
-    name = f"{type(memory).__name__}.attend"
-    if not isinstance(attended, Attended):
-        raise PolicyError(f"{name} returned {type(attended).__name__} in layer {layer}, but it must be Attended")
-    start, tokens = attended.chunk_start, attended.tokens
-    if not isinstance(start, Tensor) and not (isinstance(start, int | float) and math.isfinite(start)):
-        raise PolicyError(f"{name} returned chunk_start {start!r} in layer {layer}, but it must be a finite number")
-    if not isinstance(tokens, tuple | list):
-        raise PolicyError(f"{name} returned {type(tokens).__name__} in layer {layer}, but it must be a tuple of Tokens")
-    if not memory.in_place:
-        for each in tokens:
-            check_tokens(memory, each, like, layer)
-
-
-def check_tokens(memory: Memory, tokens: object, like: Tensor, layer: int) -> None:
-    """Raise `PolicyError` if tokens that a memory wants attended do not fit the model."""
-    name = f"{type(memory).__name__}.attend"
-    if not isinstance(tokens, Tokens):
-        raise PolicyError(f"{name} returned {type(tokens).__name__} in layer {layer}, but it must be Tokens")
-    wanted = (like.shape[0], len(tokens), *like.shape[2:])
-    for what, tensor in (("keys", tokens.keys), ("values", tokens.values)):
-        if tuple(tensor.shape) != wanted or tensor.dtype != like.dtype or tensor.device != like.device:
-            raise PolicyError(
-                f"{name} returned {what} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device} in layer {layer}, "
-                f"but they must be {like.dtype} {wanted} on {like.device}"
-            )
-    shape = tuple(tokens.coordinates.shape)
-    if shape[1:] not in ((wanted[1], 3), (wanted[1], wanted[2], 3)) or shape[0] not in (1, wanted[0]):
-        raise PolicyError(
-            f"{name} returned coordinates {shape} in layer {layer}, but they must be (1 or {wanted[0]}, {wanted[1]}, "
-            "3), or with an axis of heads before the last"
-        )
-
-
 def check_layers(caches: Sequence[LayerCache]) -> bool:
     """Return whether nothing that a memory did in this chunk looks wrong: one reduction, one wait for the device."""
     numbers = [number for cache in caches for number in cache.signs]
     return not numbers or bool(torch.stack([each.to(numbers[0].device) for each in numbers]).isfinite().all())
-
-
-def signs(attended: Attended, *, deeply: bool) -> list[Tensor]:
-    """Return scalars that are all finite if what is attended looks right; nothing waits for the device.
-
-    Args:
-        attended: what a memory wants attended.
-        deeply: whether its keys, values and places are looked at, which costs a pass over them.
-    """
-    found = [] if attended.suspect is None else [torch.where(attended.suspect, torch.nan, 0.0)]
-    if deeply:
-        # The sum of numbers is finite only if each of them is; what overflows is looked at again.
-        parts = attended.tokens if isinstance(attended.tokens, tuple) else ()
-        for each in parts:
-            found += [part.detach().sum(dtype=torch.float32) for part in (each.keys, each.values, each.coordinates)]
-    return found

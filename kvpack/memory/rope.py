@@ -4,6 +4,8 @@ Angles come from theta, never from a table, in float64 where the device has it: 
 frame 40,000.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
@@ -69,3 +71,16 @@ def rotate(
 
 def _as_complex(vectors: Tensor) -> Tensor:
     return torch.view_as_complex(vectors.unflatten(-1, (-1, 2)))
+
+
+def joined_places(parts: Sequence[Tensor]) -> Tensor:
+    """Return places, or rotations, of parts one behind the other, for all rows and heads that any part has.
+
+    Args:
+        parts: `[rows or 1, tokens, 3]` and `[rows or 1, tokens, heads or 1, n]`, mixed.
+    """
+    if any(each.ndim == 4 for each in parts):
+        heads = max(each.shape[2] for each in parts if each.ndim == 4)
+        parts = [(each if each.ndim == 4 else each[:, :, None]).expand(-1, -1, heads, -1) for each in parts]
+    rows = max(each.shape[0] for each in parts)
+    return torch.cat([each.expand(rows, *each.shape[1:]) for each in parts], dim=1)

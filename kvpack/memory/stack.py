@@ -12,10 +12,10 @@ from kvpack.memory.archive import Archive
 from kvpack.memory.attribution import blamed
 from kvpack.memory.base import Attended, Chunk, Commit, Memory
 from kvpack.memory.blocks import KVBlock, Span, check_block, grid_coordinates
-from kvpack.memory.choice import check_choice, choose, doubtful
+from kvpack.memory.choice import check_choice, choose
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import Ledger, Piece
-from kvpack.memory.plan import Book, Plan, at
+from kvpack.memory.plan import Book, Plan
 from kvpack.memory.roles import (
     Compressor,
     LatentCompressor,
@@ -24,10 +24,8 @@ from kvpack.memory.roles import (
     Reindexer,
     Selector,
 )
-from kvpack.memory.rope import rotations
-from kvpack.memory.stack_plan import Placed, StackBook, StackPlan
-from kvpack.memory.store import KeysValues, StoredBlock
-from kvpack.memory.tokens import Tokens
+from kvpack.memory.stack_plan import StackBook, StackPlan
+from kvpack.memory.stack_state import KeptBlock, StackState, attended_tokens
 
 ROLES: dict[str, type[Policy]] = {
     "partitioner": Partitioner,
@@ -37,38 +35,6 @@ ROLES: dict[str, type[Policy]] = {
 }
 
 Selection = Literal["layer", "chunk"]
-
-
-@dataclass(frozen=True, eq=False)
-class KeptBlock:
-    """A block at full resolution, and its compressed twin if that was made at commit.
-
-    Args:
-        first_token: index of its first token in the history.
-        block: its keys and values.
-        twin: those of the tokens that will stand for it.
-    """
-
-    first_token: int
-    block: StoredBlock
-    twin: KeysValues | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class StackState:
-    """One layer of a stack's past.
-
-    Args:
-        whole: what is kept at full resolution, as the ledger lists it.
-        archive: compressed blocks, in the slots that the ledger says.
-        tokens: committed tokens.
-        leaving: blocks on their way into a slot, which may still hold a block of the past before.
-    """
-
-    whole: tuple[KeptBlock, ...]
-    archive: Archive
-    tokens: int = 0
-    leaving: tuple[tuple[int, KVBlock], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,10 +139,10 @@ class Stack(Memory):
         assert isinstance(plan, StackPlan)
         chosen = choose(self.selector, state.archive, chunk, plan)
         if chosen is None or plan.uniform:
-            return self._attended(state, plan, slice(0, rows), chosen, chunk, chosen)
+            return attended_tokens(self, state, plan, slice(0, rows), chosen, chunk, chosen)
         # Chosen blocks of unequal size: rows differ in length; the host reads each one's choice.
         each = [
-            self._attended(state, plan, slice(row, row + 1), blocks, chunk, chosen)
+            attended_tokens(self, state, plan, slice(row, row + 1), blocks, chunk, chosen)
             for row, blocks in enumerate(chosen.tolist())
         ]
         starts = torch.cat([attended.chunk_start for attended in each if isinstance(attended.chunk_start, Tensor)])
@@ -233,90 +199,6 @@ class Stack(Memory):
         roles = {role: _policy_dict(getattr(self, role)) for role in ROLES}
         others = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("name", *ROLES)}
         return {"name": self.name, **roles, **others}
-
-    def _attended(
-        self,
-        state: StackState,
-        plan: StackPlan,
-        rows: slice,
-        chosen: Tensor | list[int] | None,
-        chunk: Chunk,
-        selected: Tensor | None,
-    ) -> Attended:
-        device = chunk.queries.device
-        placed, shared = plan.place(chosen, device), plan.shares(chosen)
-
-        def whole(indices: list[int], places: tuple[Tensor, ...]) -> list[Tokens]:
-            blocks = (state.whole[index].block for index in indices)
-            return [
-                Tokens(block.keys[rows], block.values[rows], place, block=block)
-                for block, place in zip(blocks, places, strict=True)
-            ]
-
-        mid = self._mid(state, plan, rows, chosen, placed, chunk)
-        parts = (*whole(plan.sink, placed.sink), *mid, *whole(plan.recent, placed.recent))
-        turns = list(placed.rotations) if shared else None
-        if turns is not None and state.archive.coordinates is not None and mid:
-            turns[1] = rotations(mid[0].coordinates, plan.geometry)  # each layer has tokens at places of its own
-        start = placed.placement.chunk_start
-        shared_choice = selected if self.selection == "chunk" else None
-        kept = None if turns is None else tuple(each for each in turns if each is not None)
-        suspect = placed.suspect | doubtful(selected, len(plan.mid))
-        return Attended(parts, start, state, 0, kept, selected, shared_choice, suspect)
-
-    def _mid(
-        self,
-        state: StackState,
-        plan: StackPlan,
-        rows: slice,
-        chosen: Tensor | list[int] | None,
-        placed: Placed,
-        chunk: Chunk,
-    ) -> list[Tokens]:
-        """Return the chosen archived blocks, in one where they are of one size."""
-        archive, device = state.archive, chunk.queries.device
-        if not plan.chosen:
-            return []
-        if plan.uniform:
-            index: Any = (
-                chosen
-                if isinstance(chosen, Tensor)
-                else torch.tensor([list(range(plan.chosen)) if chosen is None else chosen], device=device)
-            )
-            slots = plan.on(device)[0][index.clamp(0, len(plan.mid) - 1)]
-            slots = slots.expand(chunk.queries[rows].shape[0], -1)
-            keys, values = archive.gather(rows, slots, plan.tokens[0])
-            return [Tokens(keys, values, self._own_places(archive, rows, slots, plan, placed))]
-        blocks = range(plan.chosen) if chosen is None else chosen
-        return [
-            Tokens(*self._archived(archive, plan, rows, int(block), chunk), place)
-            for block, place in zip(blocks, placed.mid, strict=True)
-        ]
-
-    @staticmethod
-    def _own_places(archive: Archive, rows: slice, slots: Tensor, plan: StackPlan, placed: Placed) -> Tensor:
-        """Return the places of chosen blocks, which are the archive's if they depend on the data."""
-        if archive.coordinates is None:
-            return placed.mid[0]
-        tokens, first = plan.tokens[0], len(plan.sink)
-        index = torch.arange(slots.shape[0], device=slots.device)[:, None]
-        own = archive.coordinates[rows, :, :tokens][index, slots].flatten(1, 2)  # (rows, chosen * tokens, [heads,] 3)
-        columns = slice(first, first + plan.chosen)
-        starts, ratios = (
-            each[:, columns].repeat_interleave(tokens, dim=1) for each in (placed.placement.starts, placed.ratios)
-        )
-        return at(own, starts, ratios)
-
-    def _archived(self, archive: Archive, plan: StackPlan, rows: slice, block: int, chunk: Chunk) -> KeysValues:
-        """Return a mid block as it is attended."""
-        piece, tokens, level = plan.mid[block], plan.tokens[block], plan.levels[block]
-        keys, values = archive.keys[rows, piece.slot, :tokens], archive.values[rows, piece.slot, :tokens]
-        if not level:
-            return keys, values
-        with blamed(self.compressor, "shrunk", plan.ledger.seconds, chunk.layer):
-            shrunk = self.compressor.shrunk(KVBlock(keys, values, plan.spans[piece.frames]), plan.geometry.grid, level)
-        check_block(self.compressor, shrunk, plan.attended[block], keys, chunk.layer, "shrunk")
-        return shrunk.keys, shrunk.values
 
     def _compressed(self, piece: Piece, kept: KeptBlock, chunk: Chunk) -> KVBlock:
         """Return what will stand for a block."""

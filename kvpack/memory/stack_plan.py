@@ -152,12 +152,19 @@ class StackPlan(Plan):
         return chosen is None or (isinstance(chosen, Tensor) and self.stack.reindexer.shared)
 
     def absolute_rotations(
-        self, block: int | None, device: torch.device
-    ) -> Complex[Tensor, "1 tokens one_or_heads half"]:
-        """Return rotations to the positions in the video of a mid block, or of the current chunk if None."""
+        self, block: int | None, device: torch.device, own: Tensor | None = None
+    ) -> Complex[Tensor, "rows tokens one_or_heads half"]:
+        """Return rotations to the positions in the video of a mid block, or of the current chunk if None.
+
+        Args:
+            block: index of the block.
+            device: where they are needed.
+            own: places of the block's tokens, if they are not the announced ones.
+        """
         piece = Piece(self.book.frames, self.coming) if block is None else self.mid[block]
         grid = grid_coordinates(self.coming, self.geometry.grid)
-        coordinates = grid if block is None else self.spans[piece.frames].coordinates
+        announced = grid if block is None else self.spans[piece.frames].coordinates
+        coordinates = announced if own is None else own
         start = torch.full((1,), float(piece.first_frame), dtype=wide_dtype(device), device=device)
         return rotations(at(coordinates, start, torch.ones_like(start)), self.geometry)
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.rope import rotate, rotations
+from kvpack.memory.rope import joined_places, rotate, rotations
 from kvpack.memory.store import StoredBlock
 
 
@@ -40,18 +40,10 @@ class Tokens:
 
     def __add__(self, other: "Tokens") -> "Tokens":
         """Return these tokens and, behind them, others of the same bias."""
-        coordinates = [self.coordinates, other.coordinates]
-        rows = max(each.shape[0] for each in coordinates)
-        if {each.ndim for each in coordinates} == {3, 4}:
-            heads = self.keys.shape[2]
-            coordinates = [
-                each if each.ndim == 4 else each[:, :, None].expand(-1, -1, heads, -1) for each in coordinates
-            ]
-        coordinates = [each.expand(rows, *each.shape[1:]) for each in coordinates]
         return Tokens(
             torch.cat([self.keys, other.keys], dim=1),
             torch.cat([self.values, other.values], dim=1),
-            torch.cat(coordinates, dim=1),
+            joined_places([self.coordinates, other.coordinates]),
             self.bias,
         )
 

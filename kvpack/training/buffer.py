@@ -12,7 +12,7 @@ from kvpack.memory.attended import Attention, Rotations
 from kvpack.memory.base import Attended, Chunk
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.layer import LayerCache
-from kvpack.memory.rope import rotate, rotations
+from kvpack.memory.rope import joined_places, rotate, rotations
 from kvpack.memory.session import Session
 from kvpack.memory.store import KeysValues, StoredBlock
 from kvpack.memory.tokens import Tokens
@@ -95,8 +95,8 @@ def _joined(
     if not parts:
         return keys, values
     if not turns:
-        turns = (rotations(torch.cat([each.coordinates for each in parts], dim=1), geometry),)
-    return rotate(keys, torch.cat(turns, dim=1)), values
+        turns = (rotations(joined_places([each.coordinates for each in parts]), geometry),)
+    return rotate(keys, joined_places(turns)), values
 
 
 def histories(session: Session) -> list[Cut]:

@@ -235,18 +235,19 @@ def test_a_memory_is_written_as_data_and_enabled():
 def test_a_rolling_sink_walks_to_and_fro():
     memory = RollingSink(chunk_frames=1, window_frames=4)
     session, seen, heard = Session(memory, TINY), [], []
+
+    def look(session):
+        parts = session.caches[1].attended.tokens
+        keys = [each for part in parts for each in part.keys[0, FRAME - 1 :: FRAME]]
+        seen.append([next(i for i, known in enumerate(heard) if torch.equal(known, each)) for each in keys])
+        places = [frame for part in parts for frame in frames_of(part)]
+        assert places == list(range(max(0, session.frames - 3), session.frames))  # true ones, whatever they hold
+        heard.append(session.caches[1].captured.tokens.keys[0, -1].clone())
+
     for chunk in range(9):
-        run_session(session, 1, seed=chunk)
-        window = state(session, 1).window
-        heard.append(window.keys[0, -1])
-        held = [
-            next(i for i, keys in enumerate(heard) if torch.equal(keys, each))
-            for each in window.keys[0, FRAME - 1 :: FRAME]
-        ]
-        seen.append(held)
-        assert frames_of(window) == list(range(max(0, chunk - 3), chunk + 1))  # at true positions, whatever they hold
+        run_session(session, 1, seed=chunk, inspect=look)
     # Frame f >= 3 is replaced when frame f + 1 has come: by frames 2, 1, 0 (backward), then 0, 1, 2 (forward), ...
-    assert seen == [
+    after = [
         [0],
         [0, 1],
         [0, 1, 2],
@@ -257,3 +258,4 @@ def test_a_rolling_sink_walks_to_and_fro():
         [1, 0, 0, 7],
         [0, 0, 1, 8],
     ]
+    assert seen == [[], *(each[-3:] for each in after[:-1])]  # what a chunk attends is what the one before left

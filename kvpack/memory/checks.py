@@ -1,0 +1,61 @@
+"""What a memory returns, checked at the boundary."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kvpack.errors import PolicyError
+from kvpack.memory.base import Attended, Memory
+from kvpack.memory.tokens import Tokens
+
+
+def check_attended(memory: Memory, attended: object, like: Tensor, layer: int) -> None:
+    """Raise `PolicyError` if what a memory wants attended does not fit the model."""
+    name = f"{type(memory).__name__}.attend"
+    if not isinstance(attended, Attended):
+        raise PolicyError(f"{name} returned {type(attended).__name__} in layer {layer}, but it must be Attended")
+    start, tokens = attended.chunk_start, attended.tokens
+    if not isinstance(start, Tensor) and not (isinstance(start, int | float) and math.isfinite(start)):
+        raise PolicyError(f"{name} returned chunk_start {start!r} in layer {layer}, but it must be a finite number")
+    if not isinstance(tokens, tuple | list):
+        raise PolicyError(f"{name} returned {type(tokens).__name__} in layer {layer}, but it must be a tuple of Tokens")
+    if not memory.in_place:
+        for each in tokens:
+            check_tokens(memory, each, like, layer)
+
+
+def check_tokens(memory: Memory, tokens: object, like: Tensor, layer: int) -> None:
+    """Raise `PolicyError` if tokens that a memory wants attended do not fit the model."""
+    name = f"{type(memory).__name__}.attend"
+    if not isinstance(tokens, Tokens):
+        raise PolicyError(f"{name} returned {type(tokens).__name__} in layer {layer}, but it must be Tokens")
+    wanted = (like.shape[0], len(tokens), *like.shape[2:])
+    for what, tensor in (("keys", tokens.keys), ("values", tokens.values)):
+        if tuple(tensor.shape) != wanted or tensor.dtype != like.dtype or tensor.device != like.device:
+            raise PolicyError(
+                f"{name} returned {what} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device} in layer {layer}, "
+                f"but they must be {like.dtype} {wanted} on {like.device}"
+            )
+    shape = tuple(tokens.coordinates.shape)
+    if shape[1:] not in ((wanted[1], 3), (wanted[1], wanted[2], 3)) or shape[0] not in (1, wanted[0]):
+        raise PolicyError(
+            f"{name} returned coordinates {shape} in layer {layer}, but they must be (1 or {wanted[0]}, {wanted[1]}, "
+            "3), or with an axis of heads before the last"
+        )
+
+
+def signs(attended: Attended, *, deeply: bool) -> list[Tensor]:
+    """Return scalars that are all finite if what is attended looks right; nothing waits for the device.
+
+    Args:
+        attended: what a memory wants attended.
+        deeply: whether its keys, values and places are looked at, which costs a pass over them.
+    """
+    found = [] if attended.suspect is None else [torch.where(attended.suspect, torch.nan, 0.0)]
+    if deeply:
+        # The sum of numbers is finite only if each of them is; what overflows is looked at again.
+        parts = attended.tokens if isinstance(attended.tokens, tuple) else ()
+        for each in parts:
+            found += [part.detach().sum(dtype=torch.float32) for part in (each.keys, each.values, each.coordinates)]
+    return found

@@ -1,0 +1,161 @@
+"""One layer of a stack's past, and what a chunk attends of it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvpack.memory.archive import Archive
+from kvpack.memory.attribution import blamed
+from kvpack.memory.base import Attended, Chunk
+from kvpack.memory.blocks import KVBlock, check_block
+from kvpack.memory.choice import doubtful
+from kvpack.memory.plan import at
+from kvpack.memory.rope import joined_places, rotations
+from kvpack.memory.stack_plan import Placed, StackPlan
+from kvpack.memory.store import KeysValues, StoredBlock
+from kvpack.memory.tokens import Tokens
+
+if TYPE_CHECKING:
+    from kvpack.memory.stack import Stack
+
+
+@dataclass(frozen=True, eq=False)
+class KeptBlock:
+    """A block at full resolution, and its compressed twin if that was made at commit.
+
+    Args:
+        first_token: index of its first token in the history.
+        block: its keys and values.
+        twin: those of the tokens that will stand for it.
+    """
+
+    first_token: int
+    block: StoredBlock
+    twin: KeysValues | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StackState:
+    """One layer of a stack's past.
+
+    Args:
+        whole: what is kept at full resolution, as the ledger lists it.
+        archive: compressed blocks, in the slots that the ledger says.
+        tokens: committed tokens.
+        leaving: blocks on their way into a slot, which may still hold a block of the past before.
+    """
+
+    whole: tuple[KeptBlock, ...]
+    archive: Archive
+    tokens: int = 0
+    leaving: tuple[tuple[int, KVBlock], ...] = ()
+
+
+def attended_tokens(
+    stack: "Stack",
+    state: StackState,
+    plan: StackPlan,
+    rows: slice,
+    chosen: Tensor | list[int] | None,
+    chunk: Chunk,
+    selected: Tensor | None,
+) -> Attended:
+    """Return sink, chosen mid and recent blocks of some rows at their positions.
+
+    Args:
+        stack: the policy.
+        state: the layer's past.
+        plan: the chunk.
+        rows: which rows.
+        chosen: indices of mid blocks of all rows, or the list of one row; None is all blocks.
+        chunk: the chunk in this layer.
+        selected: the choice of all rows, for `stats()` and for layers that share it.
+    """
+    device = chunk.queries.device
+    placed, archive = plan.place(chosen, device), state.archive
+
+    def whole(indices: list[int], places: tuple[Tensor, ...]) -> list[Tokens]:
+        blocks = (state.whole[index].block for index in indices)
+        return [
+            Tokens(block.keys[rows], block.values[rows], place, block=block)
+            for block, place in zip(blocks, places, strict=True)
+        ]
+
+    mid = _mid(stack, archive, plan, rows, chosen, placed, chunk)
+    parts = (*whole(plan.sink, placed.sink), *mid, *whole(plan.recent, placed.recent))
+    shared: tuple[Tensor, ...] | None = None
+    if plan.shares(chosen):
+        sink, middle, recent = placed.rotations
+        if archive.coordinates is not None and mid:  # each layer has tokens at places of its own
+            middle = rotations(joined_places([each.coordinates for each in mid]), plan.geometry)
+        shared = tuple(each for each in (sink, middle, recent) if each is not None)
+    return Attended(
+        parts,
+        placed.placement.chunk_start,
+        state,
+        rotations=shared,
+        selected=selected,
+        shared=selected if stack.selection == "chunk" else None,
+        suspect=placed.suspect | doubtful(selected, len(plan.mid)),
+    )
+
+
+def _mid(
+    stack: "Stack",
+    archive: Archive,
+    plan: StackPlan,
+    rows: slice,
+    chosen: Tensor | list[int] | None,
+    placed: Placed,
+    chunk: Chunk,
+) -> list[Tokens]:
+    """Return the chosen archived blocks, in one where they are of one size."""
+    if not plan.chosen:
+        return []
+    if plan.uniform:
+        device, index = chunk.queries.device, chosen
+        if not isinstance(index, Tensor):
+            index = torch.arange(plan.chosen, device=device)[None]
+        slots = plan.on(device)[0][index.clamp(0, len(plan.mid) - 1)]
+        slots = slots.expand(chunk.queries[rows].shape[0], -1)
+        keys, values = archive.gather(rows, slots, plan.tokens[0])
+        return [Tokens(keys, values, _own_places(archive, rows, slots, plan, placed))]
+    tokens = []
+    for column, block in enumerate(range(plan.chosen) if chosen is None else chosen):
+        piece, count, place = plan.mid[int(block)], plan.tokens[int(block)], placed.mid[column]
+        if archive.coordinates is not None and not plan.levels[int(block)]:
+            first = len(plan.sink) + column
+            own = archive.coordinates[rows, piece.slot, :count]
+            place = at(own, placed.placement.starts[:, first], placed.ratios[:, first])
+        tokens.append(Tokens(*_archived(stack, archive, plan, rows, int(block), chunk), place))
+    return tokens
+
+
+def _own_places(archive: Archive, rows: slice, slots: Tensor, plan: StackPlan, placed: Placed) -> Tensor:
+    """Return the places of chosen blocks, which are the archive's if they depend on the data."""
+    if archive.coordinates is None:
+        return placed.mid[0]
+    tokens, first = plan.tokens[0], len(plan.sink)
+    index = torch.arange(slots.shape[0], device=slots.device)[:, None]
+    own = archive.coordinates[rows, :, :tokens][index, slots].flatten(1, 2)  # (rows, chosen * tokens, [heads,] 3)
+    columns = slice(first, first + plan.chosen)
+    starts, ratios = (
+        each[:, columns].repeat_interleave(tokens, dim=1) for each in (placed.placement.starts, placed.ratios)
+    )
+    return at(own, starts, ratios)
+
+
+def _archived(stack: "Stack", archive: Archive, plan: StackPlan, rows: slice, block: int, chunk: Chunk) -> KeysValues:
+    """Return a mid block as it is attended."""
+    piece, tokens, level = plan.mid[block], plan.tokens[block], plan.levels[block]
+    keys, values = archive.keys[rows, piece.slot, :tokens], archive.values[rows, piece.slot, :tokens]
+    if not level:
+        return keys, values
+    with blamed(stack.compressor, "shrunk", plan.ledger.seconds, chunk.layer):
+        shrunk: Any = stack.compressor.shrunk(
+            KVBlock(keys, values, plan.spans[piece.frames]), plan.geometry.grid, level
+        )
+    check_block(stack.compressor, shrunk, plan.attended[block], keys, chunk.layer, "shrunk")
+    return shrunk.keys, shrunk.values

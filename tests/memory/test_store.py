@@ -1,0 +1,325 @@
+"""Where the engine keeps keys and values: arenas, archives, pasts that are gone back to, places that depend on data."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from helpers import archive, attention, chosen, ledger, placement
+from kvpack.memory.blocks import KVBlock, Span, grid_coordinates
+from kvpack.memory.layer import LayerCache
+from kvpack.memory.roles import Compressor
+from kvpack.memory.rope import rotate, rotations
+from kvpack.memory.session import Session
+from kvpack.memory.stack import Stack
+from kvpack.memory.store import Arena, StoredBlock
+from kvpack.plugins.registry import registry
+from kvpack.policies import (
+    AbsoluteReindexer,
+    AllSelector,
+    ContiguousReindexer,
+    FitReindexer,
+    PoolCompressor,
+    QueryTopK,
+    SinkMidRecentPartitioner,
+    WindowPartitioner,
+)
+from kvpack.testing import TINY, run_session
+from kvpack.training.buffer import GraphLayer
+
+LIKE = torch.empty(2, 0, 2, 12)
+
+
+def filled(arena, tokens, sizes):
+    """An arena of random numbers with blocks of some sizes, one behind the other; each with copies of what it holds."""
+    arena.arrange([], tokens, LIKE)
+    source = torch.Generator().manual_seed(0)
+    arena.write(0, *torch.randn(2, 2, tokens, 2, 12, generator=source))
+    blocks, start = [], 0
+    for size in sizes:
+        block = arena.admit(StoredBlock(size), start)
+        blocks.append((block, block.keys.clone(), block.values.clone()))
+        start += size
+    return blocks
+
+
+def same(block, keys, values):
+    return torch.equal(block.keys, keys) and torch.equal(block.values, values)
+
+
+def equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# Arenas
+
+
+@pytest.mark.parametrize("starts", [(0, 4), (1, 5), (3, 7), (0, 8)])  # of which some overlap the places of before
+def test_blocks_move_down_in_place(starts, monkeypatch):
+    arena = Arena()
+    kept = filled(arena, 16, (4, 4, 5))[1:]  # nothing holds the first
+    room = arena.keys.data_ptr(), arena.values.data_ptr()
+    moved = []
+    monkeypatch.setattr(StoredBlock, "move_out", lambda self, arena: moved.append(self))
+    arena.arrange([(start, block) for start, (block, *_) in zip(starts, kept, strict=True)], 16, LIKE)
+    assert moved == []
+    assert room == (arena.keys.data_ptr(), arena.values.data_ptr())
+    for start, (block, keys, values) in zip(starts, kept, strict=True):
+        assert block.own == ()
+        assert block.places == {arena: start}
+        assert same(block, keys, values)
+        assert torch.equal(arena.keys[:, start : start + len(block)], keys)
+        assert torch.equal(arena.values[:, start : start + len(block)], values)
+
+
+@pytest.mark.parametrize("starts", [(5, 0), (2, 8), (6, 12)])  # in another order, apart, up
+def test_blocks_move_anywhere(starts):
+    arena = Arena()
+    blocks = filled(arena, 17, (5, 5))
+    wanted = sorted(zip(starts, (block for block, *_ in blocks), strict=True), key=lambda each: each[0])
+    arena.arrange(wanted, 17, LIKE)
+    assert [block.places for block, *_ in blocks] == [{arena: start} for start in starts]
+    assert all(same(*each) and each[0].own == () for each in blocks)
+
+
+def test_a_block_that_is_held_is_moved_out_when_its_place_is_needed():
+    arena = Arena()
+    blocks = filled(arena, 9, (3, 3, 3))
+    (held, keys, values), (gone, *_), (kept, *_) = blocks
+    blocks[1] = None
+    part = held.part(slice(1, 3))
+    del gone
+    arena.arrange([(0, kept)], 9, LIKE)
+    arena.write(3, torch.zeros(2, 6, 2, 12), torch.zeros(2, 6, 2, 12))
+    assert held.places == {}
+    assert same(held, keys, values)
+    assert same(part, keys[:, 1:3], values[:, 1:3])
+    assert sum(each.nbytes for each in held.own) == keys.nbytes + values.nbytes
+    assert same(kept, *blocks[2][1:])
+    arena.arrange([(0, held), (3, kept)], 9, LIKE)  # and comes back
+    assert held.own == ()
+    assert same(held, keys, values)
+    assert same(kept, *blocks[2][1:])
+
+
+def test_a_block_in_two_arenas_is_copied_only_once_it_leaves_both():
+    first, second = Arena(), Arena()
+    ((block, keys, values),) = filled(first, 4, (4,))
+    second.arrange([(2, block)], 6, LIKE)
+    assert block.places == {first: 0, second: 2}
+    first.arrange([], 4, LIKE)
+    assert (block.places, block.own) == ({second: 2}, ())
+    assert same(block, keys, values)
+    second.arrange([], 6, LIKE)
+    assert len(block.own) == 2
+    assert same(block, keys, values)
+
+
+def test_an_arena_grows_exactly_and_never_shrinks():
+    arena = Arena()
+    blocks = filled(arena, 8, (4, 4))
+    assert arena.nbytes == 2 * 2 * 8 * 2 * 12 * 4
+    places = [(0, blocks[0][0]), (5, blocks[1][0])]
+    for tokens, size in ((11, 11), (10, 11), (11, 11), (12, 12)):
+        arena.arrange(places, tokens, LIKE)
+        assert arena.keys.shape == arena.values.shape == (2, size, 2, 12)
+        assert all(same(*each) and each[0].own == () for each in blocks)
+    with_rows = LIKE.new_empty(2, 0, 2, 12, dtype=torch.float64)
+    arena.arrange([], 3, with_rows)
+    assert (arena.keys.dtype, arena.keys.shape[1]) == (torch.float64, 3)
+    assert all(same(*each) for each in blocks)
+
+
+# Pasts
+
+
+def stack(selector=None, compressor=None, reindexer=None, partitioner=None, **options):
+    return Stack(
+        "test",
+        partitioner or SinkMidRecentPartitioner(4, 4),
+        compressor or PoolCompressor(),
+        selector or QueryTopK(2),
+        reindexer or ContiguousReindexer(),
+        **options,
+    )
+
+
+def test_a_fork_shares_the_archive_until_one_of_them_writes():
+    session = Session(stack(), TINY)
+    run_session(session, 6, batch=2)
+    fork = session.snapshot()
+    untouched = Session(stack(), TINY)
+    run_session(untouched, 6, batch=2)
+
+    def places(session):
+        held = [archive(session, layer) for layer in range(TINY.layers)]
+        return [tensor.data_ptr() for each in held for tensor in (each.keys, each.values, each.key_sums)]
+
+    assert places(session) == places(fork)
+    before, there = archive(fork).keys.clone(), places(fork)
+    run_session(session, 3, batch=2, seed=5)
+    assert not set(places(session)) & set(places(fork))
+    assert places(fork) == there
+    assert torch.equal(archive(fork).keys, before)
+    assert equal(run_session(fork, 4, batch=2, seed=7), run_session(untouched, 4, batch=2, seed=7))
+
+
+@pytest.mark.parametrize("committed", [0, 1])
+@pytest.mark.parametrize("commits", [False, True])
+def test_an_older_past_has_its_bits_after_a_later_chunk_has_begun(committed, commits):
+    session = Session(stack(), TINY)
+    run_session(session, 6, batch=2)
+    past, twin = session.past, session.snapshot()
+    bits = [(kept.block, kept.block.keys.clone(), kept.block.values.clone()) for kept in past.states[0].whole]
+    run_session(session, committed, batch=2, seed=3)
+    for layer in session.denoise(0):
+        layer.attend(*torch.randn(3, 2, 80, TINY.heads, TINY.head_dim), attention)
+    if commits:
+        for layer in session.commit():
+            layer.attend(*torch.randn(3, 2, 80, TINY.heads, TINY.head_dim), attention)
+    session.adopt(past)
+    assert all(same(*each) for each in bits)
+    assert (session.frames, session.layers) == (24, ())
+    assert equal(run_session(session, 4, batch=2, seed=7), run_session(twin, 4, batch=2, seed=7))
+
+
+@pytest.mark.parametrize("name", sorted(registry().stacks))
+def test_a_session_goes_on_from_its_state_bit_for_bit(name):
+    memory, geometry = registry().stack(name, {}), replace(TINY, grid=(2, 3))
+    session = Session(memory, geometry)
+    run_session(session, 9, batch=2)
+    state = session.state()
+    wanted = run_session(session, 5, batch=2, seed=1)  # the first goes on before the other is made
+    other = Session(memory, geometry, state)
+    assert other.frames == session.frames - 5 * memory.chunk_frames
+    assert equal(run_session(other, 5, batch=2, seed=1), wanted)
+
+
+# Keys that are kept after RoPE
+
+
+class ReadRotated(Stack):
+    """Keeps keys before RoPE, whatever its policies."""
+
+    keeps_rotated = False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sink_frames", [0, 3])
+def test_keys_that_are_kept_rotated_are_those_that_are_rotated_on_read(sink_frames, dtype):
+    kept = stack(AllSelector(), None, AbsoluteReindexer(), WindowPartitioner(12, sink_frames))
+    read = ReadRotated(**{name: getattr(kept, name) for name in kept.__dataclass_fields__})
+    assert (kept.keeps_rotated, read.keeps_rotated) == (True, False)
+    geometry, found = replace(TINY, dtype=dtype), []
+    for memory in (kept, read):
+        session, seen = Session(memory, geometry), []
+
+        def look(session, seen=seen):
+            seen.extend(tensor.clone() for layer in range(TINY.layers) for tensor in session.attended(layer))
+
+        outputs = run_session(session, 8, batch=2, inspect=look)
+        found.append([*outputs, *seen])
+    assert equal(*found)
+
+
+# Places that depend on the data
+
+
+@dataclass(frozen=True)
+class Loudest(Compressor):
+    """Keeps the tokens with the largest keys, of each row, or of each row's heads, where they sit."""
+
+    by_head: bool = False
+    tokens: int = 6
+    name = "test-loudest"
+
+    def span(self, first_frame, frames, grid):
+        return Span(first_frame, frames, grid_coordinates(frames, grid)[: self.tokens])
+
+    def compress(self, block, grid):
+        loud = block.keys.square().sum(-1)  # (rows, tokens, heads)
+        if not self.by_head:
+            loud = loud.sum(-1, keepdim=True)
+        index = loud.topk(self.tokens, dim=1).indices.sort(dim=1).values
+        places = grid_coordinates(block.span.frames, grid)[index]  # (rows, kept, one or heads, 3)
+        wide = index.expand(-1, -1, block.keys.shape[2])[..., None].expand(-1, -1, -1, block.keys.shape[3])
+        span = Span(block.span.first_frame, block.span.frames, places if self.by_head else places[:, :, 0])
+        return KVBlock(block.keys.gather(1, wide), block.values.gather(1, wide), span)
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("selector", [AllSelector(), QueryTopK(2)])
+@pytest.mark.parametrize("reindexer", [ContiguousReindexer(), FitReindexer(20), AbsoluteReindexer()])
+@pytest.mark.parametrize("sizes", [(4, 4), (6, 3)])  # blocks of one size, or of several
+def test_tokens_are_attended_where_they_sit(by_head, selector, reindexer, sizes):
+    memory = stack(selector, Loudest(by_head), reindexer, SinkMidRecentPartitioner(*sizes))
+    session, source = Session(memory, TINY), torch.Generator().manual_seed(0)
+    frame, compressor, heard = TINY.tokens_per_frame, memory.compressor, [[] for _ in session.caches]
+    found = []
+    for _ in range(7):
+        for announce in (lambda: session.denoise(0), session.commit):
+            given = [torch.randn(3, 2, 4 * frame, TINY.heads, TINY.head_dim, generator=source) for _ in session.caches]
+            for layer, qkv in zip(announce(), given, strict=True):
+                layer.attend(*qkv, attention)
+        found = []
+        for index, chunks in enumerate(heard):
+            keys, values = (tensor.clone() for tensor in session.attended(index))
+            for row in range(2):
+                expected, places = reference(session, index, row, chunks)
+                length = session.caches[index].context.lengths[row]
+                torch.testing.assert_close(keys[row : row + 1, :length], expected[0], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(values[row : row + 1, :length], expected[1])
+                found.append(places)
+        session.finish_commit()
+        for chunks, (_, keys, values) in zip(heard, given, strict=True):
+            chunks.append((keys, values))
+    assert ledger(session).archive
+    assert compressor.tokens < 4 * frame
+    assert len({tuple(places.flatten().tolist()) for places in found}) == len(found)  # other ones in each row and layer
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+@torch.no_grad()
+def test_training_attends_them_there_too(by_head):
+    memory = stack(compressor=Loudest(by_head))
+    plain, graph = (run_session(Session(memory, TINY, layer=layer), 6, batch=2) for layer in (LayerCache, GraphLayer))
+    for one, other in zip(plain, graph, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def reference(session, index, row, chunks):
+    """Rotated keys and values of history that a row of a layer attends, from all that was ever committed."""
+    frame, book, compressor = TINY.tokens_per_frame, ledger(session), session.stack.compressor
+    given, picks = placement_of(session, index, row)
+    parts = [[piece for piece in book.whole if piece.part == part] for part in ("sink", "recent")]
+    pieces = [*((piece, False) for piece in parts[0]), *((book.archive[pick], True) for pick in picks)]
+    pieces += [(piece, False) for piece in parts[1]]
+    keys, values, own = [], [], [torch.zeros(0)]
+    for block, (piece, small) in enumerate(pieces):
+        some = slice(piece.first_frame * frame, piece.stop * frame)
+        k, v = (torch.cat(each, dim=1)[row : row + 1, some] for each in zip(*chunks, strict=True))
+        places = grid_coordinates(piece.frames, TINY.grid)[None]
+        if small:
+            made = compressor.compress(KVBlock(k, v, Span(piece.first_frame, piece.frames, places[0])), TINY.grid)
+            k, v, places = made.keys, made.values, made.span.coordinates
+            own.append(places.flatten())
+        start, ratio = given.starts[block], given.lengths[block] / piece.frames
+        places = places.double().clone()
+        places[..., 0] = start + (places[..., 0] + 0.5) * ratio - 0.5
+        keys.append(rotate(k, rotations(places, TINY)))
+        values.append(v)
+    nothing = torch.zeros(1, 0, TINY.heads, TINY.head_dim)
+    return (torch.cat([nothing, *keys], dim=1), torch.cat([nothing, *values], dim=1)), torch.cat(own)
+
+
+def placement_of(session, index, row):
+    """Where a row's blocks are placed, and which of the mid they are."""
+    selected = chosen(session, index)
+    picks = list(range(session.plan.chosen)) if selected is None else selected[row].tolist()
+    given = session.plan.place(picks, torch.device("cpu")).placement
+    assert session.plan.uniform or selected is None or len(picks) == session.plan.chosen
+    if session.plan.uniform:
+        other = placement(session, index)
+        same_row = min(row, other.starts.shape[0] - 1)
+        assert torch.equal(other.starts[same_row], given.starts[0])
+    return replace(given, starts=given.starts[0], lengths=given.lengths[0]), picks
