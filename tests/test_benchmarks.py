@@ -97,7 +97,7 @@ def test_keys_in_place_give_the_output_of_kvpack() -> None:
         projections = layer.projections()
         layer.denoise(0)
         mine = layer.memory.attend(*projections, layer.processor._attention)
-        assert torch.equal(mine, wan_layer.InPlace(layer.session).attend(*projections, layer.processor._attention))
+        assert torch.equal(mine, wan_layer.InPlace(layer, projections).attend(*projections, layer.processor._attention))
 
 
 def test_clock_counts_inner_parts_once() -> None:
