@@ -6,8 +6,9 @@ tokens (4 frames of 30x52) from the `packforcing` memory: 8 sink frames, 16 of 2
 
 own work    the block's forward with its 27,872 rotated keys and values already in place; a chunk is 4 denoising
             forwards and the commit's
-overhead    everything else that kvpack does in a chunk: choosing, placing, gathering and rotating the history, writing
-            the current keys and values in each forward, and the commit. Timed with an attention that does nothing
+overhead    everything else that kvpack does in a chunk: choosing, placing and gathering, rotating the history and
+            writing the current keys and values in each forward, as other layers have had the workspace in between, and
+            the commit. Timed with an attention that does nothing
 end to end  a whole chunk through kvpack over the same forwards with keys in place, taken in turns, minus 1 (fp32 only,
             for its length). Nothing is left out, but it is a difference of two long times
 plain       keeps keys before RoPE too, but concatenates and rotates all of them in every forward (choice and angles for
@@ -38,7 +39,8 @@ from kvpack.adapters.wan.vae import encode
 from kvpack.policies.lr import LowResolutionCompressor
 
 BARS = (
-    Bar("overhead of a chunk over the layer's own work", "kvpack", "overhead / own work", 0.05),
+    Bar("overhead of a chunk over the layer's own work", "kvpack, pool", "overhead / own work", 0.01),
+    Bar("the same with twins that a layer's forward makes", "kvpack, lr", "overhead / own work", 0.05),
     Bar("the plain version's output is kvpack's", "plain", "relative difference", 0.02, timed=False),
 )
 
@@ -81,7 +83,7 @@ def pool_rows(size: Size, dtype: torch.dtype, name: str) -> tuple[list[Row], flo
     whole = layer.whole() if dtype == torch.float32 else None
     forwards = whole[1] if whole else layer.in_place()
     chunk_seconds = (STEPS + 1) * median(forwards)
-    keys = layer.memory.buffer.lengths[0] + layer.tokens
+    keys = layer.session.caches[0].lengths[0] + layer.tokens
     subject, beside = f"kvpack, pool, {name}", f"plain: concatenates and rotates in every forward, {name}"
     end_to_end = [samples(subject, "end to end - 1", [whole[0] / sum(forwards) - 1], "ratio")] if whole else []
     return [

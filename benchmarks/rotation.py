@@ -71,7 +71,10 @@ def run(small: bool = False) -> list[Row]:
     for chunk in range(marks[-1] + 3):
         session.commit()
         session.layers[0].attend(stored, stored, stored, lambda queries, keys, values: queries)
-        start = float(session.layers[0].placed[0].placement.starts[0, 0]) if chunk else 0.0
+        attended = session.caches[0].attended
+        assert attended is not None
+        assert isinstance(attended.tokens, tuple)
+        start = float(attended.tokens[0].coordinates[0, 0, 0]) if chunk else 0.0
         if shifts < round(start) // CHUNK:
             shifts += 1
             repeated = rotate(repeated, turn)

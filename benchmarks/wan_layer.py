@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,16 +18,22 @@ from torch import Tensor
 from benchmarks.clock import Clock, seconds
 from benchmarks.report import SEED
 from kvpack import Geometry, Session
-from kvpack.adapters.attention import ForwardLayers, PackedAttnProcessor
+from kvpack.adapters.wan.attention import PackedWanAttnProcessor
+from kvpack.memory import attended, plan, stack, stack_plan
+from kvpack.memory.archive import Archive
 from kvpack.memory.rope import rotate
+from kvpack.memory.stack_plan import StackPlan
+from kvpack.memory.store import Arena
 from kvpack.policies.stacks import packforcing
 
 STEPS, FRAMES, WAN_LAYERS, TEXT_TOKENS = 4, 4, 30, 512
 SINK, RECENT, TOPK, ARCHIVED = 8, 4, 16, 20
 LIST, CHOOSE, PLACE = "list the blocks", "choose mid blocks", "positions and angles"
-GATHER, ROTATE, WRITE = "gather mid blocks", "rotate history into the buffer", "write current keys and values"
-POOL, STORE, BOOKS = "commit: pool", "commit: store in the archive, sum keys", "commit: the rest"
-REST, PARTS = "the rest", (LIST, CHOOSE, PLACE, GATHER, ROTATE, WRITE)
+GATHER, ARRANGE = "gather mid blocks", "bring blocks to their places"
+ROTATE, WRITE = "rotate history, in every forward", "write current keys and values"
+POOL, STORE = "commit: pool", "commit: store in the archive, sum keys"
+KEEP, BOOKS = "commit: keep the chunk's keys before RoPE", "commit: the rest"
+REST, PARTS = "the rest", (LIST, CHOOSE, PLACE, GATHER, ARRANGE, ROTATE, WRITE)
 QUERIES = "rotate queries, which is the transformer's own work"
 TWIN, SHRINK = "lr: forward of the twin", "lr: shrink and encode, a layer's share"
 Projections = tuple[Tensor, Tensor, Tensor]
@@ -61,35 +69,43 @@ def nothing(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 class InPlace:
-    """Attends what kvpack's buffer holds, and writes nothing: the transformer's own work."""
+    """Attends rotated keys and values that lie in place, and writes nothing: the transformer's own work."""
 
-    def __init__(self, session: Session) -> None:
-        self.layer = session.layers[0]
+    def __init__(self, layer: Layer, projections: Projections) -> None:
+        self.turns, held = layer.chunk_rotations, []
+
+        def hold(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            held.extend((keys, values))
+            return queries
+
+        layer.memory.attend(*projections, hold)
+        self.keys, self.values = held
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, attention: Any) -> Any:
-        buffer, turns = self.layer.buffer, self.layer.chunk_turns
-        assert turns is not None
-        stop = buffer.lengths[0] + keys.shape[1]
-        return attention(rotate(queries, turns), buffer.keys[:, :stop], buffer.values[:, :stop])
+        return attention(rotate(queries, self.turns), self.keys, self.values)
 
 
 class Plain:
     """Concatenates and rotates history and current keys in every forward."""
 
-    def __init__(self, session: Session) -> None:
-        current, chosen = session.current, session.layers[0].chosen
-        assert current is not None
-        assert chosen is not None
-        self.turns = current.turns(chosen, chosen.device)
-        archive, slots = session.layers[0].archive, [current.slots[i] for i in chosen[0].tolist()]
-        mid = [(archive.keys[:, slot], archive.values[:, slot]) for slot in slots]
-        self.history = [held.layers[0] for held in current.sink] + mid + [held.layers[0] for held in current.recent]
+    def __init__(self, layer: Layer) -> None:
+        planned, cache, state = layer.session.plan, layer.session.caches[0], layer.session.past.states[0]
+        assert isinstance(planned, StackPlan)
+        assert cache.attended is not None
+        assert cache.attended.rotations is not None
+        assert cache.selected is not None
+        self.turns = layer.chunk_rotations
+        self.all_turns = torch.cat([*cache.attended.rotations, self.turns], dim=1)
+        slots = [planned.mid[block].slot for block in cache.selected[0].tolist()]
+        whole = [(kept.block.keys, kept.block.values) for kept in state.whole]
+        mid = [(state.archive.keys[:, slot], state.archive.values[:, slot]) for slot in slots]
+        sink, recent = ([whole[index] for index in part] for part in (planned.sink, planned.recent))
+        self.history = [*sink, *mid, *recent]
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, attention: Any) -> Any:
         all_keys = torch.cat([*(block[0] for block in self.history), keys], dim=1)
         all_values = torch.cat([*(block[1] for block in self.history), values], dim=1)
-        rotated = rotate(all_keys, torch.cat([self.turns.context, self.turns.chunk], dim=1))
-        return attention(rotate(queries, self.turns.chunk), rotated, all_values)
+        return attention(rotate(queries, self.turns), rotate(all_keys, self.all_turns), all_values)
 
 
 class Layer:
@@ -99,10 +115,9 @@ class Layer:
         torch.manual_seed(SEED)
         self.size, self.dtype = size, dtype
         self.block = WanTransformerBlock(size.width, size.ffn, size.heads, cross_attn_norm=True).to(dtype).eval()
-        self.layers, backend = ForwardLayers(), self.block.attn1.processor._attention_backend
-        self.processor: Any = PackedAttnProcessor(backend, self.layers, 0)
+        self.processor: Any = PackedWanAttnProcessor(self.block.attn1.processor._attention_backend)
         self.block.attn1.set_processor(self.processor)
-        stack = packforcing(
+        four_roles = packforcing(
             compressor=compressor,
             topk=TOPK,
             sink_frames=SINK,
@@ -110,14 +125,27 @@ class Layer:
             chunk_frames=FRAMES,
             archive_blocks=ARCHIVED,
         )
-        self.session = Session(stack, size.geometry(dtype))
-        self.memory = self.session.layers[0]
+        self.session = Session(four_roles, size.geometry(dtype))
+        self.compressor, self.clock = four_roles.compressor, Clock()
         self.tokens = FRAMES * self.session.geometry.tokens_per_frame
         self.text, self.modulation = self.random(TEXT_TOKENS, size.width), torch.randn(1, 6, size.width)
         for _ in range((SINK + RECENT) // FRAMES + ARCHIVED):
             self.commit(self.projections())
             self.session.finish_commit()
-        self.clock, self.commit_parts = self.watched(), (POOL, STORE, BOOKS) if compressor == "pool" else (STORE, BOOKS)
+        self.commit_parts = (*((POOL,) if compressor == "pool" else ()), STORE, KEEP, BOOKS)
+
+    @property
+    def memory(self) -> Any:
+        """The layer in the forward that was announced last."""
+        return self.session.layers[0]
+
+    @property
+    def chunk_rotations(self) -> Tensor:
+        """Rotations of the chunk's tokens; the chunk has had a forward."""
+        planned, cache = self.session.plan, self.session.caches[0]
+        assert planned is not None
+        assert cache.attended is not None
+        return planned.chunk_rotations(cache.attended.chunk_start, torch.device("cpu"))
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(1, *shape, dtype=self.dtype)
@@ -127,31 +155,62 @@ class Layer:
         shape = self.tokens, self.size.heads, self.size.head_dim
         return self.random(*shape), self.random(*shape), self.random(*shape)
 
-    def watched(self) -> Clock:
+    @contextmanager
+    def watched(self) -> Iterator[Clock]:
         """A clock on what kvpack does in a chunk."""
-        clock, memory = Clock(), self.memory
-        clock.watch(memory, "_select", CHOOSE)
-        clock.watch(memory.archive, "gather", GATHER)
-        clock.watch(memory.buffer, "append", ROTATE, leaf=True)
-        clock.watch(memory.buffer, "_write", WRITE, leaf=True)
-        clock.watch(memory.archive, "write", STORE, outer=BOOKS)
-        clock.watch(self.session.stack.compressor, "compress", POOL, outer=BOOKS)
-        return clock
+        clock, whole = self.clock, rotate
+
+        def apart(vectors: Tensor, turns: Tensor, out: Tensor | None = None) -> Tensor:
+            if out is not None:
+                return whole(vectors, turns, out)
+            with clock.part(QUERIES, outer=WRITE):
+                return whole(vectors, turns)
+
+        def timed(owner: Any, method: str, name: str, outer: str = "", leaf: bool = False) -> Any:
+            return patch.object(owner, method, clock.timed(getattr(owner, method), name, outer, leaf))
+
+        clock.seconds = defaultdict(float)
+        with ExitStack() as patches:
+            for each in (
+                timed(stack, "choose", CHOOSE, leaf=True),
+                timed(StackPlan, "place", PLACE, leaf=True),
+                timed(stack_plan, "rotations", PLACE, leaf=True),
+                timed(plan, "rotations", PLACE, leaf=True),
+                timed(Archive, "gather", GATHER),
+                timed(Arena, "arrange", ARRANGE, leaf=True),
+                timed(Arena, "write", ARRANGE),
+                timed(attended.InPlace, "_rotated_history", ROTATE, outer=WRITE, leaf=True),
+                timed(attended.InPlace, "attend", WRITE),
+                timed(attended.InPlace, "keep", KEEP),
+                timed(Archive, "write", STORE, outer=BOOKS),
+                timed(type(self.compressor), "compress", POOL, outer=BOOKS),
+                patch.object(attended, "rotate", apart),
+            ):
+                patches.enter_context(each)
+            yield clock
 
     def denoise(self, step: int) -> None:
         """Announces a denoising forward."""
         with self.clock.part(LIST):
             self.session.denoise(step)
-        if step == 0:
-            assert self.session.current is not None
-            self.clock.watch(self.session.current, "turns", PLACE)
+        self.others_come()
+
+    def others_come(self) -> None:
+        """Lets the other layers of a model have the workspace, so that this one fills it anew."""
+        self.session.workspace.owner = None
+
+    def announce_commit(self) -> None:
+        """Announces the clean chunk's forward."""
+        self.session.commit()
+        self.others_come()
 
     def commit(self, projections: Projections) -> None:
         """The forwards of a clean chunk and of its twin, without a transformer."""
-        self.session.commit()
+        self.announce_commit()
         self.memory.attend(*projections, nothing)
         for piece in self.session.twins_due():
             self.session.compress(piece)
+            self.others_come()
             tokens = self.session.twin_span(piece).tokens
             query, key, value = (each[:, :tokens] for each in projections)
             self.memory.attend(query, key, value, nothing)
@@ -163,45 +222,46 @@ class Layer:
 
     def forward(self, hidden: Tensor, memory: Any) -> float:
         """Seconds of the block's forward over some memory."""
-        self.layers.hand_out([memory])
+        self.processor.memory = memory
         return seconds(partial(self.block, hidden, self.text, self.modulation, None))
 
     def parts(self) -> dict[str, float]:
         """Seconds of all but the transformer's own work in the next chunk, by part and as a whole."""
-        projections, clock = self.projections(), self.clock
-        clock.seconds = defaultdict(float)
-        start = time.perf_counter()
-        with patch("kvpack.memory.store.rotate", clock.timed(rotate, QUERIES)):
+        projections = self.projections()
+        with self.watched() as clock:
+            start = time.perf_counter()
             for step in range(STEPS):
                 self.denoise(step)
                 self.memory.attend(*projections, nothing)
             self.commit(projections)
             self.finish()
-        overhead = time.perf_counter() - start - clock.seconds[QUERIES]
+            overhead = time.perf_counter() - start - clock.seconds[QUERIES]
         parts = {name: clock.seconds[name] for name in (*PARTS, *self.commit_parts)}
         return {**parts, REST: overhead - sum(parts.values()), "overhead": overhead}
 
     def whole(self) -> tuple[float, list[float]]:
         """Seconds of the next chunk, and of each of its forwards with the keys in place."""
-        hidden, in_place = self.random(self.tokens, self.size.width), InPlace(self.session)
+        hidden, projections = self.random(self.tokens, self.size.width), self.projections()
         spent, own = 0.0, []
         for step in range(STEPS + 1):
-            spent += seconds(partial(self.denoise, step) if step < STEPS else self.session.commit)
+            spent += seconds(partial(self.denoise, step) if step < STEPS else self.announce_commit)
             spent += self.forward(hidden, self.memory)
-            own.append(self.forward(hidden, in_place))
+            own.append(self.forward(hidden, InPlace(self, projections)))
         return spent + seconds(self.finish), own
 
     def in_place(self) -> list[float]:
         """Seconds of forwards with the keys in place."""
-        hidden = self.random(self.tokens, self.size.width)
-        return [self.forward(hidden, InPlace(self.session)) for _ in range(3)]
+        self.denoise(0)
+        hidden, in_place = self.random(self.tokens, self.size.width), InPlace(self, self.projections())
+        return [self.forward(hidden, in_place) for _ in range(3)]
 
     def twin(self) -> float:
         """Seconds of a twin's own forward."""
         (piece,) = self.session.twins_due()
-        self.session.commit()
+        self.announce_commit()
         self.memory.attend(*self.projections(), nothing)
         self.session.compress(piece)
+        self.others_come()
         hidden = self.random(self.session.twin_span(piece).tokens, self.size.width)
         return self.forward(hidden, self.memory)
 
@@ -210,15 +270,15 @@ class Layer:
         query, key, value = self.projections()
         self.session.denoise(0)
         self.memory.attend(query, key, value, nothing)
-        plain, in_place = Plain(self.session), InPlace(self.session)
+        plain, in_place = Plain(self), InPlace(self, (query, key, value))
         spent = [seconds(partial(plain.attend, query, key, value, nothing)) for _ in range(STEPS + 1)]
         own = [seconds(partial(in_place.attend, query, key, value, nothing)) for _ in range(STEPS + 1)]
         return sum(spent) - sum(own)
 
     def difference(self) -> float:
         """How far the plain version's attention is from kvpack's."""
-        projections, attention = self.projections(), self.processor.attention
+        projections, attention = self.projections(), self.processor._attention
         self.session.denoise(0)
         mine = self.memory.attend(*projections, attention)
-        theirs = Plain(self.session).attend(*projections, attention)
+        theirs = Plain(self).attend(*projections, attention)
         return float((mine - theirs).norm() / theirs.norm())

@@ -15,7 +15,7 @@ import torch
 from benchmarks import anyflow, clock, overhead, report, rotation, steady, wan_layer
 from benchmarks.report import Bar, Row, Score
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parent.parent
 ROW = Row("kvpack", "error", 0.5, 0.25, 1.0, "ratio", 3, "python -m benchmarks.rotation", "abc")
 
 
@@ -96,8 +96,8 @@ def test_keys_in_place_give_the_output_of_kvpack() -> None:
         layer = wan_layer.Layer(wan_layer.TINY, torch.float32, "pool")
         projections = layer.projections()
         layer.denoise(0)
-        mine = layer.memory.attend(*projections, layer.processor.attention)
-        assert torch.equal(mine, wan_layer.InPlace(layer.session).attend(*projections, layer.processor.attention))
+        mine = layer.memory.attend(*projections, layer.processor._attention)
+        assert torch.equal(mine, wan_layer.InPlace(layer, projections).attend(*projections, layer.processor._attention))
 
 
 def test_clock_counts_inner_parts_once() -> None:
