@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvpack.errors import UnsupportedPipelineError
 from kvpack.generation.compile_boundary import OpaqueAttention, attend
-from kvpack.memory.store import AttendingLayer
+from kvpack.memory.layer import AttendingLayer
 
 
 class ForwardLayers:

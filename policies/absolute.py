@@ -1,6 +1,7 @@
 """Positions as generated (Self-Forcing, arXiv 2506.08009)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kvpack.memory.roles import Layout, Placement, Reindexer
 
@@ -10,6 +11,7 @@ class AbsoluteReindexer(Reindexer):
     """Leaves every frame at its index in the video; distances grow without bound."""
 
     name = "absolute"
+    absolute: ClassVar[bool] = True
 
     def place(self, layout: Layout) -> Placement:
         """Keep the first frames as they are."""

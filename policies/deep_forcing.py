@@ -12,12 +12,15 @@ from kvpack.memory import Attended, Chunk, StateMemory, Tokens
 
 @dataclass(frozen=True, eq=False)
 class DeepState:
-    """Held tokens, how far the sink has moved, how often each token was chosen, and the last queries."""
+    """What is held, at its true places; how far the sink has moved; how often each token was chosen; last queries.
+
+    Of queries, rotated, the sum over each frame is all that scores need.
+    """
 
     tokens: Tokens
     shift: float
     chosen: Int[Tensor, "batch tokens"]
-    queries: Float[Tensor, "batch recent heads head_dim"]
+    queries: Float[Tensor, "batch recent_frames heads head_dim"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class DeepForcing(StateMemory):
     recent_frames: int = 4
     most_chosen: int = 7
     name = "deep-forcing"
-    hears_queries = True
+    needs_queries = True
 
     def __post_init__(self) -> None:
         for option in ("chunk_frames", "window_frames", "recent_frames", "most_chosen"):
@@ -108,12 +111,14 @@ class DeepForcing(StateMemory):
 
     def _empty(self, chunk: Chunk) -> DeepState:
         nothing = chunk.queries[:, :0]
-        return DeepState(chunk.tokens[:0], 0.0, nothing[..., 0, 0].long(), nothing)
+        return DeepState(chunk.tokens[:0], 0.0, nothing[..., 0, 0].long(), nothing.float())
 
     def _last_queries(self, state: DeepState, chunk: Chunk) -> Tensor:
-        """Return rotated queries of the last `recent_frames` over all forwards, this one included."""
-        forwards = [state.queries, *(chunk.rotated(each) for each in (*chunk.earlier, chunk.queries))]
-        return torch.cat(forwards, dim=1)[:, -self.recent_frames * chunk.geometry.tokens_per_frame :]
+        """Return sums of rotated queries over each of the last `recent_frames` frames of all forwards, this one too."""
+        each = chunk.geometry.tokens_per_frame
+        rotated = (chunk.rotated(queries).float() for queries in (*chunk.earlier, chunk.queries))
+        sums = (queries.unflatten(1, (-1, each)).sum(dim=2) for queries in rotated)  # (batch, frames, heads, head_dim)
+        return torch.cat([state.queries, *sums], dim=1)[:, -self.recent_frames :].clone()
 
     def _evicted(self, state: DeepState, chunk: Chunk) -> DeepState:
         """Drop the oldest tokens behind the sink."""
@@ -128,7 +133,7 @@ class DeepForcing(StateMemory):
         sink = self.sink_frames * each
         recent = held + len(chunk.tokens) - self.recent_frames * each  # index of the first recent token
         keys = state.tokens[sink:recent].rotated_keys(chunk.geometry).float()
-        queries = self._last_queries(state, chunk).float().sum(dim=1)
+        queries = self._last_queries(state, chunk).sum(dim=1)
         scores = torch.einsum("bhd,bnhd->bn", queries, keys)
         scores = scores.masked_fill(state.chosen[:, sink:recent] >= self.most_chosen, -torch.inf)
         top = scores.topk((self.budget_frames - self.sink_frames - self.recent_frames) * each, dim=1).indices + sink

@@ -55,8 +55,8 @@ class Krea(StateMemory):
 
     def remember(self, state: Tokens, chunk: Chunk) -> Tokens:
         """Append the chunk to those of its replay."""
-        tokens = state + chunk.tokens
-        return tokens[max(0, len(tokens) - self.context_frames * chunk.geometry.tokens_per_frame) :]
+        tokens, room = state + chunk.tokens, self.context_frames * chunk.geometry.tokens_per_frame
+        return tokens[len(tokens) - room :].compact() if len(tokens) > room else tokens
 
     def forget(self, state: Tokens | None, tokens: int) -> None:
         """Drop everything, for a replay begins with nothing."""

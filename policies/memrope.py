@@ -84,7 +84,9 @@ class MemRoPE(StateMemory):
         free = self.sink_frames * each - len(state.sink)
         recent = state.recent + chunk.tokens[free:]
         over = max(0, len(recent) - self.recent_frames * each)
-        state = replace(state, sink=state.sink + chunk.tokens[:free], recent=recent[over:])
+        state = replace(
+            state, sink=state.sink + chunk.tokens[:free], recent=recent[over:].compact() if over else recent
+        )
         if not over:
             return state
         mean = self._mean(recent[:over], each)

@@ -1,8 +1,7 @@
 """A window that only ever holds the first frames again, to and fro (Rolling Sink, arXiv 2602.07775): no training."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-
-import torch
 
 from kvpack.errors import InvalidOptionError, require_int
 from kvpack.memory import Attended, Chunk, StateMemory, Tokens
@@ -10,10 +9,36 @@ from kvpack.memory import Attended, Chunk, StateMemory, Tokens
 
 @dataclass(frozen=True, eq=False)
 class RollingState:
-    """The window as it is attended, and the first window as it was."""
+    """The window in host integers, and the tokens that it shows.
 
-    window: Tokens
+    Args:
+        each: tokens of a frame.
+        first: tokens of the first frames, which are shown again.
+        recent: tokens of other frames that are shown.
+        frames: which frames these are.
+        window: position of each frame of history, and the frame of the video that is shown there.
+    """
+
+    each: int
     first: Tokens
+    recent: Tokens
+    frames: tuple[int, ...] = ()
+    window: tuple[tuple[int, int], ...] = ()
+
+    def shown(self) -> "RollingState":
+        """Return the state without recent tokens that the window does not show any more."""
+        sources = {source for _, source in self.window}
+        kept = [index for index, frame in enumerate(self.frames) if frame in sources]
+        if len(kept) == len(self.frames):
+            return self
+        recent = self.recent[:0].compact()
+        for index in kept:
+            recent = recent + self.recent[index * self.each : (index + 1) * self.each]
+        return replace(self, recent=recent, frames=tuple(self.frames[index] for index in kept))
+
+    def with_recent(self, tokens: Tokens, frames: range) -> "RollingState":
+        """Return the state with more recent frames."""
+        return replace(self, recent=self.recent + tokens, frames=(*self.frames, *frames)) if frames else self
 
 
 @dataclass(frozen=True)
@@ -44,21 +69,31 @@ class RollingSink(StateMemory):
                 f"got {self.window_frames}"
             )
 
+    @property
+    def walked(self) -> int:
+        """Frames of the first window that are shown again."""
+        return self.window_frames - self.chunk_frames
+
     def attend(self, state: RollingState | None, chunk: Chunk) -> Attended:
-        """Attend the window, without its oldest chunk if it is full."""
-        state = state or RollingState(chunk.tokens[:0], chunk.tokens[:0])
-        over = len(state.window) + len(chunk.tokens) - self.window_frames * chunk.geometry.tokens_per_frame
-        window = state.window[max(0, over) :]
-        return Attended((window,), chunk.first_frame, replace(state, window=window))
+        """Return the window without its oldest frames, if it is full."""
+        nothing = chunk.tokens[:0]
+        state = state or RollingState(chunk.geometry.tokens_per_frame, nothing, nothing)
+        over = max(0, len(state.window) + chunk.frames - self.window_frames)
+        state = replace(state, window=state.window[over:]).shown()
+        return Attended(tuple(self._runs(state)), chunk.first_frame, state)
 
     def remember(self, state: RollingState, chunk: Chunk) -> RollingState:
-        """Append the clean chunk, and replace the one that was newest by one of the first window's."""
-        each, window, first = chunk.geometry.tokens_per_frame, state.window, state.first
-        if len(first) < self.window_frames * each:
-            first = first + chunk.tokens
-        if chunk.first_frame >= self.window_frames:
-            window = window[: -len(chunk.tokens)] + self._replacement(window[-len(chunk.tokens) :], first, each)
-        return RollingState(window + chunk.tokens, first)
+        """Return the clean chunk behind the window, and what was newest replaced."""
+        window, start, count = state.window, chunk.first_frame, chunk.frames
+        if start >= self.window_frames:
+            newest = [place for place, _ in window[-count:]]
+            window = (*window[:-count], *zip(newest, self.source(newest[0]), strict=False))
+        free = max(0, min(count, self._walked - start))
+        return replace(
+            replace(state, window=window).shown(),
+            window=(*window, *((frame, frame) for frame in range(start, start + count))),
+            first=state.first + chunk.tokens[: free * state.each] if free else state.first,
+        ).with_recent(chunk.tokens[free * state.each :], range(start + free, start + count))
 
     @property
     def replay_frames(self) -> int:  # type: ignore[override]
@@ -66,25 +101,45 @@ class RollingSink(StateMemory):
         return self.chunk_frames
 
     def forget(self, state: RollingState, tokens: int) -> RollingState:
-        """Drop the newest chunk, in the first window too if that is not full."""
-        left = state.window[: len(state.window) - tokens]
-        begins = bool(state.window.coordinates[0, 0, 0] == 0)  # nothing has been dropped yet
-        return RollingState(left, left if begins else state.first)
+        """Return the window without the newest chunk, in the first window too if that is not full."""
+        count = tokens // state.each
+        own = min(count, len(state.frames))  # the newest frames are recent, or still the last of the first
+        recent = state.recent[: len(state.recent) - own * state.each]
+        first = state.first[: len(state.first) - (count - own) * state.each]
+        return RollingState(state.each, first, recent, state.frames[: len(state.frames) - own], state.window[:-count])
 
-    def _replacement(self, newest: Tokens, first: Tokens, each: int) -> Tokens:
-        frames = self.source(int(newest.coordinates[0, 0, 0]))
-        device = first.keys.device
-        index = torch.cat([torch.arange(frame * each, (frame + 1) * each, device=device) for frame in frames])
-        return replace(newest, keys=first.keys[:, index], values=first.values[:, index])
+    @property
+    def _walked(self) -> int:
+        """Frames of the first window that are shown again."""
+        return self.window_frames - self.chunk_frames
+
+    def _runs(self, state: RollingState) -> Iterator[Tokens]:
+        """Yield the window's tokens, consecutive frames in one."""
+        runs: list[list[int]] = []  # position, index of the first frame among the first or recent ones, frames
+        for place, source in state.window:
+            index = source if source < self._walked else self._walked + state.frames.index(source)
+            if (
+                runs
+                and index != self._walked
+                and [runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]] == [place, index]
+            ):
+                runs[-1][2] += 1
+            else:
+                runs.append([place, index, 1])
+        for place, index, count in runs:
+            held, start = (state.first, index) if index < self._walked else (state.recent, index - self._walked)
+            tokens = held[start * state.each : (start + count) * state.each]
+            yield tokens.starting_at(float(place))
 
     def source(self, first_frame: int) -> list[int]:
-        """Return the frames of the first window that replace a chunk from `first_frame` on.
+        """Frames of the first window that stand where a chunk from `first_frame` on was.
 
         >>> memory = RollingSink(chunk_frames=3, window_frames=9)
         >>> [memory.source(frame) for frame in (6, 9, 12, 15)]
         [[5, 4, 3], [2, 1, 0], [0, 1, 2], [3, 4, 5]]
         """
-        walked = self.window_frames - self.chunk_frames
+        walked = self._walked
         way, place = divmod(first_frame, walked)
-        frames = range(place, place + self.chunk_frames)
-        return [walked - 1 - frame for frame in frames] if way % 2 else list(frames)
+        # Behind a first chunk that is shorter, a chunk would reach beyond where the walk turns.
+        frames = [min(frame, walked - 1) for frame in range(place, place + self.chunk_frames)]
+        return [walked - 1 - frame for frame in frames] if way % 2 else frames

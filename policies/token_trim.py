@@ -41,7 +41,7 @@ class TokenTrim(StateMemory):
         window_frames: latent frames attended, the current chunk included.
         share: of the places, those that drift most.
         deviations: standard deviations over the mean that are accepted.
-        most_retries: most times that a chunk is made again.
+        max_retries: most times that a chunk is made again.
 
     Raises:
         InvalidOptionError: if the window has no room for history, or a share is not in 0..1.
@@ -51,13 +51,13 @@ class TokenTrim(StateMemory):
     window_frames: int = 9
     share: float = 0.1
     deviations: float = 2.0
-    most_retries: int = 1  # type: ignore[misc]
+    max_retries: int = 1  # type: ignore[misc]
     name = "token-trim"
     warm = 3  # severities that a deviation needs
 
     def __post_init__(self) -> None:
         require_int("chunk_frames", self.chunk_frames, minimum=1)
-        require_int("most_retries", self.most_retries)
+        require_int("max_retries", self.max_retries)
         if self.window_frames < 2 * self.chunk_frames:
             raise InvalidOptionError(
                 f"window_frames must be at least two chunks, {2 * self.chunk_frames}, got {self.window_frames}"

@@ -10,6 +10,7 @@ from diffusers.schedulers import scheduling_flow_match_lcm
 from safetensors.torch import load_file
 
 import kvpack
+from helpers import rel_l2
 from kvpack.testing import tiny_wan_pipeline
 
 DATA = Path(__file__).parent / "golden_data"
@@ -32,7 +33,6 @@ def golden():
 
 @pytest.fixture(scope="module")
 def pipeline(golden):
-    torch.set_num_threads(1)
     transformer = WanTransformer3DModel(**json.loads((DATA / "transformer_config.json").read_text())).eval()
     transformer.load_state_dict(load_file(DATA / "weights.safetensors"), strict=True)
     pipe = tiny_wan_pipeline(scheduler=kvpack.FlowMatchFewStepScheduler())
@@ -68,10 +68,6 @@ def rollout(pipe, golden, monkeypatch, chunks, stack, **options):
     pipe.disable_packforcing()
     assert torch.allclose(pipe.scheduler.timesteps, golden["timesteps"], atol=1e-4)
     return latents, memories
-
-
-def rel_l2(given, wanted):
-    return float((given - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,6 +7,7 @@ import torch
 from diffusers import FlowMatchLCMScheduler, WanPipeline
 
 import kvpack
+from helpers import quiet, seeded
 from kvpack.errors import InvalidOptionError
 from kvpack.testing import tiny_wan_pipeline
 
@@ -22,22 +23,9 @@ CALL = {
 }
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def shared():
-    torch.set_num_threads(1)
-    pipe = tiny_wan_pipeline(scheduler=kvpack.FlowMatchFewStepScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture
-def pipe(shared):
-    yield shared
-    shared.disable_packforcing()
+def pipe():
+    return quiet(tiny_wan_pipeline(scheduler=kvpack.FlowMatchFewStepScheduler()))
 
 
 def test_timesteps_are_those_of_the_checkpoint():

@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 
 from kvpack.adapters import attention
 from kvpack.adapters.wan.prompt_cache import PromptedLayers
-from kvpack.memory.store import AttendingLayer, Attention
+from kvpack.memory.attended import Attention
+from kvpack.memory.layer import AttendingLayer
 
 #: Upstream pads queries, keys and values to a multiple of this.
 _FLEX_BLOCK = 128

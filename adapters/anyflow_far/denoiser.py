@@ -11,8 +11,8 @@ from torch import Tensor
 from kvpack.adapters.anyflow_far.attention import Padded, attached, clean_times_for
 from kvpack.adapters.offload import onload
 from kvpack.adapters.wan.denoiser import WanDenoiser
+from kvpack.memory.layer import AttendingLayer
 from kvpack.memory.ledger import Piece
-from kvpack.memory.store import AttendingLayer
 
 
 class AnyFlowFARDenoiser(WanDenoiser):

@@ -9,7 +9,7 @@ from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHo
 from kvpack.adapters import attention
 from kvpack.adapters.compatibility import compiled_from
 from kvpack.adapters.wan.prompt_cache import PromptedLayers
-from kvpack.memory.store import AttendingLayer
+from kvpack.memory.layer import AttendingLayer
 
 _HOOK_NAME = "kvpack_branch"
 

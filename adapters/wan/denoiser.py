@@ -24,9 +24,8 @@ from kvpack.generation.denoiser import Denoiser
 from kvpack.generation.phase import Phase
 from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
+from kvpack.memory.layer import LayerCache
 from kvpack.memory.ledger import Piece
-from kvpack.memory.session import Session
-from kvpack.memory.store import PackedBuffer
 
 
 class WanDenoiser(Denoiser):
@@ -55,7 +54,7 @@ class WanDenoiser(Denoiser):
         geometry: Geometry,
         conditioning: dict[str, Tensor],
         attention_kwargs: Mapping[str, Any] | None = None,
-        buffer: type[PackedBuffer] = PackedBuffer,
+        buffer: type[LayerCache] = LayerCache,
         prompt: PromptCache | None = None,
     ) -> None:
         check_compressor(pipeline.transformer, stack)
@@ -131,12 +130,10 @@ class WanDenoiser(Denoiser):
             with self.during(Phase("compress", pieces=(piece,))):
                 forward_tokens(self.transformer, tokens, lambda dummy: self.forward_clean(branch, dummy))
             return
-        session = self.session(branch)
-        assert isinstance(session, Session)  # no other compresses latents
-        session.compress(piece)
+        layers = self.session(branch).compress(piece)
         modulation = partial(self.modulation, branch, self._clean_times(tokens))
         projected = project_tokens(self.transformer, tokens, modulation, attention_kwargs=self.attention_kwargs)
-        for layer, (keys, values) in zip(session.layers, projected, strict=True):
+        for layer, (keys, values) in zip(layers, projected, strict=True):
             layer.hear(keys, values)
 
     def modulation(self, branch: str, times: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.adapters.wan.vae import StreamingDecoder, encode
 from kvpack.generation.adapter import Adapter
 from kvpack.generation.trainee import Rollout, Trainee
+from kvpack.memory.layer import LayerCache
 from kvpack.memory.stack import Stack
-from kvpack.memory.store import PackedBuffer
 
 _BRANCH = "cond"
 
@@ -45,7 +45,7 @@ class WanTrainee(Trainee):
         return embeds.to(pipeline.transformer.dtype)
 
     def rollout(
-        self, stack: Stack, embeds: Tensor, latent_size: tuple[int, int], buffer: type[PackedBuffer] = PackedBuffer
+        self, stack: Stack, embeds: Tensor, latent_size: tuple[int, int], buffer: type[LayerCache] = LayerCache
     ) -> Rollout:
         """Start a new video."""
         height, width = (size * self.pipeline.vae_scale_factor_spatial for size in latent_size)

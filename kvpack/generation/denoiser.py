@@ -15,9 +15,9 @@ from kvpack.generation.phase import Phase
 from kvpack.generation.replay import CleanFrames
 from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
+from kvpack.memory.layer import AttendingLayer, LayerCache
 from kvpack.memory.ledger import Piece
-from kvpack.memory.session import AnySession, finish_commits
-from kvpack.memory.store import AttendingLayer, PackedBuffer
+from kvpack.memory.session import Session, finish_commits
 
 
 class Denoiser(ABC):
@@ -39,11 +39,11 @@ class Denoiser(ABC):
         stack: Memory,
         geometry: Geometry,
         conditioning: dict[str, Any],
-        buffer: type[PackedBuffer] = PackedBuffer,
+        buffer: type[LayerCache] = LayerCache,
     ) -> None:
         self.pipeline, self.transformer = pipeline, pipeline.transformer
         self.stack, self.geometry, self.conditioning, self.buffer = stack, geometry, conditioning, buffer
-        self.sessions: dict[str, AnySession] = {}
+        self.sessions: dict[str, Session] = {}
         self.seconds = {"denoise": 0.0, "commit": 0.0, "compress": 0.0, "decode": 0.0}
         #: What the forwards in progress are; None outside of `during`.
         self.phase: Phase | None = None
@@ -83,7 +83,7 @@ class Denoiser(ABC):
         return self._first.frames if self.sessions else 0
 
     @property
-    def _first(self) -> AnySession:
+    def _first(self) -> Session:
         return next(iter(self.sessions.values()))
 
     @property
@@ -91,10 +91,10 @@ class Denoiser(ABC):
         """Pieces of the coming chunk that a latent-space compressor must make tokens of, the same in every branch."""
         return self._first.twins_due()
 
-    def session(self, branch: str) -> AnySession:
+    def session(self, branch: str) -> Session:
         """Return the memory of one branch, new at its first mention."""
         if branch not in self.sessions:
-            self.sessions[branch] = self.stack.session(self.geometry, self.buffer)
+            self.sessions[branch] = Session(self.stack, self.geometry, layer=self.buffer)
         return self.sessions[branch]
 
     def expect(self, frames: int) -> None:
@@ -138,8 +138,7 @@ class Denoiser(ABC):
         if self.phase is None:
             raise RuntimeError("a forward over kvpack's memory must be inside Denoiser.during(Phase(...))")
         session = self.session(branch)
-        self.phase.announce(session, branch, step)
-        return session.layers
+        return self.phase.announce(session, branch, step)
 
     def stats(self) -> dict[str, Any]:
         """Return tokens of one branch, bytes of all, and seconds of each part of the work."""
@@ -174,7 +173,7 @@ class Denoiser(ABC):
             latents: of the first try.
             again: denoises the chunk once more.
         """
-        for _ in range(self.stack.most_retries):
+        for _ in range(self.stack.max_retries):
             vetoed = self.vetoed(latents)
             if vetoed is None:
                 return latents

@@ -1,13 +1,15 @@
 """What a forward of the transformer is: a denoising step, a commit, or one of a compressor's tokens."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
+from kvpack.memory.layer import ForwardLayer
 from kvpack.memory.ledger import Piece
-from kvpack.memory.session import AnySession
+from kvpack.memory.session import Session
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +30,8 @@ class Phase:
     end_given: bool = False
     steps: Counter[str] = field(default_factory=Counter)
 
-    def announce(self, session: AnySession, branch: str, step: int | None) -> None:
-        """Tell a branch's session what the coming forward is.
+    def announce(self, session: Session, branch: str, step: int | None) -> Sequence[ForwardLayer]:
+        """Tell a branch's session what the coming forward is, and return each layer's memory for it.
 
         Args:
             session: memory of the branch.
@@ -37,9 +39,9 @@ class Phase:
             step: denoising step that the pipeline says; it is counted if None.
         """
         if self.kind == "commit":
-            session.commit(self.pieces, self.latents)
-        elif self.kind == "compress":
-            session.compress(*self.pieces)
-        else:
-            session.denoise(self.steps[branch] if step is None else step)
-            self.steps[branch] += 1
+            return session.commit(self.pieces, self.latents)
+        if self.kind == "compress":
+            return session.compress(*self.pieces)
+        counted = self.steps[branch]
+        self.steps[branch] += 1
+        return session.denoise(counted if step is None else step)

@@ -17,7 +17,7 @@ from kvpack.generation.prompts import Prompt, Shot, shots
 from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import require_length
-from kvpack.memory.session import AnySession
+from kvpack.memory.session import Session
 
 if TYPE_CHECKING:
     from kvpack.generation.adapter import Adapter
@@ -152,7 +152,7 @@ class Run(ABC):
         return self.output_class(frames=frames) if self.call["return_dict"] else (frames,)
 
     @property
-    def sessions(self) -> dict[str, AnySession]:
+    def sessions(self) -> dict[str, Session]:
         """Memory of each guidance branch."""
         return self.denoiser.sessions
 

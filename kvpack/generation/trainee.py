@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvpack.generation.denoiser import Denoiser
+from kvpack.memory.layer import LayerCache
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
-from kvpack.memory.store import PackedBuffer
 
 
 class Rollout:
@@ -66,7 +66,7 @@ class Trainee(ABC):
 
     @abstractmethod
     def rollout(
-        self, stack: Stack, embeds: Tensor, latent_size: tuple[int, int], buffer: type[PackedBuffer] = PackedBuffer
+        self, stack: Stack, embeds: Tensor, latent_size: tuple[int, int], buffer: type[LayerCache] = LayerCache
     ) -> Rollout:
         """Start a new video of `latent_size` (height, width) for each row of text embeddings.
 
@@ -74,7 +74,7 @@ class Trainee(ABC):
             stack: the memory policy.
             embeds: text embeddings.
             latent_size: height and width of the latents.
-            buffer: what a layer attends; `GraphBuffer` lets gradients through.
+            buffer: what a layer attends; `GraphLayer` lets gradients through.
         """
 
     @abstractmethod

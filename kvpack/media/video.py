@@ -224,8 +224,8 @@ def _signals_wait() -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-        for each in came[:1]:
-            signal.raise_signal(each)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def _handled() -> list[signal.Signals]:

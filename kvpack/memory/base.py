@@ -1,99 +1,38 @@
-"""The wide role: a method that four small policies cannot say, as functions of a value that holds its past."""
+"""The contract of a memory: what of the past a chunk attends, in host integers once a chunk and in tensors by layer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, Literal
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, PolicyError
 from kvpack.memory.geometry import Geometry
+from kvpack.memory.ledger import Piece
+from kvpack.memory.plan import Book, Plan
 from kvpack.memory.roles import LatentCompressor, Policy
 from kvpack.memory.rope import rotate, rotations
-from kvpack.memory.store import PackedBuffer
+from kvpack.memory.store import KeysValues
+from kvpack.memory.tokens import Tokens, consecutive, shortened
 
-if TYPE_CHECKING:
-    from kvpack.memory.session import AnySession
+__all__ = [
+    "Attended",
+    "Book",
+    "Chunk",
+    "Commit",
+    "Event",
+    "Memory",
+    "Plan",
+    "StateMemory",
+    "Tokens",
+    "consecutive",
+    "shortened",
+]
 
 Commit = Literal["rerun", "last-step"]
 Event = Literal["prompt-changed", "scene-cut"]
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """Keys before RoPE and values of one layer, and where each token sits.
-
-    Args:
-        keys: keys after their norm and before RoPE.
-        values: values.
-        coordinates: (t, y, x) of each token, t in latent frames of the video; with one row for all rows, and with an
-            axis of heads only where each head keeps tokens of its own.
-        bias: what is added to the logits of queries that attend these tokens.
-    """
-
-    keys: Float[Tensor, "batch tokens heads head_dim"]
-    values: Float[Tensor, "batch tokens heads head_dim"]
-    coordinates: Float[Tensor, "rows tokens 3"] | Float[Tensor, "rows tokens heads 3"]
-    bias: float = 0.0
-
-    def __len__(self) -> int:
-        return self.keys.shape[1]
-
-    def __getitem__(self, some: slice) -> "Tokens":
-        """A run of tokens."""
-        return replace(
-            self, keys=self.keys[:, some], values=self.values[:, some], coordinates=self.coordinates[:, some]
-        )
-
-    def __add__(self, other: "Tokens") -> "Tokens":
-        """These tokens and, behind them, others of the same bias."""
-        coordinates = [self.coordinates, other.coordinates]
-        rows = max(each.shape[0] for each in coordinates)
-        if {each.ndim for each in coordinates} == {3, 4}:
-            heads = self.keys.shape[2]
-            coordinates = [
-                each if each.ndim == 4 else each[:, :, None].expand(-1, -1, heads, -1) for each in coordinates
-            ]
-        coordinates = [each.expand(rows, *each.shape[1:]) for each in coordinates]
-        return replace(
-            self,
-            keys=torch.cat([self.keys, other.keys], dim=1),
-            values=torch.cat([self.values, other.values], dim=1),
-            coordinates=torch.cat(coordinates, dim=1),
-        )
-
-    def rotated_keys(self, geometry: Geometry) -> Float[Tensor, "batch tokens heads head_dim"]:
-        """Keys after RoPE at these places."""
-        return rotate(self.keys, rotations(self.coordinates, geometry))
-
-    def take(self, index: Int[Tensor, "batch kept"] | Int[Tensor, "batch kept heads"]) -> "Tokens":
-        """The tokens of each row, or of each row's heads, at some indices."""
-        rows, heads = self.keys.shape[0], self.keys.shape[2]
-        each = index if index.ndim == 3 else index[..., None].expand(-1, -1, heads)
-        wide = each[..., None].expand(-1, -1, -1, self.keys.shape[3])
-        coordinates = self.coordinates.expand(rows, *self.coordinates.shape[1:])
-        if index.ndim == 3 and coordinates.ndim == 3:
-            coordinates = coordinates[:, :, None].expand(-1, -1, heads, -1)
-        where = (each if coordinates.ndim == 4 else index)[..., None].expand(*([-1] * (coordinates.ndim - 1)), 3)
-        return replace(
-            self,
-            keys=self.keys.gather(1, wide),
-            values=self.values.gather(1, wide),
-            coordinates=coordinates.gather(1, where),
-        )
-
-    def moved(self, frames: float) -> "Tokens":
-        """The same tokens, later."""
-        coordinates = self.coordinates.clone()
-        coordinates[..., 0] += frames
-        return replace(self, coordinates=coordinates)
-
-    def starting_at(self, frame: float) -> "Tokens":
-        """The same tokens, the first of them at `frame`."""
-        return self.moved(frame - float(self.coordinates[..., 0].min())) if len(self) else self
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +48,11 @@ class Chunk:
         frames: latent frames of it.
         step: denoising step; -1 in the forward of the clean chunk.
         geometry: the model.
-        earlier: queries of the forwards of this chunk before this one, oldest first, if the memory hears queries.
+        earlier: queries of the forwards of this chunk before this one, oldest first, if the memory needs queries.
         latents: the clean latents, in the forward of the clean chunk.
+        plan: what is known of the chunk in host integers.
+        shared: what the first layer's `Attended` tells the other layers.
+        twins: keys and values that a latent-space compressor's tokens have in this layer.
     """
 
     queries: Float[Tensor, "batch tokens heads head_dim"]
@@ -123,9 +65,12 @@ class Chunk:
     geometry: Geometry
     earlier: tuple[Tensor, ...] = ()
     latents: Float[Tensor, "batch channels frames height width"] | None = None
+    plan: Plan | None = None
+    shared: Any = None
+    twins: Mapping[Piece, KeysValues] = field(default_factory=dict)
 
     def rotated(self, queries: Tensor) -> Tensor:
-        """Queries of this chunk after RoPE at their places in the video."""
+        """Return queries of this chunk after RoPE at their places in the video."""
         return rotate(queries, rotations(self.tokens.coordinates, self.geometry))
 
 
@@ -134,22 +79,33 @@ class Attended:
     """What a chunk attends beside itself.
 
     Args:
-        tokens: at the places where they are attended.
-        chunk_start: temporal position of the chunk's first frame.
+        tokens: at the places where they are attended; a list holds those of each row, where rows differ in number.
+        chunk_start: temporal position of the chunk's first frame, one for all rows or `[rows]`.
         state: what is handed to `remember` in the place of the state before.
         hidden: first tokens of the chunk that not even the chunk attends.
+        rotations: those of all tokens in order, in pieces, where layers share them; otherwise the tokens' coordinates
+            say them.
+        selected: indices of the chosen blocks, `[rows, chosen]`, for `stats()`.
+        shared: told to the layers behind the first, as `Chunk.shared`.
+        suspect: a scalar on the device; where it is true, `Memory.explain` is asked at the end of the chunk.
     """
 
-    tokens: tuple[Tokens, ...]
-    chunk_start: float
+    tokens: tuple[Tokens, ...] | list[tuple[Tokens, ...]]
+    chunk_start: float | Tensor
     state: Any
     hidden: int = 0
+    rotations: tuple[Tensor, ...] | None = None
+    selected: Tensor | None = None
+    shared: Any = None
+    suspect: Tensor | None = None
 
 
 class Memory(Policy, ABC):
     """What of the past a chunk attends. A frozen dataclass; what belongs to one generation is the state it is given.
 
-    `Stack` is a memory of four small policies. A method that they cannot say is a subclass of `StateMemory`.
+    What is known in host integers is decided once a chunk for all layers (`book`, `plan`, `committed`, `rewound`); what
+    needs tensors once a chunk and layer (`start`, `attend`, `remember`). `Stack` is a memory of four small policies. A
+    method that they cannot say is a subclass of `StateMemory`.
     """
 
     role: ClassVar[str] = "memory"
@@ -165,7 +121,20 @@ class Memory(Policy, ABC):
     #: Whether the first frame of a replay is encoded anew, from its pixels, as the first of a video.
     reencodes: ClassVar[bool] = False
     #: Most times that a chunk is generated anew after a veto.
-    most_retries: ClassVar[int] = 0
+    max_retries: ClassVar[int] = 0
+    #: Whether what is attended depends on the denoising step; otherwise it is settled at the first one.
+    every_step: ClassVar[bool] = False
+    #: Whether `Chunk.earlier` is filled.
+    needs_queries: ClassVar[bool] = False
+    #: Whether it is made of policies that are named in errors, and timed, in its place.
+    composite: ClassVar[bool] = False
+    #: Whether its blocks lie in the engine's arenas, in attended order; otherwise its state holds tensors of its own.
+    in_place: ClassVar[bool] = False
+
+    @property
+    def keeps_rotated(self) -> bool:
+        """Whether keys are kept after RoPE, since they never move and are read by nothing but attention."""
+        return False
 
     @property
     def needs_pixels(self) -> bool:
@@ -177,13 +146,90 @@ class Memory(Policy, ABC):
         """What makes hidden tokens of clean latents, if anything does."""
         return None
 
+    def book(self) -> Book:
+        """Return the host's view of an empty past."""
+        return Book()
+
+    def plan(self, book: Book, coming: int, geometry: Geometry) -> Plan:
+        """Return what is known, without any tensor, of a chunk of `coming` latent frames behind a past."""
+        return Plan(book, coming, geometry)
+
+    def committed(self, plan: Plan) -> Book:
+        """Return the book with the planned chunk in it; a replayed chunk may be several in one."""
+        book, chunks = plan.book, -(-plan.coming // self.chunk_frames)
+        return Book(book.frames + plan.coming, book.chunks + chunks, book.seconds)
+
+    def rewound(self, book: Book, frames: int) -> Book:
+        """Return the book without its last latent frames."""
+        return Book(book.frames - frames, book.chunks - -(-frames // self.chunk_frames), book.seconds)
+
+    def replays(self, book: Book, coming: int = 0) -> tuple[int, ...]:
+        """Return the frames of each forward of a replay, oldest first.
+
+        Args:
+            book: the past.
+            coming: frames of a chunk that is not committed yet and is the last of them.
+        """
+        frames = min(self.replay_frames, book.frames + coming)
+        if self.replays_jointly:
+            return (frames,) if frames else ()
+        last = (coming,) if coming else ()
+        return (self.chunk_frames,) * ((frames - coming) // self.chunk_frames) + last
+
+    def start(self, geometry: Geometry, layer: int) -> Any:
+        """Return the state of a layer before the first chunk."""
+        return None
+
     @abstractmethod
-    def session(self, geometry: Geometry, buffer: type[PackedBuffer] = PackedBuffer) -> "AnySession":
-        """The memory of a new generation."""
+    def attend(self, state: Any, chunk: Chunk) -> Attended:
+        """Return what a chunk attends, at its first forward."""
+
+    @abstractmethod
+    def remember(self, state: Any, chunk: Chunk) -> Any:
+        """Return the state with the clean chunk in it.
+
+        Args:
+            state: what `attend` gave for this chunk.
+            chunk: the forward whose keys and values become history.
+        """
+
+    def forget(self, state: Any, tokens: int) -> Any:
+        """Return the state without the newest `tokens` tokens of history, which are about to be replayed."""
+        raise NotImplementedError(f"{type(self).__name__} has replay_frames, so it must have forget()")
+
+    def happened(self, state: Any, event: Event) -> Any:
+        """Return the state after something has happened between two chunks, before a replay."""
+        return state
+
+    def veto(
+        self, state: Any, latents: Float[Tensor, "batch channels frames height width"]
+    ) -> tuple[Bool[Tensor, " batch"], Any]:
+        """Return the rows whose chunk is to be generated anew, and the state to do it with.
+
+        The state before is there again once all rows are accepted or the retries are used up. All layers must veto the
+        same rows. Called only if `max_retries` is not 0.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has max_retries, so it must have veto()")
+
+    def written(self, state: Any) -> Any:
+        """Return the state once its commit is certain; the first moment at which storage may be written over."""
+        return state
+
+    def fork(self, state: Any) -> Any:
+        """Return a state that does not notice what becomes of this one; a state of values is its own fork."""
+        return state
+
+    def explain(self, attended: Attended, plan: Plan, layer: int) -> None:
+        """Raise `PolicyError` if what was attended breaks the contract; waits for the device."""
+        for tokens in attended.tokens if isinstance(attended.tokens, tuple) else ():
+            for what in ("keys", "values", "coordinates"):
+                if not bool(getattr(tokens, what).isfinite().all()):
+                    name = type(self).__name__
+                    raise PolicyError(f"{name}.attend returned {what} for layer {layer} that are not finite")
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as JSON takes it."""
+        """Return plain data, as JSON takes it."""
 
 
 class StateMemory(Memory):
@@ -193,97 +239,8 @@ class StateMemory(Memory):
     be forked, and a commit is all or nothing.
     """
 
-    #: Whether what is attended depends on the denoising step; otherwise it is settled at the first one.
-    every_step: ClassVar[bool] = False
-    #: Whether `Chunk.earlier` is told.
-    hears_queries: ClassVar[bool] = False
-
-    def start(self, geometry: Geometry, layer: int) -> Any:
-        """The state of a layer before the first chunk."""
-        return None
-
-    @abstractmethod
-    def attend(self, state: Any, chunk: Chunk) -> Attended:
-        """What a chunk attends, at its first forward."""
-
-    @abstractmethod
-    def remember(self, state: Any, chunk: Chunk) -> Any:
-        """The state with the clean chunk in it.
-
-        Args:
-            state: what `attend` gave for this chunk.
-            chunk: the forward whose keys and values become history.
-        """
-
-    def forget(self, state: Any, tokens: int) -> Any:
-        """The state without the newest `tokens` tokens of history, which are about to be replayed."""
-        raise NotImplementedError(f"{type(self).__name__} has replay_frames, so it must have forget()")
-
-    def happened(self, state: Any, event: Event) -> Any:
-        """The state after something has happened between two chunks, before a replay."""
-        return state
-
-    def veto(
-        self, state: Any, latents: Float[Tensor, "batch channels frames height width"]
-    ) -> tuple[Bool[Tensor, " batch"], Any]:
-        """Rows whose chunk is to be generated anew, and the state to do it with.
-
-        The state before is there again once all rows are accepted or the retries are used up. All layers must veto the
-        same rows. Called only if `most_retries` is not 0.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has most_retries, so it must have veto()")
-
-    def session(self, geometry: Geometry, buffer: type[PackedBuffer] = PackedBuffer) -> "AnySession":
-        """A session that holds a state for each layer."""
-        from kvpack.memory.state_session import StateSession
-
-        return StateSession(self, geometry, buffer)
-
     def to_dict(self) -> dict[str, Any]:
-        """Its name and options."""
+        """Return its name and options."""
         if not is_dataclass(self):
             raise InvalidOptionError(f"{type(self).__name__} must be a dataclass to be written as data")
         return {"memory": self.name, **{each.name: getattr(self, each.name) for each in fields(self)}}
-
-
-def consecutive(parts: Sequence[Tokens], start: float = 0.0) -> tuple[list[Tokens], float]:
-    """Parts placed one behind the other in time, without gaps between them, and the position behind the last.
-
-    Each part keeps the distances of its own frames.
-    """
-    placed = []
-    for part in parts:
-        if len(part):
-            placed.append(part.starting_at(start))
-            start = float(placed[-1].coordinates[..., 0].max()) + 1.0
-    return placed, start
-
-
-def shortened(parts: Sequence[Tokens], tokens: int) -> list[Tokens]:
-    """Parts without the last `tokens` tokens of them all."""
-    left = []
-    for part in reversed(parts):
-        cut = min(tokens, len(part))
-        left.append(part[: len(part) - cut])
-        tokens -= cut
-    return left[::-1]
-
-
-def check_tokens(memory: Memory, tokens: object, like: Tensor, layer: int) -> None:
-    """Raises `PolicyError` if what a memory wants attended does not fit the model."""
-    name = f"{type(memory).__name__}.attend"
-    if not isinstance(tokens, Tokens):
-        raise PolicyError(f"{name} returned {type(tokens).__name__} in layer {layer}, but it must be Tokens")
-    wanted = (like.shape[0], len(tokens), *like.shape[2:])
-    for what, tensor in (("keys", tokens.keys), ("values", tokens.values)):
-        if tuple(tensor.shape) != wanted or tensor.dtype != like.dtype or tensor.device != like.device:
-            raise PolicyError(
-                f"{name} returned {what} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device} in layer {layer}, "
-                f"but they must be {like.dtype} {wanted} on {like.device}"
-            )
-    shape = tuple(tokens.coordinates.shape)
-    if shape[1:] not in ((wanted[1], 3), (wanted[1], wanted[2], 3)) or shape[0] not in (1, wanted[0]):
-        raise PolicyError(
-            f"{name} returned coordinates {shape} in layer {layer}, but they must be (1 or {wanted[0]}, {wanted[1]}, "
-            "3), or with an axis of heads before the last"
-        )

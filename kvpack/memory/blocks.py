@@ -28,12 +28,12 @@ class Span:
 
     first_frame: int
     frames: int
-    coordinates: Float[Tensor, "tokens 3"]
+    coordinates: Float[Tensor, "tokens 3"] | Float[Tensor, "rows tokens 3"] | Float[Tensor, "rows tokens heads 3"]
 
     @property
     def tokens(self) -> int:
         """Number of tokens."""
-        return self.coordinates.shape[0]
+        return self.coordinates.shape[0 if self.coordinates.ndim == 2 else 1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,9 +149,3 @@ def check_block(
             raise PolicyError(
                 f"{name} returned {what} {tensor.dtype} in layer {layer}, but the model's dtype is {like.dtype}"
             )
-
-
-def owned(tensor: Tensor, cut: slice) -> Tensor:
-    """A part of a chunk that keeps no other part alive."""
-    part = tensor[:, cut]
-    return part.contiguous() if part.shape == tensor.shape else part.clone()

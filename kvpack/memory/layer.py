@@ -1,59 +1,239 @@
-"""The memory of one transformer layer: what an attention processor talks to."""
+"""The memory of one transformer layer in one generation: what an attention processor talks to."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from kvpack.errors import PolicyError
-from kvpack.memory.attribution import blamed
-from kvpack.memory.blocks import KVBlock, check_block
-from kvpack.memory.roles import Candidates, Placement, Query
-from kvpack.memory.rope import rotate
-from kvpack.memory.store import Archive, Attention, PackedBuffer
+from kvpack.memory.attended import Attention, Context, Gathered, InPlace
+from kvpack.memory.attribution import memory_call
+from kvpack.memory.base import Attended, Chunk, Memory
+from kvpack.memory.ledger import Piece
+from kvpack.memory.plan import Plan, at
+from kvpack.memory.rope import rotations, wide_dtype
+from kvpack.memory.store import Arena, KeysValues, Workspace
+from kvpack.memory.tokens import Tokens
 
-if TYPE_CHECKING:
-    from kvpack.memory.plan import Context
 
-KeysValues = tuple[Tensor, Tensor]
+@runtime_checkable
+class AttendingLayer(Protocol):
+    """What an attention processor talks to."""
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, attention: Attention) -> Tensor:
+        """Return the attention of the current tokens to the memory and to themselves."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
-class Turns:
-    """Rotations of a layer's context and of its current chunk, and the placement that they come from."""
-
-    placement: Placement
-    context: Complex[Tensor, "rows tokens one_or_heads half"]
-    chunk: Complex[Tensor, "rows chunk one_or_heads half"]
-
-
-class LayerMemory:
-    """Packed buffer, archive and choice of one layer.
+class Forward:
+    """What the coming forward is; each layer is told by the object that it is handed.
 
     Args:
-        index: index of the layer.
-        slot_tokens: most tokens of a compressed block.
-        buffer: what is attended.
+        plan: the chunk.
+        settled: what is attended is settled once for all forwards that share this.
+        states: state of each layer before the chunk.
+        step: denoising step; -1 in a forward of clean tokens.
+        captures: whether its keys and values may become history.
+        with_chunk: whether its first tokens are the chunk's.
+        twins: pieces whose twins' tokens follow.
+        places: (t, y, x) of each twin's tokens, t from the chunk's first frame.
+        latents: the clean chunk, in the forward of it.
     """
 
-    def __init__(self, index: int, slot_tokens: int, buffer: PackedBuffer) -> None:
-        self.index = index
-        self.buffer = buffer
-        self.archive = Archive(slot_tokens)
-        #: What is attended; told before a forward, the same for all layers. None once the buffer is filled from it.
-        self.pending: Context | None = None
-        #: Keys before RoPE and values are appended here if not None: only a commit listens.
-        self.capture: list[KeysValues] | None = None
-        #: Rotations of the current chunk.
-        self.chunk_turns: Complex[Tensor, "rows chunk one_or_heads half"] | None = None
-        #: Whether a forward's first tokens are the chunk's; rotations, by placement, of twins whose tokens follow.
-        self.with_chunk = True
-        self.twins: list[Callable[[Placement], Tensor]] = []
-        self.placed: list[Turns] = []
-        self.chosen: Int[Tensor, "rows chosen"] | None = None
+    plan: Plan
+    settled: object
+    states: tuple[Any, ...]
+    step: int = -1
+    captures: bool = False
+    with_chunk: bool = True
+    twins: tuple[Piece, ...] = ()
+    places: tuple[Tensor, ...] = ()
+    latents: Tensor | None = None
+
+
+@dataclass
+class LayerCache:
+    """What one layer holds beside its state: the arena, and the chunk in progress.
+
+    Args:
+        memory: the policy.
+        index: index of the layer.
+        workspace: shared by all layers.
+        arena: where blocks lie that the engine stores.
+    """
+
+    #: Whether gradients pass; not through memory that is written in place.
+    differentiable: ClassVar[bool] = False
+
+    memory: Memory
+    index: int
+    workspace: Workspace
+    arena: Arena = field(default_factory=Arena)
+    #: What is attended, and since when.
+    attended: Attended | None = None
+    context: Context | None = None
+    _settled: object = None
+    #: The chunk that may become history, keys and values of twins, and queries of earlier forwards.
+    captured: Chunk | None = None
+    twins: dict[Piece, KeysValues] = field(default_factory=dict)
+    earlier: tuple[Tensor, ...] = ()
+    #: Scalars on the device, of which one is not finite if something is wrong with what was attended.
+    signs: list[Tensor] = field(default_factory=list)
+    #: Tokens of history of each row in the last denoising steps; the choice of the last chunk.
+    lengths: list[int] = field(default_factory=list)
+    selected: Tensor | None = None
+
+    def attend(
+        self,
+        forward: Forward,
+        first: "LayerCache",
+        queries: Float[Tensor, "rows tokens heads head_dim"],
+        keys: Float[Tensor, "rows tokens heads head_dim"],
+        values: Float[Tensor, "rows tokens heads head_dim"],
+        attention: Attention,
+    ) -> Float[Tensor, "rows tokens heads head_dim"]:
+        """Return the attention of the chunk, and of each twin's tokens, to the memory and to themselves.
+
+        Args:
+            forward: what this forward is.
+            first: the first layer, whose choice others may share.
+            queries: queries after their norm and before RoPE.
+            keys: keys after their norm and before RoPE.
+            values: values.
+            attention: called with rotated queries, and with keys and values of history and current tokens.
+        """
+        if forward.with_chunk and self._settled is not forward.settled:
+            count = queries.shape[1] - sum(each.shape[0] for each in forward.places)
+            # All queries of the forward choose, those of twins too.
+            self._settle(forward, first, self._chunk(forward, queries, keys[:, :count], values[:, :count], first))
+        if not forward.twins:
+            return self._attend_chunk(forward, first, queries, keys, values, attention)
+        sizes = [each.shape[0] for each in forward.places]
+        if forward.with_chunk:
+            sizes.insert(0, queries.shape[1] - sum(sizes))
+        parts = list(zip(*(each.split(sizes, dim=1) for each in (queries, keys, values)), strict=True))
+        out = []
+        if forward.with_chunk:
+            query, key, value = parts.pop(0)
+            out.append(self._attend_chunk(forward, first, query, key, value, attention))
+        for piece, places, projected in zip(forward.twins, forward.places, parts, strict=True):
+            out.append(self._attend_twin(forward.plan, piece, places, projected, attention))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+    def hear(self, piece: Piece, keys: Tensor, values: Tensor) -> None:
+        """Keep a twin's keys before RoPE and values, which were made without attention."""
+        self.twins[piece] = keys, values
+
+    def clear(self) -> None:
+        """End the chunk in progress."""
+        self._settled = self.attended = self.context = self.captured = None
+        self.twins, self.earlier, self.signs = {}, (), []
+
+    def remembered(self, seconds: dict[str, float]) -> Any:
+        """Return the state with the chunk in it."""
+        if self.attended is None or self.captured is None:
+            raise RuntimeError("finish_commit() must follow commit() and the forward of the chunk")
+        chunk = replace(self.captured, twins=self.twins)
+        with memory_call(self.memory, "remember", seconds, self.index):
+            return self.memory.remember(self.attended.state, chunk)
+
+    def _attend_chunk(
+        self, forward: Forward, first: "LayerCache", queries: Tensor, keys: Tensor, values: Tensor, attention: Attention
+    ) -> Tensor:
+        assert self.attended is not None
+        assert self.context is not None
+        hidden, turns = self.attended.hidden, forward.plan.chunk_rotations(self.attended.chunk_start, queries.device)
+        out = self.context.attend(queries, keys[:, hidden:], values[:, hidden:], turns, attention)
+        if forward.captures:
+            self._capture(self._chunk(forward, queries, keys, values, first))
+        if self.memory.needs_queries:
+            self.earlier = (*self.earlier, queries)
+        return out
+
+    def _capture(self, chunk: Chunk) -> None:
+        """Keep what may become history; tensors of the model are let go where the engine stores blocks."""
+        assert self.context is not None
+        tokens = chunk.tokens
+        block = self.context.keep(tokens.keys, tokens.values)
+        if block is not None:
+            stored = Tokens(block.keys, block.values, tokens.coordinates, block=block)
+            rows, _, *head = chunk.queries.shape
+            chunk = replace(chunk, tokens=stored, queries=chunk.queries.new_empty(rows, 0, *head))
+        self.captured = chunk
+
+    def _attend_twin(
+        self, plan: Plan, piece: Piece, places: Tensor, projected: tuple[Tensor, Tensor, Tensor], attention: Attention
+    ) -> Tensor:
+        assert self.attended is not None
+        assert self.context is not None
+        queries, keys, values = projected
+        start = self.attended.chunk_start
+        if not isinstance(start, Tensor):
+            start = torch.full((1,), float(start), dtype=wide_dtype(queries.device), device=queries.device)
+        turns = rotations(at(places, start, torch.ones_like(start)), plan.geometry)
+        self.twins[piece] = keys.clone(), values.clone()  # the forward's own tensors are far larger
+        with self.context.beside(keys.shape[1]):
+            return self.context.attend(queries, keys, values, turns, attention)
+
+    def _chunk(self, forward: Forward, queries: Tensor, keys: Tensor, values: Tensor, first: "LayerCache") -> Chunk:
+        plan = forward.plan
+        return Chunk(
+            queries,
+            Tokens(keys, values, plan.coordinates(queries.device)),
+            self.index,
+            plan.book.chunks,
+            plan.book.frames,
+            plan.coming,
+            forward.step,
+            plan.geometry,
+            self.earlier,
+            forward.latents,
+            plan,
+            None if self is first or first.attended is None else first.attended.shared,
+        )
+
+    def _settle(self, forward: Forward, first: "LayerCache", chunk: Chunk) -> None:
+        """Ask the memory what is attended, and lay it out."""
+        memory, plan, like = self.memory, forward.plan, chunk.tokens.keys
+        with memory_call(memory, "attend", plan.book.seconds, self.index):
+            attended = memory.attend(forward.states[self.index], chunk)
+        check_attended(memory, attended, like, self.index)
+        self.context = self._laid_out(attended, like, chunk)
+        self.signs = signs(attended, deeply=not memory.in_place)
+        if memory.in_place and isinstance(attended.tokens, tuple):  # they lie in the arena now
+            attended = replace(attended, tokens=tuple(each.without_data() for each in attended.tokens))
+        self.attended, self._settled, self.selected = attended, forward.settled, attended.selected
+        if memory.in_place or not forward.step or not self.lengths:
+            self.lengths = self.context.lengths
+        elif forward.step > 0:
+            self.lengths = list(map(max, self.lengths, self.context.lengths))
+
+    def _laid_out(self, attended: Attended, like: Tensor, chunk: Chunk) -> Context:
+        memory = self.memory
+        if memory.in_place and isinstance(attended.tokens, tuple):
+            rotated = memory.keeps_rotated
+            return InPlace(self.arena, self.workspace, attended, like, chunk.geometry, rotated=rotated)
+        return Gathered(self.workspace, attended, like, chunk.geometry, stores=memory.in_place)
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardLayer:
+    """A layer in one forward, which knows what that forward is.
+
+    Args:
+        cache: the layer.
+        first: the first layer.
+        forward: what the forward is.
+    """
+
+    cache: LayerCache
+    first: LayerCache
+    forward: Forward
 
     def attend(
         self,
@@ -62,148 +242,67 @@ class LayerMemory:
         values: Float[Tensor, "rows tokens heads head_dim"],
         attention: Attention,
     ) -> Float[Tensor, "rows tokens heads head_dim"]:
-        """Attention of the chunk, and of each twin's tokens, to the memory and to themselves.
+        """Return the attention of the forward's tokens; arguments as those of `LayerCache.attend`."""
+        return self.cache.attend(self.forward, self.first, queries, keys, values, attention)
 
-        Args:
-            queries: queries after their norm and before RoPE.
-            keys: keys after their norm and before RoPE.
-            values: values.
-            attention: called with rotated queries, and with keys and values of history and current tokens.
-        """
-        if self.pending is not None:
-            self._fill(self.pending, queries)
-            self.pending = None
-        turns = [joined([twin(each.placement) for each in self.placed]) for twin in self.twins]
-        if self.with_chunk:
-            assert self.chunk_turns is not None  # _fill has set them
-            turns.insert(0, self.chunk_turns)
-        sizes, attended = [each.shape[1] for each in turns], []
-        parts = zip(*(each.split(sizes, dim=1) for each in (queries, keys, values)), turns, strict=True)
-        for query, key, value, turn in parts:
-            self.hear(key, value)
-            attended.append(self.buffer.attend(query, key, value, turn, attention))
-        return joined(attended, dim=1)
+    def hear(self, keys: Tensor, values: Tensor) -> None:
+        """Keep the keys before RoPE and values of the one twin that this forward is for."""
+        (piece,) = self.forward.twins
+        self.cache.hear(piece, keys, values)
 
-    def hear(
-        self, keys: Float[Tensor, "rows tokens heads head_dim"], values: Float[Tensor, "rows tokens heads head_dim"]
-    ) -> None:
-        """Keeps keys before RoPE and values if a commit listens."""
-        if self.capture is not None:
-            self.capture.append((keys, values))
 
-    def _fill(self, context: "Context", queries: Tensor) -> None:
-        """Chooses, places and rotates the whole history into the buffer: once a chunk."""
-        rows = queries.shape[0]
-        self.chosen = self._select(context, queries)
-        self.buffer.clear(rows, context.capacity, queries)
-        if self.chosen is None or context.uniform:
-            self.placed = [self._fill_rows(context, slice(0, rows), self.chosen, queries)]
-        else:
-            # Chosen blocks of unequal size: rows differ in length; the host reads each one's choice and fills it.
-            chosen = self.chosen.tolist()
-            self.placed = [self._fill_rows(context, slice(r, r + 1), chosen[r], queries) for r in range(rows)]
-        self.chunk_turns = joined([turns.chunk for turns in self.placed])
+def check_attended(memory: Memory, attended: object, like: Tensor, layer: int) -> None:
+    """Raise `PolicyError` if what a memory wants attended does not fit the model."""
+    name = f"{type(memory).__name__}.attend"
+    if not isinstance(attended, Attended):
+        raise PolicyError(f"{name} returned {type(attended).__name__} in layer {layer}, but it must be Attended")
+    start, tokens = attended.chunk_start, attended.tokens
+    if not isinstance(start, Tensor) and not (isinstance(start, int | float) and math.isfinite(start)):
+        raise PolicyError(f"{name} returned chunk_start {start!r} in layer {layer}, but it must be a finite number")
+    if not isinstance(tokens, tuple | list):
+        raise PolicyError(f"{name} returned {type(tokens).__name__} in layer {layer}, but it must be a tuple of Tokens")
+    if not memory.in_place:
+        for each in tokens:
+            check_tokens(memory, each, like, layer)
 
-    def _fill_rows(self, context: "Context", rows: slice, chosen: Tensor | list[int] | None, queries: Tensor) -> Turns:
-        turns = context.turns(chosen, queries.device)
-        start = 0
 
-        def append(keys: Tensor, values: Tensor) -> None:
-            nonlocal start
-            stop = start + keys.shape[1]
-            self.buffer.append(rows, keys, values, turns.context[:, start:stop])
-            start = stop
-
-        for piece in context.sink:
-            keys, values = piece.layers[self.index]
-            append(keys[rows], values[rows])
-        if isinstance(chosen, Tensor):
-            slots = context.on(queries.device)[0][chosen.clamp(0, len(context.slots) - 1)]
-            append(*self.archive.gather(rows, slots, context.tokens[0]))
-        else:
-            for index in range(len(context.slots)) if chosen is None else chosen:
-                append(*self._archived(context, rows, index))
-        for piece in context.recent:
-            keys, values = piece.layers[self.index]
-            append(keys[rows], values[rows])
-        # Rotations of history have done their work; where frequencies differ by head they are as large as its keys.
-        return replace(turns, context=turns.context[:, :0].clone())
-
-    def _archived(self, context: "Context", rows: slice, index: int) -> KeysValues:
-        """A mid block as it is attended."""
-        slot, tokens, level = context.slots[index], context.tokens[index], context.levels[index]
-        keys, values = self.archive.keys[rows, slot, :tokens], self.archive.values[rows, slot, :tokens]
-        if not level:
-            return keys, values
-        compressor, block = context.stack.compressor, KVBlock(keys, values, context.spans[context.frames[index]])
-        with blamed(compressor, "shrunk", context.ledger.seconds, self.index):
-            shrunk = compressor.shrunk(block, context.geometry.grid, level)
-        check_block(compressor, shrunk, context.attended[index], keys, self.index, "shrunk")
-        return shrunk.keys, shrunk.values
-
-    def _select(self, context: "Context", queries: Tensor) -> Int[Tensor, "rows chosen"] | None:
-        """Sorted indices of the chosen mid blocks; None if all are attended or none."""
-        if context.takes_all:
-            return None
-        if context.choice is not None:
-            return context.choice.to(queries.device)
-        slots, tokens = context.on(queries.device)
-
-        def keys(block: int) -> Tensor:
-            return self.archive.keys[:, context.slots[block], : context.tokens[block]]
-
-        candidates = Candidates(
-            first_frames=context.first_frames,
-            frames=context.frames,
-            tokens=tokens,
-            key_sums=self.archive.key_sums.index_select(1, slots),
-            keys=keys,
-            rotated_keys=lambda block: rotate(keys(block), context.absolute_turns(block, queries.device)),
-        )
-        query = Query(
-            queries,
-            self.index,
-            context.chunk,
-            rotated=lambda: rotate(queries, context.absolute_turns(None, queries.device)),
-        )
-        with blamed(context.selector, "select", context.ledger.seconds, self.index):
-            chosen = context.selector.select(query, candidates)
-        wanted = (queries.shape[0], context.chosen)
-        if not isinstance(chosen, Tensor) or chosen.dtype not in (torch.int64, torch.int32):
-            kind = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
-            raise self._broken(context, f"returned {kind} in layer {self.index}, but indices are int64")
-        if tuple(chosen.shape) != wanted:
-            raise self._broken(
-                context, f"returned shape {tuple(chosen.shape)} in layer {self.index}, but it must be {wanted}"
+def check_tokens(memory: Memory, tokens: object, like: Tensor, layer: int) -> None:
+    """Raise `PolicyError` if tokens that a memory wants attended do not fit the model."""
+    name = f"{type(memory).__name__}.attend"
+    if not isinstance(tokens, Tokens):
+        raise PolicyError(f"{name} returned {type(tokens).__name__} in layer {layer}, but it must be Tokens")
+    wanted = (like.shape[0], len(tokens), *like.shape[2:])
+    for what, tensor in (("keys", tokens.keys), ("values", tokens.values)):
+        if tuple(tensor.shape) != wanted or tensor.dtype != like.dtype or tensor.device != like.device:
+            raise PolicyError(
+                f"{name} returned {what} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device} in layer {layer}, "
+                f"but they must be {like.dtype} {wanted} on {like.device}"
             )
-        ordered = chosen.long().sort(dim=1).values
-        if context.stack.selection == "chunk":
-            context.choice = ordered
-        return ordered
-
-    def check_choice(self, context: "Context") -> None:
-        """Raises `PolicyError` if the choice or placement was wrong; once a chunk, since it waits for the device."""
-        for turns in self.placed:
-            given = turns.placement
-            numbers = torch.cat([given.starts.flatten(), given.lengths.flatten(), given.chunk_start])
-            if not bool(numbers.isfinite().all()):
-                name = type(context.reindexer).__name__
-                raise PolicyError(f"{name}.place returned positions for layer {self.index} that are not finite")
-        if self.chosen is None or self.chosen.numel() == 0:
-            return
-        count = len(context.slots)
-        bad = (self.chosen < 0) | (self.chosen >= count)
-        if bool(bad.any()):
-            index = int(self.chosen[bad][0])
-            raise self._broken(context, f"returned index {index}, but layer {self.index} has {count} candidates")
-        if bool((self.chosen[:, 1:] == self.chosen[:, :-1]).any()):
-            raise self._broken(context, f"returned an index twice in layer {self.index}, but a block is attended once")
-
-    @staticmethod
-    def _broken(context: "Context", what: str) -> PolicyError:
-        return PolicyError(f"{type(context.selector).__name__}.select {what}")
+    shape = tuple(tokens.coordinates.shape)
+    if shape[1:] not in ((wanted[1], 3), (wanted[1], wanted[2], 3)) or shape[0] not in (1, wanted[0]):
+        raise PolicyError(
+            f"{name} returned coordinates {shape} in layer {layer}, but they must be (1 or {wanted[0]}, {wanted[1]}, "
+            "3), or with an axis of heads before the last"
+        )
 
 
-def joined(parts: list[Tensor], dim: int = 0) -> Tensor:
-    """Parts, behind each other; the only one as it is."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+def check_layers(caches: Sequence[LayerCache]) -> bool:
+    """Return whether nothing that a memory did in this chunk looks wrong: one reduction, one wait for the device."""
+    numbers = [number for cache in caches for number in cache.signs]
+    return not numbers or bool(torch.stack([each.to(numbers[0].device) for each in numbers]).isfinite().all())
+
+
+def signs(attended: Attended, *, deeply: bool) -> list[Tensor]:
+    """Return scalars that are all finite if what is attended looks right; nothing waits for the device.
+
+    Args:
+        attended: what a memory wants attended.
+        deeply: whether its keys, values and places are looked at, which costs a pass over them.
+    """
+    found = [] if attended.suspect is None else [torch.where(attended.suspect, torch.nan, 0.0)]
+    if deeply:
+        # The sum of numbers is finite only if each of them is; what overflows is looked at again.
+        parts = attended.tokens if isinstance(attended.tokens, tuple) else ()
+        for each in parts:
+            found += [part.detach().sum(dtype=torch.float32) for part in (each.keys, each.values, each.coordinates)]
+    return found

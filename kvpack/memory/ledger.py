@@ -6,7 +6,7 @@ next one.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Literal
 
 from kvpack.errors import InvalidOptionError, PolicyError
@@ -126,19 +126,14 @@ class Ledger:
         archive = list(self.archive)
         while archive and part_of(archive[0]) is None:
             del archive[0]
-        # The slots of the blocks that go are not free before the next commit: an interrupted commit has lost nothing.
-        taken = {piece.slot for piece in self.archive}
-        leaving = []
-        for index, piece in enumerate(pieces):
-            if piece.part == "mid":
-                slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
-                taken.add(slot)
-                leaving.append((index, slot))
-                archive.append(replace(piece, slot=slot))
+        new = [index for index, piece in enumerate(pieces) if piece.part == "mid"]
         if self.archive_blocks is not None:
-            archive = archive[max(0, len(archive) - self.archive_blocks) :]
-            held = {piece.slot for piece in archive}
-            leaving = [(index, slot) for index, slot in leaving if slot in held]
+            new = new[max(0, len(new) - self.archive_blocks) :]
+            archive = archive[max(0, len(archive) + len(new) - self.archive_blocks) :]
+        taken = {piece.slot for piece in archive}
+        free = (slot for slot in count() if slot not in taken)
+        leaving = list(zip(new, free, strict=False))
+        archive += [replace(pieces[index], slot=slot) for index, slot in leaving]
         whole = tuple(pieces[index] for index in kept)
         ledger = replace(
             self, frames=history, chunks=self.chunks + 1, expected=None, whole=whole, archive=tuple(archive)

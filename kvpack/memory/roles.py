@@ -224,6 +224,8 @@ class Reindexer(Policy, ABC):
     role: ClassVar[str] = "reindexer"
     #: True if positions depend on how many blocks were chosen, not on which: computed once for all layers then.
     shared: ClassVar[bool] = False
+    #: True if a frame's position is its index in the video: keys that nothing else reads can be kept rotated then.
+    absolute: ClassVar[bool] = False
 
     @abstractmethod
     def place(self, layout: Layout) -> Placement:

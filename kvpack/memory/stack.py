@@ -1,18 +1,33 @@
-"""A memory policy: four roles and the chunk length, without state."""
+"""The memory of four small policies: what is kept whole, how the rest is compressed, which of it is attended, where."""
 
-from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from kvpack.errors import InvalidOptionError, require_choice, require_int
-from kvpack.memory.base import Commit, Memory
+from kvpack.errors import InvalidOptionError, PolicyError, require_choice, require_int
+from kvpack.memory.archive import Archive
+from kvpack.memory.attribution import blamed
+from kvpack.memory.base import Attended, Chunk, Commit, Memory
+from kvpack.memory.blocks import KVBlock, Span, check_block, grid_coordinates
+from kvpack.memory.choice import check_choice, choose, doubtful
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.roles import Compressor, LatentCompressor, Partitioner, Policy, Reindexer, Selector
-from kvpack.memory.store import PackedBuffer
-
-if TYPE_CHECKING:
-    from kvpack.memory.session import Session
+from kvpack.memory.ledger import Ledger, Piece
+from kvpack.memory.plan import Book, Plan, at
+from kvpack.memory.roles import (
+    Compressor,
+    LatentCompressor,
+    Partitioner,
+    Policy,
+    Reindexer,
+    Selector,
+)
+from kvpack.memory.rope import rotations
+from kvpack.memory.stack_plan import Placed, StackBook, StackPlan
+from kvpack.memory.store import KeysValues, StoredBlock
+from kvpack.memory.tokens import Tokens
 
 ROLES: dict[str, type[Policy]] = {
     "partitioner": Partitioner,
@@ -22,6 +37,38 @@ ROLES: dict[str, type[Policy]] = {
 }
 
 Selection = Literal["layer", "chunk"]
+
+
+@dataclass(frozen=True, eq=False)
+class KeptBlock:
+    """A block at full resolution, and its compressed twin if that was made at commit.
+
+    Args:
+        first_token: index of its first token in the history.
+        block: its keys and values.
+        twin: those of the tokens that will stand for it.
+    """
+
+    first_token: int
+    block: StoredBlock
+    twin: KeysValues | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StackState:
+    """One layer of a stack's past.
+
+    Args:
+        whole: what is kept at full resolution, as the ledger lists it.
+        archive: compressed blocks, in the slots that the ledger says.
+        tokens: committed tokens.
+        leaving: blocks on their way into a slot, which may still hold a block of the past before.
+    """
+
+    whole: tuple[KeptBlock, ...]
+    archive: Archive
+    tokens: int = 0
+    leaving: tuple[tuple[int, KVBlock], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,7 +82,7 @@ class Stack(Memory):
         selector: which mid blocks a chunk attends.
         reindexer: temporal positions of everything attended.
         chunk_frames: latent frames generated together; the length that the model was trained with.
-        archive_blocks: most compressed blocks kept, the oldest go first; None keeps all.
+        archive_blocks: most compressed blocks kept, the oldest go first, so that memory is bounded; None keeps all.
         selection: whose queries choose mid blocks: each "layer" its own, or the first layer's once a "chunk" for all
             layers; for each batch row either way.
         commit: which keys and values of a chunk become history: those of a "rerun" of the clean chunk at t = 0, or
@@ -52,7 +99,7 @@ class Stack(Memory):
     selector: Selector
     reindexer: Reindexer
     chunk_frames: int = 4
-    archive_blocks: int | None = None
+    archive_blocks: int | None = 128
     selection: Selection = "layer"
     commit: Commit = "rerun"  # type: ignore[misc]
     replay_frames: int = 21
@@ -71,16 +118,111 @@ class Stack(Memory):
         self.partitioner.check(self.chunk_frames)
         self.reindexer.check(self.partitioner, self.chunk_frames)
 
+    composite = in_place = True
+
     @property
     def latent_compressor(self) -> LatentCompressor | None:
         """The compressor, if it works on latents."""
         return self.compressor if isinstance(self.compressor, LatentCompressor) else None
 
-    def session(self, geometry: Geometry, buffer: type[PackedBuffer] = PackedBuffer) -> "Session":
-        """A session that keeps blocks in slots."""
-        from kvpack.memory.session import Session
+    @cached_property
+    def keeps_rotated(self) -> bool:  # type: ignore[override]
+        """Whether keys are kept after RoPE: positions never change, and nothing is compressed."""
+        if not self.reindexer.absolute:
+            return False
+        far = self.partitioner.horizon_frames // self.chunk_frames + 2
+        lengths = range(self.chunk_frames, (far + 1) * self.chunk_frames, self.chunk_frames)
+        parts = (self.partitioner.partition(history, self.chunk_frames) for history in lengths)
+        return self.archive_blocks == 0 or all(each.part != "mid" for segments in parts for each in segments)
 
-        return Session(self, geometry, buffer)
+    def book(self) -> StackBook:
+        """Return the book of an empty ledger."""
+        return StackBook.of(Ledger(self.partitioner, self.chunk_frames, self.archive_blocks))
+
+    def plan(self, book: Book, coming: int, geometry: Geometry) -> StackPlan:
+        """List the attended blocks."""
+        assert isinstance(book, StackBook)
+        return StackPlan(self, book, coming, geometry)
+
+    def committed(self, plan: Plan) -> StackBook:
+        """Return the book with the planned chunk in it."""
+        assert isinstance(plan, StackPlan)
+        return plan.after
+
+    def rewound(self, book: Book, frames: int) -> StackBook:
+        """Return the book without its last frames; what has left the recent ones since does not come back."""
+        assert isinstance(book, StackBook)
+        assert book.ledger is not None
+        return StackBook.of(book.ledger.rewound(frames), book.ledger)
+
+    def replays(self, book: Book, coming: int = 0) -> tuple[int, ...]:
+        """Return a chunk's frames for each chunk that is still whole."""
+        assert isinstance(book, StackBook)
+        assert book.ledger is not None
+        frames = book.ledger.replayable(self.replay_frames)
+        return (self.chunk_frames,) * (frames // self.chunk_frames)
+
+    def start(self, geometry: Geometry, layer: int) -> StackState:
+        """Return an empty archive, whose slots hold the longest block."""
+        spans = (self.compressor.span(0, frames, geometry.grid) for frames in range(1, self.chunk_frames + 1))
+        return StackState((), Archive(max(span.tokens for span in spans)))
+
+    def attend(self, state: StackState, chunk: Chunk) -> Attended:
+        """Choose mid blocks and place them between sink and recent blocks."""
+        plan, rows = chunk.plan, chunk.queries.shape[0]
+        assert isinstance(plan, StackPlan)
+        chosen = choose(self.selector, state.archive, chunk, plan)
+        if chosen is None or plan.uniform:
+            return self._attended(state, plan, slice(0, rows), chosen, chunk, chosen)
+        # Chosen blocks of unequal size: rows differ in length; the host reads each one's choice.
+        each = [
+            self._attended(state, plan, slice(row, row + 1), blocks, chunk, chosen)
+            for row, blocks in enumerate(chosen.tolist())
+        ]
+        starts = torch.cat([attended.chunk_start for attended in each if isinstance(attended.chunk_start, Tensor)])
+        tokens = [attended.tokens for attended in each if isinstance(attended.tokens, tuple)]
+        doubts = torch.stack([attended.suspect for attended in each if attended.suspect is not None])
+        return replace(each[0], tokens=tokens, chunk_start=starts, rotations=None, suspect=doubts.any())
+
+    def remember(self, state: StackState, chunk: Chunk) -> StackState:
+        """Keep the clean chunk whole, and compress what leaves the recent blocks."""
+        plan, each = chunk.plan, chunk.geometry.tokens_per_frame
+        assert isinstance(plan, StackPlan)
+        whole = list(state.whole)
+        for piece in plan.new_pieces:
+            cut = slice((piece.first_frame - chunk.first_frame) * each, (piece.stop - chunk.first_frame) * each)
+            assert chunk.tokens.block is not None
+            whole.append(KeptBlock(piece.first_frame * each, chunk.tokens.block.part(cut), chunk.twins.get(piece)))
+        pieces = (*plan.ledger.whole, *plan.new_pieces)
+        leaving = [(slot, self._compressed(pieces[i], whole[i], chunk)) for i, slot in plan.step.leaving]
+        tokens = state.tokens + len(chunk.tokens)
+        return StackState(tuple(whole[i] for i in plan.step.kept), state.archive, tokens, tuple(leaving))
+
+    def written(self, state: StackState) -> StackState:
+        """Put blocks into slots, of which nothing of the past before is needed any more."""
+        for slot, block in state.leaving:
+            own = block.span.coordinates if block.span.coordinates.ndim > 2 else None
+            state.archive.write(slot, block.keys, block.values, own)
+        return replace(state, leaving=()) if state.leaving else state
+
+    def forget(self, state: StackState, tokens: int) -> StackState:
+        """Return the state without the last tokens; archived blocks stay."""
+        left = state.tokens - tokens
+        return replace(state, whole=tuple(kept for kept in state.whole if kept.first_token < left), tokens=left)
+
+    def fork(self, state: StackState) -> StackState:
+        """Return a state whose archive is its own once it is written."""
+        return replace(state, archive=state.archive.fork())
+
+    def explain(self, attended: Attended, plan: Plan, layer: int) -> None:
+        """Raise `PolicyError` if the choice or the placement was wrong."""
+        parts = attended.tokens if isinstance(attended.tokens, list) else [attended.tokens]
+        numbers = [torch.as_tensor(attended.chunk_start), *(each.coordinates for row in parts for each in row)]
+        if not all(bool(each.isfinite().all()) for each in numbers):
+            name = type(self.reindexer).__name__
+            raise PolicyError(f"{name}.place returned positions for layer {layer} that are not finite")
+        assert isinstance(plan, StackPlan)
+        check_choice(self.selector, attended.selected, len(plan.mid), layer)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as JSON takes it; `stack_from_dict` reads it back.
@@ -91,6 +233,104 @@ class Stack(Memory):
         roles = {role: _policy_dict(getattr(self, role)) for role in ROLES}
         others = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("name", *ROLES)}
         return {"name": self.name, **roles, **others}
+
+    def _attended(
+        self,
+        state: StackState,
+        plan: StackPlan,
+        rows: slice,
+        chosen: Tensor | list[int] | None,
+        chunk: Chunk,
+        selected: Tensor | None,
+    ) -> Attended:
+        device = chunk.queries.device
+        placed, shared = plan.place(chosen, device), plan.shares(chosen)
+
+        def whole(indices: list[int], places: tuple[Tensor, ...]) -> list[Tokens]:
+            blocks = (state.whole[index].block for index in indices)
+            return [
+                Tokens(block.keys[rows], block.values[rows], place, block=block)
+                for block, place in zip(blocks, places, strict=True)
+            ]
+
+        mid = self._mid(state, plan, rows, chosen, placed, chunk)
+        parts = (*whole(plan.sink, placed.sink), *mid, *whole(plan.recent, placed.recent))
+        turns = list(placed.rotations) if shared else None
+        if turns is not None and state.archive.coordinates is not None and mid:
+            turns[1] = rotations(mid[0].coordinates, plan.geometry)  # each layer has tokens at places of its own
+        start = placed.placement.chunk_start
+        shared_choice = selected if self.selection == "chunk" else None
+        kept = None if turns is None else tuple(each for each in turns if each is not None)
+        suspect = placed.suspect | doubtful(selected, len(plan.mid))
+        return Attended(parts, start, state, 0, kept, selected, shared_choice, suspect)
+
+    def _mid(
+        self,
+        state: StackState,
+        plan: StackPlan,
+        rows: slice,
+        chosen: Tensor | list[int] | None,
+        placed: Placed,
+        chunk: Chunk,
+    ) -> list[Tokens]:
+        """Return the chosen archived blocks, in one where they are of one size."""
+        archive, device = state.archive, chunk.queries.device
+        if not plan.chosen:
+            return []
+        if plan.uniform:
+            index: Any = (
+                chosen
+                if isinstance(chosen, Tensor)
+                else torch.tensor([list(range(plan.chosen)) if chosen is None else chosen], device=device)
+            )
+            slots = plan.on(device)[0][index.clamp(0, len(plan.mid) - 1)]
+            slots = slots.expand(chunk.queries[rows].shape[0], -1)
+            keys, values = archive.gather(rows, slots, plan.tokens[0])
+            return [Tokens(keys, values, self._own_places(archive, rows, slots, plan, placed))]
+        blocks = range(plan.chosen) if chosen is None else chosen
+        return [
+            Tokens(*self._archived(archive, plan, rows, int(block), chunk), place)
+            for block, place in zip(blocks, placed.mid, strict=True)
+        ]
+
+    @staticmethod
+    def _own_places(archive: Archive, rows: slice, slots: Tensor, plan: StackPlan, placed: Placed) -> Tensor:
+        """Return the places of chosen blocks, which are the archive's if they depend on the data."""
+        if archive.coordinates is None:
+            return placed.mid[0]
+        tokens, first = plan.tokens[0], len(plan.sink)
+        index = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        own = archive.coordinates[rows, :, :tokens][index, slots].flatten(1, 2)  # (rows, chosen * tokens, [heads,] 3)
+        columns = slice(first, first + plan.chosen)
+        starts, ratios = (
+            each[:, columns].repeat_interleave(tokens, dim=1) for each in (placed.placement.starts, placed.ratios)
+        )
+        return at(own, starts, ratios)
+
+    def _archived(self, archive: Archive, plan: StackPlan, rows: slice, block: int, chunk: Chunk) -> KeysValues:
+        """Return a mid block as it is attended."""
+        piece, tokens, level = plan.mid[block], plan.tokens[block], plan.levels[block]
+        keys, values = archive.keys[rows, piece.slot, :tokens], archive.values[rows, piece.slot, :tokens]
+        if not level:
+            return keys, values
+        with blamed(self.compressor, "shrunk", plan.ledger.seconds, chunk.layer):
+            shrunk = self.compressor.shrunk(KVBlock(keys, values, plan.spans[piece.frames]), plan.geometry.grid, level)
+        check_block(self.compressor, shrunk, plan.attended[block], keys, chunk.layer, "shrunk")
+        return shrunk.keys, shrunk.values
+
+    def _compressed(self, piece: Piece, kept: KeptBlock, chunk: Chunk) -> KVBlock:
+        """Return what will stand for a block."""
+        grid, compressor, first_frame, frames = chunk.geometry.grid, self.compressor, piece.first_frame, piece.frames
+        span, keys, values = compressor.span(first_frame, frames, grid), kept.block.keys, kept.block.values
+        if kept.twin is not None:
+            block = KVBlock(*kept.twin, span)
+        else:
+            whole = Span(first_frame, frames, grid_coordinates(frames, grid))
+            assert isinstance(chunk.plan, StackPlan)
+            with blamed(compressor, "compress", chunk.plan.ledger.seconds, chunk.layer):
+                block = compressor.compress(KVBlock(keys, values, whole), grid)
+        check_block(compressor, block, span, keys, chunk.layer)
+        return block
 
 
 def _policy_dict(policy: Policy) -> dict[str, Any]:

@@ -1,143 +1,196 @@
-"""The two stores of a layer: the packed buffer that is attended, and the archive of compressed blocks."""
+"""Where keys and values lie: each once, behind handles.
 
-from collections.abc import Callable
-from typing import ClassVar, Protocol, runtime_checkable
+A layer's `Arena` holds what is attended, in attended order. One `Workspace` serves all layers of a session.
+"""
+
+from collections.abc import Sequence
+from weakref import ref
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from kvpack.memory.rope import rotate
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+KeysValues = tuple[Tensor, Tensor]
 
 
-@runtime_checkable
-class AttendingLayer(Protocol):
-    """What an attention processor talks to."""
+class StoredBlock:
+    """Keys and values of one layer that never change, wherever they lie.
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, attention: Attention) -> Tensor:
-        """Attention of the current tokens to the memory and to themselves."""
-        ...
+    A block lies in arenas, where it is attended in place, or in tensors of its own. An arena that needs the place for
+    something else moves it out first, as long as anyone holds the handle.
 
-
-class PackedBuffer:
-    """Rotated keys and values of one layer in attended order: history first, the current chunk right behind it.
-
-    A denoising step writes only behind the history and attends one contiguous view; nothing is concatenated.
+    Args:
+        tokens: number of tokens.
+        own: keys and values `[batch, tokens, heads, head_dim]`, of a block that lies in no arena.
     """
 
-    #: Whether gradients pass; not through memory that is written in place.
-    differentiable: ClassVar[bool] = False
+    __slots__ = ("__weakref__", "_own", "places", "tokens")
+
+    def __init__(self, tokens: int, own: KeysValues | None = None) -> None:
+        self.tokens, self._own = tokens, own
+        #: First token in each arena that holds the block.
+        self.places: dict[Arena, int] = {}
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    @property
+    def keys(self) -> Float[Tensor, "batch tokens heads head_dim"]:
+        """Keys; before RoPE, unless the memory keeps rotated ones."""
+        return self._resolved()[0]
+
+    @property
+    def values(self) -> Float[Tensor, "batch tokens heads head_dim"]:
+        """Values."""
+        return self._resolved()[1]
+
+    @property
+    def own(self) -> tuple[Tensor, ...]:
+        """Tensors that nothing but the block holds."""
+        return self._own or ()
+
+    def part(self, some: slice) -> "StoredBlock":
+        """Return a block of some of these tokens that keeps no others alive, unless they lie in an arena."""
+        start, stop, _ = some.indices(self.tokens)
+        if self._own is not None:
+            keys, values = (contiguous_slice(each, slice(start, stop)) for each in self._own)
+            return StoredBlock(stop - start, (keys, values))
+        block = StoredBlock(stop - start)
+        for arena, first in self.places.items():
+            arena.admit(block, first + start)
+        return block
+
+    def placed(self, arena: "Arena", start: int) -> None:
+        """Note that an arena holds the block; tensors of its own would hold it twice."""
+        self.places[arena], self._own = start, None
+
+    def move_out(self, arena: "Arena") -> None:
+        """Leave an arena, for tensors of its own if there is no other."""
+        if len(self.places) == 1 and self._own is None:
+            keys, values = self._resolved()
+            self._own = keys.clone(), values.clone()
+        del self.places[arena]
+
+    def _resolved(self) -> KeysValues:
+        if self._own is not None:
+            return self._own
+        arena, start = next(iter(self.places.items()))
+        return arena.keys[:, start : start + self.tokens], arena.values[:, start : start + self.tokens]
+
+
+class Arena:
+    """Keys and values of one layer in attended order, the current chunk behind them; as large as was ever needed."""
 
     def __init__(self) -> None:
         self.keys = torch.empty(0)
         self.values = torch.empty(0)
-        #: Tokens of history, one number a batch row; rows differ only if chosen blocks do.
-        self.lengths: list[int] = []
-
-    def clear(self, rows: int, capacity: int, like: Float[Tensor, "rows tokens heads head_dim"]) -> None:
-        """Empties the buffer and makes room for `capacity` tokens; grows by a quarter or more at once."""
-        held = self.keys.shape[1] if self.keys.ndim == 4 else 0
-        if held < capacity or self.keys.dtype != like.dtype or self.keys.device != like.device:
-            room = max(capacity, held + held // 4)
-            self.keys = like.new_empty(rows, room, *like.shape[2:])
-            self.values = torch.empty_like(self.keys)
-        self.lengths = [0] * rows
-
-    def append(
-        self,
-        rows: slice,
-        keys: Float[Tensor, "some tokens heads head_dim"],
-        values: Float[Tensor, "some tokens heads head_dim"],
-        turns: Complex[Tensor, "any tokens one_or_heads half"],
-    ) -> None:
-        """Adds history behind the history of these rows."""
-        start = self.lengths[rows][0]
-        self._write(rows, start, keys, values, turns)
-        self.lengths[rows] = [start + keys.shape[1]] * keys.shape[0]
-
-    def attend(
-        self,
-        queries: Float[Tensor, "rows tokens heads head_dim"],
-        keys: Float[Tensor, "rows tokens heads head_dim"],
-        values: Float[Tensor, "rows tokens heads head_dim"],
-        turns: Complex[Tensor, "any tokens one_or_heads half"],
-        attention: Attention,
-    ) -> Float[Tensor, "rows tokens heads head_dim"]:
-        """Writes the current keys and values, or the last of them, behind the history and attends both."""
-        queries, turns = rotate(queries, turns), turns[:, turns.shape[1] - keys.shape[1] :]
-        results = []
-        for rows in self._equal_rows():
-            start = self.lengths[rows][0]
-            stop = start + keys.shape[1]
-            self._write(rows, start, keys[rows], values[rows], turns[rows] if turns.shape[0] > 1 else turns)
-            results.append(attention(queries[rows], self.keys[rows, :stop], self.values[rows, :stop]))
-        return results[0] if len(results) == 1 else torch.cat(results)
-
-    def _equal_rows(self) -> list[slice]:
-        if len(set(self.lengths)) == 1:
-            return [slice(0, len(self.lengths))]
-        return [slice(row, row + 1) for row in range(len(self.lengths))]
-
-    def _write(self, rows: slice, start: int, keys: Tensor, values: Tensor, turns: Tensor) -> None:
-        stop = start + keys.shape[1]
-        rotate(keys, turns, out=self.keys[rows, start:stop])
-        self.values[rows, start:stop] = values
-
-
-class Archive:
-    """Compressed blocks of one layer in equal slots: keys before RoPE, values, and the sum of each block's keys."""
-
-    def __init__(self, slot_tokens: int) -> None:
-        self.slot_tokens = slot_tokens
-        self.keys = torch.empty(0)
-        self.values = torch.empty(0)
-        self.key_sums = torch.empty(0)
+        self._residents: list[ref[StoredBlock]] = []
 
     @property
-    def slots(self) -> int:
-        """Slots allocated."""
-        return self.keys.shape[1] if self.keys.ndim == 5 else 0
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self.keys.nbytes + self.values.nbytes
 
-    def write(
-        self,
-        slot: int,
-        keys: Float[Tensor, "rows tokens heads head_dim"],
-        values: Float[Tensor, "rows tokens heads head_dim"],
+    def admit(self, block: StoredBlock, start: int) -> StoredBlock:
+        """Make a block of tokens that are already here."""
+        block.placed(self, start)
+        self._residents.append(ref(block))
+        return block
+
+    def arrange(
+        self, blocks: Sequence[tuple[int, StoredBlock]], tokens: int, like: Float[Tensor, "rows any heads head_dim"]
     ) -> None:
-        """Puts a block into a free slot; grows by a quarter where there is none."""
-        if slot >= self.slots:
-            rows, _, heads, head_dim = keys.shape
-            more = max(4, self.slots // 4, slot + 1 - self.slots)
-            shape = (rows, more, self.slot_tokens, heads, head_dim)
-            sums = torch.zeros(rows, more, heads, head_dim, dtype=torch.float32, device=keys.device)
-            self.key_sums = _extended(self.key_sums, sums)
-            self.values = _extended(self.values, values.new_zeros(shape))
-            # Last, since `slots` goes by it: an interrupt before it leaves room that is made again.
-            self.keys = _extended(self.keys, keys.new_zeros(shape))
-        tokens = keys.shape[1]
-        self.keys[:, slot, :tokens] = keys
-        self.values[:, slot, :tokens] = values
-        self.key_sums[:, slot] = keys.float().sum(dim=1)
+        """Bring blocks to their places, in room for `tokens` tokens; what else lies here is moved out if it is held.
 
-    def gather(
-        self, rows: slice, slots: Int[Tensor, "some chosen"], tokens: int
-    ) -> tuple[Float[Tensor, "some all heads head_dim"], Float[Tensor, "some all heads head_dim"]]:
-        """Keys and values of the chosen slots, the first `tokens` of each, joined; every row has its own choice."""
-        index = torch.arange(slots.shape[0], device=slots.device)[:, None]
-        return (
-            self.keys[rows, :, :tokens][index, slots].flatten(1, 2),
-            self.values[rows, :, :tokens][index, slots].flatten(1, 2),
-        )
+        Args:
+            blocks: the first token of each and the block, ascending, none over another.
+            tokens: room that is needed.
+            like: whose rows, heads, dtype and device these are.
+        """
+        wanted = {id(block) for _, block in blocks}
+        residents = [block for each in self._residents if (block := each()) is not None]
+        for block in residents:
+            if id(block) not in wanted:
+                block.move_out(self)
+        shape = (like.shape[0], tokens, *like.shape[2:])
+        fits = self.keys.ndim == 4 and self.keys.shape[1] >= tokens and self.keys.shape[::2] == shape[::2]
+        if not fits or self.keys.dtype != like.dtype or self.keys.device != like.device:
+            self._grow(blocks, shape, like)
+        else:
+            self._move([(start, block) for start, block in blocks if block.places.get(self) != start])
+        self._residents = [ref(block) for _, block in blocks]
 
-    def clone(self) -> "Archive":
-        """An independent copy."""
-        copy = Archive(self.slot_tokens)
-        copy.keys, copy.values, copy.key_sums = self.keys.clone(), self.values.clone(), self.key_sums.clone()
-        return copy
+    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        """Write tokens that are no block, from `start` on."""
+        self.keys[:, start : start + keys.shape[1]] = keys
+        self.values[:, start : start + keys.shape[1]] = values
+
+    def _grow(self, blocks: Sequence[tuple[int, StoredBlock]], shape: tuple[int, ...], like: Tensor) -> None:
+        # Exactly: a bounded memory is soon as large as it gets, and spare room would be held for good.
+        larger = like.new_empty(shape), like.new_empty(shape)
+        for start, block in blocks:
+            for new, old in zip(larger, (block.keys, block.values), strict=True):
+                new[:, start : start + len(block)] = old
+        self.keys, self.values = larger
+        for start, block in blocks:
+            block.placed(self, start)
+
+    def _move(self, moving: Sequence[tuple[int, StoredBlock]]) -> None:
+        if not self._moves_down(moving):
+            for _, block in moving:
+                if self in block.places:
+                    block.move_out(self)
+        for start, block in moving:
+            keys, values = block.keys, block.values
+            if block.places.get(self, start) - start in range(1, len(block)):  # the two places overlap
+                keys, values = keys.clone(), values.clone()
+            self.write(start, keys, values)
+            block.placed(self, start)
+
+    def _moves_down(self, moving: Sequence[tuple[int, StoredBlock]]) -> bool:
+        """Return whether each block can be copied in turn without writing over one that is yet to be copied."""
+        before = -1
+        for start, block in moving:
+            place = block.places.get(self, -1)
+            if place < max(start, before):
+                return False
+            before = place
+        return True
 
 
-def _extended(old: Tensor, more: Tensor) -> Tensor:
-    """`old` with the slots of `more` behind its own."""
-    return torch.cat([old, more], dim=1) if old.ndim == more.ndim else more
+class Workspace:
+    """Room for rotated keys, and for values that lie apart: filled anew by each layer in each forward."""
+
+    def __init__(self) -> None:
+        self._keys = torch.empty(0)
+        self._values = torch.empty(0)
+        #: What has filled it last.
+        self.owner: object = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self._keys.nbytes + self._values.nbytes
+
+    def keys(self, rows: int, tokens: int, like: Tensor) -> Float[Tensor, "rows tokens heads head_dim"]:
+        """Return room for keys."""
+        self._keys = _room(self._keys, rows, tokens, like)
+        return self._keys[:rows, :tokens]
+
+    def values(self, rows: int, tokens: int, like: Tensor) -> Float[Tensor, "rows tokens heads head_dim"]:
+        """Return room for values."""
+        self._values = _room(self._values, rows, tokens, like)
+        return self._values[:rows, :tokens]
+
+
+def _room(held: Tensor, rows: int, tokens: int, like: Tensor) -> Tensor:
+    fits = held.ndim == 4 and held.shape[0] >= rows and held.shape[1] >= tokens and held.shape[2:] == like.shape[2:]
+    if fits and held.dtype == like.dtype and held.device == like.device:
+        return held
+    return like.new_empty(rows, tokens, *like.shape[2:])
+
+
+def contiguous_slice(tensor: Tensor, cut: slice) -> Tensor:
+    """Return a part of a chunk that keeps no other part alive."""
+    part = tensor[:, cut]
+    return part.contiguous() if part.shape == tensor.shape else part.clone()

@@ -11,6 +11,7 @@ from kvpack.checkpoints.config import Settings, frame_rate
 from kvpack.generation.adapter import Adapter
 from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
+from kvpack.pipeline.calls import Enabled
 from kvpack.pipeline.enabled import PackForcingMixin, adapter_of, attach, enabled_class
 from kvpack.plugins.resolve import resolve_stack
 
@@ -52,7 +53,7 @@ def enable(
         UnknownNameError: if a stack or policy is not installed.
         InvalidOptionError: if an option is unknown or wrong, or a compressor's weights are missing or another model's.
     """
-    before = vars(pipeline).get("_kvpack")
+    before: Enabled | None = vars(pipeline).get("_kvpack")
     adapter = adapter or (adapter_of(pipeline) if before is None else before.adapter)
     adapter.check(pipeline)
     configs = adapter.configs(pipeline)

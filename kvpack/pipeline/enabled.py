@@ -14,7 +14,7 @@ from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
 from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
-from kvpack.memory.session import AnySession
+from kvpack.memory.session import Session
 from kvpack.pipeline.calls import Enabled, bound, frames, output, running, start
 from kvpack.plugins.registry import registry
 
@@ -56,7 +56,7 @@ class PackForcing:
         self._pipeline._kvpack.first_chunk_frames = frames
 
     @property
-    def sessions(self) -> dict[str, AnySession]:
+    def sessions(self) -> dict[str, Session]:
         """Sessions of the generation in progress by guidance branch; empty when none is."""
         run = self._pipeline._kvpack.run
         return {} if run is None else run.sessions

@@ -2,11 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from typing import Any
-
-import torch
 
 from kvpack.errors import InvalidOptionError, require_int
 from kvpack.memory.base import Memory
@@ -15,6 +12,7 @@ from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import Ledger, Piece
 from kvpack.memory.roles import LatentCompressor
 from kvpack.memory.stack import Stack
+from kvpack.planning.resident import resident
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,8 @@ class Plan:
         archive_blocks: compressed blocks kept after the last chunk.
         archive_tokens: their tokens.
         archive_kv_bytes: their keys and values, whether attended or not.
+        resident_kv_bytes: all that the memory holds, as `stats()["resident_bytes"]` says it: the attended history with
+            room for a chunk, the archive with spare slots, and room for rotated keys, once for all layers.
         full_tokens: tokens of all chunks at full resolution.
         full_kv_bytes: their keys and values, which full history would hold.
         kv_bytes_per_token: keys and values of one token over all layers.
@@ -52,6 +52,7 @@ class Plan:
     archive_blocks: int
     archive_tokens: int
     archive_kv_bytes: int
+    resident_kv_bytes: int
     full_tokens: int
     full_kv_bytes: int
     kv_bytes_per_token: int
@@ -103,6 +104,8 @@ def plan(
         require_int(name, value, minimum=1)
     chunks = -(-frames // stack.chunk_frames)
     chunk_tokens = stack.chunk_frames * geometry.tokens_per_frame
+    held = resident(geometry, stack, chunks, batch, latents.channels if latents else 16)
+    history = held.history
     archive: list[int] = []
     compressor_parameters: dict[str, int] = {}
     compressor_flops: dict[str, int] = {}
@@ -111,12 +114,10 @@ def plan(
         # What the last chunk attends is what was held before it was committed.
         for _ in range(chunks):
             before, after = after, after.commit().ledger
-        history, archive = attended_tokens(geometry, stack, before), _mid_tokens(geometry, stack, after)
+        archive = _mid_tokens(geometry, stack, after)
         compressor_parameters, compressor_flops = _branches(geometry, stack, before, latents)
         if twin := _twin_flops(geometry, stack, before, history, flops):
             compressor_flops["twin"] = twin * branches
-    else:
-        history = _rehearsed(geometry, stack, chunks)
     token_bytes = geometry.kv_bytes_per_token * batch * branches
     forward = flops(chunk_tokens, history + chunk_tokens) if flops else 0
     return Plan(
@@ -129,6 +130,7 @@ def plan(
         archive_blocks=len(archive),
         archive_tokens=sum(archive),
         archive_kv_bytes=sum(archive) * token_bytes,
+        resident_kv_bytes=held.bytes(geometry.layers) * branches,
         full_tokens=chunks * chunk_tokens,
         full_kv_bytes=chunks * chunk_tokens * token_bytes,
         kv_bytes_per_token=geometry.kv_bytes_per_token,
@@ -155,21 +157,6 @@ def video_frames(seconds: float, fps: float, scale: int = 4) -> tuple[int, int]:
         raise InvalidOptionError(f"seconds must be at least {1 / fps:g}, one frame at {fps:g} fps, got {seconds:g}")
     latent = (whole - 1) // scale + 1
     return scale * (latent - 1) + 1, latent
-
-
-def _rehearsed(geometry: Geometry, memory: Memory, chunks: int) -> int:
-    """Run a memory in a layer of one tiny head, and return the tokens of history that its last chunk attends."""
-    # A memory that is no stack has no ledger to ask; token counts depend on neither heads nor layers.
-    tiny = replace(geometry, layers=1, heads=1, head_dim=6, rope_split=(2, 2, 2), dtype=torch.float32, rotary=None)
-    session = memory.session(tiny)
-    (layer,) = session.layers
-    zeros = torch.zeros(1, memory.chunk_frames * geometry.tokens_per_frame, 1, 6)
-    for _ in range(chunks):
-        for announce in (partial(session.denoise, 0), session.commit):
-            announce()
-            layer.attend(zeros, zeros, zeros, lambda queries, keys, values: queries)
-        session.finish_commit()
-    return int(session.stats()["attended_tokens"])
 
 
 def attended_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> int:

@@ -1,6 +1,8 @@
 """`check_policy` and `check_memory`: what must hold for every policy, without a model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from kvpack.memory.roles import (
     Reindexer,
     Selector,
 )
-from kvpack.memory.session import AnySession, Session
+from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 
 TINY = Geometry(layers=2, heads=2, head_dim=12, grid=(4, 5), rope_split=(4, 4, 4))
@@ -56,9 +58,15 @@ class _Pairs(Compressor):
 
 
 def run_session(
-    session: AnySession, chunks: int, batch: int = 1, seed: int = 0, steps: int = 2, rows: slice = slice(None)
+    session: Session,
+    chunks: int,
+    batch: int = 1,
+    seed: int = 0,
+    steps: int = 2,
+    rows: slice = slice(None),
+    inspect: Callable[[Session], None] | None = None,
 ) -> list[Tensor]:
-    """Drives a session without a model, with random queries, keys and values.
+    """Drive a session without a model, with random queries, keys and values.
 
     Args:
         session: fresh, or a snapshot to go on from.
@@ -67,6 +75,7 @@ def run_session(
         seed: of the random tensors.
         steps: denoising steps a chunk.
         rows: which rows the session sees.
+        inspect: called with the session once a chunk, right before it is committed.
 
     Returns:
         Each chunk's attention output in the last layer, of the forward that is committed.
@@ -99,6 +108,8 @@ def run_session(
         for piece in session.twins_due():
             session.compress(piece)
             forward(session.twin_span(piece).tokens)
+        if inspect is not None:
+            inspect(session)
         session.finish_commit()
     return outputs
 
@@ -160,47 +171,47 @@ def check_memory(memory: Memory, most_frames: int | None = None) -> None:
     """
     name = type(memory).__name__
 
-    def outputs(session: AnySession, chunks: int, rows: slice = slice(0, 2), seed: int = 0) -> list[Tensor]:
+    def outputs(session: Session, chunks: int, rows: slice = slice(0, 2), seed: int = 0) -> list[Tensor]:
         return run_session(session, chunks, batch=2, rows=rows, seed=seed)
 
-    whole, again, row = (outputs(memory.session(TINY), 12, rows) for rows in (slice(0, 2), slice(0, 2), slice(1, 2)))
+    whole, again, row = (outputs(Session(memory, TINY), 12, rows) for rows in (slice(0, 2), slice(0, 2), slice(1, 2)))
     if not all(torch.equal(a, b) for a, b in zip(whole, again, strict=True)):
         raise PolicyError(f"{name} is not deterministic: the same run gave other bits")
     if not all(torch.allclose(a[1:], b, atol=1e-5) for a, b in zip(whole, row, strict=True)):
         raise PolicyError(f"{name} lets batch rows influence each other: a row alone gave another result")
     if any(not bool(out.isfinite().all()) for out in whole):
         raise PolicyError(f"{name} made the output of attention infinite or NaN")
-    session = memory.session(TINY)
+    session = Session(memory, TINY)
     outputs(session, 8)
     fork = session.snapshot()
     first, second = (outputs(each, 4, seed=1) for each in (session, fork))
     if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
         raise PolicyError(f"{name} goes on otherwise from a snapshot: something is changed in place")
     for dtype in (torch.float32, torch.bfloat16):
-        session = memory.session(replace(TINY, dtype=dtype))
-        for chunk in range(12):
-            outputs(session, 1, seed=chunk)  # a dtype that is not kept raises
-            _check_attended(memory, session, most_frames)
+        session = Session(memory, replace(TINY, dtype=dtype))
+        for chunk in range(12):  # a dtype that is not kept raises
+            run_session(session, 1, batch=2, seed=chunk, inspect=partial(_check_attended, memory, most_frames))
         _check_replay(memory, session)
 
 
-def _check_attended(memory: Memory, session: AnySession, most_frames: int | None) -> None:
-    """Raises `PolicyError` if the last chunk attended a token twice, or more tokens than it may."""
+def _check_attended(memory: Memory, most_frames: int | None, session: Session) -> None:
+    """Raise `PolicyError` if the chunk in progress attends a token twice, or more tokens than it may."""
     name, tokens = type(memory).__name__, session.stats()["attended_tokens"]
     if most_frames is not None and tokens > most_frames * TINY.tokens_per_frame:
         raise PolicyError(
             f"{name} attends {tokens} tokens, but at most {most_frames * TINY.tokens_per_frame} are allowed"
         )
-    for index in range(session.geometry.layers):
+    for index, cache in enumerate(session.caches):
         keys, _ = session.attended(index)
-        for row, length in enumerate(session.layers[index].buffer.lengths):
+        assert cache.context is not None
+        for row, length in enumerate(cache.context.lengths):
             for head in range(keys.shape[2]):
                 # Random keys after RoPE are equal only if both token and place are.
                 if keys[row, :length, head].unique(dim=0).shape[0] < length:
                     raise PolicyError(f"{name} attends a token twice at one place in layer {index}")
 
 
-def _check_replay(memory: Memory, session: AnySession) -> None:
+def _check_replay(memory: Memory, session: Session) -> None:
     """Raises `PolicyError` if a chunk attends more or less after a replay than it would have without."""
     plain = session.snapshot()
     plan = session.replays()

@@ -1,65 +1,56 @@
-"""A packed buffer that lets gradients through to what it is filled with."""
+"""A layer's memory that lets gradients through to what it attends."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
-from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvpack.memory.rope import rotate
+from kvpack.memory.attended import Attention, Rotations
+from kvpack.memory.base import Attended, Chunk
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.layer import LayerCache
+from kvpack.memory.rope import rotate, rotations
 from kvpack.memory.session import Session
-from kvpack.memory.store import Attention, PackedBuffer
+from kvpack.memory.store import KeysValues, StoredBlock
+from kvpack.memory.tokens import Tokens
 
 Cut = tuple[Tensor, Tensor]
 
 
-class GraphBuffer(PackedBuffer):
-    """A packed buffer whose history is detached from the graph that made it, and collects gradients.
+class GraphContext:
+    """History that is cut off the graph that made it, and attended as it is.
 
     A backward pass stops at the history and adds up there; `backward_history` carries the sums on, once. So the
     denoising steps of a chunk need the memory of one, however many there are.
+
+    Args:
+        attended: what the memory wants attended.
+        like: the chunk's keys.
+        geometry: the model.
     """
 
-    differentiable = True
+    def __init__(self, attended: Attended, like: Tensor, geometry: Geometry) -> None:
+        by_row = isinstance(attended.tokens, list)
+        groups = attended.tokens if isinstance(attended.tokens, list) else [attended.tokens]
+        lengths = [sum(map(len, tokens)) for tokens in groups]
+        self.lengths = lengths if by_row else lengths * like.shape[0]
+        longest, nothing = max(self.lengths), like.detach()[: 1 if by_row else None, :0]
+        made = [_joined(tokens, nothing, attended.rotations, geometry) for tokens in groups]
+        padded = [[pad(each, (0, 0, 0, 0, 0, longest - each.shape[1])) for each in pair] for pair in made]
+        keys, values = (torch.cat(each) for each in zip(*padded, strict=True))
+        self.keys, self.values = (each.detach().requires_grad_(each.requires_grad) for each in (keys, values))
+        #: Rotated keys, and values, each as made and cut off.
+        self.made: tuple[Cut, Cut] = (keys, self.keys), (values, self.values)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        #: Rotated keys, and values, each as made and cut off; None before they are attended.
-        self.made: tuple[Cut, Cut] | None = None
-
-    def clear(self, rows: int, capacity: int, like: Float[Tensor, "rows tokens heads head_dim"]) -> None:
-        """Empty the buffer."""
-        self.keys = self.values = like.new_empty(rows, 0, *like.shape[2:])
-        self.lengths, self._parts, self.made = [0] * rows, {}, None
-
-    def append(
-        self,
-        rows: slice,
-        keys: Float[Tensor, "some tokens heads head_dim"],
-        values: Float[Tensor, "some tokens heads head_dim"],
-        turns: Complex[Tensor, "any tokens 1 half"],
-    ) -> None:
-        """Append history to the history of these rows."""
-        self._parts.setdefault(rows.start, []).append((rotate(keys, turns), values))
-        self.lengths[rows] = [self.lengths[rows][0] + keys.shape[1]] * keys.shape[0]
-
-    def attend(
-        self,
-        queries: Float[Tensor, "rows tokens heads head_dim"],
-        keys: Float[Tensor, "rows tokens heads head_dim"],
-        values: Float[Tensor, "rows tokens heads head_dim"],
-        turns: Complex[Tensor, "any tokens 1 half"],
-        attention: Attention,
-    ) -> Float[Tensor, "rows tokens heads head_dim"]:
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, turns: Rotations, attention: Attention) -> Tensor:
         """Attend history and the current keys and values."""
-        if self._parts:
-            self._cut()
         queries, keys = rotate(queries, turns), rotate(keys, turns)
         results = []
         for rows in self._equal_rows():
-            length = self.lengths[rows][0]
+            length = self.lengths[rows.start]
             attended = [
                 torch.cat([history[rows, :length], current[rows]], dim=1)
                 for history, current in ((self.keys, keys), (self.values, values))
@@ -67,27 +58,55 @@ class GraphBuffer(PackedBuffer):
             results.append(attention(queries[rows], *attended))
         return results[0] if len(results) == 1 else torch.cat(results)
 
-    def _cut(self) -> None:
-        longest = max(self.lengths)
+    def keep(self, keys: Tensor, values: Tensor) -> StoredBlock:
+        """Store the tensors themselves, with their graph if they have one."""
+        return StoredBlock(keys.shape[1], (keys, values))
 
-        def joined(index: int) -> Tensor:
-            rows = [torch.cat([part[index] for part in self._parts[start]], dim=1) for start in sorted(self._parts)]
-            return torch.cat([pad(each, (0, 0, 0, 0, 0, longest - each.shape[1])) for each in rows])
+    def history(self) -> KeysValues:
+        """Return rotated keys and values."""
+        return self.keys, self.values
 
-        # The denoising steps of a chunk share leaves, so that their gradients add up in one place.
-        made, self._parts = (joined(0), joined(1)), {}
-        self.keys, self.values = (each.detach().requires_grad_(each.requires_grad) for each in made)
-        self.made = (made[0], self.keys), (made[1], self.values)
+    @contextmanager
+    def beside(self, tokens: int) -> Iterator[None]:
+        """Do nothing: nothing current is held here."""
+        yield
+
+    def _equal_rows(self) -> list[slice]:
+        if len(set(self.lengths)) == 1:
+            return [slice(0, len(self.lengths))]
+        return [slice(row, row + 1) for row in range(len(self.lengths))]
+
+
+class GraphLayer(LayerCache):
+    """A layer whose history has gradients."""
+
+    differentiable: ClassVar[bool] = True
+
+    def _laid_out(self, attended: Attended, like: Tensor, chunk: Chunk) -> GraphContext:
+        return GraphContext(attended, like, chunk.geometry)
+
+
+def _joined(
+    parts: tuple[Tokens, ...], nothing: Tensor, turns: tuple[Tensor, ...] | None, geometry: Geometry
+) -> KeysValues:
+    """Return rotated keys and values of parts in one."""
+    keys = torch.cat([nothing, *(each.keys for each in parts)], dim=1)
+    values = torch.cat([nothing, *(each.values for each in parts)], dim=1)
+    if not parts:
+        return keys, values
+    if not turns:
+        turns = (rotations(torch.cat([each.coordinates for each in parts], dim=1), geometry),)
+    return rotate(keys, torch.cat(turns, dim=1)), values
 
 
 def histories(session: Session) -> list[Cut]:
-    """Return each layer's history of the chunk in progress, as pairs of (tensor in the graph, detached tensor)."""
-    made = [layer.buffer.made for layer in session.layers if isinstance(layer.buffer, GraphBuffer)]
-    return [cut for each in made for cut in each or ()]
+    """Return the history that every layer attends for the chunk in progress, as it was made and as it is attended."""
+    contexts = [cache.context for cache in session.caches]
+    return [cut for each in contexts if isinstance(each, GraphContext) for cut in each.made]
 
 
 def backward_history(cuts: Iterable[Cut], again: bool = False) -> None:
-    """Propagate the gradients collected at histories into the graphs that made these histories.
+    """Carry the gradients that have added up at histories on to what made them.
 
     Args:
         cuts: histories, from `histories`.

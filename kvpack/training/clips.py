@@ -202,7 +202,8 @@ def _opened(path: Path) -> Any:
 def _pixels(path: Path, frames: int, size: tuple[int, int] | None, fps: float) -> Tensor:
     """Read the first frames of a video in [-1, 1], at `fps`, scaled to cover `size` and cropped at its centre."""
     try:
-        pixels = video_pixels(path, *(size or (None, None)), fps, first=frames)[0]
+        height, width = size or (None, None)
+        pixels = video_pixels(path, height, width, fps, first=frames)[0]
     except InvalidOptionError as error:
         raise BrokenClipError(str(error)) from error
     if len(pixels) < frames:

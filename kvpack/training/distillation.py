@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from kvpack.generation.trainee import Rollout, Trainee
+from kvpack.memory.layer import LayerCache
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
-from kvpack.memory.store import PackedBuffer
 from kvpack.plugins.registry import registry
-from kvpack.training.buffer import Cut, GraphBuffer, backward_history, histories
+from kvpack.training.buffer import Cut, GraphLayer, backward_history, histories
 from kvpack.training.clips import Clip
 from kvpack.training.noise import generator, mixed, noise_levels, noise_like
 from kvpack.training.targets import targets
@@ -69,7 +69,7 @@ class ContextDistillation:
         drawn = torch.randperm(len(found), generator=source)[: self.chunks].tolist()
         chosen = sorted(found[index] for index in drawn)
         losses = []
-        for chunk, session, compared in self._compare(clips, chosen, source, GraphBuffer):
+        for chunk, session, compared in self._compare(clips, chosen, source, GraphLayer):
             cuts: list[Cut] = []
             for loss in compared:
                 cuts = histories(session)
@@ -87,11 +87,11 @@ class ContextDistillation:
             chosen: indices of the chunks, ascending.
             seed: of the noise.
         """
-        compared = self._compare(clips, chosen, generator(seed), PackedBuffer)
+        compared = self._compare(clips, chosen, generator(seed), LayerCache)
         return {chunk: [float(loss) for loss in losses] for chunk, _, losses in compared}
 
     def _compare(
-        self, clips: Sequence[Clip], chosen: Sequence[int], source: torch.Generator, buffer: type[PackedBuffer]
+        self, clips: Sequence[Clip], chosen: Sequence[int], source: torch.Generator, buffer: type[LayerCache]
     ) -> Iterator[tuple[int, Session, Iterator[Tensor]]]:
         """Yield each chosen chunk, the session that predicts it, and the losses of its denoising steps."""
         latents, embeds = torch.stack([clip.latents for clip in clips]), torch.stack([clip.embeds for clip in clips])
@@ -105,7 +105,7 @@ class ContextDistillation:
             for step, (sigma, timestep) in enumerate(levels):
                 yield rollout.predict(mixed(chunks[chunk], noises[chunk], sigma), timestep, step).float()
 
-        def rolled(stack: Stack, kind: type[PackedBuffer]) -> Iterator[tuple[int, Rollout]]:
+        def rolled(stack: Stack, kind: type[LayerCache]) -> Iterator[tuple[int, Rollout]]:
             rollout = self.trainee.rollout(stack, embeds, (latents.shape[3], latents.shape[4]), kind)
             for chunk, clean in enumerate(chunks):
                 with rollout.attached():
@@ -115,7 +115,7 @@ class ContextDistillation:
                         rollout.commit(clean)
 
         with torch.no_grad():
-            wanted = {chunk: list(predictions(each, chunk)) for chunk, each in rolled(whole, PackedBuffer)}
+            wanted = {chunk: list(predictions(each, chunk)) for chunk, each in rolled(whole, LayerCache)}
         for chunk, student in rolled(self.stack, buffer):
             pairs = zip(predictions(student, chunk), wanted[chunk], strict=True)
             yield chunk, student.session, ((mine - theirs).square().mean() for mine, theirs in pairs)

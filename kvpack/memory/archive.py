@@ -1,0 +1,118 @@
+"""Compressed blocks of a layer, in slots, attended or not."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Archive:
+    """Compressed blocks of one layer in equal slots: keys before RoPE, values, and the sum of each block's keys.
+
+    Args:
+        slot_tokens: most tokens of a block.
+    """
+
+    def __init__(self, slot_tokens: int) -> None:
+        self.slot_tokens = slot_tokens
+        self.keys = torch.empty(0)
+        self.values = torch.empty(0)
+        self.key_sums = torch.empty(0)
+        #: Where tokens sit, if that differs by row or layer.
+        self.coordinates: Tensor | None = None
+        self._shared = False
+
+    @property
+    def slots(self) -> int:
+        """Slots allocated."""
+        return self.keys.shape[1] if self.keys.ndim == 5 else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, spare slots included."""
+        placed = 0 if self.coordinates is None else self.coordinates.nbytes
+        return self.keys.nbytes + self.values.nbytes + self.key_sums.nbytes + placed
+
+    def write(
+        self,
+        slot: int,
+        keys: Float[Tensor, "rows tokens heads head_dim"],
+        values: Float[Tensor, "rows tokens heads head_dim"],
+        coordinates: Tensor | None = None,
+    ) -> None:
+        """Put a block into a free slot; without one the archive grows.
+
+        Args:
+            slot: index of the slot.
+            keys: keys before RoPE.
+            values: values.
+            coordinates: (t, y, x) of each token, `[rows, tokens, 3]` or `[rows, tokens, heads, 3]`, if they depend on
+                the data.
+        """
+        if self._shared:
+            self._own()
+        rows, tokens, heads, head_dim = keys.shape
+        more = grown_slots(self.slots, slot) - self.slots
+        if more:
+            shape = (rows, more, self.slot_tokens, heads, head_dim)
+            sums = torch.zeros(rows, more, heads, head_dim, dtype=torch.float32, device=keys.device)
+            self.key_sums = _extended(self.key_sums, sums)
+            self.values = _extended(self.values, values.new_zeros(shape))
+            # Last, since `slots` goes by it: an interrupt before it leaves room that is made again.
+            self.keys = _extended(self.keys, keys.new_zeros(shape))
+        self.keys[:, slot, :tokens] = keys
+        self.values[:, slot, :tokens] = values
+        self.key_sums[:, slot] = keys.float().sum(dim=1)
+        if coordinates is not None:
+            self._place(slot, coordinates)
+
+    def gather(
+        self, rows: slice, slots: Int[Tensor, "some chosen"], tokens: int
+    ) -> tuple[Float[Tensor, "some all heads head_dim"], Float[Tensor, "some all heads head_dim"]]:
+        """Return keys and values of the chosen slots, the first `tokens` of each, joined; each row has its choice."""
+        index = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        return (
+            self.keys[rows, :, :tokens][index, slots].flatten(1, 2),
+            self.values[rows, :, :tokens][index, slots].flatten(1, 2),
+        )
+
+    def fork(self) -> "Archive":
+        """Return an independent archive that shares all memory with this one until either is written."""
+        copy = Archive(self.slot_tokens)
+        copy.keys, copy.values, copy.key_sums, copy.coordinates = (
+            self.keys,
+            self.values,
+            self.key_sums,
+            self.coordinates,
+        )
+        self._shared = copy._shared = True
+        return copy
+
+    def _own(self) -> None:
+        self.keys, self.values, self.key_sums = self.keys.clone(), self.values.clone(), self.key_sums.clone()
+        self.coordinates = None if self.coordinates is None else self.coordinates.clone()
+        self._shared = False
+
+    def _place(self, slot: int, coordinates: Tensor) -> None:
+        held = 0 if self.coordinates is None else self.coordinates.shape[1]
+        if held < self.slots:
+            shape = (coordinates.shape[0], self.slots - held, self.slot_tokens, *coordinates.shape[2:])
+            more = coordinates.new_zeros(shape, dtype=torch.float32)
+            self.coordinates = more if self.coordinates is None else torch.cat([self.coordinates, more], dim=1)
+        assert self.coordinates is not None
+        self.coordinates[:, slot, : coordinates.shape[1]] = coordinates
+
+
+def grown_slots(slots: int, slot: int) -> int:
+    """Return how many slots an archive of `slots` has once a block is in `slot`.
+
+    Spare slots are bytes that nobody asked for, but to grow copies the archive.
+
+    >>> grown_slots(0, 0), grown_slots(4, 3), grown_slots(320, 320)
+    (1, 4, 330)
+    """
+    return slots if slot < slots else max(slot + 1, slots + slots // 32)
+
+
+def _extended(old: Tensor, more: Tensor) -> Tensor:
+    """Return `old` with the slots of `more` behind its own."""
+    return torch.cat([old, more], dim=1) if old.ndim == more.ndim else more

@@ -1,0 +1,248 @@
+"""What a layer attends in a chunk, made into two tensors for the attention kernel."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kvpack.memory.base import Attended
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.rope import rotate, rotations
+from kvpack.memory.store import Arena, KeysValues, StoredBlock, Workspace
+from kvpack.memory.tokens import Tokens
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Rotations = Complex[Tensor, "rows tokens one_or_heads half"]
+
+_BIAS_CHANNELS = 8  # kernels want head sizes that are multiples of it
+_HEADS_AT_ONCE = 1024  # tokens; rotations that differ by head are twice as large as keys in bfloat16
+
+
+class Context(Protocol):
+    """Keys and values of history that a layer attends in a chunk."""
+
+    #: Tokens of history of each row.
+    lengths: list[int]
+
+    def attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, turns: Rotations, attention: Attention
+    ) -> Float[Tensor, "rows tokens heads head_dim"]:
+        """Return the attention of rotated queries to history and to the current keys and values.
+
+        Args:
+            queries: queries before RoPE.
+            keys: keys before RoPE; those of the last queries, if they are fewer.
+            values: their values.
+            turns: rotations of the queries.
+            attention: called with rotated queries, and with keys and values of history and current tokens.
+        """
+        ...
+
+    def keep(self, keys: Tensor, values: Tensor) -> StoredBlock | None:
+        """Store what was attended last as a block, if the memory's blocks are stored by the engine."""
+        ...
+
+    def history(self) -> KeysValues:
+        """Return rotated keys, and values, of history; rows that are shorter end in anything."""
+        ...
+
+    def beside(self, tokens: int) -> Any:
+        """Return a context manager in which other tokens are attended in the place of the current ones."""
+        ...
+
+
+class InPlace:
+    """History in a layer's arena, in attended order: values are attended where they lie.
+
+    Keys are rotated into the workspace in every forward, unless the memory keeps them rotated.
+
+    Args:
+        arena: where the layer's blocks lie.
+        workspace: for rotated keys.
+        attended: what the memory wants attended.
+        like: the chunk's keys.
+        geometry: the model.
+        rotated: whether keys are kept after RoPE.
+    """
+
+    def __init__(
+        self, arena: Arena, workspace: Workspace, attended: Attended, like: Tensor, geometry: Geometry, *, rotated: bool
+    ) -> None:
+        assert isinstance(attended.tokens, tuple)
+        self.arena, self.workspace, self.geometry, self.rotated = arena, workspace, geometry, rotated
+        self.turns = attended.rotations
+        blocks, loose, start = [], [], 0
+        for tokens in attended.tokens:
+            if tokens.block is None:
+                loose.append((start, tokens))
+            else:
+                blocks.append((start, tokens.block))
+            start += len(tokens)
+        arena.arrange(blocks, start + like.shape[1], like)
+        for place, tokens in loose:
+            arena.write(place, tokens.keys, tokens.values)
+        self.places = [tokens.coordinates for tokens in attended.tokens]
+        self.tokens = start
+        self.lengths = [start] * like.shape[0]
+        workspace.owner = None
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, turns: Rotations, attention: Attention) -> Tensor:
+        """Attend the arena up to the current tokens."""
+        start, stop = self.tokens, self.tokens + keys.shape[1]
+        room = self.arena.keys if self.rotated else self._rotated_history(stop)
+        rotate(keys, turns[:, turns.shape[1] - keys.shape[1] :], out=room[:, start:stop])
+        self.arena.values[:, start:stop] = values
+        return attention(rotate(queries, turns), room[:, :stop], self.arena.values[:, :stop])
+
+    def keep(self, keys: Tensor, values: Tensor) -> StoredBlock:
+        """Make a block of the current tokens, whose values are already there."""
+        start, stop = self.tokens, self.tokens + keys.shape[1]
+        if not self.rotated:
+            self.arena.keys[:, start:stop] = keys
+        return self.arena.admit(StoredBlock(keys.shape[1]), start)
+
+    def history(self) -> KeysValues:
+        """Return views, which hold until the next forward of any layer."""
+        keys = self.arena.keys if self.rotated else self._rotated_history(self.tokens)
+        return keys[:, : self.tokens], self.arena.values[:, : self.tokens]
+
+    @contextmanager
+    def beside(self, tokens: int) -> Iterator[None]:
+        """Save the values that other tokens write over."""
+        place = slice(self.tokens, self.tokens + tokens)
+        saved = self.arena.values[:, place].clone()
+        yield
+        self.arena.values[:, place] = saved
+
+    def _rotated_history(self, stop: int) -> Tensor:
+        like = self.arena.keys
+        room = self.workspace.keys(like.shape[0], max(stop, like.shape[1]), like)
+        if self.workspace.owner is not self:
+            start = 0
+            for turns in self._turns():
+                end = start + turns.shape[1]
+                rotate(self.arena.keys[:, start:end], turns, out=room[:, start:end])
+                start = end
+            self.workspace.owner = self
+        return room
+
+    def _turns(self) -> tuple[Tensor, ...]:
+        if self.turns is not None:
+            return self.turns
+        return (rotations(_joined(self.places), self.geometry),) if self.places else ()
+
+
+class Gathered:
+    """History that lies apart: copied into the workspace in every forward, for all rows or for each by itself.
+
+    Args:
+        workspace: for rotated keys and for values.
+        attended: what the memory wants attended.
+        like: the chunk's keys.
+        geometry: the model.
+        stores: whether the memory's blocks are stored by the engine.
+    """
+
+    def __init__(
+        self, workspace: Workspace, attended: Attended, like: Tensor, geometry: Geometry, *, stores: bool
+    ) -> None:
+        rows = like.shape[0]
+        self.workspace, self.geometry, self.stores = workspace, geometry, stores
+        if isinstance(attended.tokens, list):
+            self.groups = [(slice(row, row + 1), tokens) for row, tokens in enumerate(attended.tokens)]
+        else:
+            self.groups = [(slice(0, rows), attended.tokens)]
+        self.lengths = [sum(map(len, tokens)) for _, tokens in self.groups for _ in range(rows // len(self.groups))]
+        self.like = like[:, :0]
+        biases = [(len(each), each.bias) for each in self.groups[0][1]]
+        self.bias = None
+        if any(bias for _, bias in biases):
+            self.bias = torch.cat([like.new_full((count,), bias) for count, bias in biases])
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, turns: Rotations, attention: Attention) -> Tensor:
+        """Attend the workspace."""
+        queries, turns = rotate(queries, turns), turns[:, turns.shape[1] - keys.shape[1] :]
+        results = []
+        for rows, tokens in self.groups:
+            every_key, every_value, start = self._filled(tokens, keys[rows])
+            rotate(keys[rows], turns[rows] if turns.shape[0] > 1 else turns, out=every_key[:, start:])
+            every_value[:, start:] = values[rows]
+            if self.bias is None:
+                results.append(attention(queries[rows], every_key, every_value))
+            else:
+                results.append(biased(queries[rows], every_key, every_value, self.bias, attention))
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def keep(self, keys: Tensor, values: Tensor) -> StoredBlock | None:
+        """Store copies, if the engine stores blocks."""
+        return StoredBlock(keys.shape[1], (keys.clone(), values.clone())) if self.stores else None
+
+    def history(self) -> KeysValues:
+        """Return copies."""
+        longest, rows = max(self.lengths), len(self.lengths)
+        shape = (rows, longest, *self.like.shape[2:])
+        keys, values = self.like.new_zeros(shape), self.like.new_zeros(shape)
+        for some, tokens in self.groups:
+            every_key, every_value, length = self._filled(tokens, self.like[some])
+            keys[some, :length], values[some, :length] = every_key, every_value
+        return keys, values
+
+    @contextmanager
+    def beside(self, tokens: int) -> Iterator[None]:
+        """Do nothing: nothing current is held here."""
+        yield
+
+    def _filled(self, parts: tuple[Tokens, ...], current: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Return room for history and current tokens, the history in it, and how many tokens that is."""
+        total = sum(map(len, parts))
+        size = current.shape[0], total + current.shape[1], current
+        every_key, every_value, start = self.workspace.keys(*size), self.workspace.values(*size), 0
+        self.workspace.owner = self
+        for tokens in parts:
+            stop = start + len(tokens)
+            if stop > start:
+                _rotate_into(every_key[:, start:stop], tokens, self.geometry)
+                every_value[:, start:stop] = tokens.values
+            start = stop
+        return every_key, every_value, total
+
+
+def _rotate_into(room: Tensor, tokens: Tokens, geometry: Geometry) -> None:
+    by_head = tokens.coordinates.ndim == 4 or geometry.rotary is not None
+    step = _HEADS_AT_ONCE if by_head else max(1, len(tokens))
+    for start in range(0, len(tokens), step):
+        some = slice(start, start + step)
+        rotate(tokens.keys[:, some], rotations(tokens.coordinates[:, some], geometry), out=room[:, some])
+
+
+def _joined(places: list[Tensor]) -> Tensor:
+    rows = max(each.shape[0] for each in places)
+    return torch.cat([each.expand(rows, *each.shape[1:]) for each in places], dim=1)
+
+
+def biased(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, attention: Attention) -> Tensor:
+    """Return attention with a number added to the logits of the first keys, exactly and without a mask.
+
+    A channel is added in which every query is 1 and a key has its bias; the new head size is made up for.
+
+    Args:
+        queries: rotated queries.
+        keys: rotated keys.
+        values: values.
+        bias: of the first keys; the rest have none.
+        attention: scales by the root of the head size.
+    """
+    head_dim = queries.shape[-1]
+    wide = head_dim + _BIAS_CHANNELS
+    added = pad(bias.to(keys) * wide**0.5, (0, keys.shape[1] - bias.shape[0]))
+    extra = pad(added[None, :, None, None].expand(*keys.shape[:3], 1), (0, _BIAS_CHANNELS - 1))
+    ones = pad(torch.ones_like(queries[..., :1]), (0, _BIAS_CHANNELS - 1))
+    scaled = queries * (wide / head_dim) ** 0.5
+    out = attention(
+        torch.cat([scaled, ones], dim=-1), torch.cat([keys, extra], dim=-1), pad(values, (0, _BIAS_CHANNELS))
+    )
+    return out[..., :head_dim]

@@ -1,0 +1,77 @@
+"""The choice of mid blocks by a selector, checked."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from kvpack.errors import PolicyError
+from kvpack.memory.archive import Archive
+from kvpack.memory.attribution import blamed
+from kvpack.memory.base import Chunk
+from kvpack.memory.roles import Candidates, Query, Selector
+from kvpack.memory.rope import rotate
+from kvpack.memory.stack_plan import StackPlan
+
+
+def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) -> Int[Tensor, "rows chosen"] | None:
+    """Return sorted indices of the chosen mid blocks; None if all are attended or none.
+
+    Raises:
+        PolicyError: if the selector returns anything but `[rows, limit]` indices.
+    """
+    if plan.takes_all:
+        return None
+    queries, device = chunk.queries, chunk.queries.device
+    if chunk.shared is not None:
+        return chunk.shared.to(device)
+    slots, tokens = plan.on(device)
+
+    def keys(block: int) -> Tensor:
+        return archive.keys[:, plan.mid[block].slot, : plan.tokens[block]]
+
+    def turned(vectors: Callable[[], Tensor], block: int | None) -> Tensor:
+        return rotate(vectors(), plan.absolute_rotations(block, device))
+
+    candidates = Candidates(
+        first_frames=tuple(piece.first_frame for piece in plan.mid),
+        frames=tuple(piece.frames for piece in plan.mid),
+        tokens=tokens,
+        key_sums=archive.key_sums.index_select(1, slots),
+        keys=keys,
+        rotated_keys=lambda block: turned(lambda: keys(block), block),
+    )
+    query = Query(queries, chunk.layer, chunk.index, rotated=lambda: turned(lambda: queries, None))
+    with blamed(selector, "select", plan.ledger.seconds, chunk.layer):
+        chosen: Any = selector.select(query, candidates)
+    name, wanted = f"{type(selector).__name__}.select", (queries.shape[0], plan.chosen)
+    if not isinstance(chosen, Tensor) or chosen.dtype not in (torch.int64, torch.int32):
+        kind = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
+        raise PolicyError(f"{name} returned {kind} in layer {chunk.layer}, but indices are int64")
+    if tuple(chosen.shape) != wanted:
+        raise PolicyError(
+            f"{name} returned shape {tuple(chosen.shape)} in layer {chunk.layer}, but it must be {wanted}"
+        )
+    return chosen.long().sort(dim=1).values
+
+
+def doubtful(chosen: Tensor | None, count: int) -> Tensor | bool:
+    """Return whether a sorted choice is out of range or names a block twice, without waiting for the device."""
+    if chosen is None or not chosen.numel():
+        return False
+    wrong = (chosen[:, 0] < 0) | (chosen[:, -1] >= count)
+    return wrong.any() | (chosen[:, 1:] == chosen[:, :-1]).any()
+
+
+def check_choice(selector: Selector, chosen: Tensor | None, count: int, layer: int) -> None:
+    """Raise `PolicyError` if a sorted choice is out of range or names a block twice; waits for the device."""
+    if chosen is None or not chosen.numel():
+        return
+    name = f"{type(selector).__name__}.select"
+    bad = (chosen < 0) | (chosen >= count)
+    if bool(bad.any()):
+        raise PolicyError(f"{name} returned index {int(chosen[bad][0])}, but layer {layer} has {count} candidates")
+    if bool((chosen[:, 1:] == chosen[:, :-1]).any()):
+        raise PolicyError(f"{name} returned an index twice in layer {layer}, but a block is attended once")

@@ -1,0 +1,232 @@
+"""The plan of a stack: its blocks, their order and their positions, before any layer has chosen."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor
+
+from kvpack.errors import PolicyError
+from kvpack.memory.attribution import blamed
+from kvpack.memory.blocks import grid_coordinates
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.ledger import Ledger, Piece, Step
+from kvpack.memory.plan import Book, Plan, at
+from kvpack.memory.roles import Layout, Part, Placement
+from kvpack.memory.rope import rotations, wide_dtype
+
+if TYPE_CHECKING:
+    from kvpack.memory.stack import Stack
+
+
+@dataclass(frozen=True)
+class StackBook(Book):
+    """A stack's view of the past.
+
+    Args:
+        ledger: which frames are held whole, which compressed, and in which slot.
+        aim: the ledger that a replay will have come back to.
+    """
+
+    ledger: Ledger | None = None
+    aim: Ledger | None = None
+
+    @classmethod
+    def of(cls, ledger: Ledger, aim: Ledger | None = None) -> "StackBook":
+        """Return the book of a ledger."""
+        return cls(ledger.frames, ledger.chunks, ledger.seconds, ledger, aim)
+
+    def timeless(self) -> "StackBook":
+        """Return the same past in a book that counts seconds from here on."""
+        assert self.ledger is not None
+        return StackBook.of(replace(self.ledger, seconds={}), self.aim)
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """Attended blocks of a choice at their positions.
+
+    Args:
+        placement: what the re-indexer gave.
+        ratios: positions that a frame of each block spans.
+        sink: (t, y, x) of the tokens of each sink block.
+        mid: of each chosen mid block, or of all of them in one where they are of one size.
+        recent: of each recent block.
+        geometry: the model.
+    """
+
+    placement: Placement
+    ratios: Float[Tensor, "rows blocks"]
+    sink: tuple[Tensor, ...]
+    mid: tuple[Tensor, ...]
+    recent: tuple[Tensor, ...]
+    geometry: Geometry
+
+    @cached_property
+    def suspect(self) -> Tensor:
+        """Whether a position is not finite; a scalar on the device."""
+        given = self.placement
+        numbers = torch.cat([given.starts.flatten(), given.lengths.flatten(), given.chunk_start])
+        return ~numbers.isfinite().all()
+
+    @cached_property
+    def rotations(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Rotations of sink, mid and recent tokens; None where there are none."""
+        sink, mid, recent = (
+            rotations(torch.cat(part, dim=1), self.geometry) if part else None
+            for part in (self.sink, self.mid, self.recent)
+        )
+        return sink, mid, recent
+
+
+class StackPlan(Plan):
+    """The attended blocks of one chunk, the same for all layers but for the choice of mid blocks.
+
+    Args:
+        stack: the policy.
+        book: the past.
+        coming: latent frames of the chunk.
+        geometry: the model.
+    """
+
+    def __init__(self, stack: "Stack", book: StackBook, coming: int, geometry: Geometry) -> None:
+        super().__init__(book, coming, geometry)
+        assert book.ledger is not None
+        self.stack, self.aim = stack, book.aim
+        self.ledger = book.ledger if coming == book.ledger.coming else book.ledger.expecting(coming)
+        self.sink = [index for index, piece in enumerate(self.ledger.whole) if piece.part == "sink"]
+        self.recent = [index for index, piece in enumerate(self.ledger.whole) if piece.part == "recent"]
+        self.chosen = self._limit(len(self.ledger.archive))
+        #: Archived blocks, if any of them is attended.
+        self.mid = self.ledger.archive if self.chosen else ()
+        self.takes_all = self.chosen == len(self.mid)
+        compressor, grid = stack.compressor, geometry.grid
+        self.spans = {frames: compressor.span(0, frames, grid) for frames in {piece.frames for piece in self.mid}}
+        self.tokens = [self.spans[piece.frames].tokens for piece in self.mid]
+        #: Of each mid block, how small it is attended, and the tokens that are then left.
+        self.levels = [self._level(age) for age in reversed(range(len(self.mid)))]
+        self.attended = [
+            compressor.shrunk_span(self.spans[piece.frames], grid, level) if level else self.spans[piece.frames]
+            for piece, level in zip(self.mid, self.levels, strict=True)
+        ]
+        #: Mid blocks of one size: a choice is gathered on the device, whatever it is.
+        self.uniform = len(self.spans) <= 1 and not any(self.levels)
+        self._placed: dict[torch.device, Placed] = {}
+        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def new_pieces(self) -> tuple[Piece, ...]:
+        """The coming chunk, cut wherever a part will ever begin or end."""
+        return self.ledger.new_pieces()
+
+    @cached_property
+    def step(self) -> Step:
+        """What the commit does to the pieces."""
+        return self.ledger.commit() if self.aim is None else self.ledger.replayed(self.aim)
+
+    @property
+    def after(self) -> StackBook:
+        """The book with the chunk in it."""
+        ledger, aim = self.step.ledger, self.aim
+        return StackBook.of(ledger, aim if aim is not None and ledger.frames < aim.frames else None)
+
+    def on(self, device: torch.device) -> tuple[Int[Tensor, " blocks"], Int[Tensor, " blocks"]]:
+        """Return slot and token count of every mid block; copied to the device once for all layers."""
+        if device not in self._on:
+            slots = [piece.slot for piece in self.mid]
+            self._on[device] = torch.tensor(slots, device=device), torch.tensor(self.tokens, device=device)
+        return self._on[device]
+
+    def place(self, chosen: Tensor | list[int] | None, device: torch.device) -> Placed:
+        """Return positions for a choice: indices of all rows at once, the list of one row, or None for all blocks."""
+        if isinstance(chosen, list) or (isinstance(chosen, Tensor) and not self.stack.reindexer.shared):
+            return self._place(chosen, device)
+        if device not in self._placed:
+            self._placed[device] = self._place(list(range(self.chosen)), device)
+        return self._placed[device]
+
+    def shares(self, chosen: Tensor | list[int] | None) -> bool:
+        """Return whether `place` gives every layer the same."""
+        return chosen is None or (isinstance(chosen, Tensor) and self.stack.reindexer.shared)
+
+    def absolute_rotations(
+        self, block: int | None, device: torch.device
+    ) -> Complex[Tensor, "1 tokens one_or_heads half"]:
+        """Return rotations to the positions in the video of a mid block, or of the current chunk if None."""
+        piece = Piece(self.book.frames, self.coming) if block is None else self.mid[block]
+        grid = grid_coordinates(self.coming, self.geometry.grid)
+        coordinates = grid if block is None else self.spans[piece.frames].coordinates
+        start = torch.full((1,), float(piece.first_frame), dtype=wide_dtype(device), device=device)
+        return rotations(at(coordinates, start, torch.ones_like(start)), self.geometry)
+
+    def _place(self, chosen: Tensor | list[int], device: torch.device) -> Placed:
+        layout = self._layout(chosen, device)
+        with blamed(self.stack.reindexer, "place", self.ledger.seconds):
+            given = self.stack.reindexer.place(layout)
+        placement = self._checked(layout, given)
+        ratios, grid = placement.lengths / layout.frames, self.geometry.grid
+        mid = [self.attended[0]] * self.chosen if isinstance(chosen, Tensor) else [self.attended[i] for i in chosen]
+        sink, recent = ([self.ledger.whole[i].frames for i in part] for part in (self.sink, self.recent))
+        coordinates = [
+            *(grid_coordinates(frames, grid) for frames in sink),
+            *(span.coordinates for span in mid),
+            *(grid_coordinates(frames, grid) for frames in recent),
+        ]
+        placed = [at(each, placement.starts[:, b], ratios[:, b]) for b, each in enumerate(coordinates)]
+        first, last = len(sink), len(sink) + self.chosen
+        middle = tuple(placed[first:last])
+        if self.uniform and middle:
+            middle = (torch.cat(middle, dim=1),)
+        return Placed(placement, ratios, tuple(placed[:first]), middle, tuple(placed[last:]), self.geometry)
+
+    def _layout(self, chosen: Tensor | list[int], device: torch.device) -> Layout:
+        """Return the attended blocks; rows differ only where a tensor has chosen."""
+        index = chosen if isinstance(chosen, Tensor) else torch.tensor([chosen], dtype=torch.long, device=device)
+        # A wrong index is reported at the end of the chunk; until then it must not crash the device.
+        index = index.clamp(0, max(0, len(self.mid) - 1))
+
+        def column(sink: list[int], mid: list[int], recent: list[int]) -> Float[Tensor, "rows blocks"]:
+            def row(values: list[int]) -> Tensor:
+                return torch.tensor(values, dtype=wide_dtype(device), device=device)
+
+            rows = index.shape[0]
+            return torch.cat([row(sink).expand(rows, -1), row(mid)[index], row(recent).expand(rows, -1)], dim=1)
+
+        sink, recent = ([self.ledger.whole[i] for i in part] for part in (self.sink, self.recent))
+        counts: tuple[tuple[Part, int], ...] = (("sink", len(sink)), ("mid", self.chosen), ("recent", len(recent)))
+        return Layout(
+            parts=tuple(part for part, count in counts for _ in range(count)),
+            first_frames=column(*([p.first_frame for p in part] for part in (sink, self.mid, recent))),
+            frames=column(*([p.frames for p in part] for part in (sink, self.mid, recent))),
+            chunk_first_frame=self.ledger.frames,
+            chunk_frames=self.coming,
+        )
+
+    def _checked(self, layout: Layout, placement: Placement) -> Placement:
+        name, wanted = type(self.stack.reindexer).__name__, tuple(layout.frames.shape)
+        if not isinstance(placement, Placement):
+            raise PolicyError(f"{name}.place returned {type(placement).__name__}, but it must be a Placement")
+        for what, expected in (("starts", wanted), ("lengths", wanted), ("chunk_start", wanted[:1])):
+            given = getattr(placement, what)
+            if not isinstance(given, Tensor) or not given.is_floating_point() or tuple(given.shape) != expected:
+                shown = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+                raise PolicyError(f"{name}.place returned {what} {shown}, but it must be floating point {expected}")
+        return placement
+
+    def _level(self, age: int) -> int:
+        level = self.stack.compressor.level(age)
+        if not isinstance(level, int) or level < 0:
+            name = type(self.stack.compressor).__name__
+            raise PolicyError(f"{name}.level returned {level!r} for age {age}, but it must be a whole number >= 0")
+        return level
+
+    def _limit(self, candidates: int) -> int:
+        selector = self.stack.selector
+        with blamed(selector, "limit", self.ledger.seconds):
+            chosen = selector.limit(candidates)
+        if not isinstance(chosen, int) or not 0 <= chosen <= candidates:
+            name = type(selector).__name__
+            raise PolicyError(f"{name}.limit returned {chosen!r}, but there are {candidates} candidates")
+        return chosen

@@ -1,0 +1,114 @@
+"""Keys and values of some tokens of one layer, and where each token sits in the video."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.rope import rotate, rotations
+from kvpack.memory.store import StoredBlock
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Keys before RoPE and values of one layer, and where each token sits.
+
+    Args:
+        keys: keys after their norm and before RoPE.
+        values: values.
+        coordinates: (t, y, x) of each token, t in latent frames of the video; with one row for all rows, and with an
+            axis of heads only where each head keeps tokens of its own.
+        bias: what is added to the logits of queries that attend these tokens.
+        block: the handle of tokens that the engine stores.
+    """
+
+    keys: Float[Tensor, "batch tokens heads head_dim"]
+    values: Float[Tensor, "batch tokens heads head_dim"]
+    coordinates: Float[Tensor, "rows tokens 3"] | Float[Tensor, "rows tokens heads 3"]
+    bias: float = 0.0
+    block: StoredBlock | None = None
+
+    def __len__(self) -> int:
+        return self.keys.shape[1]
+
+    def __getitem__(self, some: slice) -> "Tokens":
+        """Return a run of tokens."""
+        return Tokens(self.keys[:, some], self.values[:, some], self.coordinates[:, some], self.bias)
+
+    def __add__(self, other: "Tokens") -> "Tokens":
+        """Return these tokens and, behind them, others of the same bias."""
+        coordinates = [self.coordinates, other.coordinates]
+        rows = max(each.shape[0] for each in coordinates)
+        if {each.ndim for each in coordinates} == {3, 4}:
+            heads = self.keys.shape[2]
+            coordinates = [
+                each if each.ndim == 4 else each[:, :, None].expand(-1, -1, heads, -1) for each in coordinates
+            ]
+        coordinates = [each.expand(rows, *each.shape[1:]) for each in coordinates]
+        return Tokens(
+            torch.cat([self.keys, other.keys], dim=1),
+            torch.cat([self.values, other.values], dim=1),
+            torch.cat(coordinates, dim=1),
+            self.bias,
+        )
+
+    def compact(self) -> "Tokens":
+        """Return the same tokens in tensors of their own, where they are a part of larger ones."""
+        return Tokens(self.keys.clone(), self.values.clone(), self.coordinates.clone(), self.bias)
+
+    def without_data(self) -> "Tokens":
+        """Return the places alone, which keep no keys and values alive."""
+        nothing = self.keys.new_empty(self.keys.shape[0], 0, *self.keys.shape[2:])
+        return Tokens(nothing, nothing, self.coordinates, self.bias)
+
+    def rotated_keys(self, geometry: Geometry) -> Float[Tensor, "batch tokens heads head_dim"]:
+        """Return the keys after RoPE at these places."""
+        return rotate(self.keys, rotations(self.coordinates, geometry))
+
+    def take(self, index: Int[Tensor, "batch kept"] | Int[Tensor, "batch kept heads"]) -> "Tokens":
+        """Return the tokens of each row, or of each row's heads, at some indices."""
+        rows, heads = self.keys.shape[0], self.keys.shape[2]
+        each = index if index.ndim == 3 else index[..., None].expand(-1, -1, heads)
+        wide = each[..., None].expand(-1, -1, -1, self.keys.shape[3])
+        coordinates = self.coordinates.expand(rows, *self.coordinates.shape[1:])
+        if index.ndim == 3 and coordinates.ndim == 3:
+            coordinates = coordinates[:, :, None].expand(-1, -1, heads, -1)
+        where = (each if coordinates.ndim == 4 else index)[..., None].expand(*([-1] * (coordinates.ndim - 1)), 3)
+        keys, values = self.keys.gather(1, wide), self.values.gather(1, wide)
+        return Tokens(keys, values, coordinates.gather(1, where), self.bias)
+
+    def moved(self, frames: float) -> "Tokens":
+        """Return the same tokens, later."""
+        coordinates = self.coordinates.clone()
+        coordinates[..., 0] += frames
+        return replace(self, coordinates=coordinates)
+
+    def starting_at(self, frame: float) -> "Tokens":
+        """Return the same tokens, the first of them at `frame`."""
+        return self.moved(frame - float(self.coordinates[..., 0].min())) if len(self) else self
+
+
+def consecutive(parts: Sequence[Tokens], start: float = 0.0) -> tuple[list[Tokens], float]:
+    """Place parts one behind the other in time, without gaps between them; return them and the position behind them.
+
+    Each part keeps the distances of its own frames.
+    """
+    placed = []
+    for part in parts:
+        if len(part):
+            placed.append(part.starting_at(start))
+            start = float(placed[-1].coordinates[..., 0].max()) + 1.0
+    return placed, start
+
+
+def shortened(parts: Sequence[Tokens], tokens: int) -> list[Tokens]:
+    """Return parts without the last `tokens` tokens of them all."""
+    left = []
+    for part in reversed(parts):
+        cut = min(tokens, len(part))
+        left.append(part[: len(part) - cut])
+        tokens -= cut
+    return left[::-1]

@@ -1,0 +1,199 @@
+"""The benchmarks run, their rows have one shape, and what does not depend on the machine holds. Never on time."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import anyflow, clock, overhead, report, rotation, steady, wan_layer
+from benchmarks.report import Bar, Row, Score
+
+ROOT = Path(__file__).parents[2]
+ROW = Row("kvpack", "error", 0.5, 0.25, 1.0, "ratio", 3, "python -m benchmarks.rotation", "abc")
+
+
+def figures(rows: list[Row], subject: str, metric: str) -> list[float]:
+    return [row.value for row in rows if row.subject.startswith(subject) and row.metric.startswith(metric)]
+
+
+def assert_rows(rows: list[Row], bars: tuple[Bar, ...], folder: Path) -> None:
+    """Every bar finds its figures, those that a small run can judge are kept, and the rows survive their file."""
+    assert all(math.isfinite(number) for row in rows for number in (row.value, row.low, row.high))
+    assert len({(row.subject, row.metric) for row in rows}) == len(rows)
+    assert report.read(report.write("rows", rows, folder)) == rows
+    for bar in bars:
+        assert bar.verdict(rows).startswith("met " if not bar.timed else ("met ", "NOT MET")), bar
+
+
+def test_rotation_stays_within_two_roundings_and_repeated_rotation_does_not(tmp_path) -> None:
+    rows = rotation.run(small=True)
+    assert_rows(rows, rotation.BARS, tmp_path)
+    assert max(figures(rows, "kvpack", "worst pair")) <= 1
+    assert max(figures(rows, "kvpack", "relative error")) < 2**-8
+    assert min(figures(rows, "plain", "worst pair")) > 4
+    ten, hundred = figures(rows, "plain", "relative error")
+    assert hundred > 5 * ten
+
+
+def test_exact_rotation_preserves_length_and_distance() -> None:
+    keys = torch.randn(1, 32, 2, 128, dtype=torch.float64)
+    moved = rotation.exact(keys, 40_000.0)
+    assert torch.allclose(moved.norm(dim=-1), keys.norm(dim=-1))
+    near, far = (rotation.exact(keys, start) * rotation.exact(keys, start + 4) for start in (0.0, 40_000.0))
+    assert torch.allclose(near.sum(dim=-1), far.sum(dim=-1), atol=1e-6)
+
+
+def test_memory_of_packforcing_is_flat_and_that_of_full_grows(tmp_path) -> None:
+    rows = steady.run(small=True)
+    assert_rows(rows, steady.BARS, tmp_path)
+    assert figures(rows, "packforcing", steady.SESSION) == [1]
+    assert figures(rows, "length", steady.SESSION) == [1]
+    assert figures(rows, "full", steady.SESSION)[0] > 1.1
+    assert figures(rows, "length", "chunks without error") == [60]
+
+
+@pytest.mark.slow
+def test_a_chunk_of_anyflow_is_as_many_tokens_late_as_early_and_upstreams_are_more(tmp_path) -> None:
+    rows = anyflow.run(small=True)
+    assert_rows(rows, anyflow.BARS, tmp_path)
+    assert figures(rows, "kvpack", anyflow.TOKENS) == [1]
+    assert figures(rows, "upstream", anyflow.TOKENS)[0] > 2
+
+
+def test_overhead_counts_the_same_attention_on_all_sides(tmp_path) -> None:
+    rows = overhead.run(small=True)
+    assert_rows(rows, overhead.BARS, tmp_path)
+    assert figures(rows, "plain", "relative difference") == [0, 0]
+    for kind in ("pool, fp32", "pool, bf16", "lr, fp32", "lr, bf16"):
+        *parts, overall = [
+            row
+            for row in rows
+            if row.subject == f"kvpack, {kind}" and row.unit == "ms" and "end to end" not in row.metric
+        ]
+        assert overall.metric == "overhead"
+        assert sum(part.low for part in parts) <= overall.high * 1.001
+        assert sum(part.high for part in parts) >= overall.low * 0.999
+
+
+def test_reference_size_is_that_of_the_paper() -> None:
+    geometry = wan_layer.WAN.geometry(torch.bfloat16)
+    assert (wan_layer.WAN.width, geometry.rope_split) == (1536, (44, 42, 42))
+    span = overhead.LowResolutionCompressor().span(0, wan_layer.FRAMES, geometry.grid)
+    frames = wan_layer.SINK + wan_layer.RECENT + wan_layer.FRAMES
+    assert frames * geometry.tokens_per_frame + wan_layer.TOPK * span.tokens == 27_872
+    assert wan_layer.ARCHIVED > wan_layer.TOPK
+
+
+def test_keys_in_place_give_the_output_of_kvpack() -> None:
+    with torch.no_grad():
+        layer = wan_layer.Layer(wan_layer.TINY, torch.float32, "pool")
+        projections = layer.projections()
+        layer.denoise(0)
+        mine = layer.memory.attend(*projections, layer.processor.attention)
+        assert torch.equal(mine, wan_layer.InPlace(layer.session).attend(*projections, layer.processor.attention))
+
+
+def test_clock_counts_inner_parts_once() -> None:
+    watch = clock.Clock()
+    with watch.part("outer"):
+        with watch.part("inner", outer="outer"):
+            pass
+        with watch.part("leaf", leaf=True), watch.part("hidden"):
+            pass
+    assert set(watch.seconds) == {"outer", "inner", "leaf"}
+
+
+def test_bar_is_judged_by_its_worst_row() -> None:
+    bar = Bar("small", "kv", "err", 0.6)
+    assert bar.verdict([ROW]).startswith("met ")
+    assert bar.verdict([ROW, replace(ROW, value=0.7)]).startswith("NOT MET")
+    assert "0.7" in bar.verdict([ROW, replace(ROW, value=0.7)])
+    assert bar.verdict([replace(ROW, subject="plain")]).startswith("NOT MEASURED")
+
+
+def test_samples_and_ratios() -> None:
+    row = report.samples("a", "b", [3.0, 1.0, 2.0], "s")
+    assert (row.value, row.low, row.high, row.n) == (2.0, 1.0, 3.0, 3)
+    flat = report.median_ratio("a", "b", [2.0] * 5, [1.0] * 4)
+    assert (flat.value, flat.low, flat.high, flat.n) == (2.0, 2.0, 2.0, 9)
+    noisy = report.median_ratio("a", "b", [1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    assert noisy.low < 1 < noisy.high
+    assert noisy == report.median_ratio("a", "b", [1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+
+
+def test_table_shows_every_figure() -> None:
+    shown = report.table([ROW, replace(ROW, metric="speed", value=12345.6)])
+    assert shown.count("kvpack") == 1
+    assert "12,346" in shown
+    assert "0.25" in shown
+    assert report.figure(0) == "0"
+    assert report.figure(2.5e-5) == "2.5e-05"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"value": 2.0}, {"n": 0}, {"extra": 1}],
+    ids=["outside its interval", "no sample", "unknown field"],
+)
+def test_reading_refuses_what_is_no_row(tmp_path, broken) -> None:
+    path = report.write("rows", [ROW], tmp_path)
+    path.write_text(json.dumps([{**json.loads(path.read_text())[0], **broken}]))
+    with pytest.raises(ValueError, match="not a row"):
+        report.read(path)
+
+
+@pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_kept_results_are_rows_of_full_runs(path) -> None:
+    rows = report.read(path, Score if path.stem.startswith(("leaderboard", "ablation", "compressors")) else Row)
+    assert rows
+    assert all(row.commit and row.command for row in rows)
+    assert all(row.command.startswith("python -m benchmarks.") for row in rows)
+    assert not any(small in row.command for row in rows for small in ("--small", "--smoke"))
+
+
+def test_command_line_writes_rows_and_reports_bars(tmp_path) -> None:
+    command = [sys.executable, "-m", "benchmarks.rotation", "--small", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "met " in done.stdout
+    assert "worst pair" in done.stdout
+    rows = report.read(tmp_path / "rotation.json")
+    assert {row.command for row in rows} == {"python -m benchmarks.rotation --small"}
+    assert all(row.commit for row in rows)
+
+
+def test_bench_runs_all_and_fails_if_one_cannot(tmp_path, monkeypatch, capsys) -> None:
+    from benchmarks import __main__ as bench
+
+    def ran(name: str, small: bool, folder: str) -> bool:
+        if name == "overhead":
+            return False
+        metric = {"rotation": "worst pair", "steady": steady.SESSION, "anyflow": anyflow.TOKENS}[name]
+        report.write(
+            name, [replace(ROW, metric=metric, subject=each) for each in ("kvpack", "packforcing")], Path(folder)
+        )
+        return True
+
+    monkeypatch.setattr(bench, "ran", ran)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--small", "--out", str(tmp_path)])
+    assert bench.main() == 1
+    shown = capsys.readouterr().out
+    assert "rotation: met" in shown
+    assert "steady: met" in shown
+    assert "overhead: FAILED" in shown
+    monkeypatch.setattr(bench, "ran", lambda *_: True)
+    report.write("overhead", [replace(ROW, metric="overhead / own work")], tmp_path)
+    assert bench.main() == 0
+
+
+def test_small_runs_never_replace_kept_results() -> None:
+    options = report.parser("").parse_args
+    assert report.folder(options([])) == report.RESULTS
+    assert report.folder(options(["--small"])) == report.SMALL_RESULTS
+    assert report.folder(options(["--small", "--out", "here"])) == Path("here")

@@ -1,0 +1,135 @@
+"""Partitions are exact to the frame, whatever the sizes."""
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvpack.errors import InvalidOptionError, PolicyError
+from kvpack.memory.ledger import Ledger
+from kvpack.memory.roles import Partitioner, Segment
+from kvpack.policies import FullPartitioner, SinkMidRecentPartitioner, WindowPartitioner
+
+
+def frames(pieces):
+    return [frame for piece in pieces for frame in range(piece.first_frame, piece.stop)]
+
+
+def grow(ledger, chunks):
+    for _ in range(chunks):
+        ledger = ledger.commit().ledger
+        yield ledger
+
+
+@settings(max_examples=150, deadline=None)
+@given(sink=st.integers(0, 11), recent=st.integers(0, 11), chunk=st.integers(1, 5), chunks=st.integers(1, 14))
+def test_every_frame_is_in_exactly_one_part(sink, recent, chunk, chunks):
+    for ledger in grow(Ledger(SinkMidRecentPartitioner(sink, recent), chunk), chunks):
+        n = ledger.frames
+        expected_whole = [f for f in range(n) if f < sink or f >= n - recent]
+        assert frames(ledger.whole) == expected_whole
+        assert frames(ledger.archive) == [f for f in range(n) if f not in expected_whole]
+        assert all((piece.part == "sink") == (piece.first_frame < sink) for piece in ledger.whole)
+
+
+@settings(max_examples=150, deadline=None)
+@given(window=st.integers(1, 16), sink=st.integers(0, 6), chunk=st.integers(1, 5), chunks=st.integers(1, 12))
+def test_window_sees_what_self_forcing_sees(window, sink, chunk, chunks):
+    for ledger in grow(Ledger(WindowPartitioner(window, sink), chunk), chunks):
+        end = ledger.frames + chunk
+        assert frames(ledger.whole) == [f for f in range(ledger.frames) if f < sink or f >= end - (window - sink)]
+        assert ledger.archive == ()
+
+
+def test_full_keeps_everything_in_order():
+    *_, ledger = grow(Ledger(FullPartitioner(), 3), 50)
+    assert frames(ledger.whole) == list(range(150))
+
+
+def test_a_chunk_is_cut_only_where_parts_change():
+    ledger = Ledger(SinkMidRecentPartitioner(8, 4), 4)
+    assert [p.frames for p in ledger.new_pieces()] == [4]
+    *_, later = grow(Ledger(SinkMidRecentPartitioner(7, 4), 3), 2)
+    assert [(p.first_frame, p.frames) for p in later.new_pieces()] == [(6, 1), (7, 1), (8, 1)]
+
+
+def test_archive_blocks_bounds_the_archive_oldest_out():
+    *_, ledger = grow(Ledger(SinkMidRecentPartitioner(8, 4), 4, archive_blocks=3), 20)
+    assert [p.first_frame for p in ledger.archive] == [64, 68, 72]
+    assert max(piece.slot for piece in ledger.archive) <= 3
+
+
+def test_a_new_block_never_takes_a_slot_in_use():
+    ledger = Ledger(SinkMidRecentPartitioner(4, 4), 4, archive_blocks=2)
+    for _ in range(30):
+        step = ledger.commit()
+        assert {slot for _, slot in step.leaving}.isdisjoint(p.slot for p in step.ledger.archive if p in ledger.archive)
+        assert all(0 <= piece.slot < 2 for piece in step.ledger.archive)  # that of a block that goes is taken at once
+        ledger = step.ledger
+
+
+def test_twins_are_due_only_for_what_will_be_compressed():
+    ledger = Ledger(SinkMidRecentPartitioner(6, 4), 4)
+    due = []
+    for _ in range(4):
+        due += [p for p in ledger.new_pieces() if ledger.is_ever_compressed(p)]
+        ledger = ledger.commit().ledger
+    assert frames(due) == list(range(6, 16))
+
+
+@dataclass(frozen=True)
+class Scripted(Partitioner):
+    segments: tuple = ()
+    name = "scripted"
+    horizon_frames = 4
+
+    def partition(self, history_frames, chunk_frames):
+        return self.segments
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ((Segment("recent", range(9)),), "stay in the history"),
+        ((Segment("recent", range(2, 4)), Segment("mid", range(2))), "ascend"),
+        ((Segment("other", range(2)),), "sink, mid or recent"),
+        ((Segment("recent", range(0, 4, 2)),), "consecutive"),
+    ],
+)
+def test_a_wrong_partition_is_named(segments, message):
+    with pytest.raises(PolicyError, match=message) as caught:
+        Ledger(Scripted(segments), 4).commit()
+    assert "Scripted.partition" in str(caught.value)
+
+
+def test_a_frame_that_was_dropped_cannot_come_back_whole():
+    @dataclass(frozen=True)
+    class Regrets(Scripted):
+        def partition(self, history_frames, chunk_frames):
+            return () if history_frames == 4 else (Segment("sink", range(history_frames)),)
+
+    ledger = Ledger(Regrets(), 4).commit().ledger
+    with pytest.raises(PolicyError, match="wants 8 whole frames; 4 of them are still whole"):
+        ledger.commit()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sink=st.integers(0, 9), recent=st.integers(0, 9), chunk=st.integers(1, 5), data=st.data(), chunks=st.integers(1, 12)
+)
+def test_a_shorter_first_chunk_moves_all_boundaries(sink, recent, chunk, data, chunks):
+    first = data.draw(st.integers(1, chunk))
+    for index, ledger in enumerate(
+        grow(Ledger(SinkMidRecentPartitioner(sink, recent), chunk).expecting(first), chunks)
+    ):
+        n = first + index * chunk
+        assert (ledger.frames, ledger.chunks, ledger.coming) == (n, index + 1, chunk)
+        expected_whole = [f for f in range(n) if f < sink or f >= n - recent]
+        assert frames(ledger.whole) == expected_whole
+        assert frames(ledger.archive) == [f for f in range(n) if f not in expected_whole]
+
+
+def test_a_chunk_is_not_longer_than_the_stack_says():
+    with pytest.raises(InvalidOptionError, match="1 to 4 latent frames with this stack, got 5"):
+        Ledger(FullPartitioner(), 4).expecting(5)

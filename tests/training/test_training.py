@@ -1,0 +1,393 @@
+"""`kvpack train-compressor` from a folder of clips to weights that a pipeline takes."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+
+import kvpack.plugins.registry
+from helpers import told
+from kvpack.errors import BrokenClipError, InvalidOptionError, TrainingError
+from kvpack.training.clips import ClipFolder
+from kvpack.training.compressor import CompressorTraining, frozen
+from kvpack.training.trainer import Learner, Trainer, TrainingRecipe
+
+CHUNKS, SIZE = 5, (8, 8)
+STACK = {"topk": 4, "sink_frames": 2, "recent_frames": 2, "chunk_frames": 2}
+CAPTIONS = ["a red circle", "the blue square", "a green triangle"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps precision for the process; each of these tests stands for one."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def write_clips(folder, name="clips", captions=CAPTIONS, frames=2 * CHUNKS, size=SIZE, seed=0, channels=16):
+    folder.mkdir(exist_ok=True)
+    source = torch.Generator().manual_seed(seed)
+    save_file(
+        {"latents": torch.randn(len(captions), channels, frames, *size, generator=source)},
+        folder / f"{name}.safetensors",
+    )
+    (folder / f"{name}.txt").write_text("\n".join(captions) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_clips(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def training(model, data, tmp_path):
+    def make(output="run", recipe=None, **changed):
+        steps = {"steps": 4, "save_every": 2, "learning_rate": 1e-3, **(recipe or {})}
+        given = {"options": STACK, "hidden": 8, "frames": 2 * CHUNKS, "denoising_steps": 2, "max_sequence_length": 8}
+        return CompressorTraining(
+            **{"model": model, "data": data, "output": tmp_path / output, "cpu": True, **given, **changed},
+            recipe=TrainingRecipe(**steps),
+        )
+
+    return make
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def rows(folder):
+    with (folder / "log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_trained_weights_are_taken_by_a_pipeline(training, model, tmp_path):
+    training().run()
+    trained = weights(tmp_path / "run")
+    assert float(trained["projection.weight"].abs().max()) > 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["base_model"] == "tiny"
+    assert config["branches"] == "dual"
+    losses = [float(row["value"]) for row in rows(tmp_path / "run") if row["name"] == "loss"]
+    assert len(losses) == 4
+    assert all(loss > 0 for loss in losses)
+    pipe = frozen(model, torch.float32, "cpu")
+    call = {"prompt": "a red circle", "height": 64, "width": 64, "num_frames": 37, "num_inference_steps": 2}
+    call |= {"guidance_scale": 1.0, "max_sequence_length": 8, "output_type": "latent"}
+    made = {}
+    for compressor in ("lr", str(tmp_path / "run")):
+        pipe.enable_packforcing(compressor=compressor, **STACK)
+        made[compressor] = pipe(**call, generator=torch.Generator().manual_seed(0)).frames
+    lr, dual = made.values()
+    assert torch.equal(lr[:, :, :6], dual[:, :, :6])  # nothing compressed is attended yet
+    assert not torch.equal(lr, dual)
+
+
+def test_going_on_gives_the_same_weights(training, tmp_path, monkeypatch):
+    """Stopped at any step, a run ends where it would have."""
+    training("whole").run()
+    advance, left = Trainer._advance, 3
+
+    def stopped(self):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return advance(self)
+
+    monkeypatch.setattr(Trainer, "_advance", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        training("cut").run()
+    monkeypatch.undo()
+    assert len([row for row in rows(tmp_path / "cut") if row["name"] == "loss"]) == 3
+    training("cut").run()
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
+
+
+def words(model, data, output, steps, *more):
+    """The command line of `training`."""
+    given = ["train-compressor", "--model", model, "--data", data, "--output", output, "--steps", steps]
+    given += ["--learning-rate", 1e-3, "--hidden", 8, "--frames", 2 * CHUNKS, "--denoising-steps", 2]
+    given += ["--max-sequence-length", 8, "--cpu", *(f"-o{name}={value}" for name, value in STACK.items()), *more]
+    return list(map(str, given))
+
+
+@pytest.mark.slow
+def test_two_processes_are_an_accumulation_of_two(training, model, data, tmp_path):
+    training("one", {"steps": 3, "save_every": 3, "accumulation": 2}).run()
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "kvpack.cli",
+    ]
+    command = [*launch, *words(model, data, tmp_path / "two", 3)]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    assert json.loads((tmp_path / "two" / "recipe.json").read_text())["processes"] == 2
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on(training, model, data, tmp_path):
+    """The same with a process that has no time to say goodbye."""
+    recipe = {"steps": 12, "save_every": 1}
+    training("whole", recipe).run()
+    command = [sys.executable, "-m", "kvpack.cli", *words(model, data, tmp_path / "cut", 12, "--save-every", 1)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    kills = 0
+    for pause in (0.0, 0.3, None):
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        before = (tmp_path / "cut" / "state.pt").stat().st_mtime_ns if (tmp_path / "cut" / "state.pt").exists() else 0
+        while pause is not None and process.poll() is None:
+            state = tmp_path / "cut" / "state.pt"
+            if state.exists() and state.stat().st_mtime_ns != before:
+                time.sleep(pause)
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.01)
+        _, told = process.communicate()
+    assert kills == 2
+    assert process.returncode == 0, told
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_divergence_keeps_the_last_checkpoint(training, tmp_path, monkeypatch):
+    from kvpack.training.distillation import ContextDistillation
+
+    training(recipe={"steps": 2}).run()
+    kept = weights(tmp_path / "run"), (tmp_path / "run" / "state.pt").read_bytes()
+    backward = ContextDistillation.backward
+
+    def poisoned(self, step, *rest):
+        told = backward(self, step, *rest)
+        return {"loss": float("nan")} if step == 3 else told
+
+    monkeypatch.setattr(ContextDistillation, "backward", poisoned)
+    with pytest.raises(TrainingError, match=r"diverged at step 4: loss is nan; the checkpoint of step 2 .* is kept"):
+        training(recipe={"steps": 6, "save_every": 2}).run()
+    assert_same(kept[0], weights(tmp_path / "run"))
+    assert (tmp_path / "run" / "state.pt").read_bytes() == kept[1]
+
+
+def test_a_gradient_that_is_not_finite_stops_it(training, monkeypatch):
+    from kvpack.training.distillation import ContextDistillation
+
+    backward = ContextDistillation.backward
+
+    def poisoned(self, *given):
+        told = backward(self, *given)
+        self.compressor.projection.weight.grad[0, 0] = float("inf")
+        return told
+
+    monkeypatch.setattr(ContextDistillation, "backward", poisoned)
+    with pytest.raises(TrainingError, match=r"step 1: gradient norm is .*there is no checkpoint yet"):
+        training().run()
+
+
+def test_going_on_from_trained_weights(training, tmp_path):
+    training("first").run()
+    training("second", {"steps": 1, "learning_rate": 1e-30}, initial=str(tmp_path / "first")).run()
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+    with pytest.raises(InvalidOptionError, match=r"initial .* has hidden=8, but hidden=4 was asked for; give hidden=8"):
+        training("third", initial=str(tmp_path / "first"), hidden=4).run()
+    with pytest.raises(InvalidOptionError, match="no compressor folder"):
+        training("third", initial=str(tmp_path / "nowhere")).run()
+
+
+def test_another_training_is_not_gone_on_with(training, tmp_path):
+    training(recipe={"steps": 2}).run()
+    with pytest.raises(TrainingError, match="holds another training"):
+        training(recipe={"steps": 4, "learning_rate": 1.0}).run()
+    training(recipe={"steps": 4}).run()  # longer is the same training
+    assert max(int(row["step"]) for row in rows(tmp_path / "run")) == 4
+
+
+class MeanLatent:
+    """An objective without noise: its gradient is the mean latent of a batch."""
+
+    def __init__(self):
+        self.module = torch.nn.Linear(1, 1, bias=False)
+        self.seen = []
+
+    @property
+    def learners(self):
+        return [Learner("module", self.module)]
+
+    def backward(self, step, clips, source, backward):
+        self.seen += [clip.name for clip in clips]
+        loss = torch.stack([self.module.weight.sum() * clip.latents.mean() for clip in clips]).mean()
+        backward(loss)
+        return {"loss": float(loss.detach())}
+
+
+def test_accumulation_is_a_larger_batch(model, data, tmp_path):
+    trainee = kvpack.plugins.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
+    clips, found = ClipFolder(data, trainee, 2 * CHUNKS, 16), []
+    for batch, accumulation in ((1, 4), (2, 2), (4, 1)):
+        torch.manual_seed(0)
+        objective = MeanLatent()
+        recipe = TrainingRecipe(steps=3, batch=batch, accumulation=accumulation, learning_rate=0.1, clip_norm=1e9)
+        Trainer(objective, clips, recipe, tmp_path / str(batch), Accelerator(cpu=True)).run()
+        found.append((objective.seen, objective.module.weight.detach()))
+    for seen, weight in found[1:]:
+        assert seen == found[0][0]
+        torch.testing.assert_close(weight, found[0][1])
+    assert len(found[0][0]) == 12
+    assert {name: found[0][0].count(name) for name in found[0][0]} == {clip.name: 4 for clip in clips}
+
+
+@pytest.mark.parametrize("broken", ["_save", "weights"])
+def test_killed_while_it_saves(broken, training, tmp_path, monkeypatch):
+    """At its very end, between the weights and the state: the next run makes up for what is missing."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    training("whole").run()
+    training("cut", {"steps": 2}).run()
+    target = Trainer if broken == "_save" else CompressorTraining
+    monkeypatch.setattr(target, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        training("cut").run()
+    monkeypatch.undo()
+    training("cut").run()
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"frames": 4}, "has 2 latent frames"),
+        ({"channels": 8}, "has 8 latent channels, but the model has 16"),
+        ({"size": (4, 8)}, "its latents are 4x8"),
+        ({"captions": [*CAPTIONS, ""]}, "3 captions for 4 clips"),
+    ],
+)
+def test_a_broken_clip_is_named_or_skipped(changed, told, model, data, tmp_path):
+    folder = write_clips(tmp_path / "data", "a-good")
+    write_clips(folder, "b-bad", **{"frames": 2 * CHUNKS, **changed, **({"frames": 2} if "frames" in changed else {})})
+    trainee = kvpack.plugins.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
+    with pytest.raises(BrokenClipError, match=rf"b-bad.*{told}.*let broken clips be skipped"):
+        ClipFolder(folder, trainee, 2 * CHUNKS, 16)
+    clips = ClipFolder(folder, trainee, 2 * CHUNKS, 16, broken="skip")
+    assert len(clips) == 3
+    assert len(clips.skipped) in (1, 3)
+    assert all(told in each for each in clips.skipped)
+    assert [clip.name for clip in clips[:2]] == ["a-good.safetensors[0]", "a-good.safetensors[1]"]
+
+
+def test_other_broken_files(model, tmp_path):
+    trainee = kvpack.plugins.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with pytest.raises(BrokenClipError, match="holds no usable clip"):
+        ClipFolder(folder, trainee, 4, 16)
+    (folder / "text.safetensors").write_bytes(b"not a tensor")
+    (folder / "text.txt").write_text("a red circle\n")
+    (folder / "video.mp4").write_bytes(b"not a video")
+    (folder / "video.txt").write_text("a red circle\n")
+    nan = torch.full((1, 16, 4, 2, 2), float("nan"))
+    save_file({"latents": nan}, folder / "nan.safetensors")
+    (folder / "nan.txt").write_text("a red circle\n")
+    save_file({"latents": torch.zeros(1, 16, 4, 2, 2)}, folder / "silent.safetensors")
+    with pytest.raises(BrokenClipError) as caught:
+        ClipFolder(folder, trainee, 4, 16, broken="skip")
+    for part in ("text.safetensors cannot be read", "NaN or infinity", "no captions can be read", "libav decodes"):
+        assert part in str(caught.value)
+    with pytest.raises(InvalidOptionError, match="no data folder"):
+        ClipFolder(tmp_path / "nowhere", trainee, 4, 16)
+
+
+def test_videos_are_encoded_once(model, tmp_path):
+    import numpy as np
+
+    from kvpack.media.video import VideoWriter
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    frames = np.random.default_rng(0).integers(0, 255, (20, 48, 80, 3), np.uint8)
+    with VideoWriter(folder / "one.mp4", 32) as writer:
+        writer.write(frames)
+    (folder / "one.txt").write_text("a red circle\n")
+    trainee = kvpack.plugins.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
+    cache = tmp_path / "cache"
+    clips = ClipFolder(folder, trainee, 3, 16, size=(32, 32), cache=cache)
+    assert tuple(clips[0].latents.shape) == (16, 3, 4, 4)  # nine of the ten frames at 16 a second
+    (file,) = cache.iterdir()
+    written = file.stat().st_mtime_ns
+    again = ClipFolder(folder, trainee, 3, 16, size=(32, 32), cache=cache)
+    assert file.stat().st_mtime_ns == written
+    assert torch.equal(again[0].latents, clips[0].latents)
+    with pytest.raises(BrokenClipError, match="10 frames at 16 frames a second, but 13 are needed"):
+        ClipFolder(folder, trainee, 4, 16, size=(32, 32), cache=cache)
+
+
+def test_options_that_cannot_work(training):
+    with pytest.raises(InvalidOptionError, match="lora_rank needs a teacher"):
+        training(lora_rank=4)
+    with pytest.raises(InvalidOptionError, match="compressor is what is trained"):
+        training(options={"compressor": "pool"})
+    with pytest.raises(InvalidOptionError, match="mixed_precision must be one of"):
+        training(mixed_precision="int8")
+    with pytest.raises(InvalidOptionError, match="no chunk of 2 attends anything that"):
+        training(options={**STACK, "sink_frames": 8}).run()
+    with pytest.raises(InvalidOptionError, match="learning_rate must be a number > 0"):
+        TrainingRecipe(learning_rate=0.0)
+
+
+def test_bf16_model_and_float32_weights(training, tmp_path):
+    training(mixed_precision="bf16").run()
+    assert all(each.dtype == torch.float32 for each in weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_distribution_matching(lora_rank, training, model, tmp_path):
+    branch = training(
+        teacher=model, lora_rank=lora_rank, critic_steps=2, recipe={"steps": 4, "save_every": 4, "seed": 3}
+    ).run()
+    assert bool(branch.projection.weight.any()) or lora_rank
+    logged = rows(tmp_path / "run")
+    assert [row["step"] for row in logged if row["name"] == "generator loss"] == ["1", "3"]
+    assert [row["step"] for row in logged if row["name"] == "critic loss"] == ["1", "2", "3", "4"]
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists() == bool(lora_rank)
+    if lora_rank:
+        pipe = frozen(model, torch.float32, "cpu")
+        before = [each.clone() for each in pipe.transformer.state_dict().values()]
+        pipe.load_lora_weights(tmp_path / "run")
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        changed = [not torch.equal(a, b) for a, b in zip(before, pipe.transformer.state_dict().values(), strict=True)]
+        assert any(changed)
+
+
+def test_the_command(model, data, tmp_path):
+    given = told(*words(model, data, tmp_path / "run", 1, "--json"))
+    assert given["steps"] == 1
+    assert given["parameters"] == sum(each.numel() for each in weights(tmp_path / "run").values())
