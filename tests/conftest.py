@@ -9,6 +9,8 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # Unchecked: tests give the core integers for floats, and wrong values that it has to refuse itself.
+import kvpack.pipeline.enable
+import kvpack.scheduler  # noqa: F401
 
 # The tensors are tiny: threads, also of the commands that tests start, only wait for each other.
 torch.set_num_threads(1)

@@ -10,6 +10,7 @@ from kvpack.cli.support import size_text
 from kvpack.errors import unknown_name
 from kvpack.generation.adapter import Adapter
 from kvpack.memory.stack import Stack
+from kvpack.planning.fit import Fit
 from kvpack.planning.planner import Plan
 from kvpack.plugins.registry import registry
 from kvpack.training.plan import TrainingPlan
@@ -128,6 +129,20 @@ def plan_rows(plan: Plan) -> list[list[str]]:
         ["transformer, per chunk", f"{plan.flops_per_chunk:.3g} FLOPs"],
     ]
     return [*rows, ["compression, per chunk", _compression(plan)]] if plan.compressor_flops else rows
+
+
+def fit_rows(fit: Fit) -> list[list[str]]:
+    """Return the rows of a table of what is on a graphics card."""
+    rows = [
+        ["transformer", fit.transformer],
+        ["VAE", fit.vae],
+        ["text encoder", fit.text_encoder],
+        ["keys and values, with the archive", fit.kv],
+        ["activations of a forward", fit.denoising],
+        ["activations of decoding a chunk", fit.decoding],
+        *([f"together, {call}", total] for call, total in fit.totals.items()),
+    ]
+    return [[name, size_text(count)] for name, count in rows]
 
 
 def _archived(plan: Plan) -> str:
