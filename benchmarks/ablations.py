@@ -126,8 +126,7 @@ def _keep(name: str, found: list[figures.Measured], options: Any) -> None:
         page = f"# {name.capitalize()}\n\n{tables.leaderboard(rows, [each.name for each in found], ())}\n"
         save_bytes(page.encode(), path.with_suffix(".md"))
         if name == COLLECTION:
-            picture = plots.per_byte(rows, max(row.seconds for row in rows))
-            save_bytes(picture, path.with_suffix(".png"))
+            plots.save(path.with_suffix(".png"), lambda: plots.per_byte(rows, max(row.seconds for row in rows)))
         print(f"written to {path}", flush=True)
 
 

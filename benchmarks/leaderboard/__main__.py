@@ -9,8 +9,9 @@ seeds. With --subjects only their figures are replaced. Ends with 1 if a subject
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import report
@@ -34,7 +35,7 @@ def main() -> int:
     """Run the command line."""
     subjects: dict[str, Memory | str] = {**{each.name: each for each in memories()}, **{n: n for n in REFERENCES}}
     parser = run.parser(__doc__ or "", SECONDS, SEEDS)
-    parser.add_argument("--subjects", nargs="+", choices=list(subjects), metavar="SUBJECT", help=", ".join(subjects))
+    parser.add_argument("--subjects", nargs="+", choices=list(subjects), metavar="SUBJECT", help=listed(subjects))
     parser.add_argument("--full-seconds", type=int, help="length of `full`, whose time grows (default: --seconds)")
     options = run.parsed(parser)
     chosen = options.subjects or (SMOKE if options.smoke else tuple(subjects))
@@ -55,7 +56,7 @@ def main() -> int:
         save_bytes(plots.sheet(found), options.out / f"{NAME}-sheet.png")
         shown = [each for each in found if each.name not in UNSEEN]
         title = f'Walls lit, and in what colour: "{world.HELD_OUT[0].caption}", seed 0'
-        save_bytes(lamps.timeline(shown, title), options.out / f"{NAME}-lamps.png")
+        plots.save(options.out / f"{NAME}-lamps.png", lambda: lamps.timeline(shown, title))
     print(f"written to {options.out / NAME}.json and beside it", flush=True)
     return 1 if failed else 0
 
@@ -80,15 +81,22 @@ def _pages(rows: Sequence[Score], bins: Sequence[Score], options: argparse.Names
     save_bytes(page.encode(), options.out / f"{NAME}.md")
     ends = sorted(max(row.seconds for row in rows if row.subject == name) for name in subjects)
     most, common = ends[-1], ends[-2:][0]
-    _plot([row for row in bins if row.seconds <= common], options.out / f"{NAME}.png")
+    wanted = options.subjects or PLOTTED
+    _plot([row for row in bins if row.seconds <= common], wanted, options.out / f"{NAME}.png")
     if most > common:
-        _plot([row for row in bins if row.subject == HERO], options.out / f"{NAME}-long.png")
+        longest = [name for name in subjects if any(row.subject == name and row.seconds == most for row in rows)]
+        _plot([row for row in bins if row.subject in longest], longest, options.out / f"{NAME}-long.png")
 
 
-def _plot(bins: Sequence[Score], path: Path) -> None:
-    shown = [name for name in PLOTTED if any(row.subject == name for row in bins)]
+def _plot(bins: Sequence[Score], subjects: Sequence[str], path: Path) -> None:
+    shown = [name for name in subjects if any(row.subject == name for row in bins)]
     if shown:
-        save_bytes(plots.over_time(bins, shown, "Bins of 5 s: means and 95 % intervals"), path)
+        plots.save(path, lambda: plots.over_time(bins, shown, "Bins of 5 s: means and 95 % intervals"))
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names as the shell takes them, quoted where they hold spaces or commas."""
+    return " ".join(map(shlex.quote, names))
 
 
 if __name__ == "__main__":

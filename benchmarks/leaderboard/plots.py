@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import report
 from benchmarks.leaderboard.figures import Measured
 from benchmarks.leaderboard.lengths import BIN
 from benchmarks.report import Score
 from benchmarks.toyworld import world
 from kvpack.evaluation import METRICS
 from kvpack.media.contact_sheet import Row, contact_sheet
+from kvpack.media.video import save_bytes
 
 # Okabe and Ito's colours, which all kinds of colour vision tell apart; the first is of the one that matters most.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MOST = len(COLOURS)
+STYLES = ("-", "--", ":")
+MOST = len(COLOURS)  # lines that can be labelled at their ends
 RESIDENT = "resident_bytes"
 LABEL_ROOM = 0.075  # least distance of two labels, in heights of a panel
 
@@ -27,7 +31,7 @@ def over_time(rows: Sequence[Score], subjects: Sequence[str], title: str) -> byt
 
     Args:
         rows: figures of bins.
-        subjects: at most seven of them, the one that matters most first.
+        subjects: the one that matters most first.
         title: above all panels.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,7 +42,8 @@ def over_time(rows: Sequence[Score], subjects: Sequence[str], title: str) -> byt
     page.suptitle(title, fontsize=13)
     for axes, metric in zip(page.subplots(2, 3, sharex=True).flat, METRICS, strict=True):
         ends: dict[str, float] = {}
-        for colour, subject in zip(COLOURS, subjects[:MOST], strict=False):
+        for index, subject in enumerate(subjects):
+            colour, style = COLOURS[index % MOST], STYLES[index // MOST % len(STYLES)]
             found = sorted(
                 (row for row in rows if row.subject == subject and row.metric == metric), key=lambda row: row.seconds
             )
@@ -46,7 +51,9 @@ def over_time(rows: Sequence[Score], subjects: Sequence[str], title: str) -> byt
                 continue
             middle = [row.seconds - BIN / 2 for row in found]
             first = subject == subjects[0]
-            axes.plot(middle, [row.value for row in found], color=colour, linewidth=2.2 if first else 1.3, zorder=3)
+            width = 2.2 if first else 1.3
+            values = [row.value for row in found]
+            axes.plot(middle, values, color=colour, linestyle=style, linewidth=width, zorder=3, label=subject)
             low, high = ([getattr(row, side) for row in found] for side in ("low", "high"))
             axes.fill_between(middle, low, high, color=colour, alpha=0.15, linewidth=0)
             ends[subject] = found[-1].value
@@ -54,7 +61,10 @@ def over_time(rows: Sequence[Score], subjects: Sequence[str], title: str) -> byt
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.tick_params(labelsize=9)
-        _label(axes, ends, subjects)
+        if len(subjects) <= MOST:
+            _label(axes, ends, subjects)
+    handles = {label: line for axes in page.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    page.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     for axes in page.axes[3:]:
         axes.set_xlabel("seconds", fontsize=10)
     return _png(page)
@@ -89,6 +99,18 @@ def per_byte(rows: Sequence[Score], seconds: int) -> bytes:
         axes.grid(color="#dddddd", linewidth=0.6)
         _name(axes, {subject: (megabytes, row.value) for subject, (megabytes, row) in points.items()})
     return _png(page)
+
+
+def save(path: Path, draw: Callable[[], bytes]) -> None:
+    """Write a picture; without matplotlib it is left out, and said so."""
+    try:
+        picture = draw()
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        report.say(f"{path.name} was not drawn: matplotlib is not installed (pip install matplotlib)")
+        return
+    save_bytes(picture, path)
 
 
 def _png(page: Any) -> bytes:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from kvpack.memory import Memory
+from kvpack.version import __version__
 
 VERSION = 1  # raised where what is kept of a rollout changes its meaning
 
@@ -66,7 +70,9 @@ class Task:
         shared = asdict(self.settings)
         return {
             "version": VERSION,
+            "kvpack": __version__,
             "source": source,
+            "code": code(self.source),
             "seed": self.seed,
             "weights": self.weights,
             **{name: shared[name] for name in ("seconds", "captions", "steps")},
@@ -77,6 +83,36 @@ class Task:
         """The folder of the finished rollout."""
         data = json.dumps(self.facts(), sort_keys=True).encode()
         return self.settings.runs / hashlib.sha256(data).hexdigest()[:16]
+
+
+def code(source: Memory | str) -> str:
+    """Return a hash of the modules that define a memory and its policies, and of what these import from beside them.
+
+    The engine is left out: its bits are held by tests, and changes of it would make every rollout anew.
+    """
+    if isinstance(source, str):
+        return ""
+    members = fields(source) if is_dataclass(source) else ()
+    parts = [source, *(getattr(source, each.name) for each in members)]
+    found: dict[str, ModuleType] = {}
+    for kind in {base for part in parts for base in type(part).__mro__}:
+        _collect(sys.modules[kind.__module__], found)
+    made = hashlib.sha256()
+    for name in sorted(found):
+        made.update(f"{name}\n{inspect.getsource(found[name])}".encode())
+    return made.hexdigest()[:16]
+
+
+def _collect(module: ModuleType, found: dict[str, ModuleType]) -> None:
+    package = module.__name__.rpartition(".")[0]
+    standard = module.__name__.partition(".")[0] in sys.stdlib_module_names
+    if module.__name__ in found or standard or package == "kvpack.memory":
+        return
+    found[module.__name__] = module
+    for value in vars(module).values():
+        name = getattr(value, "__module__", None)
+        if isinstance(name, str) and package and name.startswith(f"{package}."):
+            _collect(sys.modules[name], found)
 
 
 def fingerprint(pipeline: Path) -> str:

@@ -94,10 +94,25 @@ app.command()(plan)
 
 
 @app.command()
-def policies(as_json: Json = False) -> None:
-    """List what is installed: policies by role, stacks and adapters, their papers and packages, and what failed."""
-    from kvpack.cli.tables import installed, left_out
+def policies(
+    name: Annotated[str | None, typer.Argument(help="Policy or stack whose options are listed.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List what is installed: policies by role, stacks and adapters, their papers and packages, and what failed.
 
+    With a name, list its options, their defaults and meanings.
+    """
+    from kvpack.cli.tables import described, installed, left_out
+
+    if name is not None:
+        found = described(name)
+        if as_json:
+            print_json({"policies": found})
+            return
+        for each in found:
+            rows = [[row["option"], row["default"], row["meaning"]] for row in each["options"]]
+            print_table(f"{each['role']} {name}: {each['summary']}", ("option", "default", "meaning"), rows)
+        return
     rows, failures = installed(), left_out()
     if as_json:
         print_json({"policies": rows, "failures": failures})

@@ -29,6 +29,9 @@ def plan(
     ] = None,
     batch: Annotated[int, typer.Option(help="Videos generated together.")] = 1,
     guidance: Annotated[bool, typer.Option("--guidance", help="Classifier-free guidance: two branches.")] = False,
+    gpu_memory: Annotated[
+        float | None, typer.Option(metavar="GIB", help="Say whether it fits a card of this memory, and how, e.g. 24.")
+    ] = None,
     training: Annotated[bool, typer.Option("--training", help="Training a compressor instead, on 5 s clips.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
@@ -37,9 +40,10 @@ def plan(
 
     described = _described(preset, model)
 
-    from kvpack.cli.tables import plan_rows
+    from kvpack.cli.tables import fit_rows, plan_rows
     from kvpack.planning import planner
-    from kvpack.planning.presets import adapter_for
+    from kvpack.planning.fit import UMT5_XXL, fit
+    from kvpack.planning.presets import adapter_for, text_encoder_config
     from kvpack.plugins.resolve import resolve_stack
 
     fps = described.settings.fps if fps is None else fps
@@ -63,12 +67,30 @@ def plan(
         flops=partial(adapter.forward_flops, configs),
         latents=adapter.latent_shape(configs),
     )
+    needed = None
+    if gpu_memory is not None:
+        needed = fit(
+            configs,
+            UMT5_XXL if model is None else text_encoder_config(model),
+            (height, width),
+            parse_dtype(dtype),
+            chunk_frames=memory.chunk_frames,
+            rows=batch,
+            kv=planned.resident_kv_bytes,
+            archive=planned.archive_kv_bytes,
+        )
     if as_json:
         asked = {"model": described.name, "size": size, "dtype": dtype, "seconds": seconds}
-        print_json({**asked, "pixel_frames": pixel_frames, **planned.to_dict()})
+        found = {**asked, "pixel_frames": pixel_frames, **planned.to_dict()}
+        if needed is not None and gpu_memory is not None:
+            found["fit"] = {**needed.to_dict(), "advice": needed.advice(gpu_memory, planned.archive_blocks)}
+        print_json(found)
     else:
         title = f"{described.name}, {size}, {pixel_frames:,} frames at {fps:g} fps, {dtype}"
         print_table(title, ("", memory.name), plan_rows(planned))
+        if needed is not None and gpu_memory is not None:
+            print_table("on the card, cuDNN's buffers and fragmentation not counted", ("", "bytes"), fit_rows(needed))
+            typer.echo(needed.advice(gpu_memory, planned.archive_blocks))
 
 
 def _plan_training(

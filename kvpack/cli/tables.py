@@ -7,6 +7,10 @@ import sys
 from typing import Any
 
 from kvpack.cli.support import size_text
+from kvpack.errors import unknown_name
+from kvpack.generation.adapter import Adapter
+from kvpack.memory.stack import Stack
+from kvpack.planning.fit import Fit
 from kvpack.planning.planner import Plan
 from kvpack.plugins.registry import registry
 from kvpack.training.plan import TrainingPlan
@@ -16,12 +20,7 @@ KINDS = ("stack", "memory", "partitioner", "compressor", "selector", "reindexer"
 
 def installed() -> list[dict[str, str]]:
     """List everything that is installed, by kind and name."""
-    found = registry()
-    things = {
-        **found.policies,
-        **{("stack", name): factory for name, factory in found.stacks.items()},
-        **{("adapter", name): type(adapter) for name, adapter in found.adapters.items()},
-    }
+    found, things = registry(), _things()
     order = sorted(found.origins, key=lambda key: (KINDS.index(key[0]) if key[0] in KINDS else len(KINDS), key[1]))
     return [
         {
@@ -34,6 +33,56 @@ def installed() -> list[dict[str, str]]:
         }
         for kind, name in order
     ]
+
+
+def described(name: str) -> list[dict[str, Any]]:
+    """List what is installed under a name, each with its options, their defaults and meanings.
+
+    Raises:
+        UnknownNameError: if nothing is.
+    """
+    things = _things()
+    rows = [row for row in installed() if row["name"] == name]
+    if not rows:
+        raise unknown_name("policy, stack or adapter", name, sorted({each for _, each in things}))
+    return [{**row, "options": options(things[row["role"], name])} for row in rows]
+
+
+def options(thing: Any) -> list[dict[str, str]]:
+    """List the options of a class or factory: names, defaults as Python writes them, and what their docstring says.
+
+    What the docstring leaves out is told by that of a base class, or else by another stack's of the same option.
+    """
+    if inspect.isclass(thing) and issubclass(thing, Adapter):
+        return []
+    stacks = [factory for (kind, _), factory in sorted(_things().items()) if kind == "stack"]
+    sources = [*getattr(thing, "__mro__", (thing,)), Stack, *stacks]
+    meanings = [_meanings(each) for each in sources]
+    return [
+        {
+            "option": each.name,
+            "default": "" if each.default is each.empty else repr(each.default),
+            "meaning": next((known[each.name] for known in meanings if each.name in known), ""),
+        }
+        for each in inspect.signature(thing).parameters.values()
+    ]
+
+
+def _meanings(thing: Any) -> dict[str, str]:
+    """Parse the section Args of a Google docstring."""
+    text = inspect.cleandoc(getattr(thing, "__doc__", None) or "")
+    section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)*)", text, re.MULTILINE)
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section[1] if section else "", re.MULTILINE)
+    return {name: " ".join(meaning.split()) for name, meaning in entries}
+
+
+def _things() -> dict[tuple[str, str], Any]:
+    found = registry()
+    return {
+        **found.policies,
+        **{("stack", name): factory for name, factory in found.stacks.items()},
+        **{("adapter", name): type(adapter) for name, adapter in found.adapters.items()},
+    }
 
 
 def left_out() -> list[dict[str, str]]:
@@ -80,6 +129,20 @@ def plan_rows(plan: Plan) -> list[list[str]]:
         ["transformer, per chunk", f"{plan.flops_per_chunk:.3g} FLOPs"],
     ]
     return [*rows, ["compression, per chunk", _compression(plan)]] if plan.compressor_flops else rows
+
+
+def fit_rows(fit: Fit) -> list[list[str]]:
+    """Return the rows of a table of what is on a graphics card."""
+    rows = [
+        ["transformer", fit.transformer],
+        ["VAE", fit.vae],
+        ["text encoder", fit.text_encoder],
+        ["keys and values, with the archive", fit.kv],
+        ["activations of a forward", fit.denoising],
+        ["activations of decoding a chunk", fit.decoding],
+        *([f"together, {call}", total] for call, total in fit.totals.items()),
+    ]
+    return [[name, size_text(count)] for name, count in rows]
 
 
 def _archived(plan: Plan) -> str:

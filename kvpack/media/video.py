@@ -153,12 +153,14 @@ class VideoWriter:
         self._container = av.open(self._file, "w", format="mp4", options=options)
         return self
 
-    def write(self, frames: Frames) -> None:
-        """Append frames, `[frames, height, width, 3]`."""
+    def write(self, frames: NDArray[Any]) -> None:
+        """Append frames, `[frames, height, width, 3]`, bytes or floats in 0..1 as pipelines return them."""
         import av
         from av.video.reformatter import ColorRange, Colorspace
 
         assert self._file is not None
+        if frames.dtype != np.uint8:
+            frames = np.round(frames.clip(0, 1) * 255).astype(np.uint8)
         for frame in _even(frames.repeat(self.upscale, axis=1).repeat(self.upscale, axis=2)):
             matrix = Colorspace.ITU709 if is_hd(*frame.shape[:2]) else Colorspace.ITU601
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")

@@ -127,6 +127,15 @@ def from_folder(name: Path) -> ModelDescription:
     return ModelDescription(str(name), pipeline_class, configs, settings)
 
 
+def text_encoder_config(name: Path) -> dict[str, Any]:
+    """Read the config of the text encoder in a diffusers folder, or under a Hub id.
+
+    Raises:
+        InvalidOptionError: if it is missing or broken.
+    """
+    return _read(require_model_folder(name, only=["*.json"]) / "text_encoder" / "config.json")
+
+
 def adapter_for(model: ModelDescription) -> Any:
     """Return the installed adapter that drives pipelines of the model's class.
 

@@ -99,3 +99,20 @@ def test_a_whole_file_is_a_plain_mp4(tmp_path):
         writer.write(np.zeros((100, 64, 64, 3), np.uint8))
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert container.streams.video[0].frames == 100
+
+
+def test_frames_of_a_pipeline_are_written_as_they_are(tmp_path):
+    floats = np.full((2, 64, 64, 3), COLOUR) / 255
+    for name, frames in (("a", floats), ("b", (floats * 255).round().astype(np.uint8))):
+        with VideoWriter(tmp_path / f"{name}.mp4", 16) as writer:
+            writer.write(frames)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_diffusers_own_export_works(tmp_path):
+    pytest.importorskip("imageio_ffmpeg")
+    from diffusers.utils import export_to_video
+
+    export_to_video([np.full((64, 64, 3), 0.5)] * 5, str(tmp_path / "a.mp4"), fps=16)
+    with opened(tmp_path / "a.mp4") as file:
+        assert len(next(iter(file.frames))) == 5
