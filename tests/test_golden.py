@@ -1,6 +1,7 @@
 """Rollouts of the original Self-Forcing code, reproduced through the public API (see golden_data/README.md)."""
 
 import json
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from diffusers.schedulers import scheduling_flow_match_lcm
 from safetensors.torch import load_file
 
 import kvpack
-from helpers import rel_l2
+from helpers import record_forwards, rel_l2
 from kvpack.testing import tiny_wan_pipeline
 
 DATA = Path(__file__).parent / "golden_data"
@@ -57,14 +58,13 @@ def rollout(pipe, golden, monkeypatch, chunks, stack, **options):
         guidance_scale=1.0,
         output_type="latent",
     )
+    layers = len(pipe.transformer.blocks)
+    attended = deque(maxlen=layers)  # by the last forward, which is the commit
+    record_forwards(monkeypatch, lambda keys, values: attended.append((keys[0].clone(), values[0].clone())))
     latents, memories = [], []
     for chunk in stream:
         latents.append(chunk.transpose(1, 2))
-        buffers = [layer.buffer for layer in pipe.packforcing.sessions["cond"].layers]
-        attended = [each.lengths[0] + 3 * TOKENS for each in buffers]
-        memories.append(
-            [(b.keys[0, :n].clone(), b.values[0, :n].clone()) for b, n in zip(buffers, attended, strict=True)]
-        )
+        memories.append(list(attended))
     pipe.disable_packforcing()
     assert torch.allclose(pipe.scheduler.timesteps, golden["timesteps"], atol=1e-4)
     return latents, memories

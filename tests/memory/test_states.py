@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from helpers import attention, context, quiet, state
+from helpers import attention, context, quiet, record_forwards, state
 from kvpack.errors import PolicyError
 from kvpack.memory import Attended, StateMemory, Tokens, consecutive
 from kvpack.memory.attended import biased
@@ -232,19 +232,23 @@ def test_a_memory_is_written_as_data_and_enabled():
     assert data["memory"] == "deep-forcing"
 
 
-def test_a_rolling_sink_walks_to_and_fro():
-    memory = RollingSink(chunk_frames=1, window_frames=4)
-    session, seen, heard = Session(memory, TINY), [], []
-    for chunk in range(9):
-        run_session(session, 1, seed=chunk)
-        window = state(session, 1).window
-        heard.append(window.keys[0, -1])
-        held = [
-            next(i for i, keys in enumerate(heard) if torch.equal(keys, each))
-            for each in window.keys[0, FRAME - 1 :: FRAME]
-        ]
-        seen.append(held)
-        assert frames_of(window) == list(range(max(0, chunk - 3), chunk + 1))  # at true positions, whatever they hold
+def test_a_rolling_sink_walks_to_and_fro(monkeypatch):
+    forwards = record_forwards(monkeypatch)
+    session, seen, attended = Session(RollingSink(chunk_frames=1, window_frames=4), TINY), [], []
+    for chunk in range(10):
+        run_session(session, 1, seed=chunk, inspect=lambda each: attended.append(context(each, 1).tokens))
+        places, frames = zip(*state(session, 1).window, strict=True)
+        assert places == tuple(range(max(0, chunk - 3), chunk + 1))  # at true positions, whatever they hold
+        seen.append(list(frames))
+    clean = {first: keys for first, keys, _ in forwards(session, 1)}
+    for chunk, parts in enumerate(
+        attended[1:], start=1
+    ):  # what a chunk attends: the window before it, if full less one
+        window = seen[chunk - 1][-3:]
+        assert torch.equal(
+            torch.cat([part.keys for part in parts], dim=1), torch.cat([clean[f] for f in window], dim=1)
+        )
+        assert [frame for part in parts for frame in frames_of(part)] == list(range(chunk - len(window), chunk))
     # Frame f >= 3 is replaced when frame f + 1 has come: by frames 2, 1, 0 (backward), then 0, 1, 2 (forward), ...
     assert seen == [
         [0],
@@ -256,4 +260,5 @@ def test_a_rolling_sink_walks_to_and_fro():
         [2, 1, 0, 6],
         [1, 0, 0, 7],
         [0, 0, 1, 8],
+        [0, 1, 2, 9],
     ]

@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, dataclass, replace
 import pytest
 import torch
 
-from helpers import pool_stack
+from helpers import archived, pool_stack
 from kvpack.errors import InvalidOptionError, PolicyError
 from kvpack.memory.blocks import KVBlock, LatentChunk, Span, grid_coordinates
 from kvpack.memory.roles import Candidates, Layout, Query
@@ -79,12 +79,11 @@ def test_topk_of_the_true_past_beats_recency():
     """A chunk that looks like an old block attends it."""
     session = Session(stack(selector=QueryTopK(1)), TINY)
     run_session(session, 10)
-    layer, wanted = session.layers[0], 2
-    slot = session.history.ledger.archive[wanted].slot
-    queries = layer.archive.key_sums[:, slot].expand(80, -1, -1)[None] * 10
-    session.denoise(0)
+    wanted = 2
+    queries = archived(session)[wanted][0].sum(dim=1).expand(80, -1, -1)[None] * 10
+    layer, _ = session.denoise(0)
     layer.attend(queries, torch.zeros_like(queries), torch.zeros_like(queries), lambda q, k, v: q)
-    assert layer.chosen.tolist() == [[wanted]]
+    assert session.stats()["selected"][0] == [[wanted]]
 
 
 stack = pool_stack
@@ -229,11 +228,11 @@ def test_a_wrong_choice_names_policy_and_layer_and_loses_nothing(result, message
     run_session(session, 5)
     session = Session(replace(session.stack), TINY)
     run_session(session, 5)
-    before = session.history
+    before = session.frames
     with pytest.raises(PolicyError, match=message) as caught:
         run_session(session, 3)
     assert "Wrong.select" in str(caught.value)
-    assert session.frames in (before.ledger.frames, before.ledger.frames + 4)
+    assert session.frames in (before, before + 4)
 
 
 class BadPool(PoolCompressor):

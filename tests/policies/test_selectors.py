@@ -136,7 +136,7 @@ def test_after_rope_a_score_is_the_cosine_of_the_distance():
         session.finish_commit()
     # The chunk at frame 6 with the blocks at frames 1 to 5.
     torch.testing.assert_close(SEEN[2], torch.tensor([[cos(6 - frame) / sqrt(6) for frame in range(1, 6)]]))
-    assert session.layers[0].chosen.tolist() == [[0, 4]]
+    assert session.stats()["selected"] == [[[0, 4]]]
 
 
 def test_after_rope_is_the_exact_double_sum_at_absolute_positions():

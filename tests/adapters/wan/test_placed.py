@@ -104,8 +104,9 @@ def test_another_dtype_between_two_videos():
     buffers = []
 
     def look(pipe, step, timestep, tensors):
-        layers = pipe.packforcing.sessions["cond"].layers
-        buffers.append({(layer.buffer.keys.dtype, layer.buffer.keys.device) for layer in layers})
+        session = pipe.packforcing.sessions["cond"]
+        pairs = [session.attended(layer) for layer in range(session.geometry.layers)]
+        buffers.append({(each.dtype, each.device) for pair in pairs for each in pair})
         return tensors
 
     generate(pipe, callback_on_step_end=look)
