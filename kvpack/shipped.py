@@ -4,6 +4,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from kvpack.checkpoints.config import Settings
 from kvpack.compressors.network import CONFIG_FILE
 from kvpack.errors import InvalidOptionError
 from kvpack.memory.base import Memory
@@ -13,6 +14,8 @@ from kvpack.plugins.registry import registry
 FPS = 16
 CALL = {"height": 64, "width": 64, "guidance_scale": 1.0, "max_sequence_length": 16}
 TRAINING = {"chunk_frames": 4, "train_frames": 20}
+#: What its folder's kvpack_config.json says.
+SETTINGS = Settings(fps=float(FPS), options=TRAINING, call={**CALL, "num_inference_steps": 6})
 #: Published sizes that do not go with chunks of four frames, or not with a model of twenty.
 STACK_OPTIONS: dict[str, dict[str, Any]] = {
     # It rolls a window of the training length and keeps no sink.
@@ -29,7 +32,7 @@ STACK_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def shipped_folder() -> Path:
-    """The pipeline that is part of this package.
+    """Return the folder of the pipeline that is part of this package.
 
     Raises:
         InvalidOptionError: if it was not installed with it.
@@ -38,7 +41,7 @@ def shipped_folder() -> Path:
 
 
 def shipped_compressor() -> Path:
-    """The compressor that was trained for the pipeline of `shipped_folder`, for `enable_packforcing(compressor=...)`.
+    """Return the folder of the compressor trained for that pipeline, for `enable_packforcing(compressor=...)`.
 
     Raises:
         InvalidOptionError: if it was not installed with it.
@@ -53,10 +56,11 @@ def _shipped(name: str, needed: str) -> Path:
     return folder
 
 
-def demo_stack(name: str) -> Memory:
-    """An installed stack with the sizes that the shipped pipeline was trained with.
+def demo_stack(name: str, **given: Any) -> Memory:
+    """Return an installed stack with the sizes that the shipped pipeline was trained with, and the options given.
 
     Raises:
         UnknownNameError: if it is not installed.
+        InvalidOptionError: if an option is unknown or wrong.
     """
-    return registry().stack(name, STACK_OPTIONS.get(name, {}), registry().taken(name, TRAINING))
+    return registry().stack(name, {**STACK_OPTIONS.get(name, {}), **given}, registry().taken(name, TRAINING))

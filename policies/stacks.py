@@ -22,6 +22,9 @@ from kvpack.policies.window import WindowPartitioner
 
 _POSITIONS = {"train_frames": 20}
 
+#: Most compressed blocks that `packforcing` keeps: those of two minutes at chunks of four latent frames.
+_ARCHIVE_BLOCKS = 128
+
 
 def packforcing(
     *,
@@ -33,7 +36,7 @@ def packforcing(
     selector: str | Selector = "topk",
     reindexer: str | Reindexer = "fit",
     train_frames: int | None = None,
-    archive_blocks: int | None = 128,
+    archive_blocks: int | None = _ARCHIVE_BLOCKS,
     coordinates: Coordinates | None = None,
     selection: Selection = "layer",
     commit: Commit = "rerun",
@@ -52,7 +55,7 @@ def packforcing(
         selector: name or instance.
         reindexer: name or instance of a re-indexer.
         train_frames: latent frames seen in training, for a re-indexer by name that takes it, 20 if None.
-        archive_blocks: most compressed blocks kept; None keeps all.
+        archive_blocks: most compressed blocks kept, the oldest go first, so that memory is bounded; None keeps all.
         coordinates: where pooled tokens sit, for a compressor by name that takes it (see `PoolCompressor`); "centered"
             if None.
         selection: whether each "layer" chooses mid blocks, or the first one for the whole "chunk" (see `Stack`).
@@ -63,7 +66,7 @@ def packforcing(
     """
     chosen_by = resolve_policy("selector", selector, {"topk": 16}, topk=topk)
     if getattr(chosen_by, "topk", None) == 0:
-        if archive_blocks:
+        if archive_blocks not in (0, None, _ARCHIVE_BLOCKS):
             raise UnusedOptionError(
                 "archive_blocks", "with topk=0 no block is attended, and none is kept; leave it out"
             )
@@ -94,7 +97,7 @@ def packforcing_paper() -> Stack:
         QueryTopK(topk=16, after_rope=False),
         ContiguousReindexer(),
         chunk_frames=4,
-        archive_blocks=128,
+        archive_blocks=None,
         selection="layer",
         commit="rerun",
     )

@@ -8,6 +8,8 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+# Unchecked: tests give the core integers for floats, and wrong values that it has to refuse itself.
+
 # The tensors are tiny: threads, also of the commands that tests start, only wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"

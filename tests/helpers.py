@@ -148,6 +148,21 @@ def held(session):
     return list(zip(ledger(session).whole, copies, strict=True))
 
 
+def archive(session, layer=0):
+    """A layer's archive of compressed blocks."""
+    return state(session, layer).archive
+
+
+def whole(session, layer=0):
+    """Handles of the blocks that a layer keeps whole."""
+    return [kept.block for kept in state(session, layer).whole]
+
+
+def chosen(session, layer=0):
+    """Indices of the mid blocks that a layer has chosen last."""
+    return session.caches[layer].selected
+
+
 def twins(session, layer=0):
     """Compressed keys and values that wait beside each block that is held whole; None where there are none."""
     return [each.twin for each in state(session, layer).whole]

@@ -18,6 +18,7 @@ from kvpack.adapters.wan.conditioning import expand_batch
 from kvpack.adapters.wan.run import WanRun
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError
 from kvpack.generation.chunks import with_chunk_frames
+from kvpack.media.pixels import video_pixels
 from kvpack.memory.base import Memory
 
 logger = logging.get_logger(__name__)
@@ -42,6 +43,8 @@ class AnyFlowFARRun(WanRun):
                 "use_kv_cache=False cannot work here, since kvpack is the cache; leave it out, or call "
                 "pipe.disable_packforcing() first"
             )
+        if call["video"] is not None:
+            call["video"] = video_pixels(call["video"], call["height"], call["width"], self.pipeline.packforcing.fps)
         schedule = call["sigmas"] if call["sigmas"] is not None else call["timesteps"]
         return call if schedule is None else {**call, "num_inference_steps": len(schedule)}
 

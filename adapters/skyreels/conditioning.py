@@ -7,7 +7,8 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from kvpack.adapters.wan.conditioning import expand_batch
-from kvpack.errors import NonFiniteLatentsError
+from kvpack.media.pixels import image_pixels as image_pixels_of
+from kvpack.media.pixels import video_pixels
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +28,7 @@ def conditioning_pixels(pipeline: Any, call: dict[str, Any], size: tuple[int, in
         return image_pixels(pipeline, call["image"], size)
     if "video" not in call:
         return None
-    pixels = pipeline.video_processor.preprocess_video(call["video"], height=size[0], width=size[1])
+    pixels = (2 * video_pixels(call["video"], *size, fps=float(call["fps"])) - 1).transpose(1, 2)
     scale, taken = pipeline.vae_scale_factor_temporal, taken_frames(pipeline, call, pixels)
     if taken != (call["overlap_history"] or pixels.shape[2]):
         logger.warning(f"a video goes on from 1 + {scale}m frames of a clip: here from the last {taken}")
@@ -36,12 +37,10 @@ def conditioning_pixels(pipeline: Any, call: dict[str, Any], size: tuple[int, in
 
 def image_pixels(pipeline: Any, image: Any, size: tuple[int, int]) -> Tensor:
     """Return an image in this size, `[batch, 3, height, width]` in [-1, 1]; NaN raises `NonFiniteLatentsError`."""
-    return _on_device(pipeline, pipeline.video_processor.preprocess(image, height=size[0], width=size[1]))
+    return _on_device(pipeline, 2 * image_pixels_of(image, *size) - 1)
 
 
 def _on_device(pipeline: Any, pixels: Tensor) -> Tensor:
-    if not bool(pixels.isfinite().all()):
-        raise NonFiniteLatentsError("image or video holds NaN or infinity; give finite pixels")
     return pixels.to(pipeline._execution_device, torch.float32)
 
 

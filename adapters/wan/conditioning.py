@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kvpack.adapters.offload import onload
 from kvpack.adapters.wan.vae import encode
-from kvpack.errors import InvalidOptionError, NonFiniteLatentsError
+from kvpack.errors import InvalidOptionError
+from kvpack.media.pixels import image_pixels, video_pixels
 
 
 def check_conditioning(pipeline: Any, call: dict[str, Any]) -> None:
@@ -21,10 +22,10 @@ def check_conditioning(pipeline: Any, call: dict[str, Any]) -> None:
         raise InvalidOptionError("a video begins with an image or with a clip; give image or video, not both")
     if video is None:
         return
-    shape, scale = _clip(pipeline, video).shape, pipeline.vae_scale_factor_temporal
-    if shape[2] % scale != 1:
+    frames, scale = _clip(pipeline, call).shape[2], pipeline.vae_scale_factor_temporal
+    if frames % scale != 1:
         raise InvalidOptionError(
-            f"video must have 1 + {scale}m frames for this VAE, got {shape[2]}; e.g. {shape[2] // scale * scale + 1}"
+            f"video must have 1 + {scale}m frames for this VAE, got {frames}; e.g. {(frames - 1) // scale * scale + 1}"
         )
 
 
@@ -45,12 +46,7 @@ def conditioning_latents(pipeline: Any, call: dict[str, Any], size: tuple[int, i
     image, video = call.get("image"), call.get("video")
     if image is None and video is None:
         return None
-    if image is not None:
-        pixels = pipeline.video_processor.preprocess(image, height=size[0], width=size[1]).unsqueeze(2)
-    else:
-        pixels = _clip(pipeline, video, size)
-    if not bool(pixels.isfinite().all()):
-        raise NonFiniteLatentsError("image or video holds NaN or infinity; give finite pixels")
+    pixels = _clip(pipeline, call, size) if image is None else 2 * image_pixels(image, *size).unsqueeze(2) - 1
     onload(pipeline.vae)
     latents = encode(pipeline.vae, pixels.to(pipeline._execution_device, pipeline.vae.dtype)).float()
     return expand_batch(latents, rows, call["num_videos_per_prompt"] or 1)
@@ -68,6 +64,6 @@ def expand_batch(latents: Tensor, rows: int, videos: int) -> Tensor:
     return latents if count == rows else latents.repeat_interleave(rows // count, dim=0)
 
 
-def _clip(pipeline: Any, video: Any, size: tuple[int, int] = (16, 16)) -> Tensor:
+def _clip(pipeline: Any, call: dict[str, Any], size: tuple[int, int] = (16, 16)) -> Tensor:
     """Return a clip's pixels in [-1, 1], `[batch, 3, frames, height, width]`."""
-    return pipeline.video_processor.preprocess_video(video, height=size[0], width=size[1])
+    return (2 * video_pixels(call["video"], *size, fps=pipeline.packforcing.fps) - 1).transpose(1, 2)

@@ -31,7 +31,7 @@ NAME, BINS = "leaderboard", "leaderboard-over-time"
 
 
 def main() -> int:
-    """The whole command line."""
+    """Run the command line."""
     subjects: dict[str, Memory | str] = {**{each.name: each for each in memories()}, **{n: n for n in REFERENCES}}
     parser = run.parser(__doc__ or "", SECONDS, SEEDS)
     parser.add_argument("--subjects", nargs="+", choices=list(subjects), metavar="SUBJECT", help=", ".join(subjects))
@@ -74,7 +74,7 @@ def _bins(found: Sequence[Measured], resamples: int) -> list[Score]:
 
 
 def _pages(rows: Sequence[Score], bins: Sequence[Score], options: argparse.Namespace) -> None:
-    """The table and the plot, and one more plot of the subject whose videos are longer than all others'."""
+    """Write the table and the plot, and one more plot of the subject whose videos are longer than all others'."""
     subjects = list(dict.fromkeys(row.subject for row in rows if " minus " not in row.subject))
     page = f"# Memories on the toy world\n\n{tables.leaderboard(rows, subjects, COMPARED)}\n"
     save_bytes(page.encode(), options.out / f"{NAME}.md")

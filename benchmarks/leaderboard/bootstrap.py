@@ -1,4 +1,4 @@
-"""95 % intervals of means over captions and seeds: captions are drawn again, and of each its seeds."""
+"""95 % bootstrap intervals of means: captions are resampled, and within each its seeds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure, its 95 % interval, and the videos of which it could be said."""
+    """A figure, its 95 % interval, and the number of videos that have it."""
 
     value: float
     low: float
@@ -25,7 +25,7 @@ class Interval:
 
 
 def means(values: Array, resamples: int = RESAMPLES) -> Array:
-    """Means of resamples, [resamples]; equal shapes are drawn alike, so that they can be compared draw by draw.
+    """Return means of resamples, [resamples]; equal shapes are drawn alike, so that they can be compared draw by draw.
 
     Args:
         values: [captions, seeds], NaN where a video has none.
@@ -39,19 +39,19 @@ def means(values: Array, resamples: int = RESAMPLES) -> Array:
 
 
 def mean(values: Array, resamples: int = RESAMPLES) -> Interval | None:
-    """The mean of [captions, seeds]; None where no video has a value."""
+    """Return the mean of [captions, seeds], or None if no video has a value."""
     return _interval(float(_means(values, (0, 1))), means(values, resamples), int(np.isfinite(values).sum()))
 
 
 def ratio(above: Array, below: Array, resamples: int = RESAMPLES) -> Interval | None:
-    """The ratio of two means over the same captions and seeds; None where there is none."""
+    """Return the ratio of two means over the same captions and seeds, or None if it is not finite."""
     value = float(_means(above, (0, 1)) / _means(below, (0, 1)))
     drawn = means(above, resamples) / means(below, resamples)
     return _interval(value, drawn, int(min(np.isfinite(above).sum(), np.isfinite(below).sum())))
 
 
 def overlap(a: Interval, b: Interval) -> bool:
-    """Whether two intervals share a point."""
+    """Return whether two intervals share a point."""
     return a.low <= b.high and b.low <= a.high
 
 
@@ -64,7 +64,7 @@ def _interval(value: float, drawn: Array, n: int) -> Interval | None:
 
 
 def _means(values: Array, axes: int | Sequence[int]) -> Array:
-    """NaN-aware, and NaN without a warning where nothing is known."""
+    """Return means that leave NaN out, and NaN without a warning where there is nothing else."""
     known = np.isfinite(values)
     count = known.sum(tuple(axes) if isinstance(axes, Sequence) else axes)
     total = np.where(known, values, 0).sum(tuple(axes) if isinstance(axes, Sequence) else axes)

@@ -34,7 +34,7 @@ class Measured:
     _known: dict[tuple[int, int], dict[str, Array]] = field(default_factory=dict)
 
     def between(self, begin: int, end: int) -> dict[str, Array]:
-        """Every measure of some frames, [captions, seeds]."""
+        """Return every measure of some frames, [captions, seeds]."""
         if (begin, end) not in self._known:
             found = [[measures(each, begin, end) for each in result.observations] for result in self.results]
             self._known[begin, end] = {
@@ -43,7 +43,7 @@ class Measured:
         return self._known[begin, end]
 
     def whole(self, seconds: int) -> dict[str, Array]:
-        """Every measure of the videos up to a length, and `drift` of each: the last five seconds less the first."""
+        """Return every measure of the videos up to a length, and its `drift`: the last five seconds less the first."""
         end, length = frames(seconds), BIN * FPS
         found = dict(self.between(0, end))
         if end >= 2 * length:
@@ -53,18 +53,18 @@ class Measured:
 
     @property
     def commit(self) -> str:
-        """The source that made the videos; all of them where there are several."""
+        """The commits that made the videos."""
         return " ".join(sorted({result.about["commit"] for result in self.results}))
 
     def score(self, seconds: int, metric: str, interval: Interval) -> Score:
-        """A figure of this subject."""
+        """Return a figure of this subject."""
         return Score(
             self.name, seconds, metric, interval.value, interval.low, interval.high, interval.n, commit=self.commit
         )
 
 
 def scores(measured: Measured, truth: Measured | None, resamples: int = RESAMPLES) -> Iterator[Score]:
-    """All figures of a subject at every length that its videos hold; those that nothing can be said of are left out."""
+    """Yield all figures of a subject at every length that its videos have; those without a value are left out."""
     for seconds in lengths(measured.seconds):
         found = measured.whole(seconds)
         for metric, values in found.items():
@@ -78,7 +78,7 @@ def scores(measured: Measured, truth: Measured | None, resamples: int = RESAMPLE
 
 
 def over_time(measured: Measured, resamples: int = RESAMPLES) -> Iterator[Score]:
-    """All figures of each bin of 5 s; `seconds` is its end."""
+    """Yield all figures of each bin of 5 s; `seconds` is its end."""
     for index, (begin, end) in enumerate(bins(measured.seconds)):
         for metric, values in measured.between(begin, end).items():
             if interval := mean(values, resamples):
@@ -86,7 +86,7 @@ def over_time(measured: Measured, resamples: int = RESAMPLES) -> Iterator[Score]
 
 
 def differences(hero: Measured, rival: Measured, resamples: int = RESAMPLES) -> Iterator[Score]:
-    """Figures of `hero` less those of `rival`, video by video of the same caption and noise, at every common length."""
+    """Yield `hero` less `rival` in every figure, over videos of the same caption and noise, at every common length."""
     both = Measured(f"{hero.name} minus {rival.name}", min(hero.seconds, rival.seconds), hero.results)
     for seconds in lengths(both.seconds):
         mine, theirs = hero.whole(seconds), rival.whole(seconds)
@@ -96,12 +96,12 @@ def differences(hero: Measured, rival: Measured, resamples: int = RESAMPLES) -> 
 
 
 def intervals(rows: Sequence[Score]) -> Mapping[tuple[str, int, str], Interval]:
-    """Figures by subject, seconds and metric."""
+    """Return figures by subject, seconds and metric."""
     return {(row.subject, row.seconds, row.metric): Interval(row.value, row.low, row.high, row.n) for row in rows}
 
 
 def _costs(measured: Measured, seconds: int) -> Iterator[Score]:
-    """What the chunk cost that ends a video of this length; seconds, of its last five, only where it ran alone."""
+    """Yield the costs of the last chunk of a video; seconds, of its last five chunks, only where it ran alone."""
     for index, name in enumerate(COSTS):
         timed = name.startswith("seconds")
         chosen = [result for result in measured.results if len(result.costs) and (result.about["alone"] or not timed)]

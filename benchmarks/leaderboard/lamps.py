@@ -1,4 +1,4 @@
-"""When each wall of a video was lit and in what colour: what a memory forgot is seen at a glance."""
+"""A picture of when each wall of a video was lit, and in what colour."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from kvpack.evaluation import Observation
 
 
 def lanes(observation: Observation, walls: int) -> Array:
-    """A lane a wall [walls, T, 3] in 0..1: the colour that it has while it is lit, near white otherwise."""
+    """Return a lane for each wall, [walls, T, 3] in 0..1: its colour while it is lit, near white otherwise."""
     on = observation.landmark_on[:, :walls, None]
     return np.where(on, observation.landmark_colour[:, :walls], 0.95).transpose(1, 0, 2).astype(np.float32)
 
 
 def timeline(measured: Sequence[Measured], title: str) -> bytes:
-    """A panel a subject, each of the first caption and the first seed; a wall that keeps its colour was remembered."""
+    """Draw a panel for each subject, of the first caption and seed; a wall that keeps its colour was remembered."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -23,7 +23,7 @@ LABEL_ROOM = 0.075  # least distance of two labels, in heights of a panel
 
 
 def over_time(rows: Sequence[Score], subjects: Sequence[str], title: str) -> bytes:
-    """A panel a measure: means of bins of 5 s with their 95 % intervals, each line labelled at its end.
+    """Draw a panel for each measure: means of bins of 5 s with their 95 % intervals, each line labelled at its end.
 
     Args:
         rows: figures of bins.
@@ -61,7 +61,7 @@ def over_time(rows: Sequence[Score], subjects: Sequence[str], title: str) -> byt
 
 
 def per_byte(rows: Sequence[Score], seconds: int) -> bytes:
-    """Quality over memory: a point a subject; blue where no smaller one is better.
+    """Draw quality over memory, a point for each subject; blue where no smaller one is better.
 
     Args:
         rows: figures of videos.
@@ -98,7 +98,7 @@ def _png(page: Any) -> bytes:
 
 
 def _name(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
-    """Names in a column at the right, each with a thin line to its point."""
+    """Write names in a column at the right, each with a thin line to its point."""
     order = sorted(points, key=lambda name: points[name][1])
     for name, height in zip(order, np.linspace(0, 1, len(order)), strict=True):
         axes.annotate(
@@ -114,7 +114,7 @@ def _name(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
 
 
 def _label(axes: Any, ends: Mapping[str, float], subjects: Sequence[str]) -> None:
-    """Names at the ends of lines, moved apart where they would cover each other."""
+    """Write names at the ends of lines, moved apart where they would cover each other."""
     low, high = axes.get_ylim()
     right = axes.get_xlim()[1]
     places = {name: (value - low) / (high - low) for name, value in ends.items()}
@@ -134,7 +134,7 @@ def _label(axes: Any, ends: Mapping[str, float], subjects: Sequence[str]) -> Non
 
 
 def apart(places: Sequence[float], room: float) -> list[float]:
-    """Sorted places moved up and down as little as leaves `room` between neighbours, and their middle where it was.
+    """Move sorted places until neighbours are `room` apart, without moving their mean.
 
     >>> apart([0.5, 0.5], 0.25)
     [0.375, 0.625]
@@ -147,7 +147,7 @@ def apart(places: Sequence[float], room: float) -> list[float]:
 
 
 def sheet(measured: Sequence[Measured]) -> bytes:
-    """The first caption's pictures, a row a subject; white where its video has ended."""
+    """Draw the first caption's pictures, a row for each subject; white where its video has ended."""
     seconds = sorted({second for each in measured for second in each.results[0].stills})
     white = np.full((world.SIZE, world.SIZE, 3), 255, np.uint8)
     rows = [Row(each.name, [each.results[0].stills.get(second, white) for second in seconds]) for each in measured]

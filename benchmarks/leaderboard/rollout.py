@@ -1,4 +1,4 @@
-"""Makes a task's rollout: videos are watched while they are generated, and their frames are dropped at once."""
+"""Rollouts of tasks: videos are measured while they are generated, and their frames are not kept."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ VIDEO = "first.mp4"
 
 
 def finished(task: Task) -> bool:
-    """Whether there is nothing left to make."""
+    """Return whether nothing of a task is left to make."""
     kept = task.folder / store.ABOUT
     return kept.exists() and (not task.settings.video or (task.folder / VIDEO).exists())
 
 
 def make(task: Task) -> str:
-    """Makes a rollout and keeps it, unless it is there; returns what went wrong, or nothing."""
+    """Make and keep a rollout, unless it is there; return what went wrong, or an empty text."""
     if finished(task):
         return ""
     torch.set_num_threads(1)  # tensors are so small that threads would only wait for each other
@@ -47,7 +47,7 @@ def make(task: Task) -> str:
 
 @cache
 def pipeline(folder: Path) -> Any:
-    """A pipeline, loaded once a process."""
+    """Load a pipeline, once in a process."""
     pipe = load_pipeline(folder, torch.float32, "cpu")
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -1,4 +1,4 @@
-"""What the leaderboard and the ablations share: options, making of rollouts, and what of them is measured."""
+"""What the leaderboard and the ablations share: options, rollouts and measures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMOKE = {"seconds": 2, "captions": 1, "seeds": 1, "resamples": 20, "processes": 
 
 
 def parser(doc: str, seconds: int, seeds: int) -> argparse.ArgumentParser:
-    """Options that both commands have."""
+    """Return a parser of the options that both commands have."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--pipeline", type=Path, default=shipped_folder(), help="default: the shipped one")
     made.add_argument("--seconds", type=int, default=seconds, help="length of the videos, 16 frames each second")
@@ -44,7 +44,7 @@ def parser(doc: str, seconds: int, seeds: int) -> argparse.ArgumentParser:
 
 
 def parsed(made: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options, made small for `--smoke`, which never replaces real figures."""
+    """Parse the options; `--smoke` makes them small, and writes to another folder than real figures."""
     options = made.parse_args()
     if options.smoke:
         vars(options).update(SMOKE)
@@ -55,7 +55,7 @@ def parsed(made: argparse.ArgumentParser) -> argparse.Namespace:
 def measured(
     subjects: Sequence[Memory | str], options: argparse.Namespace, seconds: Mapping[str, int] | None = None
 ) -> tuple[list[Measured], dict[str, str]]:
-    """Makes what is not there yet, and reads all of it.
+    """Make the rollouts that are not there yet, and read all of them.
 
     Args:
         subjects: memories, and names of references.
@@ -89,7 +89,7 @@ def measured(
 
 
 def stamped(rows: Sequence[Score], module: str) -> list[Score]:
-    """Rows that say how they were measured."""
+    """Return rows with the command that measured them."""
     command = shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]])
     return [replace(row, command=command) for row in rows]
 

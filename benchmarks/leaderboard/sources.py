@@ -37,7 +37,7 @@ class Piece:
 def pieces(
     pipe: Any, source: Memory | str, scenes: Sequence[Scene], first: int, seconds: int, seed: int, steps: int
 ) -> Iterator[Piece]:
-    """The videos of some scenes, piece by piece.
+    """Yield the videos of some scenes, piece by piece.
 
     Args:
         pipe: the pipeline, in eval mode.
@@ -56,7 +56,7 @@ def pieces(
 
 
 def reference(pipe: Any, name: str, scene: Scene, seed: int, seconds: int) -> Video:
-    """A video that no memory made, [T, H, W, 3].
+    """Make a video without a memory, [T, H, W, 3].
 
     "truth" is the rendered clip through the VAE, which no generator behind that VAE can beat; the others are the
     floors of `kvpack.evaluation.baselines`.

@@ -41,7 +41,7 @@ class Result:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when the `with` block ends; one left by a killed process is replaced."""
+    """Yield a folder that gets its name when the `with` block ends without an error."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -54,7 +54,7 @@ def writing(folder: Path) -> Iterator[Path]:
 
 
 def save(folder: Path, result: Result) -> None:
-    """Fills a folder."""
+    """Write a result into a folder."""
     for index, observation in enumerate(result.observations):
         observation.save(folder / f"{index:03}.npz")
     np.save(folder / "costs.npy", result.costs)
@@ -63,7 +63,7 @@ def save(folder: Path, result: Result) -> None:
 
 
 def load(folder: Path) -> Result:
-    """Reads it back.
+    """Read a result from its folder.
 
     Raises:
         FileNotFoundError: if it was never finished.

@@ -37,7 +37,7 @@ class Memory:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def stack(self) -> memory.Memory:
-        """The stack, at the sizes of the toy pipeline.
+        """Return the stack, at the sizes of the toy pipeline.
 
         Raises:
             UnknownNameError: if the stack, an option or a policy isn't there.
@@ -68,10 +68,10 @@ RIVALS = (
 
 
 def memories() -> tuple[Memory, ...]:
-    """Every installed stack, and variants of some."""
+    """Return every installed stack, and variants of some."""
     return (*collection(), *RIVALS)
 
 
 def collection() -> tuple[Memory, ...]:
-    """Every installed stack under its own name, at sizes that the toy pipeline can use."""
+    """Return every installed stack under its own name, at sizes that the toy pipeline can use."""
     return tuple(Memory(name, name, STACK_OPTIONS.get(name, {})) for name in registry().names("stack"))

@@ -15,7 +15,7 @@ DRIFTS = tuple(f"drift {name}" for name in METRICS)
 
 
 def leaderboard(rows: Sequence[Score], subjects: Sequence[str], heroes: Sequence[str]) -> str:
-    """Sections of a page: the measures at each length, how they drift, what a chunk costs, and the comparisons."""
+    """Return a page's sections: the measures at each length, their drift, the cost of a chunk, and the comparisons."""
     parts = []
     for seconds in sorted({row.seconds for row in rows}):
         for title, metrics in (("", MEASURES), (", drift from first to last 5 s", DRIFTS), (", cost", COSTS)):
@@ -28,7 +28,7 @@ def leaderboard(rows: Sequence[Score], subjects: Sequence[str], heroes: Sequence
 
 
 def table(rows: Sequence[Score], subjects: Sequence[str], seconds: int, metrics: Sequence[str]) -> str:
-    """A line a subject, a column a metric, each with its interval; empty where there is nothing to tell."""
+    """Return a table with a line for each subject and a column for each metric; empty if there are no figures."""
     known = intervals(rows)
     columns = [name for name in metrics if any((subject, seconds, name) in known for subject in subjects)]
     lines = [
@@ -40,7 +40,7 @@ def table(rows: Sequence[Score], subjects: Sequence[str], seconds: int, metrics:
 
 
 def comparison(rows: Sequence[Score], subjects: Sequence[str], seconds: int, hero: str) -> str:
-    """Paired differences: bold where their interval excludes 0, ~ where the intervals of the two overlap."""
+    """Return paired differences: bold if their interval excludes 0, ~ if the intervals of the two overlap."""
     known, lines = intervals(rows), []
     for rival in subjects:
         cells = []

@@ -57,7 +57,7 @@ class Task:
     settings: Settings
 
     def facts(self) -> dict[str, Any]:
-        """Everything that the frames depend on, as plain data; not the name, so that equal stacks are made once."""
+        """Return all that the frames depend on, as plain data; not the name, so that equal stacks are made once."""
         source: Any = self.source if isinstance(self.source, str) else self.source.to_dict()
         if isinstance(source, dict):
             source.pop("replay_frames", None)  # no prompt changes
@@ -74,13 +74,13 @@ class Task:
 
     @property
     def folder(self) -> Path:
-        """Where the finished rollout is."""
+        """The folder of the finished rollout."""
         data = json.dumps(self.facts(), sort_keys=True).encode()
         return self.settings.runs / hashlib.sha256(data).hexdigest()[:16]
 
 
 def fingerprint(pipeline: Path) -> str:
-    """Hash of a pipeline's weights and configs.
+    """Return a hash of a pipeline's weights and configs.
 
     Raises:
         FileNotFoundError: if the folder holds none.

@@ -1,4 +1,4 @@
-"""Makes what is not there yet, in one process or several of one thread each."""
+"""Making of rollouts in one process, or in several of one thread each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.report import say
 
 
 def run(tasks: Sequence[Task], processes: int) -> dict[Path, str]:
-    """Makes all tasks that are not finished; one that fails leaves the others alone.
+    """Make all tasks that are not finished; one that fails does not stop the others.
 
     Args:
         tasks: equal ones are made once.

@@ -30,7 +30,7 @@ SHIPPED = "kvpack/data/toyworld"
 
 
 def command(step: str, out: Path, to: Path, smoke: bool) -> list[str]:
-    """The words of one step, behind `python -m benchmarks.toyworld.`."""
+    """Return the words of one step, behind `python -m benchmarks.toyworld.`."""
     words = shlex.split(step.format(out=shlex.quote(str(out)), to=shlex.quote(str(to))))
     if "--world" in words:
         words += ["--out", str(out / words[words.index("--world") + 1])]

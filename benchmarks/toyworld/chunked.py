@@ -32,7 +32,7 @@ CONFIG = {
 
 
 def build() -> WanTransformer3DModel:
-    """The stock class at 1.75 M parameters."""
+    """Build the stock class at 1.75 M parameters."""
     return WanTransformer3DModel(**CONFIG)
 
 
@@ -43,7 +43,7 @@ class Layout:
     copies: tuple[int, ...]
 
     def members(self, chunk: int) -> int:
-        """Groups of one chunk."""
+        """Return the groups of one chunk."""
         return self.copies[chunk] + (chunk + 1 < len(self.copies))
 
     @property
@@ -65,18 +65,18 @@ class Layout:
 
 
 def group(latents: Tensor) -> Tensor:
-    """Latents [B, 16, 20, 4, 4] as tokens [B, 5, 64, 16]."""
+    """Reshape latents [B, 16, 20, 4, 4] to tokens [B, 5, 64, 16]."""
     return latents.permute(0, 2, 3, 4, 1).flatten(1, 3).unflatten(1, (latents.shape[2] // CHUNK, -1))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Interleaved RoPE on [B, G, 64, H, D] with tables [G, 64, 1, D / 2]."""
+    """Apply interleaved RoPE to [B, G, 64, H, D] with tables [G, 64, 1, D / 2]."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2)
 
 
 def self_attention(attn: WanAttention, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-    """Every group over its clean history and itself."""
+    """Attend from every group to its clean history and itself."""
     heads = attn.heads
     q = rotate(attn.norm_q(attn.to_q(x)).unflatten(-1, (heads, -1)), cos, sin).transpose(2, 3)
     k = rotate(attn.norm_k(attn.to_k(x)).unflatten(-1, (heads, -1)), cos, sin).transpose(2, 3)
@@ -99,7 +99,7 @@ def self_attention(attn: WanAttention, x: Tensor, cos: Tensor, sin: Tensor, layo
 
 
 def cross_attention(attn: WanAttention, x: Tensor, text: Tensor, bias: Tensor) -> Tensor:
-    """All tokens over the caption; `bias` [B, 1, 1, T] stands for repeated padding."""
+    """Attend from all tokens to the caption; `bias` [B, 1, 1, T] stands for repeated padding."""
     heads = attn.heads
     q = attn.norm_q(attn.to_q(x.flatten(1, 2))).unflatten(-1, (heads, -1)).transpose(1, 2)
     k = attn.norm_k(attn.to_k(text)).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -117,7 +117,7 @@ class GroupedBlock(nn.Module):
         self.block, self.layout = block, layout
 
     def forward(self, x: Tensor, text: Tensor, bias: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`x` [B, G, 64, C] and `time` [B, G, 6, C]."""
+        """Run the block on `x` [B, G, 64, C] at `time` [B, G, 6, C]."""
         block = self.block
         shift, scale, gate, c_shift, c_scale, c_gate = (block.scale_shift_table + time).chunk(6, dim=2)
         y = block.norm1(x) * (1 + scale) + shift
@@ -144,7 +144,7 @@ class ChunkedForward(nn.Module):
         self.register_buffer("sin", sin[0, :, :, 1::2].unflatten(0, (len(copies), -1))[chunks], persistent=False)
 
     def forward(self, tokens: Tensor, t: Tensor, text: Tensor, real: Tensor, length: Tensor) -> Tensor:
-        """Velocities of the noisy groups; `text` [B, T, 48] has `real` [B] tokens and stands padded to `length` [B]."""
+        """Return velocities of the noisy groups; `text` [B, T, 48] has `real` [B] tokens, padded to `length` [B]."""
         model, embedder = self.model, self.model.condition_embedder
         x = F.linear(tokens, model.patch_embedding.weight.flatten(1), model.patch_embedding.bias)
         embedded = embedder.time_embedder(embedder.timesteps_proj(t.flatten())).unflatten(0, t.shape)
@@ -160,7 +160,7 @@ class ChunkedForward(nn.Module):
 
 
 def pad_once(text: Tensor, real: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """One zero token with a bias of log(n) instead of n zero tokens: the same attention at any padded length."""
+    """Pad with one zero token and a bias of log(n) instead of n zero tokens, which is the same attention."""
     index = torch.arange(text.shape[1])
     bias = torch.zeros(text.shape[0], text.shape[1]).masked_fill(index >= real[:, None], float("-inf"))
     words = F.pad(text * (index < real[:, None])[..., None], (0, 0, 0, 1))

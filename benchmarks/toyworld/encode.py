@@ -29,7 +29,7 @@ def encode_part(
     seed: int,
     rules: world.Rules,
 ) -> None:
-    """Encode every so-manieth clip; clip i has scene i modulo the scenes and seed `seed + i`."""
+    """Encode this process's share of the clips; clip i has scene i modulo the scenes and seed `seed + i`."""
     vae = AutoencoderKLWan.from_pretrained(vae_folder).eval()
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
@@ -48,7 +48,7 @@ def encode_part(
 
 
 def read(out: Path) -> tuple[Tensor, Tensor]:
-    """Normalised latents [N, 16, frames, 4, 4] in half precision, and the index of each clip in `world.TRAIN`."""
+    """Read normalised latents [N, 16, frames, 4, 4] in half precision, and each clip's index in `world.TRAIN`."""
     parts = [load_file(path) for path in sorted(out.glob("latents-*.safetensors"))]
     return torch.cat([p["latents"] for p in parts]), torch.cat([p["scenes"] for p in parts])
 

@@ -23,7 +23,7 @@ Row = dict[str, float]
 
 
 def judge(video: Video, scene: Scene) -> Row:
-    """The gate's measures of one video [T, H, W, 3], then the public ones."""
+    """Return the gate's measures of one video [T, H, W, 3], then the public ones."""
     observer = Observer(facts_of(scene))
     observer.add(video)
     seen = observer.finish()
@@ -43,7 +43,7 @@ def judge(video: Video, scene: Scene) -> Row:
 
 
 def lamp_colour(seen: Observation) -> float:
-    """How near lit walls are to a colour that a lamp can have, in 0..1 as in `revisit_consistency`."""
+    """Return how near lit walls are to a colour that a lamp can have, in 0..1 as in `revisit_consistency`."""
     lit = seen.landmark_colour[seen.landmark_on]
     known = np.array([world.COLOURS[name] for name in world.LAMPS], np.float32)
     distance = np.sqrt(((lit[:, None] - known) ** 2).sum(-1)).min(1)
@@ -51,7 +51,7 @@ def lamp_colour(seen: Observation) -> float:
 
 
 def ceiling(pipe: WanPipeline, scene: Scene, seed: int, frames: int) -> Row:
-    """The measures of the truth through the VAE, and the VAE's PSNR in dB."""
+    """Return the measures of the truth through the VAE, and the VAE's PSNR in dB."""
     truth = world.make_clip(scene, seed, frames).video
     decoded = through_vae(pipe.vae, truth)
     error = ((truth.astype(np.float64) - decoded) / 255) ** 2
@@ -59,7 +59,7 @@ def ceiling(pipe: WanPipeline, scene: Scene, seed: int, frames: int) -> Row:
 
 
 def table(rows: dict[str, list[Row]]) -> str:
-    """A Markdown table, one line a measure and one column a kind of video."""
+    """Return a Markdown table, a line for each measure and a column for each kind of video."""
     names = list(dict.fromkeys(name for part in rows.values() for row in part for name in row))
     lines = ["| | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
     for name in names:
@@ -76,7 +76,7 @@ def _middle(name: str, values: list[float]) -> str:
 def sampled(
     pipe: WanPipeline, scenes: list[Scene], frames: int, seed: int, steps: int, text_length: int
 ) -> Iterator[Video]:
-    """One video a scene by the reference sampler, of `frames` latent frames."""
+    """Sample one video of `frames` latent frames for each scene, by the reference sampler."""
     latents = sampler.sample(pipe, [scene.caption for scene in scenes], frames, seed, steps, text_length)
     for each in latents.split(1):  # of long videos one fits into memory
         yield sampler.decode(pipe, each)[0].numpy()

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import UMT5EncoderModel
 
 from benchmarks.toyworld import chunked, store, text, vae_full
+from kvpack.shipped import SETTINGS
 
 CARD = Path(__file__).with_name("model_card.md")
 
@@ -28,6 +29,7 @@ def write(folder: Path, vae: AutoencoderKLWan, model: WanTransformer3DModel, enc
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
     pipe.save_pretrained(part)
+    SETTINGS.write(part)
     for file in part.rglob("*.safetensors"):
         file.chmod(0o644)
     if CARD.exists():
@@ -37,7 +39,7 @@ def write(folder: Path, vae: AutoencoderKLWan, model: WanTransformer3DModel, enc
 
 
 def parts(out: Path) -> tuple[AutoencoderKLWan, WanTransformer3DModel, UMT5EncoderModel]:
-    """The averaged weights of the last checkpoints; a part that is not trained yet is random."""
+    """Return models with the averaged weights of the last checkpoints; a part that is not trained yet is random."""
     vae, model, encoder = vae_full.build(), chunked.build(), text.build_encoder()
     if (out / "vae").exists():
         # copied, because a loaded model would write down where it was loaded from

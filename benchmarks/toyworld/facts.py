@@ -13,20 +13,20 @@ MIDDLE = world.SIZE / 2
 
 
 def brightness(video: Video) -> Array:
-    """How much each pixel [t, H, W] is bright, in 0..1: 0.5 where the brightest channel is `world.BRIGHT`."""
+    """Return how bright each pixel [t, H, W] is, in 0..1: 0.5 where the brightest channel is `world.BRIGHT`."""
     brightest = np.maximum(np.maximum(video[..., 0], video[..., 1]), video[..., 2])
     return np.clip((brightest / np.float32(255) - (world.BRIGHT - RAMP)) / (2 * RAMP), 0, 1).astype(np.float32)
 
 
 def glow(wall: str) -> Array:
-    """How much of its lamp's colour a lit wall adds to each pixel, [H, W]."""
+    """Return how much of its lamp's colour a lit wall adds to each pixel, [H, W]."""
     name = "plain slate"
     lit = world.room(name, wall, "white") - world.background(name)
     return np.asarray(np.where(world.wall_mask(wall), 0, lit[..., 0] / world.COLOURS["white"][0]), np.float32)
 
 
 def facts_of(scene: Scene) -> Facts:
-    """What is known of a scene: what its caption says, what else it could say, and where the walls are."""
+    """Return a scene's facts: its caption's words, the other words it could have, and where the walls are."""
     size = float(np.mean(world.LIT.scale))
     middle = np.full((1, 2), MIDDLE, np.float32)
     return Facts(

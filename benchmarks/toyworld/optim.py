@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz iteration on a batch [N, rows, cols]: singular values go to about one."""
+    """Bring the singular values of a batch [N, rows, cols] to about one, by Newton-Schulz iteration."""
     wide = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if wide else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -23,7 +23,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def shared_orthogonalise(matrices: Tensor) -> Tensor:
-    """The same, each process doing its share of the batch."""
+    """Orthogonalise a batch of which each process does its share."""
     if not dist.is_initialized() or dist.get_world_size() == 1 or len(matrices) < 2:
         return orthogonalise(matrices)
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every group."""
+        """Update every group once."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
             self._update(group)
@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def anneal(progress: float, flat: float = 0.65, floor: float = 0.02, warmup: float = 0.01) -> float:
-    """Factor of the learning rate: short warm-up, flat, then linear down to the floor."""
+    """Return the factor of the learning rate: short warm-up, flat, then linear down to the floor."""
     if progress < warmup:
         return 0.1 + 0.9 * progress / warmup
     return 1.0 if progress < flat else 1.0 - (1.0 - floor) * min(1.0, (progress - flat) / (1.0 - flat))

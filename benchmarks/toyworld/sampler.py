@@ -27,7 +27,7 @@ class BlockCausalProcessor(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Attention as upstream; only self-attention is masked."""
+        """Attend as upstream does, with a mask in self-attention only."""
         if encoder_hidden_states is None:
             chunk = torch.arange(hidden_states.shape[1], device=hidden_states.device) // self.tokens
             attention_mask = chunk[:, None] >= chunk
@@ -36,7 +36,7 @@ class BlockCausalProcessor(WanAttnProcessor):
 
 
 def velocity(model: WanTransformer3DModel, history: Tensor, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
-    """Velocity of the last chunk behind clean history told t = 0."""
+    """Predict the velocity of the last chunk behind clean history at t = 0."""
     latents = torch.cat([history, noisy], 2)
     tokens = latents.shape[3] * latents.shape[4]
     past = torch.zeros(latents.shape[0], history.shape[2] * tokens)
@@ -49,7 +49,7 @@ def velocity(model: WanTransformer3DModel, history: Tensor, noisy: Tensor, t: Te
 def sample(
     pipe: WanPipeline, captions: list[str], frames: int, seed: int, steps: int = 4, text_length: int = 16
 ) -> Tensor:
-    """Latents [B, 16, frames, 4, 4], chunk after chunk; the processors are put back."""
+    """Sample latents [B, 16, frames, 4, 4], chunk after chunk; the processors are put back."""
     model: Any = pipe.transformer
     text = pipe.encode_prompt(captions, None, False, max_sequence_length=text_length)[0]
     side = 4
@@ -70,7 +70,7 @@ def sample(
 
 @torch.no_grad()
 def decode(pipe: WanPipeline, latents: Tensor) -> Tensor:
-    """Videos [B, T, H, W, 3] as uint8, as the pipeline decodes them."""
+    """Decode videos [B, T, H, W, 3] as uint8, as the pipeline does."""
     config = pipe.vae.config
     mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)

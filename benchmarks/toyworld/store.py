@@ -19,7 +19,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """The checkpoint, or None where there is none."""
+    """Load the checkpoint, or return None if there is none."""
     if not path.exists():
         return None
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -27,7 +27,7 @@ def load(path: Path) -> dict[str, Any] | None:
 
 
 def weights(path: Path) -> dict[str, Any]:
-    """A checkpoint that must be there.
+    """Load a checkpoint that must be there.
 
     Raises:
         FileNotFoundError: if it is not.

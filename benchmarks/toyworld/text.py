@@ -13,13 +13,13 @@ WIDTH = 48
 
 
 def vocabulary() -> dict[str, int]:
-    """Every word of every caption, behind the special tokens."""
+    """Return every word of every caption, behind the special tokens."""
     words = sorted({word for scene in world.SCENES for word in scene.caption.split()})
     return {word: index for index, word in enumerate([PAD, EOS, UNKNOWN, *words])}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Lower-cased words, the end mark behind them, padding on the right."""
+    """Build a tokenizer of lower-cased words, with an end mark and padding on the right."""
     vocab = vocabulary()
     raw = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
     raw.normalizer = normalizers.Lowercase()
@@ -37,7 +37,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_encoder() -> UMT5EncoderModel:
-    """The stock class at about 50 k parameters."""
+    """Build the stock class at about 50 k parameters."""
     config = UMT5Config(
         vocab_size=len(vocabulary()),
         d_model=WIDTH,

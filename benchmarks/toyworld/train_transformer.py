@@ -25,7 +25,7 @@ TOLD, UNTOLD = 0.2, 0.05
 
 @dataclass(frozen=True)
 class Options:
-    """What one training run is told."""
+    """Options of one training run."""
 
     out: Path
     minutes: float
@@ -41,14 +41,14 @@ class Options:
 
 
 def captions() -> tuple[Tensor, Tensor]:
-    """Token ids [N + 1, 8] and real lengths of the training captions; the last is the empty one."""
+    """Return token ids [N + 1, 8] and real lengths of the training captions; the last is the empty one."""
     said = [scene.caption for scene in world.TRAIN] + [""]
     made = text.build_tokenizer()(said, padding="max_length", max_length=text.CAPTION_TOKENS, return_tensors="pt")
     return made["input_ids"], made["attention_mask"].sum(1)
 
 
 def noise_levels(batch: int, layout: chunked.Layout) -> Tensor:
-    """Sigma of every noisy group [B, groups], stratified over the copies of a chunk."""
+    """Draw the sigma of every noisy group [B, groups], stratified over the copies of a chunk."""
     levels = []
     for many in layout.copies:
         strata = torch.rand(batch, many).argsort(1)
@@ -58,7 +58,7 @@ def noise_levels(batch: int, layout: chunked.Layout) -> Tensor:
 
 
 def prepare(latents: Tensor, layout: chunked.Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens of all groups, the time each is told, and the velocity that each noisy group should have."""
+    """Return tokens and times of all groups, and the velocities to learn of the noisy ones."""
     batch, chunks = latents.shape[0], chunked.group(latents)
     x = chunks[:, layout.chunk_of]
     noise = torch.randn_like(x)
@@ -82,7 +82,7 @@ class Trainee(nn.Module):
         self.ids, self.real = captions()
 
     def loss(self, latents: Tensor, scenes: Tensor) -> Tensor:
-        """Plain velocity loss; captions are dropped at times and stand padded to any length up to 512."""
+        """Return the velocity loss; some captions are dropped, all are padded to random lengths up to 512."""
         dropped = torch.rand(scenes.shape) < DROP
         scenes = torch.where(dropped, len(world.TRAIN), scenes)
         ids, real = self.ids[scenes], self.real[scenes]
@@ -92,17 +92,17 @@ class Trainee(nn.Module):
         return F.mse_loss(self.grouped[0](tokens, t, words, real, length.round()), target)
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """Both state dicts."""
+        """Return both state dicts."""
         return {"model": self.model.state_dict(), "encoder": self.encoder.state_dict()}
 
     def load_weights(self, weights: dict[str, dict[str, Tensor]]) -> None:
-        """What `weights` gave."""
+        """Load what `weights` returned."""
         self.model.load_state_dict(weights["model"])
         self.encoder.load_state_dict(weights["encoder"])
 
 
 def optimisers_of(trainee: Trainee, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices of the blocks, AdamW on everything else."""
+    """Return Muon for the matrices of the blocks and AdamW for everything else."""
     matrices = [p for p in trainee.model.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in trainee.parameters() if id(p) not in chosen]
@@ -110,7 +110,7 @@ def optimisers_of(trainee: Trainee, rate: float) -> list[torch.optim.Optimizer]:
 
 
 def train(rank: int, world_size: int, options: Options) -> None:
-    """One process of the training run."""
+    """Run one process of the training."""
     torch.manual_seed(options.seed)
     trainee, path = Trainee(options), options.out / "transformer.pt"
     optimisers, params = optimisers_of(trainee, options.rate), list(trainee.parameters())

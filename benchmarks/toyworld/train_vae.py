@@ -25,7 +25,7 @@ BRIGHT = 5.0  # how much more what is bright counts
 
 @dataclass(frozen=True)
 class Options:
-    """What one training run is told."""
+    """Options of one training run."""
 
     out: Path
     minutes: float
@@ -39,12 +39,12 @@ class Options:
 
     @property
     def checkpoint(self) -> Path:
-        """Where this training is kept."""
+        """Return the path of this training's checkpoint."""
         return self.out / "vae.pt"
 
 
 def batch(rng: np.random.Generator, frames: int, clips: int, rules: world.Rules) -> tuple[Tensor, Tensor]:
-    """A video batch [B, 3, T, H, W] in -1..1 and what is bright in it [B, 1, T, H, W]."""
+    """Render a video batch [B, 3, T, H, W] in -1..1 and the mask of what is bright in it [B, 1, T, H, W]."""
     scenes = world.scenes_of(rules)
     made = [
         world.make_clip(scenes[rng.integers(len(scenes))], int(rng.integers(2**31)), frames, rules)
@@ -55,7 +55,7 @@ def batch(rng: np.random.Generator, frames: int, clips: int, rules: world.Rules)
 
 
 def loss_of(vae: AutoencoderKLWan, video: Tensor, mask: Tensor) -> Tensor:
-    """L1, six times as heavy on the object and on a lit wall, and KL."""
+    """Return L1, six times as heavy on the object and on a lit wall, plus KL."""
     mean, log_variance = vae_full.encode(vae, video)
     latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
     error = (vae_full.decode(vae, latents) - video).abs()
@@ -67,7 +67,7 @@ def loss_of(vae: AutoencoderKLWan, video: Tensor, mask: Tensor) -> Tensor:
 def psnr(
     vae: AutoencoderKLWan, frames: int, clips: int, rules: world.Rules = world.LIT, seed: int = 10**6
 ) -> list[float]:
-    """PSNR in dB of stock encode and decode on held-out scenes: of the whole clips and of their last 17 frames."""
+    """Return the PSNR in dB of stock encode and decode on held-out scenes: whole clips, and their last 17 frames."""
     errors = []
     scenes = [scene for scene in world.HELD_OUT if scene.colour in rules.colours]
     for index in range(clips):
@@ -83,7 +83,7 @@ def psnr(
 def moments(
     vae: AutoencoderKLWan, clips: int, rules: world.Rules, seed: int = 2 * 10**6
 ) -> tuple[list[float], list[float]]:
-    """Mean and deviation of each latent channel; the posterior's variance counts, or empty channels are blown up."""
+    """Return mean and deviation of each latent channel; the posterior's variance counts, or empty channels blow up."""
     rng = np.random.default_rng(seed)
     means, variances = [], []
     for _ in range(clips):
@@ -106,7 +106,7 @@ def finish(vae: AutoencoderKLWan, out: Path, clips: int, rules: world.Rules) -> 
 
 
 def train(rank: int, world_size: int, options: Options) -> None:
-    """One process of the training run."""
+    """Run one process of the training."""
     torch.manual_seed(options.seed)
     vae = vae_full.build().train()
     matrices = [p for p in vae.parameters() if p.ndim >= 4 and p.shape[0] > 1 and p.numel() > p.shape[0]]

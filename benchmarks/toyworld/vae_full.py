@@ -25,7 +25,7 @@ CONFIG = {
 
 
 def build() -> AutoencoderKLWan:
-    """The stock class at 0.73 M parameters: 64x64 pixels become 16 channels of 4x4 a latent frame."""
+    """Build the stock class at 0.73 M parameters: 64x64 pixels become 16 channels of 4x4 a latent frame."""
     return AutoencoderKLWan(**CONFIG)
 
 
@@ -50,7 +50,7 @@ def _up(sampler: WanResample, x: Tensor) -> Tensor:
 
 
 def encode(vae: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance of the latents of a video [B, 3, 1 + 4m, H, W] in -1..1."""
+    """Return mean and log-variance of the latents of a video [B, 3, 1 + 4m, H, W] in -1..1."""
     encoder = vae.encoder
     x = encoder.conv_in(patchify(video, vae.config.patch_size))
     for block in encoder.down_blocks:
@@ -66,7 +66,7 @@ def encode(vae: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """The video of latents [B, 16, 1 + m, h, w], not clamped."""
+    """Decode latents [B, 16, 1 + m, h, w] to a video that is not clamped."""
     decoder = vae.decoder
     x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(latents)))
     for block in decoder.up_blocks:

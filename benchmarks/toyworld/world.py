@@ -110,7 +110,7 @@ class Clip:
 
     @property
     def bright(self) -> Mask:
-        """Pixels of the object and of the lit wall, [T, H, W]."""
+        """The mask of the object and of the lit wall, [T, H, W]."""
         strips = np.stack([wall_mask(wall) for wall in WALLS] + [np.zeros((SIZE, SIZE), bool)])
         return self.mask | strips[self.lit]
 
@@ -130,12 +130,12 @@ TRAIN = tuple(scene for scene in SCENES if scene not in HELD_OUT)
 
 
 def scenes_of(rules: Rules) -> tuple[Scene, ...]:
-    """Training scenes of a world."""
+    """Return the training scenes of a world."""
     return tuple(scene for scene in TRAIN if scene.colour in rules.colours)
 
 
 def background(name: str) -> Array:
-    """The static texture of a background, [H, W, 3] in 0..1."""
+    """Render the static texture of a background, [H, W, 3] in 0..1."""
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
     wave = 2 * np.pi / SIZE
     texture = {
@@ -149,7 +149,7 @@ def background(name: str) -> Array:
 
 
 def wall_mask(wall: str) -> Mask:
-    """The pixels of one wall, [H, W]."""
+    """Return the mask of one wall's pixels, [H, W]."""
     mask = np.zeros((SIZE, SIZE), bool)
     edge = slice(None, WALL) if wall in ("left", "top") else slice(-WALL, None)
     mask[(slice(None), edge) if wall in ("left", "right") else edge] = True
@@ -157,7 +157,7 @@ def wall_mask(wall: str) -> Mask:
 
 
 def room(name: str, wall: str, lamp: str) -> Array:
-    """A background with one wall lit, [H, W, 3] in 0..1."""
+    """Render a background with one wall lit, [H, W, 3] in 0..1."""
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
     distance = {"left": x, "right": SIZE - 1 - x, "top": y, "bottom": SIZE - 1 - y}[wall]
     colour = np.asarray(COLOURS[lamp], np.float32)
@@ -167,7 +167,7 @@ def room(name: str, wall: str, lamp: str) -> Array:
 
 
 def extents(shape: str, scale: float) -> tuple[float, float, float, float]:
-    """How far a shape reaches from its centre to the left, right, top and bottom, in pixels."""
+    """Return how far a shape reaches from its centre to the left, right, top and bottom, in pixels."""
     if shape == "triangle":
         side = CIRCUMRADIUS * scale * float(np.sqrt(0.75))
         return side, side, CIRCUMRADIUS * scale, CIRCUMRADIUS * scale / 2
@@ -176,7 +176,7 @@ def extents(shape: str, scale: float) -> tuple[float, float, float, float]:
 
 
 def limits(shape: str, scale: float, rules: Rules) -> tuple[Array, Array]:
-    """Where the centre turns round: lowest and highest (x, y)."""
+    """Return where the centre turns round: lowest and highest (x, y)."""
     if not rules.lamps:
         return np.full(2, 12, np.float32), np.full(2, 52, np.float32)
     left, right, top, bottom = extents(shape, scale)
@@ -193,7 +193,7 @@ def fold(value: Array, low: Array, high: Array) -> tuple[Array, Array]:
 
 
 def touched(straight: Array, velocity: Array, low: Array, high: Array) -> Indices:
-    """The wall that an unfolded path [T, 2] touched last, at every frame."""
+    """Return the wall that an unfolded path [T, 2] touched last, at every frame."""
     phase = (straight - low) / (high - low)
     bound = np.where(velocity > 0, np.floor(phase), np.ceil(phase))
     since = np.abs(phase - bound) * (high - low) / np.maximum(np.abs(velocity), 1e-6)
@@ -203,7 +203,7 @@ def touched(straight: Array, velocity: Array, low: Array, high: Array) -> Indice
 
 
 def coverage(shape: str, position: Array, scale: float = 1.0) -> Array:
-    """How much of each pixel the object covers, [T, H, W] in 0..1."""
+    """Return how much of each pixel the object covers, [T, H, W] in 0..1."""
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
     dx = x - position[:, 0, None, None]
     dy = y - position[:, 1, None, None]
@@ -218,7 +218,7 @@ def coverage(shape: str, position: Array, scale: float = 1.0) -> Array:
 
 
 def make_clip(scene: Scene, seed: int, frames: int = FRAMES, rules: Rules = LIT) -> Clip:
-    """The clip of one scene and one seed; a longer clip of the same seed begins with the shorter one."""
+    """Render the clip of one scene and one seed; a longer clip of the same seed begins with the shorter one."""
     rng = np.random.default_rng(seed)
     angle, speed, scale = rng.uniform(0, 2 * np.pi), rng.uniform(*rules.speed), rng.uniform(*rules.scale)
     velocity = (speed * np.array([np.cos(angle), np.sin(angle)])).astype(np.float32)

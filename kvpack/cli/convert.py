@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from kvpack.cli.support import DTYPES, parse_dtype, print_json, print_table
+from kvpack.errors import InvalidOptionError
 
 
 def convert(
@@ -35,6 +36,9 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Make a diffusers folder of a causal Wan checkpoint, with the scheduler, chunk length and memory that it needs."""
+    if not source.exists():  # before what takes seconds to import
+        raise InvalidOptionError(f"no checkpoint {source}; give a file or a folder of shards")
+
     from kvpack.checkpoints.convert import Conversion, Family
     from kvpack.checkpoints.convert import convert as run
     from kvpack.checkpoints.recipes import recipe_for

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvpack.errors import OutputError
 from kvpack.media.contact_sheet import Row, banner, contact_sheet, side_by_side
-from kvpack.media.video import Frames, VideoWriter, require_writable, save_bytes
+from kvpack.media.video import Frames, VideoWriter, make_folder, require_writable, save_bytes
 from kvpack.pipeline.track import Track, load_pipeline, started
 from kvpack.planning.planner import video_frames
 from kvpack.shipped import CALL, FPS, demo_stack, shipped_folder
@@ -33,7 +32,7 @@ class Demo:
     Args:
         prompt: the caption.
         seconds: length of the video.
-        stacks: names of the stacks, side by side.
+        stacks: names of the stacks, side by side, each with its options.
         folder: where demo.mp4, demo.png and demo.json go; made if it is not there.
         seed: of the noise, the same for every stack.
         steps: denoising steps of a chunk.
@@ -42,7 +41,7 @@ class Demo:
 
     prompt: str
     seconds: float
-    stacks: tuple[str, ...]
+    stacks: Sequence[tuple[str, Mapping[str, Any]]]
     folder: Path
     seed: int = 0
     steps: int = 6
@@ -64,7 +63,7 @@ class Samples:
     trails: dict[int, Frames] = field(default_factory=dict)
 
     def add(self, first: int, frames: Frames) -> None:
-        """Looks at the frames from `first` on. A trail, the brightest of each pixel, is a bright object's path."""
+        """Take stills and trails from frames that begin at `first`; a trail is the brightest value of each pixel."""
         for column, start in enumerate(self.starts):
             for index in range(max(start, first), min(start + self.trail, first + len(frames))):
                 frame = frames[index - first]
@@ -74,7 +73,7 @@ class Samples:
                     self.trails[column] = np.maximum(self.trails.setdefault(column, frame), frame)
 
     def rows(self, label: str) -> list[Row]:
-        """A row of stills and one of trails."""
+        """Return a row of stills and one of trails."""
         return [
             Row(label, [self.stills[column] for column in sorted(self.stills)]),
             Row(
@@ -85,7 +84,7 @@ class Samples:
 
 
 def run(demo: Demo, on_chunk: Callable[[Track], None]) -> dict[str, Any]:
-    """Generates the video, the contact sheet and the figures; returns the figures.
+    """Generate the video, the contact sheet and the figures; return the figures.
 
     Several stacks take turns, chunk by chunk, so that the video is written while it is generated, in constant memory.
 
@@ -97,12 +96,14 @@ def run(demo: Demo, on_chunk: Callable[[Track], None]) -> dict[str, Any]:
         KVPackError: if something cannot work or cannot be written; most of it before anything is generated.
     """
     total, _ = video_frames(demo.seconds, FPS)
-    stacks = [demo_stack(name) for name in demo.stacks]
+    stacks = [demo_stack(name, **options) for name, options in demo.stacks]
     video, sheet, figures = _outputs(demo.folder)
     pipeline = load_pipeline(demo.model or shipped_folder(), torch.float32, "cpu")
     _warn_of_unknown_words(pipeline.tokenizer, demo.prompt)
     trail = min(TRAIL_SECONDS * FPS, total)
-    starts = sorted({round(start) for start in np.linspace(0, total - trail, COLUMNS)})
+    evenly = [round(start) for start in np.linspace(0, total - trail, COLUMNS)]
+    columns = {f"{start / FPS:.1f} s": start for start in evenly}
+    starts = list(columns.values())  # of a short video fewer than `COLUMNS`, no time twice
     samples = [Samples(starts, trail) for _ in stacks]
     arguments = {**CALL, "prompt": demo.prompt, "num_inference_steps": demo.steps}
     with ExitStack() as open_things:
@@ -115,19 +116,28 @@ def run(demo: Demo, on_chunk: Callable[[Track], None]) -> dict[str, Any]:
             for stack in stacks
         ]
         writer = open_things.enter_context(VideoWriter(video, FPS, upscale=6 if len(tracks) == 1 else 1))
-        _generate(tracks, samples, writer, on_chunk)
+        _generate(tracks, samples, writer, [_label(*each) for each in demo.stacks], on_chunk)
     result = _report(demo, tracks, (video, sheet, figures))
-    columns = [f"{start / FPS:.1f} s" for start in starts]
-    rows = [row for label, each in zip(demo.stacks, samples, strict=True) for row in each.rows(label)]
-    save_bytes(contact_sheet(f'"{demo.prompt}", {total / FPS:.0f} s, seed {demo.seed}', columns, rows), sheet)
+    labels = [_label(*each) for each in demo.stacks]
+    rows = [row for label, each in zip(labels, samples, strict=True) for row in each.rows(label)]
+    title = f'"{demo.prompt}", {total / FPS:.3g} s, seed {demo.seed}'
+    save_bytes(contact_sheet(title, list(columns), rows), sheet)
     save_bytes((json.dumps(result, indent=2) + "\n").encode(), figures)
     return result
 
 
+def _label(name: str, options: Mapping[str, Any]) -> str:
+    return " ".join([name, *(f"{option}={value}" for option, value in options.items())])
+
+
 def _generate(
-    tracks: Sequence[Track], samples: Sequence[Samples], writer: VideoWriter, on_chunk: Callable[[Track], None]
+    tracks: Sequence[Track],
+    samples: Sequence[Samples],
+    writer: VideoWriter,
+    labels: Sequence[str],
+    on_chunk: Callable[[Track], None],
 ) -> None:
-    """Every track in turn; what all of them have is written."""
+    """Advance the tracks in turn, and write the frames that all of them have."""
     pending: list[Frames] = [np.empty((0, 0, 0, 3), dtype=np.uint8) for _ in tracks]
     top: Frames | None = None
     while True:
@@ -145,7 +155,7 @@ def _generate(
         if len(panels) > 1:
             upscale = 4
             if top is None:
-                top = banner([track.stack.name for track in tracks], upscale * panels[0].shape[2], GAP)
+                top = banner(labels, upscale * panels[0].shape[2], GAP)
             writer.write(side_by_side(panels, upscale, top, GAP))
         else:
             writer.write(panels[0])
@@ -153,7 +163,7 @@ def _generate(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tensors are so small that threads would only wait for each other, the longer the busier the machine is."""
+    """Run torch on one thread: for tensors this small more threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -163,11 +173,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def _outputs(folder: Path) -> tuple[Path, Path, Path]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the directory {folder}: {error.strerror}; give another --output") from error
-    video, sheet, figures = (require_writable(folder / f"demo.{suffix}") for suffix in ("mp4", "png", "json"))
+    video, sheet, figures = (
+        require_writable(make_folder(folder) / f"demo.{suffix}") for suffix in ("mp4", "png", "json")
+    )
     return video, sheet, figures
 
 
@@ -185,7 +193,7 @@ def _report(demo: Demo, tracks: Sequence[Track], files: Sequence[Path]) -> dict[
 
 
 def _warn_of_unknown_words(tokenizer: Any, prompt: str) -> None:
-    """The shipped pipeline knows two dozen words; any other is noise to it."""
+    """Warn of the prompt's words that the pipeline's tokenizer does not know."""
     unknown = [
         word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids
     ]

@@ -90,7 +90,7 @@ def _vbench(videos: Sequence[Path], prompts: Path | None, output: Path | None, a
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
+    """Replace NaN, which JSON does not have, by None."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):

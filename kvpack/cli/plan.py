@@ -35,12 +35,13 @@ def plan(
     """Say what a video, or training a compressor, will cost: tokens, bytes, operations. Needs no weights."""
     from functools import partial
 
+    described = _described(preset, model)
+
     from kvpack.cli.tables import plan_rows
     from kvpack.planning import planner
     from kvpack.planning.presets import adapter_for
     from kvpack.plugins.resolve import resolve_stack
 
-    described = _described(preset, model)
     fps = described.settings.fps if fps is None else fps
     steps = int(described.settings.call.get("num_inference_steps", 4)) if steps is None else steps
     if training:
@@ -113,6 +114,11 @@ def _plan_training(
 
 
 def _described(preset: str | None, model: Path | None) -> "ModelDescription":
+    from kvpack.checkpoints.config import require_model_folder
+
+    if model is not None and preset is None:
+        require_model_folder(model, only=["*.json"])  # before what takes seconds to import
+
     from kvpack.planning import presets
 
     if preset is not None and model is None:

@@ -1,7 +1,9 @@
 """What all commands share: reading their options, progress, tables, and errors of one line."""
 
+import ast
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +20,16 @@ if TYPE_CHECKING:
     from kvpack.pipeline.track import Track
 
 DTYPES = ("bfloat16", "float16", "float32")
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+TRACK_COLUMNS = ("stack", "fps", "KV attended", "KV archive")
 
+Seconds = Annotated[float, typer.Option(help="Length of the video.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Options = Annotated[
+    list[str],
+    typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the stack, see 'kvpack policies STACK'."),
+]
 StackName = Annotated[
     str | None,
     typer.Option(
@@ -30,15 +40,20 @@ StackName = Annotated[
 ]
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
 class CommandGroup(TyperGroup):
-    """Says in one line what is wrong with the input; only a bug leaves a traceback."""
+    """Commands whose errors are one line; only a bug leaves a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs a command."""
+        """Run a command."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            _fail("interrupted; nothing half-written was left", INTERRUPTED)
+        except KeyboardInterrupt as error:
+            left = "; ".join(getattr(error, "__notes__", ())) or "nothing half-written was left"
+            _fail(f"interrupted; {left}", TERMINATED if isinstance(error, Terminated) else INTERRUPTED)
         except BrokenPipeError:
             raise
         except (KVPackError, OSError) as error:
@@ -55,7 +70,7 @@ def _fail(message: str, code: int = 1) -> None:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Width and height from text such as 832x480.
+    """Parse text such as 832x480 into width and height.
 
     Raises:
         InvalidOptionError: if it does not read so.
@@ -70,7 +85,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Options from texts such as topk=8; a value is JSON where it reads as JSON, and text elsewhere.
+    """Parse texts such as topk=8 into options; a value that is not JSON is text.
 
     Raises:
         InvalidOptionError: if one does not read so, or comes twice.
@@ -90,8 +105,54 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+def parse_compared(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Parse stacks with their options; a comma within brackets belongs to a value.
+
+    Raises:
+        InvalidOptionError: if an option does not read so, or comes twice.
+
+    >>> parse_compared("packforcing:topk=4,compressor=pool, magi:previous_chunks=[3,2],full")
+    [('packforcing', {'topk': 4, 'compressor': 'pool'}), ('magi', {'previous_chunks': [3, 2]}), ('full', {})]
+    """
+    stacks: list[tuple[str, list[str]]] = []
+    for part in filter(None, map(str.strip, re.split(r",(?![^\[{(]*[\]})])", text))):
+        name, colon, option = part.partition(":")
+        if stacks and "=" in name:  # one more option of the stack before it
+            stacks[-1][1].append(part)
+        else:
+            stacks.append((name.strip(), [option] if colon else []))
+    return [(name, parse_options(options)) for name, options in stacks]
+
+
+def parse_prompt(text: str) -> Any:
+    """Parse a prompt, which is a text, or a schedule such as '[(0, "a fox"), (20, "it rests", "cut")]'.
+
+    Raises:
+        InvalidOptionError: if it begins as a schedule, but does not read so.
+    """
+    if re.match(r"\s*\[\s*[\[(]", text) is None:
+        return text
+    try:
+        entries = [tuple(entry) for entry in ast.literal_eval(text.strip())]
+    except (ValueError, SyntaxError, TypeError) as error:
+        form = """'[(0, "a fox"), (20, "it rests", "cut")]'"""
+        raise InvalidOptionError(f"--prompt is a schedule if it begins so, e.g. {form}, got {text}") from error
+    return entries
+
+
+def require_seed(seed: int) -> int:
+    """Return a seed of torch.
+
+    Raises:
+        InvalidOptionError: if it has more than 64 bits.
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise InvalidOptionError(f"--seed must be between -2^63 and 2^64 - 1, got {seed}")
+    return seed
+
+
 def parse_dtype(name: str) -> "torch.dtype":
-    """A dtype by name.
+    """Return a dtype by name.
 
     Raises:
         UnknownNameError: if it is none of those that models run in.
@@ -105,7 +166,7 @@ def parse_dtype(name: str) -> "torch.dtype":
 
 
 def size_text(count: float) -> str:
-    """Bytes for a reader.
+    """Format a count of bytes.
 
     >>> size_text(3987210240)
     '3.99 GB'
@@ -118,12 +179,12 @@ def size_text(count: float) -> str:
 
 
 def print_json(data: Mapping[str, Any]) -> None:
-    """One JSON object on standard output."""
+    """Print one JSON object on standard output."""
     typer.echo(json.dumps(data, indent=2))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output."""
+    """Print a table on standard output."""
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
@@ -134,9 +195,22 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     Console().print(table)
 
 
+def print_tracks(result: Mapping[str, Any], tracks: list[dict[str, Any]], files: list[str], as_json: bool) -> None:
+    """Print what was generated, as JSON or as a table."""
+    if as_json:
+        print_json(result)
+        return
+    rows = []
+    for track in tracks:
+        held = [size_text(track["stats"][key]) for key in ("attended_bytes", "archive_bytes")]
+        rows.append([track["stats"]["stack"], f"{track['frames_per_second']:.1f}", *held])
+    print_table(f"{tracks[0]['frames'] / result['fps']:g} s of video", TRACK_COLUMNS, rows)
+    typer.echo(f"wrote {', '.join(files)}")
+
+
 @contextmanager
 def progress() -> Iterator[Callable[["Track"], None]]:
-    """A bar for each track on standard error: chunk, frames a second, bytes attended and archived."""
+    """Show a bar for each track on standard error: chunk, frames a second, bytes attended and archived."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

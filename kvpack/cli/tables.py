@@ -15,7 +15,7 @@ KINDS = ("stack", "memory", "partitioner", "compressor", "selector", "reindexer"
 
 
 def installed() -> list[dict[str, str]]:
-    """Everything that is installed, by kind and name."""
+    """List everything that is installed, by kind and name."""
     found = registry()
     things = {
         **found.policies,
@@ -37,7 +37,7 @@ def installed() -> list[dict[str, str]]:
 
 
 def left_out() -> list[dict[str, str]]:
-    """Plugins that failed to load."""
+    """List the plugins that failed to load."""
     return [
         {"plugin": each.plugin, "package": each.package, "version": version(each.package), "error": each.error}
         for each in registry().failures
@@ -45,7 +45,7 @@ def left_out() -> list[dict[str, str]]:
 
 
 def paper(thing: Any) -> str:
-    """The first source that the documentation of a class or factory, or of its module, cites; empty if it cites none.
+    """Return the first source cited by the docstring of a class or factory or of its module, or an empty text.
 
     >>> from kvpack.policies import MemRoPE
     >>> paper(MemRoPE)
@@ -60,7 +60,7 @@ def paper(thing: Any) -> str:
 
 
 def version(package: str) -> str:
-    """Version of an installed package; empty if it is only a module."""
+    """Return the version of an installed package, or an empty text for a mere module."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -68,7 +68,7 @@ def version(package: str) -> str:
 
 
 def plan_rows(plan: Plan) -> list[list[str]]:
-    """A plan for a reader."""
+    """Return the rows of a plan's table."""
     share = plan.attended_kv_bytes / plan.full_kv_bytes
     rows = [
         ["chunks", f"{plan.chunks:,} of {plan.chunk_tokens:,} tokens"],
@@ -96,7 +96,7 @@ def _compression(plan: Plan) -> str:
 
 
 def training_rows(plan: TrainingPlan) -> list[list[str]]:
-    """A training plan for a reader."""
+    """Return the rows of a training plan's table."""
     seconds = plan.flops_per_step / _SUSTAINED
     return [
         ["frozen model", f"{plan.model_parameters / 1e9:.3g} G parameters, {size_text(plan.model_bytes)}"],

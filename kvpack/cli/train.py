@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from kvpack.cli.support import parse_options, parse_size, print_json
+from kvpack.errors import InvalidOptionError
 
 
 def train_compressor(
@@ -60,6 +61,14 @@ def train_compressor(
 
     Without --teacher, what the model predicts behind packed history learns to be what it predicts behind all of it.
     """
+    from kvpack.checkpoints.hub import model_folder
+
+    model_folder(model)  # before what takes seconds to import
+    if not data.is_dir():
+        raise InvalidOptionError(f"no data folder {data}; give a folder of videos or of latents")
+    if not 0 <= seed < 2**32:  # NumPy is seeded too
+        raise InvalidOptionError(f"--seed must be between 0 and 2^32 - 1, got {seed}")
+
     from kvpack.training.compressor import CompressorTraining
     from kvpack.training.trainer import TrainingRecipe
 

@@ -1,1 +1,1 @@
-"""Pictures and videos in and out."""
+"""Reading and writing of pictures and videos."""

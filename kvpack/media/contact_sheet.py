@@ -21,7 +21,7 @@ class Row:
 
 
 def contact_sheet(title: str, columns: Sequence[str], rows: Sequence[Row], side: int = 128) -> bytes:
-    """A PNG of labelled pictures.
+    """Return a PNG of labelled pictures.
 
     Args:
         title: line above all.
@@ -50,7 +50,7 @@ def contact_sheet(title: str, columns: Sequence[str], rows: Sequence[Row], side:
 
 
 def banner(labels: Sequence[str], width: int, gap: int, height: int = 28) -> Frames:
-    """One line of centred labels, above panels of `width` pixels that stand `gap` apart."""
+    """Draw one line of centred labels, for panels of `width` pixels that stand `gap` apart."""
     line = Image.new("RGB", (len(labels) * (width + gap) - gap, height), "white")
     draw, font = ImageDraw.Draw(line), ImageFont.load_default(size=16)
     for index, label in enumerate(labels):
@@ -59,7 +59,7 @@ def banner(labels: Sequence[str], width: int, gap: int, height: int = 28) -> Fra
 
 
 def side_by_side(panels: Sequence[Frames], upscale: int, top: Frames, gap: int) -> Frames:
-    """Frames of several videos, `[frames, height, width, 3]` each, in one picture under a banner."""
+    """Join the frames of several videos, `[frames, height, width, 3]` each, under a banner."""
     large = [panel.repeat(upscale, axis=1).repeat(upscale, axis=2) for panel in panels]
     white = np.full((*large[0].shape[:2], gap, 3), 255, dtype=np.uint8)
     parts = [part for panel in large for part in (white, panel)][1:]

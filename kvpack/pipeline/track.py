@@ -126,19 +126,5 @@ def started(pipeline: Any, stack: Memory, frames: int, seed: int, arguments: Map
         stream.close()
 
 
-def beginning(path: Path, scale: int = 4) -> torch.Tensor:
-    """Return an image, or a clip's last frames, that a video begins with, `[1, 1 + scale * m, 3, height, width]`.
-
-    Raises:
-        InvalidOptionError: if there is no such file, or libav finds no pictures in it.
-    """
-    from kvpack.media.reading import opened
-
-    with opened(path) as clip:
-        frames = np.concatenate(list(clip.frames))
-    count = (len(frames) - 1) // scale * scale + 1
-    return torch.from_numpy(frames[-count:]).movedim(-1, 1)[None] / 255
-
-
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

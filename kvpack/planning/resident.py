@@ -78,7 +78,7 @@ def _counted(geometry: Geometry, stack: Stack, chunks: int, batch: int) -> Resid
 
 
 def _rehearsed(geometry: Geometry, memory: Memory, chunks: int, batch: int, channels: int) -> Resident:
-    """Run the memory in one layer, in frames of a few tokens; in frames of the true size if that is not proportional."""
+    """Run the memory in one layer, in frames of a few tokens; of the true size if bytes are not proportional to it."""
 
     def sized(columns: int) -> Resident:
         return _scaled(replace(geometry, grid=(1, columns)), memory, chunks, batch, channels)

@@ -21,7 +21,7 @@ _TINY = {
 
 
 def tiny_tokenizer() -> Any:
-    """A word-level tokenizer of a few words, for text encoders of `vocab_size` 32."""
+    """Return a word-level tokenizer of a few words, for text encoders of `vocab_size` 32."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -38,14 +38,14 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_wan_transformer(seed: int = 0, **config: Any) -> Any:
-    """A `WanTransformer3DModel` of two layers with random weights whose output depends on history and text."""
+    """Return a `WanTransformer3DModel` of two layers with random weights."""
     from diffusers import WanTransformer3DModel
 
     return _random(WanTransformer3DModel, seed, {**_TINY, **config})
 
 
 def _random(model: Any, seed: int, config: dict[str, Any]) -> Any:
-    """A transformer whose weights are large enough for its output to depend on all it is told."""
+    """Build a transformer whose random weights are large enough for its output to depend on every input."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = model(**config).eval()
@@ -56,7 +56,7 @@ def _random(model: Any, seed: int, config: dict[str, Any]) -> Any:
 
 
 def tiny_wan_pipeline(seed: int = 0, scheduler: Any = None, **config: Any) -> Any:
-    """A whole `WanPipeline` with random weights, made without files or network.
+    """Return a whole `WanPipeline` with random weights, made without files or network.
 
     Args:
         seed: of the weights; the process's random state is left alone.
@@ -73,7 +73,7 @@ def tiny_wan_pipeline(seed: int = 0, scheduler: Any = None, **config: Any) -> An
 
 
 def tiny_skyreels_v2_pipeline(seed: int = 0, pipeline_class: Any = None, scheduler: Any = None, **config: Any) -> Any:
-    """A SkyReels-V2 diffusion-forcing pipeline with random weights, made without files or network.
+    """Return a SkyReels-V2 diffusion-forcing pipeline with random weights, made without files or network.
 
     Args:
         seed: of the weights; the process's random state is left alone.
@@ -92,7 +92,7 @@ def tiny_skyreels_v2_pipeline(seed: int = 0, pipeline_class: Any = None, schedul
 
 
 def _tiny_coders(seed: int) -> dict[str, Any]:
-    """Tokenizer, text encoder and VAE."""
+    """Return a tokenizer, a text encoder and a VAE."""
     from diffusers import AutoencoderKLWan
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -107,7 +107,7 @@ def _tiny_coders(seed: int) -> dict[str, Any]:
 
 
 def tiny_anyflow_far_pipeline(seed: int = 0, **config: Any) -> Any:
-    """A whole `AnyFlowFARPipeline` with random weights, made without files or network.
+    """Return a whole `AnyFlowFARPipeline` with random weights, made without files or network.
 
     Args:
         seed: of the weights; the process's random state is left alone.

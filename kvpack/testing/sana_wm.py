@@ -10,7 +10,7 @@ _TEXT = {"width": 16, "layers": 2, "tokens": 16}
 
 
 def tiny_sana_wm_transformer(seed: int = 0, **config: Any) -> Any:
-    """A `SanaWMLTX2RefinerTransformer3DModel` of two layers whose output depends on history and text."""
+    """Return a `SanaWMLTX2RefinerTransformer3DModel` of two layers with random weights."""
     from diffusers import SanaWMLTX2RefinerTransformer3DModel
 
     defaults = {
@@ -37,7 +37,7 @@ def tiny_sana_wm_transformer(seed: int = 0, **config: Any) -> Any:
 
 
 def tiny_sana_wm_refiner(seed: int = 0, *, vae: bool = True, **config: Any) -> Any:
-    """A whole `SanaWMLTX2Refiner` with random weights, made without files or network.
+    """Return a whole `SanaWMLTX2Refiner` with random weights, made without files or network.
 
     Args:
         seed: of the weights; the process's random state is left alone.

@@ -4,24 +4,21 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from kvpack.checkpoints.text import read_lines
 from kvpack.errors import BrokenClipError, InvalidOptionError
 from kvpack.generation.trainee import Trainee
-from kvpack.media.reading import opened
-from kvpack.media.video import Frames, save_bytes
+from kvpack.media.pixels import video_pixels
+from kvpack.media.video import save_bytes
 
 Broken = Literal["stop", "skip"]
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
@@ -203,30 +200,12 @@ def _opened(path: Path) -> Any:
 
 
 def _pixels(path: Path, frames: int, size: tuple[int, int] | None, fps: float) -> Tensor:
-    """Read the first frames of a video in [-1, 1], at `fps`, scaled to cover `size` and cropped at the centre."""
-    pictures: list[Frames] = []
+    """Read the first frames of a video in [-1, 1], at `fps`, scaled to cover `size` and cropped at its centre."""
     try:
-        with opened(path) as video:
-            wanted = (round(index * video.fps / fps) for index in range(frames))
-            next_wanted = next(wanted)
-            for index, picture in enumerate(chain.from_iterable(video.frames)):
-                while index == next_wanted:
-                    pictures.append(picture)
-                    next_wanted = next(wanted, -1)
-                if next_wanted < 0:
-                    break
+        height, width = size or (None, None)
+        pixels = video_pixels(path, height, width, fps, first=frames)[0]
     except InvalidOptionError as error:
         raise BrokenClipError(str(error)) from error
-    if len(pictures) < frames:
-        raise BrokenClipError(f"it has {len(pictures)} frames at {fps:g} frames a second, but {frames} are needed")
-    video_pixels = torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2).float() / 127.5 - 1
-    return video_pixels if size is None else _covered(video_pixels, size)
-
-
-def _covered(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    height, width = pixels.shape[2:]
-    ratio = max(size[0] / height, size[1] / width)
-    scaled = [max(size[0], round(height * ratio)), max(size[1], round(width * ratio))]
-    pixels = interpolate(pixels.transpose(0, 1), scaled, mode="bilinear", antialias=True).transpose(0, 1)
-    top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
-    return pixels[:, :, top : top + size[0], left : left + size[1]]
+    if len(pixels) < frames:
+        raise BrokenClipError(f"it has {len(pixels)} frames at {fps:g} frames a second, but {frames} are needed")
+    return 2 * pixels.transpose(0, 1) - 1

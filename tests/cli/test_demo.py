@@ -24,7 +24,7 @@ SHIPPED = Path(kvpack.__file__).parent / "data" / "toyworld"
 
 
 def make(model: Path, folder: Path, *stacks: str, seconds: float = 1.5, prompt: str = "a red circle") -> demo.Demo:
-    return demo.Demo(prompt, seconds, stacks, folder, steps=1, model=model)
+    return demo.Demo(prompt, seconds, [(stack, {}) for stack in stacks], folder, steps=1, model=model)
 
 
 def test_one_stack(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +144,7 @@ def test_a_missing_pipeline_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_the_shipped_pipeline_knows_the_default_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = demo.run(demo.Demo(demo.PROMPT, 3, ("packforcing",), tmp_path), lambda _: None)
+    result = demo.run(demo.Demo(demo.PROMPT, 3, [("packforcing", {})], tmp_path), lambda _: None)
     assert capsys.readouterr().err == ""
     _, latent_frames = planner.video_frames(3, 16)
     assert result["stacks"][0]["stats"]["chunks"] == latent_frames // 4

@@ -93,11 +93,11 @@ def test_a_session_attends_the_means_of_what_was_committed(grid, reindexer):
     """Keys at their places, and values, of every layer: oldest blocks smallest, the newest archived one as it is."""
     geometry = replace(GRID, grid=grid)
     session, generator = Session(framepack(reindexer=reindexer), geometry), torch.Generator().manual_seed(1)
-    frames = [[] for _ in session.layers]  # each [keys or values, batch, rows, columns, heads, head_dim]
+    frames = [[] for _ in session.caches]  # each [keys or values, batch, rows, columns, heads, head_dim]
     for chunk in range(8):
         for announce in (lambda: session.denoise(0), session.commit):
             announce()
-            given = [torch.randn(3, 2, 4 * grid[0] * grid[1], 2, 12, generator=generator) for _ in session.layers]
+            given = [torch.randn(3, 2, 4 * grid[0] * grid[1], 2, 12, generator=generator) for _ in session.caches]
             for layer, qkv in zip(session.layers, given, strict=True):
                 layer.attend(*qkv, lambda queries, keys, values: queries)
         archived = [range(max(1, 4 * c), 4 * c + 4) for c in range(chunk - 1)][-5:]

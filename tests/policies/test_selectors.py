@@ -6,6 +6,7 @@ from math import cos, log, sqrt
 import pytest
 import torch
 
+from helpers import chosen
 from kvpack.errors import InvalidOptionError
 from kvpack.memory.blocks import grid_coordinates
 from kvpack.memory.geometry import Geometry
