@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers import ledger, quiet, seeded, whole
+from helpers import context, held, ledger, quiet, seeded, state, twins
 from kvpack.adapters.wan import denoiser as wan_denoiser
 from kvpack.adapters.wan.vae import StreamingDecoder
 from kvpack.errors import InvalidOptionError
@@ -47,7 +47,7 @@ def forward(session, frames=None):
 
 def attended_frames(session):
     """Temporal positions of the history that a state session attends, and of the chunk's first frame."""
-    attended = session.caches[0].attended
+    attended = context(session)
     places = [frame for part in attended.tokens for frame in part.coordinates[0, ::FRAME, 0].tolist()]
     return places, attended.chunk_start
 
@@ -165,19 +165,14 @@ def test_a_stack_computes_the_recent_window_anew_and_keeps_the_rest():
     for _ in range(6):
         next(stream)
     session = pipe.packforcing.sessions["cond"]
-    layers = range(len(session.caches))
-    before, old = ledger(session), [[(b.keys.clone(), b.values.clone()) for b in whole(session, i)] for i in layers]
+    book, before = ledger(session), held(session)
     assert session.replays() == (2, 2)
     run = pipe._kvpack.run
     run.set_prompt(DOG)
-    assert ledger(session) == before
+    assert ledger(session) == book
     assert session.past.book.aim is None
-    for index, piece in enumerate(before.whole):
-        new = [whole(session, layer)[index] for layer in layers]
-        same = all(
-            torch.equal(then[index][0], now.keys) and torch.equal(then[index][1], now.values)
-            for then, now in zip(old, new, strict=True)
-        )
+    for (piece, old), (_, new) in zip(before, held(session), strict=True):
+        same = all(torch.equal(a, b) for x, y in zip(old, new, strict=True) for a, b in zip(x, y, strict=True))
         assert same == (piece.first_frame < 8), piece
     stream.close()
 
@@ -198,9 +193,9 @@ def test_twins_are_replayed_with_their_chunk(compressor):
     for _ in range(4):
         next(stream)
     session = pipe.packforcing.sessions["cond"]
-    old = session.past.states[-1].whole[-1].twin
+    old = twins(session, -1)[-1]
     pipe._kvpack.run.set_prompt(DOG)
-    new = session.past.states[-1].whole[-1].twin
+    new = twins(session, -1)[-1]
     assert (old is None) == (new is None) == (compressor == "pool")
     if old is not None:
         assert not torch.equal(old[0], new[0])
@@ -222,18 +217,17 @@ def test_a_replay_that_fails_leaves_all_as_it_was():
     parts = [next(stream) for _ in range(5)]
     run = pipe._kvpack.run
     session, embeds = pipe.packforcing.sessions["cond"], run.denoiser.conditioning
-    history = session.past
+    past, frames = session.past, session.frames
 
     def broken(module, args):
-        if session.frames == history.book.frames - 1:  # the second of two chunks
+        if session.frames == frames - 1:  # the second of two chunks
             raise RuntimeError("out of memory")
 
     handle = pipe.transformer.blocks[1].register_forward_pre_hook(broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         stream.send(DOG)
     handle.remove()
-    assert session.past.book == history.book
-    assert all(a.archive is b.archive for a, b in zip(session.past.states, history.states, strict=True))
+    assert session.past is past
     assert run.denoiser.conditioning is embeds
     parts += list(stream)
     assert torch.equal(torch.cat(parts, dim=2), generate(pipe, FOX, 8))
@@ -247,22 +241,22 @@ def test_longlive_recomputes_its_window_at_once(global_sink):
     memory = LongLive(chunk_frames=2, window_frames=6, sink_frames=2, global_sink=global_sink)
     session = Session(memory, TINY)
     run_session(session, 5)
-    old = session.past.states[0]
+    old = state(session)
     assert session.replays() == (6,)
     session.rewind(6)
     session.commit((), torch.zeros(1, 16, 6, 8, 12))
     forward(session, 6)
     seen = attended_frames(session)
-    hidden = session.caches[0].attended.hidden
+    hidden = context(session).hidden
     assert seen == (([0.0, 1.0], 4) if global_sink else ([], 4))
     assert hidden == (2 * FRAME if global_sink else 0)
     assert session.attended(0)[0].shape[1] == (2 * FRAME if global_sink else 0)
     session.finish_commit()
-    state = session.past.states[0]
+    after = state(session)
     assert session.frames == 10
-    sink, recent = (part.coordinates[0, ::FRAME, 0].tolist() for part in (state.sink, state.recent))
+    sink, recent = (part.coordinates[0, ::FRAME, 0].tolist() for part in (after.sink, after.recent))
     assert (sink, recent) == (([0, 1], [6, 7, 8, 9]) if global_sink else ([4, 5], [6, 7, 8, 9]))
-    assert torch.equal(old.sink.keys, state.sink.keys) == global_sink
+    assert torch.equal(old.sink.keys, after.sink.keys) == global_sink
     session.denoise(0)
     forward(session)
     assert attended_frames(session) == ([*sink, 8, 9], 10)
@@ -271,11 +265,11 @@ def test_longlive_recomputes_its_window_at_once(global_sink):
 def test_longlive_recomputes_a_short_history_with_its_sink():
     session = Session(LongLive(chunk_frames=2, window_frames=6, sink_frames=2), TINY)
     run_session(session, 3)  # six frames: nothing has left the window
-    old = session.past.states[0]
+    old = state(session)
     assert replay(session) == (6,)
-    state = session.past.states[0]
-    assert state.sink.coordinates[0, ::FRAME, 0].tolist() == [0, 1]
-    assert not torch.equal(old.sink.keys, state.sink.keys)
+    after = state(session)
+    assert after.sink.coordinates[0, ::FRAME, 0].tolist() == [0, 1]
+    assert not torch.equal(old.sink.keys, after.sink.keys)
 
 
 def test_frames_of_longlives_replay_attend_each_other():
@@ -291,7 +285,7 @@ def test_frames_of_longlives_replay_attend_each_other():
         clean[-1].add_(change)
         pipe._kvpack.run.set_prompt(DOG)
         stream.close()
-        return memory.sessions["cond"].past.states[-1].sink.keys
+        return state(memory.sessions["cond"], -1).sink.keys
 
     assert not torch.allclose(keys(0.0), keys(1.0), atol=1e-3)
 
@@ -328,8 +322,8 @@ def test_a_flush_leaves_the_last_frames():
     session.denoise(0)
     forward(session)
     assert attended_frames(session) == ([0, 1, 2], 3)
-    kept = session.caches[0].attended.tokens[1].keys
-    assert torch.equal(kept, session.past.states[0].recent.keys[:, -2 * FRAME :])
+    kept = context(session).tokens[1].keys
+    assert torch.equal(kept, state(session).recent.keys[:, -2 * FRAME :])
     with pytest.raises(InvalidOptionError, match="window_frames must be at least 6"):
         InfinityRoPE(window_frames=5)
 
@@ -373,11 +367,11 @@ def test_kreas_bias_is_on_the_past_while_denoising_only():
     session.denoise(0)
     forward(session)
     assert attended_frames(session) == ([0, 1, 2], 3)
-    assert [part.bias for part in session.caches[0].attended.tokens] == [-1.0]
+    assert [part.bias for part in context(session).tokens] == [-1.0]
     session.adopt(session.past)
     session.commit()
     forward(session)
-    assert [part.bias for part in session.caches[0].attended.tokens] == [0.0]
+    assert [part.bias for part in context(session).tokens] == [0.0]
     with pytest.raises(InvalidOptionError, match="multiple of chunk_frames, 3, got 4"):
         Krea(context_frames=4)
 
@@ -409,26 +403,26 @@ def test_token_trim_leaves_out_what_jumps():
     session = Session(trimmed(), TINY)
     for value in (0.0, 0.1, 0.3, 0.4):  # severities .4, .8, .4
         committed(session, latents(value))
-    state = session.past.states[0]
-    assert state.count == 3
-    torch.testing.assert_close(state.mean, torch.tensor([1.6 / 3]))
+    after = state(session)
+    assert after.count == 3
+    torch.testing.assert_close(after.mean, torch.tensor([1.6 / 3]))
     assert session.review(latents(0.5)) is None
     session.denoise(0)
     forward(session)
-    whole = session.caches[0].attended.tokens[0]
+    whole = context(session).tokens[0]
     vetoed = session.review(latents(0.4, jump=[(0, 7), (0, 12)]))
     assert vetoed.tolist() == [True]
     session.denoise(0)
     forward(session)
-    left = session.caches[0].attended.tokens[0]
+    left = context(session).tokens[0]
     assert len(whole) - len(left) == 2 * 3
     gone = {tuple(place) for place in whole.coordinates[0].tolist()} - {tuple(p) for p in left.coordinates[0].tolist()}
     assert {(y, x) for _, y, x in gone} == {(1.0, 2.0), (2.0, 2.0)}
-    assert session.past.states[0] is state
+    assert state(session) is after
     session.settle()
     session.commit((), latents(0.4))
     forward(session)
-    assert len(session.caches[0].attended.tokens[0]) == len(whole)
+    assert len(context(session).tokens[0]) == len(whole)
 
 
 def test_a_vetoed_row_is_made_again_and_the_other_kept(monkeypatch):
@@ -476,15 +470,14 @@ def test_memories_keep_the_contract(memory):
 def test_a_replay_reaches_every_recent_frame_and_no_other(stack, plan, anew):
     session = Session(stack, TINY)
     run_session(session, 6)
-    before, old = ledger(session), [block.keys.clone() for block in whole(session)]
+    book, before = ledger(session), held(session)
     assert replay(session) == plan
-    after, new = ledger(session), [block.keys for block in whole(session)]
-    assert after == before
+    assert ledger(session) == book
     changed = [
         frame
-        for piece, then, now in zip(after.whole, old, new, strict=True)
+        for (_, old), (piece, new) in zip(before, held(session), strict=True)
         for frame in range(piece.first_frame, piece.stop)
-        if not torch.equal(then, now)
+        if not torch.equal(old[0][0], new[0][0])
     ]
     assert changed == anew
     run_session(session, 2)
@@ -494,8 +487,8 @@ def test_token_trim_does_not_count_a_replay():
     session = Session(trimmed(), TINY)
     for value in (0.0, 0.1, 0.3, 0.4):
         committed(session, latents(value))
-    before = session.past.states[0]
+    before = state(session)
     assert replay(session) == (1, 1, 1)
-    after = session.past.states[0]
+    after = state(session)
     assert (after.count, after.mean, after.squares) == (before.count, before.mean, before.squares)
     assert torch.equal(after.summary, before.summary)

@@ -144,24 +144,31 @@ def test_denoising_never_writes_history():
         assert all(torch.equal(*pair) for pair in zip(sum(given, ()), sum(wanted, ()), strict=True))
 
 
-def test_a_failed_commit_leaves_everything_as_it_was():
+@pytest.mark.parametrize("archive_blocks", [None, 3])
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_failed_commit_leaves_everything_as_it_was(done, archive_blocks):
+    """It fails in the first layer or in the second; a full archive has no slot to spare."""
+
     class Breaks(PoolCompressor):
-        fails = False
+        left = None
 
         def compress(self, block, grid):
-            if Breaks.fails:
+            if Breaks.left == 0:
                 raise KeyboardInterrupt
+            Breaks.left = None if Breaks.left is None else Breaks.left - 1
             return super().compress(block, grid)
 
-    stack = make(compressor=Breaks())
+    stack = make(compressor=Breaks(), archive_blocks=archive_blocks)
     session = Session(stack, TINY)
-    run_session(session, 6)
-    twin, before = session.snapshot(), session.past
-    Breaks.fails = True
+    run_session(session, 9)
+    twin, before, archives = session.snapshot(), session.past, [archived(session, layer) for layer in range(2)]
+    Breaks.left = done
     with pytest.raises(KeyboardInterrupt):
         run_session(session, 1, seed=5)
-    Breaks.fails = False
+    Breaks.left = None
     assert session.past is before
+    for given, wanted in zip([archived(session, layer) for layer in range(2)], archives, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(sum(given, ()), sum(wanted, ()), strict=True))
     again, other = run_session(session, 3, seed=9), run_session(twin, 3, seed=9)
     assert all(torch.equal(a, b) for a, b in zip(again, other, strict=True))
 

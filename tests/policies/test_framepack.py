@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from helpers import ledger
+from helpers import placement, room
 from kvpack.errors import PolicyError
 from kvpack.memory.blocks import KVBlock, Span, grid_coordinates
 from kvpack.memory.geometry import Geometry
@@ -106,7 +106,7 @@ def test_a_session_attends_the_means_of_what_was_committed(grid, reindexer):
         mid = sum(len(run) for run in archived)
         # 20 positions less those of the sink frame, the recent chunk and the current one.
         ratio = min(1.0, (20 - 9) / mid) if reindexer == "fit" and mid else 1.0
-        for index, cache in enumerate(session.caches if chunk else []):
+        for index in range(geometry.layers if chunk else 0):
             tokens, places, start = [], [], 0.0
             for run, halvings in blocks:
                 squeeze, sizes = (ratio if halvings else 1.0), (len(run), *grid)
@@ -125,7 +125,9 @@ def test_a_session_attends_the_means_of_what_was_committed(grid, reindexer):
             seen = session.attended(index)
             torch.testing.assert_close(seen[0], rotate(keys, turns), rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(seen[1], values, rtol=1e-5, atol=1e-6)
-            assert cache.attended.chunk_start.tolist() == pytest.approx([start])
+            assert placement(session, index).chunk_start.tolist() == pytest.approx([start])
+        most = max(most, session.stats()["attended_tokens"] + 4 * grid[0] * grid[1])
+        assert room(session) == most
         session.finish_commit()
         for index, (_, keys, values) in enumerate(given):
             frames[index] += torch.stack([keys, values]).unflatten(2, (4, *grid)).unbind(2)
@@ -152,13 +154,9 @@ def test_what_each_chunk_attends():
     """One frame of sink, long blocks of 1x1x2 tokens, a middle one of 2x2x3, the recent chunk of 4x4x6."""
     session = Session(framepack(), GRID)
     frame, recent, middle, long = 24, 96, 12, 2
-    attended, placed = [], []
-
-    def look(session):
-        placed[:] = [session.plan.place(None, torch.device("cpu")).placement]
-
+    attended, found = [], []
     for _ in range(10):
-        run_session(session, 1, steps=1, inspect=look)
+        run_session(session, 1, steps=1, inspect=lambda each: found.append(placement(each)))
         attended.append(session.stats()["attended_tokens"])
     first = 3 * frame  # what is left of the first chunk beside its sink is a block of three frames: 2x2x3, then 1x1x2
     assert attended[:2] == [0, frame + first]
@@ -166,10 +164,9 @@ def test_what_each_chunk_attends():
     assert attended[3] == frame + long + middle + recent
     assert attended[4] == frame + 2 * long + middle + recent
     assert attended[6:] == [frame + 4 * long + middle + recent] * 4
-    (placement,) = placed
-    assert placement.starts[0].tolist() == [0, 1, 5, 9, 13, 17, 21]
-    assert placement.chunk_start.tolist() == [25]  # to 28: Helios's 0 to 28
-    assert len(ledger(session).archive) == 5
+    assert found[-1].starts[0].tolist() == [0, 1, 5, 9, 13, 17, 21]
+    assert found[-1].chunk_start.tolist() == [25]  # to 28: Helios's 0 to 28
+    assert session.stats()["archive_blocks"] == 5
 
 
 def test_the_plan_is_what_is_measured():

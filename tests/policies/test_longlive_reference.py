@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
+import helpers
 from kvpack.adapters import WanAdapter
 from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.policies import LongLive
@@ -110,6 +111,6 @@ def test_every_forward_is_the_same(window, sink, global_sink, switch):
     for place, (given, each) in enumerate(zip(outputs, wanted, strict=True)):
         assert float((given - each).norm() / each.norm()) < 2e-5, place
     for layer, cache in enumerate(caches):
-        state = memory.session("cond").past.states[layer]
+        state = helpers.state(memory.session("cond"), layer)
         values = torch.cat([state.sink.values, state.recent.values], dim=1)
         assert float((values - cache.values).norm() / cache.values.norm()) < 2e-5

@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, dataclass, replace
 import pytest
 import torch
 
-from helpers import archive, chosen, ledger, pool_stack
+from helpers import archived, pool_stack
 from kvpack.errors import InvalidOptionError, PolicyError
 from kvpack.memory.blocks import KVBlock, LatentChunk, Span, grid_coordinates
 from kvpack.memory.roles import Candidates, Layout, Query
@@ -80,11 +80,10 @@ def test_topk_of_the_true_past_beats_recency():
     session = Session(stack(selector=QueryTopK(1)), TINY)
     run_session(session, 10)
     wanted = 2
-    slot = ledger(session).archive[wanted].slot
-    queries = archive(session).key_sums[:, slot].expand(80, -1, -1)[None] * 10
-    layer, *_ = session.denoise(0)
+    queries = archived(session)[wanted][0].sum(dim=1).expand(80, -1, -1)[None] * 10
+    layer, _ = session.denoise(0)
     layer.attend(queries, torch.zeros_like(queries), torch.zeros_like(queries), lambda q, k, v: q)
-    assert chosen(session).tolist() == [[wanted]]
+    assert session.stats()["selected"][0] == [[wanted]]
 
 
 stack = pool_stack
@@ -229,11 +228,11 @@ def test_a_wrong_choice_names_policy_and_layer_and_loses_nothing(result, message
     run_session(session, 5)
     session = Session(replace(session.stack), TINY)
     run_session(session, 5)
-    before = session.past
+    before = session.frames
     with pytest.raises(PolicyError, match=message) as caught:
         run_session(session, 3)
     assert "Wrong.select" in str(caught.value)
-    assert session.frames in (before.book.frames, before.book.frames + 4)
+    assert session.frames in (before, before + 4)
 
 
 class BadPool(PoolCompressor):

@@ -6,7 +6,6 @@ from math import cos, log, sqrt
 import pytest
 import torch
 
-from helpers import chosen
 from kvpack.errors import InvalidOptionError
 from kvpack.memory.blocks import grid_coordinates
 from kvpack.memory.geometry import Geometry
@@ -137,7 +136,7 @@ def test_after_rope_a_score_is_the_cosine_of_the_distance():
         session.finish_commit()
     # The chunk at frame 6 with the blocks at frames 1 to 5.
     torch.testing.assert_close(SEEN[2], torch.tensor([[cos(6 - frame) / sqrt(6) for frame in range(1, 6)]]))
-    assert chosen(session, 0).tolist() == [[0, 4]]
+    assert session.stats()["selected"] == [[[0, 4]]]
 
 
 def test_after_rope_is_the_exact_double_sum_at_absolute_positions():

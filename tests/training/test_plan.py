@@ -41,7 +41,8 @@ def kept(pipe, size, width):
             rollout.commit(chunk)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             rollout.predict(chunks[-1], 900.0, 0)
-    return sum(found.values()) / 4, size[0] * size[1] // 2, rollout.session.caches[0].lengths[0]
+        history, _ = rollout.session.attended(0)
+    return sum(found.values()) / 4, size[0] * size[1] // 2, history.shape[1]
 
 
 @pytest.mark.parametrize(("layers", "head_dim", "ffn", "size"), [(2, 12, 64, (8, 8)), (4, 24, 128, (8, 16))])

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from helpers import distance, generated, quiet, seeded
+from helpers import archived, distance, generated, quiet, seeded
 from kvpack import Stack
 from kvpack.compressors.network import HighResolutionBranch
 from kvpack.errors import InvalidOptionError
@@ -132,7 +132,7 @@ def test_direct_keys_of_the_first_layer_are_those_of_a_forward(pipe):
         [next(stream) for _ in range(5)]
         (session,) = pipe.packforcing.sessions.values()
         assert list(pipe.packforcing.sessions) == ["uncond+cond"]
-        archives = [(state.archive.keys[:, 0], state.archive.values[:, 0]) for state in session.past.states]
+        archives = [archived(session, layer)[0] for layer in range(session.geometry.layers)]
         stream.close()
         return archives
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import quiet, random_branch, row_seeds
+from helpers import archived, quiet, random_branch, row_seeds
 from kvpack.adapters.skyreels.denoiser import SkyReelsDenoiser
 from kvpack.policies import DualCompressor, HighResolutionCompressor, LowResolutionCompressor, PoolCompressor
 from kvpack.testing import tiny_skyreels_v2_pipeline
@@ -30,8 +30,8 @@ def archives(pipe, **changed):
     """The video, and keys and values of the second chunk's twin by branch and layer."""
     stream = pipe.packforcing.stream(**{**CALL, "generator": row_seeds(), **changed})
     video = torch.cat([next(stream) for _ in range(3)], dim=2)
-    archives = [state.archive for session in pipe.packforcing.sessions.values() for state in session.past.states]
-    found = [(each.keys[:, 0].clone(), each.values[:, 0].clone()) for each in archives]
+    sessions = pipe.packforcing.sessions.values()
+    found = [archived(each, layer)[0] for each in sessions for layer in range(each.geometry.layers)]
     stream.close()
     return video, found
 

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from helpers import generated, quiet, random_branch, row_seeds, seeded
+from helpers import archived, generated, quiet, random_branch, row_seeds, seeded
 from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.compressors.network import HighResolutionBranch
 from kvpack.errors import InvalidOptionError, PolicyError
@@ -56,8 +56,8 @@ def archive(pipe, **options):
     stream = pipe.packforcing.stream(**arguments)
     for _ in range(2):
         next(stream)
-    archives = [state.archive for state in pipe.packforcing.sessions["cond"].past.states]
-    found = [(each.keys[:, 0].clone(), each.values[:, 0].clone()) for each in archives]
+    session = pipe.packforcing.sessions["cond"]
+    found = [archived(session, layer)[0] for layer in range(session.geometry.layers)]
     stream.close()
     return found
 
@@ -194,9 +194,10 @@ def test_tokens_appended_in_the_commit_are_as_in_a_forward_of_their_own(chunk_fr
         seeds = [seeded(row) for row in range(2)]
         stream = pipe.packforcing.stream(**{**CALL, "guidance_scale": 2.0, "generator": seeds})
         video = torch.cat([next(stream) for _ in range(3)], dim=2)
-        archives = [state.archive for each in pipe.packforcing.sessions.values() for state in each.past.states]
-        assert archives[0].slots
-        found.append([video, *(tensor.clone() for each in archives for tensor in (each.keys, each.values))])
+        sessions = pipe.packforcing.sessions.values()
+        blocks = [each for session in sessions for layer in range(2) for each in archived(session, layer)]
+        assert blocks
+        found.append([video, *sum(blocks, ())])
         stream.close()
         forwards.append(len(count))
     for appended, alone in zip(*found, strict=True):

@@ -105,8 +105,8 @@ def test_another_dtype_between_two_videos():
 
     def look(pipe, step, timestep, tensors):
         session = pipe.packforcing.sessions["cond"]
-        attended = [each for layer in range(len(session.caches)) for each in session.attended(layer)]
-        buffers.append({(each.dtype, each.device) for each in attended})
+        pairs = [session.attended(layer) for layer in range(session.geometry.layers)]
+        buffers.append({(each.dtype, each.device) for pair in pairs for each in pair})
         return tensors
 
     generate(pipe, callback_on_step_end=look)
