@@ -4,7 +4,7 @@ One layer is driven without a model: an attention that returns its queries, rand
 Thirty layers hold thirty times what one holds beside the workspace, which they share.
 
 Bytes are affine in the number of heads: keys, values and sums have an axis of heads, positions and counts have none.
-So they are measured with 1 and with 2 heads, and continued to 12; `--heads 12` measures 12 at once, to check it.
+So they are measured with 1 and with 2 heads, and continued to 12; `measured(name, 12, small)` measures 12 at once.
 
 resident_bytes             what `stats()` says, after the last commit
 attended_and_chunk_bytes   keys and values of the history that the last chunk attended, and of the chunk
@@ -19,7 +19,6 @@ Deterministic, one sample each.
 from __future__ import annotations
 
 import gc
-from argparse import ArgumentParser
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +68,12 @@ class Held:
     def of_layers(self, layers: int) -> Held:
         """Return the bytes of many layers."""
         resident = layers * (self.resident - self.workspace) + self.workspace
-        return Held(resident, self.workspace, *(layers * each for each in (self.attended, self.chunk, self.archive)), self.uncounted)
+        return Held(
+            resident,
+            self.workspace,
+            *(layers * each for each in (self.attended, self.chunk, self.archive)),
+            self.uncounted,
+        )
 
 
 def geometry(heads: int, small: bool) -> Geometry:
@@ -157,8 +161,6 @@ def measured(name: str, heads: int | None, small: bool) -> list[Row]:
     say(f"resident: {name}, {layer}")
     kind = RATIO_STACK if isinstance(memory, Stack) else RATIO_OTHER
     return kept_rows(kind + name, layer, LAYERS)
-
-
 
 
 @torch.no_grad()
