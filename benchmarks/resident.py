@@ -4,7 +4,7 @@ One layer is driven without a model: an attention that returns its queries, rand
 Thirty layers hold thirty times what one holds beside the workspace, which they share.
 
 Bytes are affine in the number of heads: keys, values and sums have an axis of heads, positions and counts have none.
-So they are measured with 1 and with 2 heads, and continued to 12; `--heads 12` measures 12 at once, to check it.
+So they are measured with 1 and with 2 heads, and continued to 12; `measured(name, 12, small)` measures 12 at once.
 
 resident_bytes             what `stats()` says, after the last commit
 attended_and_chunk_bytes   keys and values of the history that the last chunk attended, and of the chunk

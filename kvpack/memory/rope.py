@@ -60,12 +60,15 @@ def rotate(
     if out.dtype == vectors.dtype == torch.float32:
         torch.mul(_as_complex(vectors), turns, out=_as_complex(out))
         return out
-    # On a CPU a few tokens at a time, whose float32 copies stay in its cache: 9 times faster there, and the same bits.
-    step = _CPU_TOKENS if vectors.device.type == "cpu" else max(1, vectors.shape[1])
-    for start in range(0, vectors.shape[1], step):
-        some = slice(start, start + step)
-        turned = _as_complex(vectors[:, some].float()) * turns[:, some]
-        out[:, some].copy_(torch.view_as_real(turned).flatten(-2))
+    # On a CPU a few tokens at a time, in one float32 buffer that stays in its cache.
+    tokens = vectors.shape[1]
+    step = min(_CPU_TOKENS, tokens) if vectors.device.type == "cpu" else tokens
+    wide = vectors.new_empty(vectors.shape[0], step, *vectors.shape[2:], dtype=torch.float32)
+    for start in range(0, tokens, max(1, step)):
+        some = slice(start, min(start + step, tokens))
+        part = wide[:, : some.stop - start].copy_(vectors[:, some])
+        _as_complex(part).mul_(turns[:, some])
+        out[:, some].copy_(part)
     return out
 
 
