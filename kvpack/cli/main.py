@@ -113,12 +113,12 @@ def policies(
             rows = [[row["option"], row["default"], row["meaning"]] for row in each["options"]]
             print_table(f"{each['role']} {name}: {each['summary']}", ("option", "default", "meaning"), rows)
         return
-    rows, failures = installed(), left_out()
+    policies, failures = installed(), left_out()
     if as_json:
-        print_json({"policies": rows, "failures": failures})
+        print_json({"policies": policies, "failures": failures})
         return
     columns = ("role", "name", "paper", "package", "version")
-    print_table("installed", columns, [[row[column] for column in columns] for row in rows])
+    print_table("installed", columns, [[row[column] for column in columns] for row in policies])
     if failures:
         print_table("left out", list(failures[0]), [list(row.values()) for row in failures])
 

@@ -133,14 +133,14 @@ def plan_rows(plan: Plan) -> list[list[str]]:
 
 def fit_rows(fit: Fit) -> list[list[str]]:
     """Return the rows of a table of what is on a graphics card."""
-    rows = [
-        ["transformer", fit.transformer],
-        ["VAE", fit.vae],
-        ["text encoder", fit.text_encoder],
-        ["keys and values, with the archive", fit.kv],
-        ["activations of a forward", fit.denoising],
-        ["activations of decoding a chunk", fit.decoding],
-        *([f"together, {call}", total] for call, total in fit.totals.items()),
+    rows: list[tuple[str, float]] = [
+        ("transformer", fit.transformer),
+        ("VAE", fit.vae),
+        ("text encoder", fit.text_encoder),
+        ("keys and values, with the archive", fit.kv),
+        ("activations of a forward", fit.denoising),
+        ("activations of decoding a chunk", fit.decoding),
+        *((f"together, {call}", total) for call, total in fit.totals.items()),
     ]
     return [[name, size_text(count)] for name, count in rows]
 
