@@ -1,7 +1,7 @@
 """kvpack's rolling window beside `BlockKVCache` of FlashDreams 0.1.0, at the size of one layer of Wan2.1-1.3B.
 
-Both hold a window of 21 latent frames in chunks of 3, without a sink, and are given the same keys and values. A chunk is
-4 denoising forwards and the commit's, without attention: what is measured is the memory's handling alone.
+Both hold a window of 21 latent frames in chunks of 3, without a sink, and are given the same keys and values. A chunk
+is 4 denoising forwards and the commit's, without attention: what is measured is the memory's handling alone.
 
 absolute    keys are kept rotated to their places in the video (kvpack: `self-forcing` with reindex="absolute")
 on read     keys are kept before RoPE, and all of them are rotated in every forward (reindex="contiguous"); kvpack's
