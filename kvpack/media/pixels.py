@@ -96,6 +96,8 @@ def _clips(video: Any) -> list[Any]:
         if video.ndim not in (4, 5):
             raise InvalidOptionError(f"video must be frames of pictures, got the shape {list(video.shape)}; {_LAYOUT}")
         return list(video) if video.ndim == 5 else [video]
+    if isinstance(video, str | Path) and Path(video).is_file() and is_picture(Path(video)):
+        return [[video]]  # libav would read it too, but not its EXIF
     if not isinstance(video, list | tuple):
         return [video]
     if not len(video):

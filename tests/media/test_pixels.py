@@ -96,6 +96,7 @@ def test_a_picture_is_read_as_its_exif_turns_it(orientation, tmp_path):
     Image.fromarray(quarters()).save(tmp_path / "p.png", exif=exif)
     pixels = image_pixels(tmp_path / "p.png")
     assert np.array_equal(pixels[0].movedim(0, -1).mul(255).round().numpy(), EXIF[orientation](quarters()))
+    assert torch.equal(video_pixels(tmp_path / "p.png")[0], pixels)
 
 
 @pytest.mark.parametrize(("aspect", "size"), [("4/3", (32, 85)), ("1/2", (64, 64)), ("1/1", (32, 64))])
