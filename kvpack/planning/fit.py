@@ -60,7 +60,7 @@ class Fit:
         # Denoising and decoding take turns; with model offload so do their weights.
         apart = max(self.transformer + self.denoising, self.vae + self.decoding)
         return {
-            'pipe.to("cuda")': self.transformer + self.vae + self.text_encoder + self.kv + self._work,
+            "the whole pipeline on the card": self.transformer + self.vae + self.text_encoder + self.kv + self._work,
             "pipe.enable_model_cpu_offload()": max(self.text_encoder, self.kv + apart),
             "pipe.enable_sequential_cpu_offload()": self.kv + self.block + self._work,
         }
