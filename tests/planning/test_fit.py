@@ -62,8 +62,8 @@ PARTS = Fit(10 * GIB, 1 * GIB, 11 * GIB, GIB // 2, 4 * GIB, 3 * GIB, 2 * GIB, 3 
 @pytest.mark.parametrize(
     ("memory", "words"),
     [
-        (31, 'fits 31 GiB with the whole pipeline on the card'),
-        (30, 'fits 30 GiB with the whole pipeline on the card'),
+        (31, "fits 31 GiB with the whole pipeline on the card"),
+        (30, "fits 30 GiB with the whole pipeline on the card"),
         (29.5, "fits 29.5 GiB with pipe.enable_model_cpu_offload()"),
         (29, "fits 29 GiB with pipe.enable_model_cpu_offload()"),
         (17, "fits 17 GiB with pipe.enable_model_cpu_offload()"),
@@ -104,4 +104,4 @@ def test_plan_of_a_folder_reads_its_text_encoder(tmp_path):
     words = ["plan", "--model", str(tmp_path / "tiny"), "--gpu-memory", "24", "--size", "64x64", "--seconds", "2"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    assert 'fits 24 GiB with the whole pipeline on the card' in result.stdout
+    assert "fits 24 GiB with the whole pipeline on the card" in result.stdout
