@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.clock import Clock, seconds
 from benchmarks.report import SEED
 from kvpack import Geometry, Session
-from kvpack.adapters.wan.attention import PackedWanAttnProcessor
+from kvpack.adapters.attention import ForwardLayers, PackedAttnProcessor
 from kvpack.memory import attended, plan, stack, stack_plan
 from kvpack.memory.archive import Archive
 from kvpack.memory.rope import rotate
@@ -115,7 +115,8 @@ class Layer:
         torch.manual_seed(SEED)
         self.size, self.dtype = size, dtype
         self.block = WanTransformerBlock(size.width, size.ffn, size.heads, cross_attn_norm=True).to(dtype).eval()
-        self.processor: Any = PackedWanAttnProcessor(self.block.attn1.processor._attention_backend)
+        self.layers, backend = ForwardLayers(), self.block.attn1.processor._attention_backend
+        self.processor: Any = PackedAttnProcessor(backend, self.layers, 0)
         self.block.attn1.set_processor(self.processor)
         four_roles = packforcing(
             compressor=compressor,
@@ -222,7 +223,7 @@ class Layer:
 
     def forward(self, hidden: Tensor, memory: Any) -> float:
         """Seconds of the block's forward over some memory."""
-        self.processor.memory = memory
+        self.layers.hand_out([memory])
         return seconds(partial(self.block, hidden, self.text, self.modulation, None))
 
     def parts(self) -> dict[str, float]:
@@ -277,7 +278,7 @@ class Layer:
 
     def difference(self) -> float:
         """How far the plain version's attention is from kvpack's."""
-        projections, attention = self.projections(), self.processor._attention
+        projections, attention = self.projections(), self.processor.attention
         self.session.denoise(0)
         mine = self.memory.attend(*projections, attention)
         theirs = Plain(self).attend(*projections, attention)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -167,7 +168,8 @@ class Session:
 
     def adopt(self, past: Past) -> None:
         """End the chunk in progress."""
-        self.past = Past(past.book, tuple(self.stack.written(state) for state in past.states))
+        states = tuple(self.stack.written(state) for state in past.states)
+        self.past = past if all(map(is_, states, past.states)) else Past(past.book, states)
         self.plan, self.step = None, -1
         self._expected, self._retry, self._forward_layers = None, None, ()
         for cache in self.caches:

@@ -45,8 +45,7 @@ def resident(geometry: Geometry, memory: Memory, chunks: int, batch: int, channe
     """
     if isinstance(memory, Stack):
         counted = _counted(geometry, memory, chunks, batch)
-        if counted is not None:
-            return counted
+        return _scaled(geometry, memory, chunks, batch, channels) if counted is None else counted
     return _rehearsed(geometry, memory, chunks, batch, channels)
 
 

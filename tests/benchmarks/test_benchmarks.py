@@ -96,8 +96,8 @@ def test_keys_in_place_give_the_output_of_kvpack() -> None:
         layer = wan_layer.Layer(wan_layer.TINY, torch.float32, "pool")
         projections = layer.projections()
         layer.denoise(0)
-        mine = layer.memory.attend(*projections, layer.processor._attention)
-        assert torch.equal(mine, wan_layer.InPlace(layer, projections).attend(*projections, layer.processor._attention))
+        mine = layer.memory.attend(*projections, layer.processor.attention)
+        assert torch.equal(mine, wan_layer.InPlace(layer, projections).attend(*projections, layer.processor.attention))
 
 
 def test_clock_counts_inner_parts_once() -> None:

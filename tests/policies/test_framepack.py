@@ -93,7 +93,7 @@ def test_a_session_attends_the_means_of_what_was_committed(grid, reindexer):
     """Keys at their places, and values, of every layer: oldest blocks smallest, the newest archived one as it is."""
     geometry = replace(GRID, grid=grid)
     session, generator = Session(framepack(reindexer=reindexer), geometry), torch.Generator().manual_seed(1)
-    frames = [[] for _ in session.caches]  # each [keys or values, batch, rows, columns, heads, head_dim]
+    most, frames = 0, [[] for _ in session.caches]  # each [keys or values, batch, rows, columns, heads, head_dim]
     for chunk in range(8):
         for announce in (lambda: session.denoise(0), session.commit):
             announce()
