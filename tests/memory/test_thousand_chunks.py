@@ -14,7 +14,7 @@ from kvpack.testing import run_session
 pytestmark = pytest.mark.slow
 SMALL = Geometry(layers=1, heads=2, head_dim=12, grid=(2, 3), rope_split=(4, 4, 4))
 #: What promises constant memory only with an option.
-GROWING = {"full": {}, "packforcing": {"archive_blocks": 32}}
+GROWING = {"full": {}, "packforcing": {"archive_blocks": 32}, "packforcing-paper": {}}
 
 
 def rotated(keys, coordinates):
