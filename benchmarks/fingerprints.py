@@ -160,8 +160,11 @@ def pipeline(name: str) -> Any:
 def made(run: Run, pipe: Any, folder: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """What comes out, and the stats: at the end, or behind each chunk of a stream."""
     sizes = registry().taken(run.stack, SIZES)
-    if run.stack in ("framepack", "full", "self-forcing") and run.options.get("reindexer") != "fit":
+    fits = run.options.get("reindexer", "fit" if run.stack == "packforcing" else "") == "fit"
+    if run.stack in ("framepack", "full", "packforcing", "self-forcing") and not fits:
         sizes.pop("train_frames", None)  # of no effect there
+    if run.options.get("topk") == 0:
+        sizes.pop("archive_blocks", None)
     kvpack.enable(pipe, run.stack, **{**sizes, **run.options})
     memory = pipe.packforcing.stack
     if run.data and isinstance(memory, kvpack.Stack):

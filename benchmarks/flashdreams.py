@@ -3,8 +3,8 @@
 Both hold a window of 21 latent frames in chunks of 3, without a sink, and are given the same keys and values. A chunk
 is 4 denoising forwards and the commit's, without attention: what is measured is the memory's handling alone.
 
-absolute    keys are kept rotated to their places in the video (kvpack: `self-forcing` with reindex="absolute")
-on read     keys are kept before RoPE, and all of them are rotated in every forward (reindex="contiguous"); kvpack's
+absolute    keys are kept rotated to their places in the video (kvpack: `self-forcing` with reindexer="absolute")
+on read     keys are kept before RoPE, and all of them are rotated in every forward (reindexer="contiguous"); kvpack's
             layer fills the shared workspace anew, as in a model of many layers. FlashDreams clones the keys and rotates
             the clone in place; "no clone" spares it that, and rotates into a new tensor
 
@@ -108,7 +108,7 @@ class Kvpack:
 
     def __init__(self, shape: Geometry, on_read: bool) -> None:
         stack = self_forcing(
-            chunk_frames=CHUNK, window_frames=WINDOW, sink_frames=0, reindex="contiguous" if on_read else "absolute"
+            chunk_frames=CHUNK, window_frames=WINDOW, sink_frames=0, reindexer="contiguous" if on_read else "absolute"
         )
         self.session = Session(stack, shape)
         self.attended: tuple[Tensor, Tensor] | None = None
