@@ -15,7 +15,7 @@ import torch
 from benchmarks import anyflow, clock, overhead, report, rotation, steady, wan_layer
 from benchmarks.report import Bar, Row, Score
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ROW = Row("kvpack", "error", 0.5, 0.25, 1.0, "ratio", 3, "python -m benchmarks.rotation", "abc")
 
 

@@ -68,6 +68,7 @@ def test_a_new_block_never_takes_a_slot_of_what_is_kept():
         assert {slot for _, slot in step.leaving}.isdisjoint(kept)
         ledger = step.ledger
         assert len({piece.slot for piece in ledger.archive}) == len(ledger.archive)
+        assert all(0 <= piece.slot < 2 for piece in ledger.archive)  # that of a block that goes is taken at once
 
 
 def test_twins_are_due_only_for_what_will_be_compressed():
