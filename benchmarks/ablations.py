@@ -77,7 +77,9 @@ ABLATIONS: dict[str, tuple[Memory, ...]] = {
         {"recent 4": {"recent_frames": 4}, "recent 8, 24 positions": {"recent_frames": 8, "train_frames": 24}}
     ),
     "commit": _each("commit", ("rerun", "last-step")),
-    "selection": _each("selection", ("layer", "chunk")),
+    "selection": _changed(
+        {"selection layer": {"share_selection": False}, "selection chunk": {"share_selection": True}}
+    ),
     # Too many keys, or positions that were never seen in training? Each of the two alone.
     "full": (
         Memory("full: all keys, true positions", "full"),

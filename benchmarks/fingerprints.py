@@ -118,7 +118,10 @@ def runs() -> Iterator[Run]:
     selectors += [{**each, "after_rope": True} for each in selectors if each["policy"] in ("topk", "softmax-mass")]
     selectors += [{"policy": "all"}, {"policy": "random", "topk": 2, "seed": 7}]
     for chosen, how in product(selectors, ("layer", "chunk")):
-        yield Run(f"{[*chosen.values()]} {how}", call=rows, data={"selector": chosen, "selection": how})
+        data = {"selector": chosen, "share_selection": how == "chunk"}
+        yield Run(
+            f"{[*chosen.values()]} {how}", call=rows, data={"selector": chosen, "share_selection": how == "chunk"}
+        )
     learnt = [{"policy": name, "project": how} for name, how in product(("lr", "hr", "dual"), ("layers", "direct"))]
     placed = [{"policy": name, "coordinates": how} for name in ("pool", "lr") for how in ("strided", "compact")]
     for middle, commit in product([*learnt, *placed, {"policy": "geometric", "levels": 2}], ("rerun", "last-step")):

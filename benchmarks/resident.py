@@ -106,7 +106,7 @@ def drive(session: Session, chunks: int) -> None:
         session.review(latents)
         (layer,) = session.commit(latents=latents)
         forward(layer, frames * shape.tokens_per_frame)
-        for piece in session.twins_due():
+        for piece in session.pending_compressions():
             (layer,) = session.compress(piece)
             forward(layer, session.twin_span(piece).tokens)
         session.finish_commit()

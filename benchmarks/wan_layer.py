@@ -209,7 +209,7 @@ class Layer:
         """The forwards of a clean chunk and of its twin, without a transformer."""
         self.announce_commit()
         self.memory.attend(*projections, nothing)
-        for piece in self.session.twins_due():
+        for piece in self.session.pending_compressions():
             self.session.compress(piece)
             self.others_come()
             tokens = self.session.twin_span(piece).tokens
@@ -258,7 +258,7 @@ class Layer:
 
     def twin(self) -> float:
         """Seconds of a twin's own forward."""
-        (piece,) = self.session.twins_due()
+        (piece,) = self.session.pending_compressions()
         self.announce_commit()
         self.memory.attend(*self.projections(), nothing)
         self.session.compress(piece)

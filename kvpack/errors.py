@@ -91,6 +91,16 @@ def require_choice(name: str, given: object, choices: Iterable[str]) -> None:
         raise InvalidOptionError(f"{name} must be one of {', '.join(known)}, got {given!r}")
 
 
+def require_bool(name: str, given: object) -> None:
+    """Check a switch.
+
+    Raises:
+        InvalidOptionError: if it is neither True nor False.
+    """
+    if not isinstance(given, bool):
+        raise InvalidOptionError(f"{name} must be True or False, got {given!r}")
+
+
 def require_int(name: str, given: object, *, minimum: int = 0) -> int:
     """Return `given` if it is a whole number of at least `minimum`.
 

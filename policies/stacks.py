@@ -7,7 +7,7 @@ from kvpack.errors import UnknownNameError, UnusedOptionError
 from kvpack.memory import Commit
 from kvpack.memory.blocks import Coordinates
 from kvpack.memory.roles import Compressor, Reindexer, Selector
-from kvpack.memory.stack import Selection, Stack
+from kvpack.memory.stack import Stack
 from kvpack.plugins.registry import registry
 from kvpack.plugins.resolve import resolve_policy
 from kvpack.policies.all_blocks import AllSelector
@@ -38,7 +38,7 @@ def packforcing(
     train_frames: int | None = None,
     archive_blocks: int | None = _ARCHIVE_BLOCKS,
     coordinates: Coordinates | None = None,
-    selection: Selection = "layer",
+    share_selection: bool = False,
     commit: Commit = "rerun",
 ) -> Stack:
     """Build a memory of sink, compressed mid and recent (PackForcing, arXiv 2603.25730).
@@ -58,7 +58,7 @@ def packforcing(
         archive_blocks: most compressed blocks kept, the oldest go first, so that memory is bounded; None keeps all.
         coordinates: where pooled tokens sit, for a compressor by name that takes it (see `PoolCompressor`); "centered"
             if None.
-        selection: whether each "layer" chooses mid blocks, or the first one for the whole "chunk" (see `Stack`).
+        share_selection: whether the first layer chooses mid blocks for all layers, instead of each its own.
         commit: which keys and values become history, those of a "rerun" or of the "last-step" (see `Stack`).
 
     Raises:
@@ -79,7 +79,7 @@ def packforcing(
         resolve_policy("reindexer", reindexer, _POSITIONS, train_frames=train_frames),
         chunk_frames,
         archive_blocks,
-        selection,
+        share_selection,
         commit,
     )
 
@@ -98,7 +98,7 @@ def packforcing_paper() -> Stack:
         ContiguousReindexer(),
         chunk_frames=4,
         archive_blocks=None,
-        selection="layer",
+        share_selection=False,
         commit="rerun",
     )
 

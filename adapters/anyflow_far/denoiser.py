@@ -12,7 +12,7 @@ from kvpack.adapters.anyflow_far.attention import Padded, attached, clean_times_
 from kvpack.adapters.offload import onload
 from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.memory.layer import AttendingLayer
-from kvpack.memory.ledger import Piece
+from kvpack.memory.ledger import BlockEntry
 
 
 class AnyFlowFARDenoiser(WanDenoiser):
@@ -72,7 +72,7 @@ class AnyFlowFARDenoiser(WanDenoiser):
         vetoed = super().vetoed(self._all_rows(latents))
         return None if vetoed is None else vetoed.chunk(len(self.conditioning))[-1]
 
-    def commit_branch(self, branch: str, latents: Tensor, tokens: Mapping[Piece, Tensor], *, rerun: bool) -> None:
+    def commit_branch(self, branch: str, latents: Tensor, tokens: Mapping[BlockEntry, Tensor], *, rerun: bool) -> None:
         """Run the forwards of a clean chunk in the rows of all branches."""
         every = {piece: self._all_rows(each) for piece, each in tokens.items()}
         super().commit_branch(branch, self._all_rows(latents), every, rerun=rerun)

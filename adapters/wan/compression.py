@@ -11,10 +11,10 @@ from torch import Tensor
 from kvpack.adapters.offload import onload, onloaded
 from kvpack.errors import PolicyError
 from kvpack.generation.denoiser import Denoiser
-from kvpack.memory.attribution import blamed
+from kvpack.memory.attribution import policy_call
 from kvpack.memory.base import Memory
 from kvpack.memory.blocks import LatentChunk
-from kvpack.memory.ledger import Piece
+from kvpack.memory.ledger import BlockEntry
 
 
 def check_compressor(transformer: Any, stack: Memory) -> None:
@@ -39,7 +39,11 @@ def native_window(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def hidden_tokens(
-    denoiser: Denoiser, piece: Piece, latents: Tensor, pixels: Tensor | None, native: Callable[[Tensor], Tensor] | None
+    denoiser: Denoiser,
+    piece: BlockEntry,
+    latents: Tensor,
+    pixels: Tensor | None,
+    native: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     """Return what a latent-space compressor makes of a piece of a clean chunk, `[batch, tokens, width]`.
 
@@ -79,7 +83,7 @@ def hidden_tokens(
         dtype=pipeline.transformer.dtype,
         native=native,
     )
-    with blamed(compressor, "tokens", next(iter(denoiser.sessions.values())).policy_seconds):
+    with policy_call(compressor, "tokens", next(iter(denoiser.sessions.values())).policy_seconds):
         tokens = compressor.tokens(chunk)
     if not isinstance(tokens, Tensor):
         raise PolicyError(f"{name}.tokens returned {type(tokens).__name__}, but it must be a tensor")

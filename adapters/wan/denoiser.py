@@ -25,7 +25,7 @@ from kvpack.generation.phase import Phase
 from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.layer import LayerCache
-from kvpack.memory.ledger import Piece
+from kvpack.memory.ledger import BlockEntry
 
 
 class WanDenoiser(Denoiser):
@@ -97,7 +97,7 @@ class WanDenoiser(Denoiser):
         """Return the normalised latents of pixel frames."""
         return encode(self.pipeline.vae, pixels)
 
-    def compress(self, piece: Piece, latents: Tensor, pixels: Tensor | None) -> Tensor:
+    def compress(self, piece: BlockEntry, latents: Tensor, pixels: Tensor | None) -> Tensor:
         """Return a latent-space compressor's tokens for a piece of the chunk, `[batch, tokens, width]`."""
         return hidden_tokens(self, piece, latents, pixels, self.native_embedding())
 
@@ -110,7 +110,7 @@ class WanDenoiser(Denoiser):
         """Whether compressed tokens go through the layers behind those of their chunk, which costs next to nothing."""
         return self.compressor is not None and self.compressor.project == "layers" and not self.buffer.differentiable
 
-    def commit_branch(self, branch: str, latents: Tensor, tokens: Mapping[Piece, Tensor], *, rerun: bool) -> None:
+    def commit_branch(self, branch: str, latents: Tensor, tokens: Mapping[BlockEntry, Tensor], *, rerun: bool) -> None:
         """Run the forwards of a clean chunk and of its compressed tokens, in one forward if they can be appended."""
         appended = tokens if rerun and self.appends_tokens else {}
         with self._appended(list(appended.values())):
@@ -123,7 +123,7 @@ class WanDenoiser(Denoiser):
     def _appended(self, tokens: list[Tensor]) -> AbstractContextManager[None]:
         return appended_tokens(self.transformer, torch.cat(tokens, dim=1)) if tokens else nullcontext()
 
-    def _commit_tokens(self, branch: str, piece: Piece, tokens: Tensor) -> None:
+    def _commit_tokens(self, branch: str, piece: BlockEntry, tokens: Tensor) -> None:
         """Keep keys and values of a piece's hidden tokens: through all layers, or of each layer's projections alone."""
         assert self.compressor is not None
         if self.compressor.project == "layers":
@@ -134,7 +134,7 @@ class WanDenoiser(Denoiser):
         modulation = partial(self.modulation, branch, self._clean_times(tokens))
         projected = project_tokens(self.transformer, tokens, modulation, attention_kwargs=self.attention_kwargs)
         for layer, (keys, values) in zip(layers, projected, strict=True):
-            layer.hear(keys, values)
+            layer.capture(keys, values)
 
     def modulation(self, branch: str, times: Tensor) -> Tensor:
         """Return shifts and scales of a layer's input at these times, `[batch, 6, width]`."""

@@ -27,7 +27,7 @@ from kvpack.shipped import CALL
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class BlockEntry:
     """Some consecutive frames of a few videos, uint8 [batch, t, H, W, 3], and their cost a video, see `COSTS`."""
 
     videos: Video
@@ -36,7 +36,7 @@ class Piece:
 
 def pieces(
     pipe: Any, source: Memory | str, scenes: Sequence[Scene], first: int, seconds: int, seed: int, steps: int
-) -> Iterator[Piece]:
+) -> Iterator[BlockEntry]:
     """Yield the videos of some scenes, piece by piece.
 
     Args:
@@ -52,7 +52,7 @@ def pieces(
         yield from _generated(pipe, source, scenes, first, seconds, seed, steps)
     else:
         rows = [reference(pipe, source, scene, 1000 * seed + first + i, seconds) for i, scene in enumerate(scenes)]
-        yield Piece(np.stack(rows))
+        yield BlockEntry(np.stack(rows))
 
 
 def reference(pipe: Any, name: str, scene: Scene, seed: int, seconds: int) -> Video:
@@ -67,7 +67,7 @@ def reference(pipe: Any, name: str, scene: Scene, seed: int, seconds: int) -> Vi
 
 def _generated(
     pipe: Any, stack: Memory, scenes: Sequence[Scene], first: int, seconds: int, seed: int, steps: int
-) -> Iterator[Piece]:
+) -> Iterator[BlockEntry]:
     enable(pipe, stack)
     generators = [torch.Generator().manual_seed(1000 * seed + first + index) for index in range(len(scenes))]
     stream = pipe.packforcing.stream(
@@ -88,7 +88,7 @@ def _generated(
             stats = pipe.packforcing.stats()
             tokens, rows = stats["attended_tokens"], len(scenes)
             cost = np.array([spent / rows, tokens, *(stats[name] / rows for name in COSTS[2:])])
-            yield Piece(np.round(chunk * 255).astype(np.uint8), cost)
+            yield BlockEntry(np.round(chunk * 255).astype(np.uint8), cost)
     finally:
         stream.close()
         disable(pipe)

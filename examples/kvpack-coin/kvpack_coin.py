@@ -32,7 +32,7 @@ class CoinSelector(kvpack.Selector):
         require_int("seed", self.seed)
 
     def heads(self, layer: int, chunk: int, blocks: int) -> list[bool]:
-        """A toss for each block."""
+        """Return a toss for each block."""
         return np.random.default_rng((self.seed, layer, chunk)).integers(2, size=blocks).astype(bool).tolist()
 
     def limit(self, candidates: int) -> int:
@@ -40,7 +40,7 @@ class CoinSelector(kvpack.Selector):
         return min(self.topk, candidates)
 
     def select(self, query: Query, candidates: Candidates) -> Tensor:
-        """The same blocks for every batch row."""
+        """Return the same blocks for every batch row."""
         heads = self.heads(query.layer, query.chunk, candidates.count)
         best_first = sorted(range(candidates.count), key=lambda block: (heads[block], block), reverse=True)
         chosen = torch.tensor(best_first[: self.topk], device=query.queries.device)
@@ -48,7 +48,7 @@ class CoinSelector(kvpack.Selector):
 
 
 def coin_packforcing(*, topk: int = 16, seed: int = 0) -> kvpack.Stack:
-    """The memory of PackForcing with a coin in the place of its scores."""
+    """Build the memory of PackForcing with a coin in the place of its scores."""
     return replace(packforcing(selector=CoinSelector(topk, seed)), name="coin-packforcing")
 
 

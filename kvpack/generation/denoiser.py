@@ -16,7 +16,7 @@ from kvpack.generation.replay import CleanFrames
 from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.layer import AttendingLayer, LayerCache
-from kvpack.memory.ledger import Piece
+from kvpack.memory.ledger import BlockEntry
 from kvpack.memory.session import Session, finish_commits
 
 
@@ -65,7 +65,7 @@ class Denoiser(ABC):
         """Return the normalised latents of pixel frames, for a stack that encodes anew (`Memory.reencodes`)."""
         raise NotImplementedError(f"{type(self).__name__} cannot encode pixels; refuse such stacks in check_stack")
 
-    def compress(self, piece: Piece, latents: Tensor, pixels: Tensor | None) -> Tensor:
+    def compress(self, piece: BlockEntry, latents: Tensor, pixels: Tensor | None) -> Tensor:
         """Return the hidden tokens that a latent-space compressor makes of a piece of a clean chunk."""
         raise NotImplementedError(f"{type(self).__name__} cannot compress latents; refuse such stacks in check_stack")
 
@@ -87,9 +87,9 @@ class Denoiser(ABC):
         return next(iter(self.sessions.values()))
 
     @property
-    def pending_compressions(self) -> tuple[Piece, ...]:
+    def pending_compressions(self) -> tuple[BlockEntry, ...]:
         """Pieces of the coming chunk that a latent-space compressor must make tokens of, the same in every branch."""
-        return self._first.twins_due()
+        return self._first.pending_compressions()
 
     def session(self, branch: str) -> Session:
         """Return the memory of one branch, new at its first mention."""
@@ -215,9 +215,9 @@ class Denoiser(ABC):
         with self._all_or_nothing():
             self.conditioning = conditioning
             for session in self.sessions.values():
-                session.tell("prompt-changed")
+                session.notify("prompt-changed")
                 if cut:
-                    session.tell("scene-cut")
+                    session.notify("scene-cut")
             if self.sessions:
                 self._replay(self._clean)
 
@@ -249,7 +249,7 @@ class Denoiser(ABC):
             tokens = {piece: clean.tokens[piece] for piece in self.pending_compressions}
             self._commit(part, tokens, again=True)
 
-    def _commit(self, latents: Tensor, tokens: Mapping[Piece, Tensor], *, again: bool) -> None:
+    def _commit(self, latents: Tensor, tokens: Mapping[BlockEntry, Tensor], *, again: bool) -> None:
         last = max(session.step for session in self.sessions.values())
         for branch, session in self.sessions.items():
             # A branch that guidance left out of the last step has nothing of it to keep.
@@ -257,7 +257,7 @@ class Denoiser(ABC):
             self.commit_branch(branch, latents, tokens, rerun=rerun)
         finish_commits(list(self.sessions.values()))
 
-    def commit_branch(self, branch: str, latents: Tensor, tokens: Mapping[Piece, Tensor], *, rerun: bool) -> None:
+    def commit_branch(self, branch: str, latents: Tensor, tokens: Mapping[BlockEntry, Tensor], *, rerun: bool) -> None:
         """Run the forwards whose keys and values become history of one branch.
 
         Args:

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from kvpack.memory.layer import ForwardLayer
-from kvpack.memory.ledger import Piece
+from kvpack.memory.ledger import BlockEntry
 from kvpack.memory.session import Session
 
 
@@ -26,7 +26,7 @@ class Phase:
 
     kind: Literal["denoise", "commit", "compress"] = "denoise"
     latents: Tensor | None = None
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[BlockEntry, ...] = ()
     end_given: bool = False
     steps: Counter[str] = field(default_factory=Counter)
 

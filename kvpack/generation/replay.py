@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvpack.memory.ledger import Piece
+from kvpack.memory.ledger import BlockEntry
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +25,10 @@ class CleanFrames:
     most_frames: int
     latents: tuple[Float[Tensor, "batch channels _ height width"], ...] = ()
     pixels: tuple[Float[Tensor, "batch 3 _ pixel_height pixel_width"], ...] = ()
-    tokens: Mapping[Piece, Float[Tensor, "batch tokens hidden"]] = field(default_factory=dict)
+    tokens: Mapping[BlockEntry, Float[Tensor, "batch tokens hidden"]] = field(default_factory=dict)
     frames: int = 0
 
-    def with_chunk(self, latents: Tensor, tokens: Mapping[Piece, Tensor], pixels: Tensor | None) -> "CleanFrames":
+    def with_chunk(self, latents: Tensor, tokens: Mapping[BlockEntry, Tensor], pixels: Tensor | None) -> "CleanFrames":
         """Return these and a chunk behind them, without what is too old for any replay."""
         if not self.most_frames:
             return self

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @contextmanager
-def blamed(policy: object, method: str, seconds: dict[str, float], layer: int | None = None) -> Iterator[None]:
+def policy_call(policy: object, method: str, seconds: dict[str, float], layer: int | None = None) -> Iterator[None]:
     """Names the policy in any error of the block, whose type and message stay, and counts the block's seconds.
 
     Args:
@@ -16,7 +16,7 @@ def blamed(policy: object, method: str, seconds: dict[str, float], layer: int | 
         seconds: by class name of a policy; the host's, which on a GPU are those of launching.
         layer: index of the layer that it is called for.
 
-    >>> with blamed(object(), "select", spent := {}):
+    >>> with policy_call(object(), "select", spent := {}):
     ...     pass
     >>> list(spent)
     ['object']
@@ -33,5 +33,5 @@ def blamed(policy: object, method: str, seconds: dict[str, float], layer: int | 
 
 
 def memory_call(memory: Any, method: str, seconds: dict[str, float], layer: int | None = None) -> Any:
-    """Do as `blamed` for a memory's method, unless the policies that it is made of are named instead."""
-    return nullcontext() if memory.composite else blamed(memory, method, seconds, layer)
+    """Do as `policy_call` for a memory's method, unless the policies that it is made of are named instead."""
+    return nullcontext() if memory.composite else policy_call(memory, method, seconds, layer)

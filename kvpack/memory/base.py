@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, PolicyError
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.ledger import Piece
+from kvpack.memory.ledger import BlockEntry
 from kvpack.memory.plan import Book, Plan
 from kvpack.memory.roles import LatentCompressor, Policy
 from kvpack.memory.rope import rotate, rotations
@@ -67,7 +67,7 @@ class Chunk:
     latents: Float[Tensor, "batch channels frames height width"] | None = None
     plan: Plan | None = None
     shared: Any = None
-    twins: Mapping[Piece, KeysValues] = field(default_factory=dict)
+    twins: Mapping[BlockEntry, KeysValues] = field(default_factory=dict)
 
     def rotated(self, queries: Tensor) -> Tensor:
         """Return queries of this chunk after RoPE at their places in the video."""

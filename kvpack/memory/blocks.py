@@ -130,7 +130,7 @@ def grid_coordinates(
 def check_block(
     compressor: object, block: object, span: Span, like: Tensor, layer: int, method: str = "compress"
 ) -> None:
-    """Raises `PolicyError` if a compressor's block is not what its span announces."""
+    """Raise `PolicyError` if a compressor's block is not what its span announces."""
     name = f"{type(compressor).__name__}.{method}"
     announces = "span()" if method == "compress" else f"{method}_span()"
     if not isinstance(block, KVBlock):

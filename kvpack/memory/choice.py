@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpack.errors import PolicyError
 from kvpack.memory.archive import Archive
-from kvpack.memory.attribution import blamed
+from kvpack.memory.attribution import policy_call
 from kvpack.memory.base import Chunk
 from kvpack.memory.roles import Candidates, Query, Selector
 from kvpack.memory.rope import rotate
@@ -47,7 +47,7 @@ def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) 
         rotated_keys=lambda block: turned(lambda: keys(block), block),
     )
     query = Query(queries, chunk.layer, chunk.index, rotated=lambda: turned(lambda: queries, None))
-    with blamed(selector, "select", plan.ledger.seconds, chunk.layer):
+    with policy_call(selector, "select", plan.ledger.seconds, chunk.layer):
         chosen: Any = selector.select(query, candidates)
     name, wanted = f"{type(selector).__name__}.select", (queries.shape[0], plan.chosen)
     if not isinstance(chosen, Tensor) or chosen.dtype not in (torch.int64, torch.int32):

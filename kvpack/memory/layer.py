@@ -12,7 +12,7 @@ from kvpack.memory.attended import Attention, Context, Gathered, InPlace
 from kvpack.memory.attribution import memory_call
 from kvpack.memory.base import Attended, Chunk, Memory
 from kvpack.memory.checks import check_attended, signs
-from kvpack.memory.ledger import Piece
+from kvpack.memory.ledger import BlockEntry
 from kvpack.memory.plan import Plan, at
 from kvpack.memory.rope import rotations, wide_dtype
 from kvpack.memory.store import Arena, KeysValues, Workspace
@@ -50,7 +50,7 @@ class Forward:
     step: int = -1
     captures: bool = False
     with_chunk: bool = True
-    twins: tuple[Piece, ...] = ()
+    twins: tuple[BlockEntry, ...] = ()
     places: tuple[Tensor, ...] = ()
     latents: Tensor | None = None
 
@@ -79,7 +79,7 @@ class LayerCache:
     _settled: object = None
     #: The chunk that may become history, keys and values of twins, and queries of earlier forwards.
     captured: Chunk | None = None
-    twins: dict[Piece, KeysValues] = field(default_factory=dict)
+    twins: dict[BlockEntry, KeysValues] = field(default_factory=dict)
     earlier: tuple[Tensor, ...] = ()
     #: Scalars on the device, of which one is not finite if something is wrong with what was attended.
     signs: list[Tensor] = field(default_factory=list)
@@ -124,7 +124,7 @@ class LayerCache:
             out.append(self._attend_twin(forward.plan, piece, places, projected, attention))
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
-    def hear(self, piece: Piece, keys: Tensor, values: Tensor) -> None:
+    def capture(self, piece: BlockEntry, keys: Tensor, values: Tensor) -> None:
         """Keep a twin's keys before RoPE and values, which were made without attention."""
         self.twins[piece] = keys, values
 
@@ -167,7 +167,12 @@ class LayerCache:
         self.captured = chunk
 
     def _attend_twin(
-        self, plan: Plan, piece: Piece, places: Tensor, projected: tuple[Tensor, Tensor, Tensor], attention: Attention
+        self,
+        plan: Plan,
+        piece: BlockEntry,
+        places: Tensor,
+        projected: tuple[Tensor, Tensor, Tensor],
+        attention: Attention,
     ) -> Tensor:
         assert self.attended is not None
         assert self.context is not None
@@ -245,10 +250,10 @@ class ForwardLayer:
         """Return the attention of the forward's tokens; arguments as those of `LayerCache.attend`."""
         return self.cache.attend(self.forward, self.first, queries, keys, values, attention)
 
-    def hear(self, keys: Tensor, values: Tensor) -> None:
+    def capture(self, keys: Tensor, values: Tensor) -> None:
         """Keep the keys before RoPE and values of the one twin that this forward is for."""
         (piece,) = self.forward.twins
-        self.cache.hear(piece, keys, values)
+        self.cache.capture(piece, keys, values)
 
 
 def check_layers(caches: Sequence[LayerCache]) -> bool:

@@ -10,12 +10,12 @@ from itertools import count, pairwise
 from typing import Literal
 
 from kvpack.errors import InvalidOptionError, PolicyError
-from kvpack.memory.attribution import blamed
+from kvpack.memory.attribution import policy_call
 from kvpack.memory.roles import Part, Partitioner, Segment
 
 
 def require_length(frames: int, chunk_frames: int) -> int:
-    """Returns `frames` if a chunk can be so long.
+    """Return `frames` if a chunk can be so long.
 
     Raises:
         InvalidOptionError: if it is longer than the chunks of the stack.
@@ -26,7 +26,7 @@ def require_length(frames: int, chunk_frames: int) -> int:
 
 
 @dataclass(frozen=True)
-class Piece:
+class BlockEntry:
     """History frames that always share one part, so that partitions are exact to the frame.
 
     Args:
@@ -84,8 +84,8 @@ class Ledger:
     frames: int = 0
     chunks: int = 0
     expected: int | None = None
-    whole: tuple[Piece, ...] = ()
-    archive: tuple[Piece, ...] = ()
+    whole: tuple[BlockEntry, ...] = ()
+    archive: tuple[BlockEntry, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -94,27 +94,27 @@ class Ledger:
         return self.chunk_frames if self.expected is None else self.expected
 
     def expecting(self, frames: int) -> "Ledger":
-        """The same history before a chunk of so many frames."""
+        """Return the same history before a chunk of so many frames."""
         return replace(self, expected=require_length(frames, self.chunk_frames))
 
-    def new_pieces(self) -> tuple[Piece, ...]:
-        """The coming chunk, cut wherever a part will ever begin or end."""
+    def new_pieces(self) -> tuple[BlockEntry, ...]:
+        """Return the coming chunk, cut wherever a part will ever begin or end."""
         start, stop = self.frames, self.frames + self.coming
         cuts = {start, stop}
         for history in self._until_settled():
             for segment in self._partition(history):
                 cuts |= {cut for cut in (segment.frames.start, segment.frames.stop) if start < cut < stop}
         edges = sorted(cuts)
-        return tuple(Piece(a, b - a) for a, b in pairwise(edges))
+        return tuple(BlockEntry(a, b - a) for a, b in pairwise(edges))
 
-    def is_ever_compressed(self, piece: Piece) -> bool:
+    def is_ever_compressed(self, piece: BlockEntry) -> bool:
         """Whether a new piece will become part of mid and be kept there."""
         return self.archive_blocks != 0 and any(
             self._parts(history)(piece) == "mid" for history in self._until_settled()
         )
 
     def commit(self) -> Step:
-        """The history with the coming chunk in it.
+        """Return the history with the coming chunk in it.
 
         Raises:
             PolicyError: if the partitioner breaks its contract.
@@ -153,7 +153,7 @@ class Ledger:
         return self.frames - stop
 
     def rewound(self, frames: int) -> "Ledger":
-        """The history without its last frames; what has left the recent ones since does not come back."""
+        """Return the history without its last frames; what has left the recent ones since does not come back."""
         first, chunks = self.frames - frames, self.chunks - frames // self.chunk_frames
         return replace(
             self,
@@ -164,7 +164,7 @@ class Ledger:
         )
 
     def replayed(self, aim: "Ledger") -> Step:
-        """The history with those pieces of the coming chunk in it again that `aim` has, in its parts."""
+        """Return the history with those pieces of the coming chunk again that `aim` has, in its parts."""
         stop = self.frames + self.coming
         whole = tuple(piece for piece in aim.whole if piece.stop <= stop)
         firsts = {piece.first_frame for piece in whole}
@@ -178,16 +178,16 @@ class Ledger:
         horizon = -(-self.partitioner.horizon_frames // self.chunk_frames) * self.chunk_frames
         return range(stop, stop + horizon + 1, self.chunk_frames)
 
-    def _parts(self, history: int) -> Callable[[Piece], Part | None]:
+    def _parts(self, history: int) -> Callable[[BlockEntry], Part | None]:
         segments = self._partition(history)
 
-        def part_of(piece: Piece) -> Part | None:
+        def part_of(piece: BlockEntry) -> Part | None:
             return next((segment.part for segment in segments if piece.first_frame in segment.frames), None)
 
         return part_of
 
     def _partition(self, history: int) -> tuple[Segment, ...]:
-        with blamed(self.partitioner, "partition", self.seconds):
+        with policy_call(self.partitioner, "partition", self.seconds):
             segments = self.partitioner.partition(history, self.chunk_frames)
         if not isinstance(segments, tuple) or not all(isinstance(each, Segment) for each in segments):
             raise self._broken(f"returned {segments!r}", "it must be a tuple of Segments")

@@ -48,7 +48,7 @@ class Partitioner(Policy, ABC):
         """Segments of a history of `history_frames`, ascending and disjoint, while the next chunk is generated."""
 
     def check(self, chunk_frames: int) -> None:
-        """Raises `InvalidOptionError` if the policy cannot work with chunks of `chunk_frames`."""
+        """Raise `InvalidOptionError` if the policy cannot work with chunks of `chunk_frames`."""
 
 
 class Compressor(Policy, ABC):
@@ -62,18 +62,18 @@ class Compressor(Policy, ABC):
 
     @abstractmethod
     def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
-        """The block that stands for `block`, with the tokens that `span` announces."""
+        """Return the block that stands for `block`, with the tokens that `span` announces."""
 
     def level(self, age: int) -> int:
         """How small a block is attended that `age` newer ones in the archive have followed; 0 as it was archived."""
         return 0
 
     def shrunk_span(self, span: Span, grid: tuple[int, int], level: int) -> Span:
-        """The tokens of an archived block that are attended at a level above 0, and where they sit."""
+        """Return the tokens of an archived block that are attended at a level above 0, and where they sit."""
         raise NotImplementedError(f"{type(self).__name__} has level(), so it must have shrunk_span()")
 
     def shrunk(self, block: KVBlock, grid: tuple[int, int], level: int) -> KVBlock:
-        """An archived block as it is attended at a level above 0, with the tokens that `shrunk_span` announces."""
+        """Return an archived block as attended at a level above 0, with the tokens that `shrunk_span` announces."""
         raise NotImplementedError(f"{type(self).__name__} has level(), so it must have shrunk()")
 
 
@@ -89,7 +89,7 @@ class LatentCompressor(Compressor):
         return "layers"
 
     def check(self, channels: int, width: int, patch: tuple[int, int], native: tuple[int, int] | None = None) -> None:
-        """Raises `InvalidOptionError` if it cannot work with a model; called before anything is generated.
+        """Raise `InvalidOptionError` if it cannot work with a model; called before anything is generated.
 
         Args:
             channels: channels of a latent.
@@ -108,7 +108,7 @@ class LatentCompressor(Compressor):
         """Hidden tokens, as many as `span` announces, that stand where patch-embedded tokens stand."""
 
     def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
-        """A latent-space compressor has nothing to do in key/value space."""
+        """Raise `TypeError`: a latent-space compressor works before key/value space."""
         raise TypeError(f"{type(self).__name__} compresses latents, not keys and values")
 
 
@@ -171,7 +171,7 @@ class Selector(Policy, ABC):
 
     @abstractmethod
     def select(self, query: Query, candidates: Candidates) -> Int[Tensor, "batch chosen"]:
-        """Indices of the chosen blocks, `limit` distinct ones a row, in any order. Not called if all are chosen."""
+        """Return indices of the chosen blocks, `limit` distinct ones a row, in any order; not called if all are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +193,7 @@ class Layout:
     chunk_frames: int
 
     def columns(self, part: Part) -> list[int]:
-        """Indices of the blocks of one part."""
+        """Return indices of the blocks of one part."""
         return [column for column, each in enumerate(self.parts) if each == part]
 
 
@@ -232,9 +232,9 @@ class Reindexer(Policy, ABC):
         """Positions for `layout`."""
 
     def check(self, partitioner: Partitioner, chunk_frames: int) -> None:
-        """Raises `InvalidOptionError` if the positions cannot hold this partition."""
+        """Raise `InvalidOptionError` if the positions cannot hold this partition."""
 
 
 def as_indices(values: range, rows: int, device: torch.device) -> Int[Tensor, "rows chosen"]:
-    """The same block indices for every batch row."""
+    """Return the same block indices for every batch row."""
     return torch.arange(values.start, values.stop, device=device).expand(rows, -1)

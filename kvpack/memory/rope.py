@@ -23,7 +23,7 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 def rotations(
     positions: Float[Tensor, "rows tokens 3"] | Float[Tensor, "rows tokens heads 3"], geometry: Geometry
 ) -> Complex[Tensor, "rows tokens one_or_heads half_head_dim"]:
-    """Unit complex numbers that turn a head's channel pairs to (t, y, x) `positions`, which may differ by head.
+    """Return unit complex numbers that turn a head's channel pairs to (t, y, x) `positions`, which may differ by head.
 
     >>> tiny = Geometry(1, 1, 6, (1, 1), (2, 2, 2))
     >>> rotations(torch.zeros(1, 1, 3), tiny).flatten().tolist()

@@ -15,7 +15,7 @@ from kvpack.memory.base import Book, Event, Memory
 from kvpack.memory.blocks import Span
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.layer import Forward, ForwardLayer, LayerCache, check_layers
-from kvpack.memory.ledger import Piece, require_length
+from kvpack.memory.ledger import BlockEntry, require_length
 from kvpack.memory.plan import Plan
 from kvpack.memory.roles import LatentCompressor
 from kvpack.memory.stack_plan import StackPlan
@@ -42,7 +42,7 @@ class Session:
     `finish_commit()`. Only the last one writes history; until then the chunk can be done again. Each of the first two
     returns the layers of its forward. A memory whose `commit` is "last-step" needs no `commit()`: the last denoising
     forward is kept. A chunk shorter than the rest is announced by `expect(frames)`. Of a latent-space compressor, the
-    tokens of `twins_due()` ride in the commit's forward, or each has one of its own after `compress(piece)`.
+    tokens of `pending_compressions()` ride in the commit's forward, or each has one of its own after `compress(piece)`.
 
     Args:
         memory: the policy.
@@ -109,7 +109,7 @@ class Session:
         self.step = step
         return self._announce(step=step, captures=self.stack.commit == "last-step")
 
-    def commit(self, twins: Sequence[Piece] = (), latents: Tensor | None = None) -> tuple[ForwardLayer, ...]:
+    def commit(self, twins: Sequence[BlockEntry] = (), latents: Tensor | None = None) -> tuple[ForwardLayer, ...]:
         """Announce the forward of the clean chunk, whose keys and values become history.
 
         Args:
@@ -123,11 +123,11 @@ class Session:
         self.step = -1
         return self._announce(captures=True, latents=latents, twins=tuple(twins))
 
-    def compress(self, piece: Piece) -> tuple[ForwardLayer, ...]:
+    def compress(self, piece: BlockEntry) -> tuple[ForwardLayer, ...]:
         """Announce the forward of a twin's tokens, in the context that the commit saw; follows the commit's."""
         return self._announce(with_chunk=False, twins=(piece,))
 
-    def twins_due(self) -> tuple[Piece, ...]:
+    def pending_compressions(self) -> tuple[BlockEntry, ...]:
         """Return the pieces of the coming chunk that a latent-space compressor must make twins of."""
         if self.stack.latent_compressor is None:
             return ()
@@ -135,7 +135,7 @@ class Session:
         assert isinstance(plan, StackPlan)
         return tuple(piece for piece in plan.new_pieces if plan.ledger.is_ever_compressed(piece))
 
-    def twin_span(self, piece: Piece) -> Span:
+    def twin_span(self, piece: BlockEntry) -> Span:
         """Return the tokens that will stand for a piece; their times count from the chunk's first frame."""
         compressor = self.stack.latent_compressor
         assert isinstance(compressor, LatentCompressor)
@@ -202,7 +202,7 @@ class Session:
             states = tuple(self.stack.forget(state, tokens) for state in self.past.states)
         self.adopt(Past(self.stack.rewound(self.past.book, frames), states))
 
-    def tell(self, event: Event) -> None:
+    def notify(self, event: Event) -> None:
         """Let the memory know what has happened between two chunks."""
         with memory_call(self.stack, "happened", self.policy_seconds):
             states = tuple(self.stack.happened(state, event) for state in self.past.states)

@@ -2,19 +2,19 @@
 
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from kvpack.errors import InvalidOptionError, PolicyError, require_choice, require_int
+from kvpack.errors import InvalidOptionError, PolicyError, require_bool, require_choice, require_int
 from kvpack.memory.archive import Archive
-from kvpack.memory.attribution import blamed
+from kvpack.memory.attribution import policy_call
 from kvpack.memory.base import Attended, Chunk, Commit, Memory
 from kvpack.memory.blocks import KVBlock, Span, check_block, grid_coordinates
 from kvpack.memory.choice import check_choice, choose
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.ledger import Ledger, Piece
+from kvpack.memory.ledger import BlockEntry, Ledger
 from kvpack.memory.plan import Book, Plan
 from kvpack.memory.roles import (
     Compressor,
@@ -34,8 +34,6 @@ ROLES: dict[str, type[Policy]] = {
     "reindexer": Reindexer,
 }
 
-Selection = Literal["layer", "chunk"]
-
 
 @dataclass(frozen=True)
 class Stack(Memory):
@@ -49,8 +47,8 @@ class Stack(Memory):
         reindexer: temporal positions of everything attended.
         chunk_frames: latent frames generated together; the length that the model was trained with.
         archive_blocks: most compressed blocks kept, the oldest go first, so that memory is bounded; None keeps all.
-        selection: whose queries choose mid blocks: each "layer" its own, or the first layer's once a "chunk" for all
-            layers; for each batch row either way.
+        share_selection: whether the first layer chooses mid blocks for all layers, instead of each its own; for each
+            batch row either way.
         commit: which keys and values of a chunk become history: those of a "rerun" of the clean chunk at t = 0, or
             those of the "last-step" of denoising, which saves a forward but keeps what is left of its noise.
         replay_frames: last latent frames that are computed anew under a new prompt, as far as they are still whole.
@@ -66,7 +64,7 @@ class Stack(Memory):
     reindexer: Reindexer
     chunk_frames: int = 4
     archive_blocks: int | None = 128
-    selection: Selection = "layer"
+    share_selection: bool = False
     commit: Commit = "rerun"  # type: ignore[misc]
     replay_frames: int = 21
 
@@ -79,7 +77,7 @@ class Stack(Memory):
         if self.archive_blocks is not None:
             require_int("archive_blocks", self.archive_blocks)
         require_int("replay_frames", self.replay_frames)
-        require_choice("selection", self.selection, get_args(Selection))
+        require_bool("share_selection", self.share_selection)
         require_choice("commit", self.commit, get_args(Commit))
         self.partitioner.check(self.chunk_frames)
         self.reindexer.check(self.partitioner, self.chunk_frames)
@@ -200,7 +198,7 @@ class Stack(Memory):
         others = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("name", *ROLES)}
         return {"name": self.name, **roles, **others}
 
-    def _compressed(self, piece: Piece, kept: KeptBlock, chunk: Chunk) -> KVBlock:
+    def _compressed(self, piece: BlockEntry, kept: KeptBlock, chunk: Chunk) -> KVBlock:
         """Return what will stand for a block."""
         grid, compressor, first_frame, frames = chunk.geometry.grid, self.compressor, piece.first_frame, piece.frames
         span, keys, values = compressor.span(first_frame, frames, grid), kept.block.keys, kept.block.values
@@ -209,7 +207,7 @@ class Stack(Memory):
         else:
             whole = Span(first_frame, frames, grid_coordinates(frames, grid))
             assert isinstance(chunk.plan, StackPlan)
-            with blamed(compressor, "compress", chunk.plan.ledger.seconds, chunk.layer):
+            with policy_call(compressor, "compress", chunk.plan.ledger.seconds, chunk.layer):
                 block = compressor.compress(KVBlock(keys, values, whole), grid)
         check_block(compressor, block, span, keys, chunk.layer)
         return block

@@ -9,10 +9,10 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from kvpack.errors import PolicyError
-from kvpack.memory.attribution import blamed
+from kvpack.memory.attribution import policy_call
 from kvpack.memory.blocks import grid_coordinates
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.ledger import Ledger, Piece, Step
+from kvpack.memory.ledger import BlockEntry, Ledger, Step
 from kvpack.memory.plan import Book, Plan, at
 from kvpack.memory.roles import Layout, Part, Placement
 from kvpack.memory.rope import rotations, wide_dtype
@@ -117,7 +117,7 @@ class StackPlan(Plan):
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @cached_property
-    def new_pieces(self) -> tuple[Piece, ...]:
+    def new_pieces(self) -> tuple[BlockEntry, ...]:
         """The coming chunk, cut wherever a part will ever begin or end."""
         return self.ledger.new_pieces()
 
@@ -161,7 +161,7 @@ class StackPlan(Plan):
             device: where they are needed.
             own: places of the block's tokens, if they are not the announced ones.
         """
-        piece = Piece(self.book.frames, self.coming) if block is None else self.mid[block]
+        piece = BlockEntry(self.book.frames, self.coming) if block is None else self.mid[block]
         grid = grid_coordinates(self.coming, self.geometry.grid)
         announced = grid if block is None else self.spans[piece.frames].coordinates
         coordinates = announced if own is None else own
@@ -170,7 +170,7 @@ class StackPlan(Plan):
 
     def _place(self, chosen: Tensor | list[int], device: torch.device) -> Placed:
         layout = self._layout(chosen, device)
-        with blamed(self.stack.reindexer, "place", self.ledger.seconds):
+        with policy_call(self.stack.reindexer, "place", self.ledger.seconds):
             given = self.stack.reindexer.place(layout)
         placement = self._checked(layout, given)
         ratios, grid = placement.lengths / layout.frames, self.geometry.grid
@@ -231,7 +231,7 @@ class StackPlan(Plan):
 
     def _limit(self, candidates: int) -> int:
         selector = self.stack.selector
-        with blamed(selector, "limit", self.ledger.seconds):
+        with policy_call(selector, "limit", self.ledger.seconds):
             chosen = selector.limit(candidates)
         if not isinstance(chosen, int) or not 0 <= chosen <= candidates:
             name = type(selector).__name__

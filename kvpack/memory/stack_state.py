@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvpack.memory.archive import Archive
-from kvpack.memory.attribution import blamed
+from kvpack.memory.attribution import policy_call
 from kvpack.memory.base import Attended, Chunk
 from kvpack.memory.blocks import KVBlock, check_block
 from kvpack.memory.choice import doubtful
@@ -97,7 +97,7 @@ def attended_tokens(
         state,
         rotations=shared,
         selected=selected,
-        shared=selected if stack.selection == "chunk" else None,
+        shared=selected if stack.share_selection else None,
         suspect=placed.suspect | doubtful(selected, len(plan.mid)),
     )
 
@@ -153,7 +153,7 @@ def _archived(stack: "Stack", archive: Archive, plan: StackPlan, rows: slice, bl
     keys, values = archive.keys[rows, piece.slot, :tokens], archive.values[rows, piece.slot, :tokens]
     if not level:
         return keys, values
-    with blamed(stack.compressor, "shrunk", plan.ledger.seconds, chunk.layer):
+    with policy_call(stack.compressor, "shrunk", plan.ledger.seconds, chunk.layer):
         shrunk: Any = stack.compressor.shrunk(
             KVBlock(keys, values, plan.spans[piece.frames]), plan.geometry.grid, level
         )

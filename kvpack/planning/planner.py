@@ -9,7 +9,7 @@ from kvpack.errors import InvalidOptionError, require_int
 from kvpack.memory.base import Memory
 from kvpack.memory.costs import LatentShape
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.ledger import Ledger, Piece
+from kvpack.memory.ledger import BlockEntry, Ledger
 from kvpack.memory.roles import LatentCompressor
 from kvpack.memory.stack import Stack
 from kvpack.planning.resident import resident
@@ -178,7 +178,7 @@ def _mid_tokens(geometry: Geometry, stack: Stack, ledger: Ledger, *, attended: b
     ]
 
 
-def _twins(stack: Stack, ledger: Ledger) -> list[Piece]:
+def _twins(stack: Stack, ledger: Ledger) -> list[BlockEntry]:
     """Return the pieces of the chunk after `ledger` that a latent-space compressor makes twins of."""
     if not isinstance(stack.compressor, LatentCompressor):
         return []

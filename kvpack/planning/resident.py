@@ -104,7 +104,7 @@ def _scaled(geometry: Geometry, memory: Memory, chunks: int, batch: int, channel
             for announce in (partial(session.denoise, 0), partial(session.commit, latents=latents)):
                 (layer,) = announce()
                 layer.attend(zeros, zeros, zeros, lambda queries, keys, values: queries)
-            for piece in session.twins_due():
+            for piece in session.pending_compressions():
                 (layer,), twin = session.compress(piece), zeros[:, : session.twin_span(piece).tokens]
                 layer.attend(twin, twin, twin, lambda queries, keys, values: queries)
             session.finish_commit()

@@ -105,7 +105,7 @@ def run_session(
             session.commit()
             out = forward(tokens)
         outputs.append(out)
-        for piece in session.twins_due():
+        for piece in session.pending_compressions():
             session.compress(piece)
             forward(session.twin_span(piece).tokens)
         if inspect is not None:
@@ -115,7 +115,7 @@ def run_session(
 
 
 def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
-    """Tests a policy of one's own against its role's contract; the whole test of a plugin can be this one line.
+    """Test a policy of one's own against its role's contract; the whole test of a plugin can be this one line.
 
     Runs a dozen chunks of random keys through a stack with the policy in it, at sizes that are and that are not
     multiples of the chunk, and checks that it is frozen data, deterministic, independent of the rest of
@@ -156,7 +156,7 @@ def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
 
 
 def check_memory(memory: Memory, most_frames: int | None = None) -> None:
-    """Tests a memory of one's own as `check_policy` does a policy, in a dozen chunks of random keys.
+    """Test a memory of one's own as `check_policy` does a policy, in a dozen chunks of random keys.
 
     Args:
         memory: the memory, with its options set.
@@ -212,7 +212,7 @@ def _check_attended(memory: Memory, most_frames: int | None, session: Session) -
 
 
 def _check_replay(memory: Memory, session: Session) -> None:
-    """Raises `PolicyError` if a chunk attends more or less after a replay than it would have without."""
+    """Raise `PolicyError` if a chunk attends more or less after a replay than it would have without."""
     plain = session.snapshot()
     plan = session.replays()
     if plan:
@@ -229,8 +229,8 @@ def _check_replay(memory: Memory, session: Session) -> None:
     before, after = (each.stats()["attended_tokens"] for each in (plain, session))
     if before != after:
         raise PolicyError(f"{type(memory).__name__} attends {after} tokens after a replay, but {before} without one")
-    session.tell("prompt-changed")
-    session.tell("scene-cut")
+    session.notify("prompt-changed")
+    session.notify("scene-cut")
     run_session(session, 1, batch=2)
 
 

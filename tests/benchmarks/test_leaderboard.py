@@ -41,7 +41,7 @@ def made(monkeypatch) -> list[int]:
         draw = np.random.default_rng(seed)
         for count in (lengths.frames(1), 16 * (seconds - 1)):
             videos = draw.integers(0, 256, (len(scenes), count, 64, 64, 3), np.uint8)
-            yield sources.Piece(videos, np.array([0.5, 64.0, 1e6, float(first)]))
+            yield sources.BlockEntry(videos, np.array([0.5, 64.0, 1e6, float(first)]))
 
     monkeypatch.setattr(rollout, "pieces", pieces)
     return batches

@@ -302,7 +302,7 @@ def test_infinity_rope_flushes_and_cuts():
         ("scene-cut", ([0, 1, 2], 45)),
     ):
         if event:
-            session.tell(event)
+            session.notify(event)
         session.denoise(0)
         forward(session)
         assert attended_frames(session) == places
@@ -318,7 +318,7 @@ def test_infinity_rope_flushes_and_cuts():
 def test_a_flush_leaves_the_last_frames():
     session = Session(InfinityRoPE(window_frames=9), TINY)
     run_session(session, 4)
-    session.tell("prompt-changed")
+    session.notify("prompt-changed")
     session.denoise(0)
     forward(session)
     assert attended_frames(session) == ([0, 1, 2], 3)

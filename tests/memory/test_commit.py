@@ -166,7 +166,7 @@ def test_every_stack_takes_it_and_gives_it_back_as_data(name):
     assert stack.commit == "last-step"
     assert stack.to_dict()["commit"] == "last-step"
     assert stack_from_dict(stack.to_dict()) == stack
-    old = {key: value for key, value in stack.to_dict().items() if key not in ("commit", "selection")}
+    old = {key: value for key, value in stack.to_dict().items() if key not in ("commit", "share_selection")}
     assert stack_from_dict(old).commit == "rerun"
 
 

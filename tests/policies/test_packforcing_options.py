@@ -61,7 +61,7 @@ def test_nothing_is_archived_that_is_never_attended(compressor):
     assert stats["archive_blocks"] == stats["archive_bytes"] == 0
     assert archive_bytes(session) == 0
     assert not any(twin for layer in range(2) for twin in twins(session, layer))
-    assert session.twins_due() == ()
+    assert session.pending_compressions() == ()
 
 
 def test_a_block_that_is_not_kept_is_not_written():
@@ -73,9 +73,9 @@ def test_a_block_that_is_not_kept_is_not_written():
     assert ledger.archive == ()
 
 
-def choices(selection, **options):
+def choices(shared, **options):
     """What every layer and row chose, chunk by chunk."""
-    stack = registry().stack("packforcing", {"topk": 2, "selection": selection, **options})
+    stack = registry().stack("packforcing", {"topk": 2, "share_selection": shared, **options})
     session, made = Session(stack, replace(TINY, layers=3)), []
     for seed in range(12):
         run_session(session, 1, batch=2, seed=seed)
@@ -89,8 +89,8 @@ def choices(selection, **options):
     "options", [{}, {"reindexer": "absolute"}, {"sink_frames": 7, "recent_frames": 5, "chunk_frames": 3}]
 )
 def test_selection_by_layer_or_by_chunk(options):
-    chunk, layer = choices("chunk", **options), choices("layer", **options)
-    assert layer == choices("layer", **options)
+    chunk, layer = choices(True, **options), choices(False, **options)
+    assert layer == choices(False, **options)
     for shared, own in zip(chunk, layer, strict=True):
         assert shared == [own[0]] * 3
     assert any(own[0] != own[1] for own in layer)
@@ -99,11 +99,11 @@ def test_selection_by_layer_or_by_chunk(options):
 
 def test_by_layer_is_the_default_and_both_come_back_from_data():
     default = registry().stack("packforcing", {})
-    assert default.selection == default.to_dict()["selection"] == "layer"
-    shared = registry().stack("packforcing", {"selection": "chunk"})
-    assert stack_from_dict(shared.to_dict()) == shared != replace(shared, selection="layer")
-    with pytest.raises(InvalidOptionError, match="selection must be one of layer, chunk, got 'head'"):
-        replace(default, selection="head")
+    assert default.share_selection is default.to_dict()["share_selection"] is False
+    shared = registry().stack("packforcing", {"share_selection": True})
+    assert stack_from_dict(shared.to_dict()) == shared != replace(shared, share_selection=False)
+    with pytest.raises(InvalidOptionError, match="share_selection must be True or False, got 'head'"):
+        replace(default, share_selection="head")
 
 
 def test_the_paper_s_constants_are_fixed():
@@ -117,7 +117,7 @@ def test_the_paper_s_constants_are_fixed():
         ContiguousReindexer(),
         4,
         None,
-        "layer",
+        False,
         "rerun",
     )
     with pytest.raises(InvalidOptionError, match="no option of stack packforcing-paper named 'topk'"):

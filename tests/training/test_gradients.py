@@ -84,12 +84,12 @@ def predictions(pipe, stack, buffer, timesteps=(900.0, 500.0), visit=lambda roll
 
 
 @pytest.mark.parametrize("reindexer", ["contiguous", "fit", "absolute"])
-@pytest.mark.parametrize("selection", ["layer", "chunk"])
-def test_gradients_are_those_of_finite_differences(reindexer, selection, pipe, module, monkeypatch):
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_are_those_of_finite_differences(reindexer, shared, pipe, module, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the stock norms compute in float32
     # A graph spans one chunk: what a commit saw of twins has no gradient, and must not see any to compare.
     trained = {"train_frames": 8} if reindexer == "fit" else {}
-    stack = stack_of(module, selector=OneOfTwo(1), topk=None, reindexer=reindexer, **trained, selection=selection)
+    stack = stack_of(module, selector=OneOfTwo(1), topk=None, reindexer=reindexer, **trained, share_selection=shared)
     weights = [torch.randn(2, 16, 2, *SIZE, generator=torch.Generator().manual_seed(s)).double() for s in (2, 3)]
 
     def total():
