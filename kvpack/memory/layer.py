@@ -211,7 +211,9 @@ class LayerCache:
         self.context = self._laid_out(attended, like, chunk)
         self.signs = signs(attended, deeply=not memory.in_place)
         if memory.in_place and isinstance(attended.tokens, tuple):  # they lie in the arena now
-            attended = replace(attended, tokens=tuple(each.without_data() for each in attended.tokens))
+            nothing = like.new_empty(like.shape[0], 0, *like.shape[2:])
+            places = tuple(Tokens(nothing, nothing, each.coordinates) for each in attended.tokens)
+            attended = replace(attended, tokens=places)
         self.attended, self._settled, self.selected = attended, forward.settled, attended.selected
         if memory.in_place or not forward.step or not self.lengths:
             self.lengths = self.context.lengths

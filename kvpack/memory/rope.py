@@ -5,6 +5,7 @@ frame 40,000.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from jaxtyping import Complex, Float
@@ -35,12 +36,16 @@ def rotations(
 
 
 def _angles(places: Float[Tensor, "rows tokens one_or_heads 3"], geometry: Geometry) -> Tensor:
-    wide = wide_dtype(places.device)
-    parts = []
-    for axis, width in enumerate(geometry.rope_split):
-        exponents = torch.arange(0, width, 2, device=places.device, dtype=wide) / width
-        parts.append(places[..., axis, None].to(wide) * geometry.rope_theta**-exponents)
-    return torch.cat(parts, dim=-1)
+    wide = places.to(wide_dtype(places.device))
+    each = _frequencies(geometry.rope_split, geometry.rope_theta, places.device)
+    return torch.cat([wide[..., axis, None] * frequencies for axis, frequencies in enumerate(each)], dim=-1)
+
+
+@lru_cache(maxsize=16)
+def _frequencies(split: tuple[int, ...], theta: float, device: torch.device) -> tuple[Tensor, ...]:
+    """Return radians that a step along each of (t, y, x) turns its channel pairs."""
+    ranges = [torch.arange(0, width, 2, device=device, dtype=wide_dtype(device)) / width for width in split]
+    return tuple(theta**-exponents for exponents in ranges)
 
 
 def rotate(
