@@ -53,14 +53,15 @@ def rotate(
     turns: Complex[Tensor, "rows tokens one_or_heads half_head_dim"],
     out: Float[Tensor, "batch tokens heads head_dim"] | None = None,
 ) -> Float[Tensor, "batch tokens heads head_dim"]:
-    """Rotates queries or keys (interleaved pairs) in float32 or wider and rounds once; writes into `out` if given.
+    """Rotate queries or keys (interleaved pairs) in float32 or wider and rounds once; writes into `out` if given.
 
     Gradients pass where `out` is not given.
     """
     vectors = vectors if vectors.stride(-1) == 1 else vectors.contiguous()
     if out is None and torch.is_grad_enabled() and vectors.requires_grad:
         wide = vectors if vectors.dtype == torch.float64 else vectors.float()
-        return torch.view_as_real(_as_complex(wide) * turns).flatten(-2).to(vectors.dtype)
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turns).flatten(-2).to(vectors.dtype)
     out = torch.empty_like(vectors) if out is None else out
     if out.dtype == vectors.dtype == torch.float32:
         torch.mul(_as_complex(vectors), turns, out=_as_complex(out))
@@ -78,7 +79,8 @@ def rotate(
 
 
 def _as_complex(vectors: Tensor) -> Tensor:
-    return torch.view_as_complex(vectors.unflatten(-1, (-1, 2)))
+    """Return a view of interleaved pairs as complex numbers; no gradient passes."""
+    return vectors.view(torch.complex128 if vectors.dtype == torch.float64 else torch.complex64)
 
 
 def joined_places(parts: Sequence[Tensor]) -> Tensor:

@@ -123,7 +123,7 @@ class StackPlan(Plan):
     @cached_property
     def step(self) -> Step:
         """What the commit does to the pieces."""
-        return self.ledger.commit() if self.aim is None else self.ledger.replayed(self.aim)
+        return self.ledger.commit(self.new_pieces) if self.aim is None else self.ledger.replayed(self.aim)
 
     @property
     def after(self) -> StackBook:
