@@ -4,8 +4,8 @@ Angles come from theta, never from a table, in float64 where the device has it: 
 frame 40,000.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 
 import torch
 from jaxtyping import Complex, Float
@@ -63,6 +63,9 @@ def rotate(
         pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * turns).flatten(-2).to(vectors.dtype)
     out = torch.empty_like(vectors) if out is None else out
+    kernel = _kernel() if vectors.is_cuda and vectors.element_size() <= 4 and out.dtype == vectors.dtype else None
+    if kernel is not None:
+        return kernel(vectors, turns, out)
     if out.dtype == vectors.dtype == torch.float32:
         torch.mul(_as_complex(vectors), turns, out=_as_complex(out))
         return out
@@ -76,6 +79,16 @@ def rotate(
         _as_complex(part).mul_(turns[:, some])
         out[:, some].copy_(part)
     return out
+
+
+@cache
+def _kernel() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Return what rotates in one pass on CUDA, if Triton is there, as it is with torch for CUDA on Linux."""
+    try:
+        from kvpack.memory.rotation_kernel import rotate_pairs
+    except ImportError:
+        return None
+    return rotate_pairs
 
 
 def _as_complex(vectors: Tensor) -> Tensor:
