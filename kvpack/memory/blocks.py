@@ -50,6 +50,11 @@ class KVBlock:
     values: Float[Tensor, "batch tokens heads head_dim"]
     span: Span
 
+    @property
+    def own_places(self) -> Tensor | None:
+        """Coordinates of the tokens, if they depend on the data: other ones in each row, layer or head."""
+        return self.span.coordinates if self.span.coordinates.ndim > 2 else None
+
 
 @dataclass(frozen=True, eq=False)
 class LatentChunk:

@@ -159,14 +159,16 @@ class Stack(Memory):
             whole.append(KeptBlock(piece.first_frame * each, chunk.tokens.block.part(cut), chunk.twins.get(piece)))
         pieces = (*plan.ledger.whole, *plan.new_pieces)
         leaving = [(slot, self._compressed(pieces[i], whole[i], chunk)) for i, slot in plan.step.leaving]
+        for slot, block in leaving:
+            self._check_places(block, state.archive, chunk.layer)
+            state.archive.reserve(slot, block.keys, block.own_places)
         tokens = state.tokens + len(chunk.tokens)
         return StackState(tuple(whole[i] for i in plan.step.kept), state.archive, tokens, tuple(leaving))
 
     def written(self, state: StackState) -> StackState:
         """Put blocks into slots, of which nothing of the past before is needed any more."""
         for slot, block in state.leaving:
-            own = block.span.coordinates if block.span.coordinates.ndim > 2 else None
-            state.archive.write(slot, block.keys, block.values, own)
+            state.archive.write(slot, block.keys, block.values, block.own_places)
         return replace(state, leaving=()) if state.leaving else state
 
     def forget(self, state: StackState, tokens: int) -> StackState:
@@ -211,6 +213,13 @@ class Stack(Memory):
                 block = compressor.compress(KVBlock(keys, values, whole), grid)
         check_block(compressor, block, span, keys, chunk.layer)
         return block
+
+    def _check_places(self, block: KVBlock, archive: Archive, layer: int) -> None:
+        if archive.slots and (archive.coordinates is None) != (block.own_places is None):
+            raise PolicyError(
+                f"{type(self.compressor).__name__}.compress gave some blocks of layer {layer} places of their own and "
+                "others the announced ones; give all blocks, or none, coordinates with an axis of rows"
+            )
 
 
 def _policy_dict(policy: Policy) -> dict[str, Any]:

@@ -114,7 +114,8 @@ class Arena:
             if id(block) not in wanted:
                 block.move_out(self)
         shape = (like.shape[0], tokens, *like.shape[2:])
-        fits = self.keys.ndim == 4 and self.keys.shape[1] >= tokens and self.keys.shape[::2] == shape[::2]
+        fits = self.keys.ndim == 4 and self.keys.shape[1] >= tokens
+        fits = fits and (self.keys.shape[0], *self.keys.shape[2:]) == (shape[0], *shape[2:])
         if not fits or self.keys.dtype != like.dtype or self.keys.device != like.device:
             self._grow(blocks, shape, like)
         else:
