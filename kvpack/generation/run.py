@@ -228,12 +228,17 @@ class Run(ABC):
         denoiser.check_finite(latents, index)
         return latents
 
-    def set_prompt(self, prompt: Prompt, *, cut: bool = False) -> None:
+    def set_prompt(self, prompt: Prompt | None, *, cut: bool = False) -> None:
         """Go on under another prompt, or in another scene; what a schedule says for later still holds.
+
+        None is the prompt in force, with which a cut computes anew what it would under any other.
 
         Raises:
             InvalidOptionError: if it is not for as many videos as the prompt before.
         """
+        if prompt is None:
+            self._set_prompt(self.denoiser.conditioning, cut)
+            return
         (shot,) = shots([(0, prompt)])
         self._set_prompt(self._later(shot), cut)
 

@@ -1,7 +1,6 @@
 """What an enabled pipeline can do more than a stock one; `enable` gives it this class under its own name."""
 
 import inspect
-from collections.abc import Generator
 from contextlib import nullcontext
 from functools import wraps
 from typing import Any
@@ -10,12 +9,11 @@ from diffusers import DiffusionPipeline
 
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.generation.adapter import Adapter
-from kvpack.generation.prompts import Prompt
-from kvpack.generation.run import Run
 from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
 from kvpack.memory.session import Session
-from kvpack.pipeline.calls import Enabled, bound, frames, output, running, start
+from kvpack.pipeline.calls import Enabled, bound, output, running, start
+from kvpack.pipeline.stream import Stream
 from kvpack.plugins.registry import registry
 
 
@@ -66,7 +64,7 @@ class PackForcing:
         enabled = self._pipeline._kvpack
         return enabled.last if enabled.run is None else enabled.run.stats()
 
-    def stream(self, *args: Any, **kwargs: Any) -> "Stream":
+    def stream(self, *args: Any, **kwargs: Any) -> Stream:
         """Generate without end, or `num_frames`, and yields each chunk's frames as soon as they are decoded.
 
         Takes the arguments of the pipeline's call. Between two chunks the pipeline is the stock one, and memory does
@@ -74,51 +72,12 @@ class PackForcing:
 
         Returns:
             An iterator over frames in the call's `output_type`, batch first: `[batch, frames, height, width, 3]` for
-            "np". Its `send(prompt)` goes on under another prompt.
+            "np". Its `send(prompt)` goes on under another prompt, and `with` ends it with the block.
         """
         taken = inspect.signature(self._pipeline._kvpack_base.__call__).parameters
         endless = {"num_frames": None} if "num_frames" in taken else {}
         arguments = bound(self._pipeline, args, {**endless, **kwargs})
         return Stream(self._pipeline, start(self._pipeline, arguments, streaming=True))
-
-
-class Stream(Generator[Any, Prompt | None, None]):
-    """Frames of a generation, chunk by chunk.
-
-    Args:
-        pipeline: an enabled pipeline.
-        run: its generation.
-    """
-
-    def __init__(self, pipeline: Any, run: Run) -> None:
-        self._run, self._frames = run, frames(pipeline, run)
-        #: Chunks of the whole video, as far as they can be counted.
-        self.chunks = run.count
-
-    def send(self, prompt: Prompt | None, *, cut: bool = False) -> Any:
-        """Return the next chunk's frames, under another prompt unless it is None.
-
-        The prompt holds at once, and what the stack keeps of the last frames is computed anew with it.
-
-        Args:
-            prompt: for this chunk and those behind it: a text, one for each video, or text embeddings.
-            cut: whether another scene begins.
-
-        Raises:
-            InvalidOptionError: if it is not for as many videos as the prompt before.
-            StopIteration: if all frames are there.
-        """
-        if prompt is not None:
-            self._run.set_prompt(prompt, cut=cut)
-        return next(self._frames)
-
-    def throw(self, *error: Any) -> Any:
-        """End the generation with an error."""
-        return self._frames.throw(*error)
-
-    def close(self) -> None:
-        """End the generation."""
-        self._frames.close()
 
 
 class PackForcingMixin:

@@ -120,6 +120,25 @@ def test_a_stream_takes_the_next_prompt():
     assert pipe.packforcing.sessions == {}
 
 
+@pytest.mark.parametrize("name", ["infinity-rope", "krea", "longlive", "packforcing"])
+def test_a_cut_under_the_prompt_in_force_is_that_prompt_spoken_again(name):
+    pipe = pipeline(name)
+    frames = 4 * pipe.packforcing.stack.chunk_frames
+
+    def after(turn):
+        with pipe.packforcing.stream(FOX, num_frames=4 * frames - 3, generator=seeded(), **CALL) as stream:
+            return [next(stream), next(stream), turn(stream), next(stream)][2:]
+
+    cut, spoken, plain = (
+        after(lambda stream: stream.send(None, cut=True)),
+        after(lambda stream: stream.send(FOX, cut=True)),
+        after(lambda stream: stream.send(None)),
+    )
+    assert all(torch.equal(*each) for each in zip(cut, spoken, strict=True))
+    if name == "infinity-rope":  # a cut has a meaning of its own there
+        assert not torch.allclose(cut[0], plain[0], atol=1e-2)
+
+
 def test_a_prompt_of_another_batch_changes_nothing():
     pipe = pipeline("self-forcing", chunk_frames=1, window_frames=3, sink_frames=1)
     stream = pipe.packforcing.stream(FOX, num_frames=9, generator=seeded(), **CALL)
