@@ -16,6 +16,7 @@ from kvpack.adapters.anyflow_far.denoiser import AnyFlowFARDenoiser
 from kvpack.adapters.offload import onload
 from kvpack.adapters.wan.conditioning import expand_batch
 from kvpack.adapters.wan.run import WanRun
+from kvpack.adapters.wan.vae import require_vae
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError
 from kvpack.generation.chunks import with_chunk_frames
 from kvpack.media.pixels import video_pixels
@@ -67,6 +68,7 @@ class AnyFlowFARRun(WanRun):
         given, pipeline = self.call["video_latents"], self.pipeline
         if self.call["video"] is not None:
             height, width = self.frame_size()
+            require_vae(pipeline.vae, "video=")
             onload(pipeline.vae)
             with torch.no_grad():
                 given = pipeline.encode_video(self.call["video"], height=height, width=width)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpack.checkpoints.config import Settings, frame_rate, require_model_folder
+from kvpack.checkpoints.experts import require_one_in_index
 from kvpack.checkpoints.recipes import RECIPES, Recipe
 from kvpack.checkpoints.text import read_text
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, unknown_name
@@ -115,8 +116,7 @@ def from_folder(name: Path) -> ModelDescription:
     """
     folder = require_model_folder(name, only=["*.json"])
     index = _read(folder / "model_index.json")
-    if any(index.get("transformer_2") or ()):
-        raise UnsupportedPipelineError(f"kvpack drives one causal transformer, but {folder} has transformer_2 as well")
+    require_one_in_index(folder, index)
     absent = [None, None]  # what diffusers writes for an optional part
     configs = {
         part: {} if index.get(part) == absent else _read(folder / part / "config.json")

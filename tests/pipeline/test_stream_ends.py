@@ -69,10 +69,15 @@ def test_with_ends_a_stream(pipe):
     assert pipe.packforcing.sessions == {}
     with pytest.raises(StopIteration):
         next(stream)
-    with pytest.raises(ZeroDivisionError), pipe.packforcing.stream(**CALL) as stream:
+    with pytest.raises(ZeroDivisionError):
+        fail_inside(pipe.packforcing.stream(**CALL))
+    assert pipe.packforcing.sessions == {}
+
+
+def fail_inside(stream):
+    with stream:
         next(stream)
         raise ZeroDivisionError
-    assert pipe.packforcing.sessions == {}
 
 
 def test_a_dropped_stream_ends(pipe):
