@@ -49,6 +49,10 @@ class GradientError(KVPackError, RuntimeError):
     """Generation ran with gradients enabled; recomputation would commit a chunk twice."""
 
 
+class BusyPipelineError(KVPackError, RuntimeError):
+    """Two threads use one pipeline at a time."""
+
+
 class OutputError(KVPackError, OSError):
     """A file that cannot be written."""
 

@@ -272,12 +272,12 @@ class Run(ABC):
         self.adapter.check(self.pipeline)  # again for each chunk: anything may be switched on between two of them
         if self.streaming:
             self.denoiser.forget_prompt()
-        enabled.driving = self
+        before, enabled.driving = enabled.driving, self
         try:
             with self.denoiser.seam():
                 yield
         finally:
-            enabled.driving = None
+            enabled.driving = before
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the pixels in [-1, 1] of the video's next latents."""

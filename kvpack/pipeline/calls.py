@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvpack.generation.adapter import Adapter
 from kvpack.generation.run import Run
+from kvpack.generation.threads import one_thread
 from kvpack.memory.base import Memory
 
 
@@ -70,6 +71,11 @@ def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> Run:
     return enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
 
 
+def alone(pipeline: Any) -> AbstractContextManager[None]:
+    """Keep other threads out of the pipeline's transformer for the length of a block, with `BusyPipelineError`."""
+    return one_thread(getattr(pipeline, "transformer", None))
+
+
 @contextmanager
 def running(pipeline: Any, run: Run) -> Iterator[None]:
     """Make a run the pipeline's generation in progress; at the end free what it holds and keep its stats."""
@@ -91,14 +97,19 @@ def frames(pipeline: Any, run: Run) -> Generator[Any, None, None]:
             yield chunk.latents if chunk.pixels is None else run.postprocess(chunk.pixels)
 
 
-def output(run: Run, latents: list[Tensor], frames: list[Any]) -> Any:
-    """Return what the pipeline's call returns, all chunks in it.
+def whole(pipeline: Any, run: Run) -> Any:
+    """Return what the pipeline's call returns, all chunks in it."""
+    latents, frames = [], []
+    with running(pipeline, run):
+        for chunk in run.chunks():
+            latents.append(chunk.latents)
+            if chunk.pixels is not None:
+                frames.append(run.postprocess(chunk.pixels))
+        return _output(run, latents, frames)
 
-    Args:
-        run: the generation.
-        latents: of each chunk.
-        frames: of each chunk in the call's `output_type`; empty if none are decoded yet.
-    """
+
+def _output(run: Run, latents: list[Tensor], frames: list[Any]) -> Any:
+    """Return what the call returns around the chunks; there are no frames if none are decoded yet."""
     if run.output_type == "latent":
         return run.output(torch.cat(latents, dim=2))
     # Decoded after the loop, when the transformer is done, unless the compressor needed the pixels anyway.

@@ -12,7 +12,7 @@ from kvpack.generation.adapter import Adapter
 from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
 from kvpack.memory.session import Session
-from kvpack.pipeline.calls import Enabled, bound, output, running, start
+from kvpack.pipeline.calls import Enabled, alone, bound, start, whole
 from kvpack.pipeline.stream import Stream
 from kvpack.plugins.registry import registry
 
@@ -77,7 +77,8 @@ class PackForcing:
         taken = inspect.signature(self._pipeline._kvpack_base.__call__).parameters
         endless = {"num_frames": None} if "num_frames" in taken else {}
         arguments = bound(self._pipeline, args, {**endless, **kwargs})
-        return Stream(self._pipeline, start(self._pipeline, arguments, streaming=True))
+        with alone(self._pipeline):
+            return Stream(self._pipeline, start(self._pipeline, arguments, streaming=True))
 
 
 class PackForcingMixin:
@@ -122,13 +123,8 @@ def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "_kvpack" not in self.__dict__:
             return base.__call__(self, *args, **kwargs)
-        run, latents, frames = start(self, bound(self, args, kwargs), streaming=False), [], []
-        with running(self, run):
-            for chunk in run.chunks():
-                latents.append(chunk.latents)
-                if chunk.pixels is not None:
-                    frames.append(run.postprocess(chunk.pixels))
-            return output(run, latents, frames)
+        with alone(self):
+            return whole(self, start(self, bound(self, args, kwargs), streaming=False))
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (PackForcingMixin, base), {**names, "__call__": call, "_kvpack_base": base})

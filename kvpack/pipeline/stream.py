@@ -6,7 +6,7 @@ from typing import Any
 
 from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
-from kvpack.pipeline.calls import frames
+from kvpack.pipeline.calls import alone, frames
 
 
 class Stream(Generator[Any, Prompt | None, None]):
@@ -21,7 +21,7 @@ class Stream(Generator[Any, Prompt | None, None]):
     """
 
     def __init__(self, pipeline: Any, run: Run) -> None:
-        self._run, self._frames = run, frames(pipeline, run)
+        self._pipeline, self._run, self._frames = pipeline, run, frames(pipeline, run)
         # Before modules are torn down, which closing needs; a generator that is left to the interpreter comes after.
         self._end = weakref.finalize(self, _close, self._frames)
         #: Chunks of the whole video, as far as they can be counted.
@@ -46,11 +46,13 @@ class Stream(Generator[Any, Prompt | None, None]):
 
         Raises:
             InvalidOptionError: if it is not for as many videos as the prompt before.
+            BusyPipelineError: if another thread is generating with the pipeline.
             StopIteration: if all frames are there.
         """
-        if prompt is not None or cut:
-            self._run.set_prompt(prompt, cut=cut)
-        return next(self._frames)
+        with alone(self._pipeline):
+            if prompt is not None or cut:
+                self._run.set_prompt(prompt, cut=cut)
+            return next(self._frames)
 
     def throw(self, *error: Any) -> Any:
         """End the generation with an error."""
