@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.anyflow.pipeline_output import AnyFlowPipelineOutput
-from diffusers.utils import logging
 from torch import Tensor
 
 from kvpack.adapters.anyflow_far.chunks import Chunks
@@ -19,10 +18,11 @@ from kvpack.adapters.wan.run import WanRun
 from kvpack.adapters.wan.vae import require_vae
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError
 from kvpack.generation.chunks import with_chunk_frames
+from kvpack.logging import get_logger
 from kvpack.media.pixels import video_pixels
 from kvpack.memory.base import Memory
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class AnyFlowFARRun(WanRun):

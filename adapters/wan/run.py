@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
-from diffusers.utils import logging
 from torch import Tensor
 
 from kvpack.adapters.wan.conditioning import check_conditioning, conditioning_latents
@@ -16,9 +15,10 @@ from kvpack.adapters.wan.vae import StreamingDecoder, WholeDecoder, is_own, requ
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, require_choice, require_int
 from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
+from kvpack.logging import get_logger
 from kvpack.memory.geometry import Geometry
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class WanRun(Run):

@@ -231,16 +231,13 @@ class Run(ABC):
     def set_prompt(self, prompt: Prompt | None, *, cut: bool = False) -> None:
         """Go on under another prompt, or in another scene; what a schedule says for later still holds.
 
-        None is the prompt in force, with which a cut computes anew what it would under any other.
+        A cut under None, the prompt in force, is as if it were spoken again.
 
         Raises:
             InvalidOptionError: if it is not for as many videos as the prompt before.
         """
-        if prompt is None:
-            self._set_prompt(self.denoiser.conditioning, cut)
-            return
-        (shot,) = shots([(0, prompt)])
-        self._set_prompt(self._later(shot), cut)
+        spoken = None if prompt is None else self._later(shots([(0, prompt)])[0])
+        self._set_prompt(spoken or self.denoiser.conditioning, cut)
 
     @torch.no_grad()
     def _set_prompt(self, conditioning: dict[str, Any], cut: bool) -> None:

@@ -15,6 +15,7 @@ from kvpack.generation.adapter import Adapter
 from kvpack.generation.run import Run
 from kvpack.generation.threads import one_thread
 from kvpack.memory.base import Memory
+from kvpack.pipeline.progress import OnChunk, reported
 
 
 @dataclass
@@ -40,6 +41,15 @@ class Enabled:
     fps: float = 16.0
     first_chunk_frames: int | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if self.run is not None:
+            stats, of = self.run.stats(), "" if self.run.count is None else f" of {self.run.count}"
+            held = f"{stats.get('resident_bytes', 0) / 1e6:.4g} MB held"
+            state = f"{stats['chunks']} chunks{of} are committed, {held}"
+        else:
+            state = f"the last generation had {self.last['chunks']} chunks" if self.last else "nothing generated yet"
+        return f"{self.stack.name}, chunks of {self.stack.chunk_frames} latent frames, {self.fps:g} fps; {state}"
 
     def as_kwargs(self) -> dict[str, Any]:
         """Return what copies take along: all but generations."""
@@ -90,18 +100,18 @@ def running(pipeline: Any, run: Run) -> Iterator[None]:
         enabled.last = run.stats()
 
 
-def frames(pipeline: Any, run: Run) -> Generator[Any, None, None]:
+def frames(pipeline: Any, run: Run, on_chunk: OnChunk | None = None) -> Generator[Any, None, None]:
     """Yield each chunk's frames in the call's `output_type`."""
     with running(pipeline, run):
-        for chunk in run.chunks():
+        for chunk in reported(run, on_chunk):
             yield chunk.latents if chunk.pixels is None else run.postprocess(chunk.pixels)
 
 
-def whole(pipeline: Any, run: Run) -> Any:
+def whole(pipeline: Any, run: Run, on_chunk: OnChunk | None = None) -> Any:
     """Return what the pipeline's call returns, all chunks in it."""
     latents, frames = [], []
     with running(pipeline, run):
-        for chunk in run.chunks():
+        for chunk in reported(run, on_chunk):
             latents.append(chunk.latents)
             if chunk.pixels is not None:
                 frames.append(run.postprocess(chunk.pixels))

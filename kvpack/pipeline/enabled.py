@@ -13,6 +13,7 @@ from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
 from kvpack.memory.session import Session
 from kvpack.pipeline.calls import Enabled, alone, bound, start, whole
+from kvpack.pipeline.progress import OnChunk, require_callback
 from kvpack.pipeline.stream import Stream
 from kvpack.plugins.registry import registry
 
@@ -64,11 +65,19 @@ class PackForcing:
         enabled = self._pipeline._kvpack
         return enabled.last if enabled.run is None else enabled.run.stats()
 
-    def stream(self, *args: Any, **kwargs: Any) -> Stream:
+    def __repr__(self) -> str:
+        return f"<packforcing of {type(self._pipeline).__name__}: {self._pipeline._kvpack}>"
+
+    def stream(self, *args: Any, on_chunk: OnChunk | None = None, **kwargs: Any) -> Stream:
         """Generate without end, or `num_frames`, and yields each chunk's frames as soon as they are decoded.
 
         Takes the arguments of the pipeline's call. Between two chunks the pipeline is the stock one, and memory does
         not grow but for the archive of compressed blocks (see `archive_blocks`).
+
+        Args:
+            args: of the pipeline's call.
+            on_chunk: called with a `Progress` behind each chunk, as the pipeline's own call does with its `on_chunk`.
+            kwargs: of the pipeline's call.
 
         Returns:
             An iterator over frames in the call's `output_type`, batch first: `[batch, frames, height, width, 3]` for
@@ -77,8 +86,9 @@ class PackForcing:
         taken = inspect.signature(self._pipeline._kvpack_base.__call__).parameters
         endless = {"num_frames": None} if "num_frames" in taken else {}
         arguments = bound(self._pipeline, args, {**endless, **kwargs})
+        require_callback(on_chunk)
         with alone(self._pipeline):
-            return Stream(self._pipeline, start(self._pipeline, arguments, streaming=True))
+            return Stream(self._pipeline, start(self._pipeline, arguments, streaming=True), on_chunk)
 
 
 class PackForcingMixin:
@@ -123,8 +133,9 @@ def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "_kvpack" not in self.__dict__:
             return base.__call__(self, *args, **kwargs)
+        on_chunk = require_callback(kwargs.pop("on_chunk", None))
         with alone(self):
-            return whole(self, start(self, bound(self, args, kwargs), streaming=False))
+            return whole(self, start(self, bound(self, args, kwargs), streaming=False), on_chunk)
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (PackForcingMixin, base), {**names, "__call__": call, "_kvpack_base": base})

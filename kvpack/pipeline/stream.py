@@ -7,6 +7,7 @@ from typing import Any
 from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
 from kvpack.pipeline.calls import alone, frames
+from kvpack.pipeline.progress import OnChunk
 
 
 class Stream(Generator[Any, Prompt | None, None]):
@@ -18,10 +19,11 @@ class Stream(Generator[Any, Prompt | None, None]):
     Args:
         pipeline: an enabled pipeline.
         run: its generation.
+        on_chunk: called with a `Progress` behind each chunk.
     """
 
-    def __init__(self, pipeline: Any, run: Run) -> None:
-        self._pipeline, self._run, self._frames = pipeline, run, frames(pipeline, run)
+    def __init__(self, pipeline: Any, run: Run, on_chunk: OnChunk | None = None) -> None:
+        self._pipeline, self._run, self._frames = pipeline, run, frames(pipeline, run, on_chunk)
         # Before modules are torn down, which closing needs; a generator that is left to the interpreter comes after.
         self._end = weakref.finalize(self, _close, self._frames)
         #: Chunks of the whole video, as far as they can be counted.
