@@ -229,9 +229,7 @@ class Run(ABC):
         return latents
 
     def set_prompt(self, prompt: Prompt | None, *, cut: bool = False) -> None:
-        """Go on under another prompt, or in another scene; what a schedule says for later still holds.
-
-        A cut under None, the prompt in force, is as if it were spoken again.
+        """Go on under another prompt (None: the one in force) or scene; what a schedule says for later still holds.
 
         Raises:
             InvalidOptionError: if it is not for as many videos as the prompt before.

@@ -115,7 +115,7 @@ def run_session(
     return outputs
 
 
-def check_policy(policy: Policy | Any, chunk_frames: int = 4) -> None:
+def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
     """Test a policy of one's own against its role's contract; the whole test of a plugin can be this one line.
 
     Runs a dozen chunks of random keys through a stack with the policy in it, at sizes that are and that are not
@@ -158,7 +158,7 @@ def check_policy(policy: Policy | Any, chunk_frames: int = 4) -> None:
         _check_tokens(policy, chunk_frames)
 
 
-def check_memory(memory: Memory | Any, most_frames: int | None = None) -> None:
+def check_memory(memory: Memory, most_frames: int | None = None) -> None:
     """Test a memory of one's own as `check_policy` does a policy, in a dozen chunks of random keys.
 
     Args:
