@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvpack.errors import plain
 from kvpack.generation.adapter import Adapter
 from kvpack.generation.run import Run
 from kvpack.generation.threads import one_thread
@@ -72,7 +73,7 @@ def bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     settings = {name: value for name, value in pipeline._kvpack.call.items() if name in bound.arguments}
     arguments = {**bound.arguments, **settings, **given}
     del arguments["self"]
-    return arguments
+    return {name: plain(value) for name, value in arguments.items()}
 
 
 def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> Run:

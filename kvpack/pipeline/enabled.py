@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
+from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, plain
 from kvpack.generation.adapter import Adapter
 from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
@@ -50,6 +50,7 @@ class PackForcing:
 
     @first_chunk_frames.setter
     def first_chunk_frames(self, frames: int | None) -> None:
+        frames = plain(frames)
         if frames is not None:
             require_length(frames, self.stack.chunk_frames)
         self._pipeline._kvpack.first_chunk_frames = frames
