@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvpack.errors import plain
 from kvpack.generation.adapter import Adapter
+from kvpack.generation.chunks import require_generators
 from kvpack.generation.run import Run
 from kvpack.generation.threads import one_thread
 from kvpack.memory.base import Memory
@@ -78,6 +79,7 @@ def bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 
 def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> Run:
     """Start a generation with these arguments."""
+    require_generators(arguments.get("generator"))
     enabled = pipeline._kvpack
     return enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
 

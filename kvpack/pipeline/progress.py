@@ -62,7 +62,7 @@ def require_callback(on_chunk: Any) -> OnChunk | None:
 
 
 def reported(run: Run, on_chunk: OnChunk | None) -> Iterator[GeneratedChunk]:
-    """Yield a run's chunks; each is logged and told to `on_chunk` before it is handed out."""
+    """Yield a run's chunks, each logged and told to `on_chunk` before it is handed out; say if it was interrupted."""
     chunks, frames, start = run.chunks(), 0, time.perf_counter()
     for chunk in chunks:
         seconds, made = time.perf_counter() - start, _pixel_frames(run, chunk)
@@ -74,6 +74,8 @@ def reported(run: Run, on_chunk: OnChunk | None) -> Iterator[GeneratedChunk]:
                 on_chunk(progress)
         yield chunk
         start = time.perf_counter()
+    if run.interrupted:
+        logger.warning("the pipeline was interrupted; the video ends at %.2f s (%d frames)", frames / run.fps, frames)
 
 
 def _progress(run: Run, index: int, frames: int, made: int, seconds: float) -> Progress:

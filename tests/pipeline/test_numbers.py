@@ -38,7 +38,7 @@ FAMILIES = {
     "anyflow-far": (tiny_anyflow_far_pipeline, {**CALL, "chunk_partition": [1, 2, 2, 1]}),
     "sana-wm": (
         tiny_sana_wm_refiner,
-        {"prompt": "a", "fps": 24.0, "block_size": 2, "sink_size": 1, "seed": 3, "output_type": "latent"},
+        {"prompt": "a", "fps": 24.0, "block_size": 2, "sink_size": 1, "output_type": "latent"},
     ),
 }
 
@@ -65,7 +65,6 @@ def test_every_number_of_a_call(family, kind):
     pipe = quiet(make()).enable_packforcing("full", chunk_frames=2)
     more = {}
     if family == "sana-wm":
-        call = {name: value for name, value in call.items() if name != "seed"}
         more = {"sana_latent": torch.randn(1, 4, 5, 2, 2, generator=seeded())}
     given = {name: converted(value, kind) for name, value in call.items()}
     assert torch.equal(made(pipe, {**given, **more}), made(pipe, {**call, **more}))
@@ -102,3 +101,17 @@ def test_stock_takes_them_too():
     call = {**CALL, "num_frames": 5}
     given = {name: converted(value, "np.int64") for name, value in call.items()}
     assert torch.equal(generated(pipe, **given), generated(pipe, **call))
+
+
+@pytest.mark.parametrize("wrong", [1, "a", [1], [seeded(), 1], np.int64(1)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_seed_is_no_generator(family, wrong):
+    make, call = FAMILIES[family]
+    pipe = quiet(make()).enable_packforcing("full", chunk_frames=2)
+    if family == "sana-wm":
+        call = {**call, "sana_latent": torch.randn(1, 4, 5, 2, 2)}
+    with pytest.raises(
+        InvalidOptionError, match=r"generator must be a torch.Generator, .* got .*; e.g. torch.Gen"
+    ) as e:
+        pipe(**call, generator=wrong)
+    assert "\n" not in str(e.value)
