@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -46,6 +47,20 @@ def with_chunk_frames(stack: Memory, frames: int, option: str) -> Memory:
             f"{option} {frames} does not go with the chunks of {stack.chunk_frames} latent frames of the stack "
             f"{stack.name} ({error}); pass {option}={stack.chunk_frames}, or enable a stack with chunk_frames={frames}"
         ) from error
+
+
+def require_generators(given: Any) -> None:
+    """Raise `InvalidOptionError` unless noise is drawn from a torch generator, from one for each video, or from None.
+
+    >>> require_generators([torch.Generator(), torch.Generator()])
+    """
+    for each in given if isinstance(given, list | tuple) and given else [given]:
+        if each is not None and not isinstance(each, torch.Generator):
+            seed = each if isinstance(each, int) else 0
+            raise InvalidOptionError(
+                f"generator must be a torch.Generator, or a list of one for each video, got {given!r}; "
+                f"e.g. torch.Generator().manual_seed({seed})"
+            )
 
 
 def rewinding(generator: Any) -> Callable[[], None]:

@@ -63,7 +63,7 @@ class Run(ABC):
             (shot.chunk(self.fps, self.stack.chunk_frames, self.scale, self.first_frames), self._later(shot), shot.cut)
             for shot in schedule[1:]
         ]
-        self._interrupted = False
+        self.interrupted = False  # by the pipeline's own `_interrupt`, behind the chunk in which it was set
         self._bar: Any = None
 
     @abstractmethod
@@ -175,7 +175,7 @@ class Run(ABC):
         chunks = float("inf") if self.count is None else self.count - self._count(given)
         self._bar = self.pipeline._kvpack_base.progress_bar(self.pipeline, total=chunks * self.steps)
         index = 0
-        while (self.total_frames is None or first < self.total_frames) and not self._interrupted:
+        while (self.total_frames is None or first < self.total_frames) and not self.interrupted:
             while self.prompt_changes and self.prompt_changes[0][0] <= index:
                 self._set_prompt(*self.prompt_changes.pop(0)[1:])
             frames = self.length(index, first)
@@ -207,9 +207,9 @@ class Run(ABC):
             latents = self._denoised(index, first, noise)
             latents = self.denoiser.accepted(latents, lambda: self._denoised(index, first, noise, rewind))
             pixels = self.decode(latents) if self._decodes_in_loop else None
-            self._interrupted = getattr(self.pipeline, "_interrupt", False)
+            self.interrupted = getattr(self.pipeline, "_interrupt", False)
             # A chunk that is shorter than the rest without being the first is a video's last: nothing goes on from it.
-            if not self._interrupted and (first == 0 or frames == self.stack.chunk_frames):
+            if not self.interrupted and (first == 0 or frames == self.stack.chunk_frames):
                 self.denoiser.commit(latents, pixels)
         keep = latents.shape[2] if self.total_frames is None else min(latents.shape[2], self.total_frames - first)
         if pixels is not None:
@@ -228,14 +228,14 @@ class Run(ABC):
         denoiser.check_finite(latents, index)
         return latents
 
-    def set_prompt(self, prompt: Prompt, *, cut: bool = False) -> None:
-        """Go on under another prompt, or in another scene; what a schedule says for later still holds.
+    def set_prompt(self, prompt: Prompt | None, *, cut: bool = False) -> None:
+        """Go on under another prompt (None: the one in force) or scene; what a schedule says for later still holds.
 
         Raises:
             InvalidOptionError: if it is not for as many videos as the prompt before.
         """
-        (shot,) = shots([(0, prompt)])
-        self._set_prompt(self._later(shot), cut)
+        spoken = None if prompt is None else self._later(shots([(0, prompt)])[0])
+        self._set_prompt(spoken or self.denoiser.conditioning, cut)
 
     @torch.no_grad()
     def _set_prompt(self, conditioning: dict[str, Any], cut: bool) -> None:
@@ -267,12 +267,12 @@ class Run(ABC):
         self.adapter.check(self.pipeline)  # again for each chunk: anything may be switched on between two of them
         if self.streaming:
             self.denoiser.forget_prompt()
-        enabled.driving = self
+        before, enabled.driving = enabled.driving, self
         try:
             with self.denoiser.seam():
                 yield
         finally:
-            enabled.driving = None
+            enabled.driving = before
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the pixels in [-1, 1] of the video's next latents."""
