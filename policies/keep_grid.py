@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
-from math import log
+from math import log, prod
 from typing import ClassVar
 
 import torch
@@ -48,9 +48,7 @@ class GridCompressor(KeepCompressor):
 @cache
 def _on_grid(frames: int, grid: tuple[int, int], most: int) -> Int[Tensor, " kept"]:
     """Return indices, ascending, of the largest grid of at most `most` tokens."""
-    t, y, x = max(
-        _sizes(frames, grid, most), key=lambda each: (each[0] * each[1] * each[2], _evenness(each, frames, grid))
-    )
+    t, y, x = max(_sizes(frames, grid, most), key=lambda each: (prod(each), _evenness(each, frames, grid)))
     times, rows, columns = (_middles(size, kept) for size, kept in ((frames, t), (grid[0], y), (grid[1], x)))
     return ((times[:, None, None] * grid[0] + rows[:, None]) * grid[1] + columns).flatten()
 
