@@ -172,8 +172,10 @@ def _keep(name: str, found: list[figures.Measured], options: Any) -> None:
         path = report.write(f"ablation-{name}", rows, options.out)
         page = f"# {name.capitalize()}\n\n{tables.leaderboard(rows, [each.name for each in found], ())}\n"
         save_bytes(page.encode(), path.with_suffix(".md"))
+        longest = max(row.seconds for row in rows)
         if name == COLLECTION:
-            plots.save(path.with_suffix(".png"), lambda: plots.per_byte(rows, max(row.seconds for row in rows)))
+            plots.save(path.with_suffix(".png"), lambda: plots.over_budget(rows, longest, plots.BY_BYTES))
+        plots.save(path.with_name(f"{path.stem}-recall.png"), lambda: plots.over_budget(rows, longest, plots.RECALLED))
         print(f"written to {path}", flush=True)
 
 
