@@ -101,14 +101,32 @@ ABLATIONS: dict[str, tuple[Memory, ...]] = {
     "kept-tokens": _changed(
         {
             **{
-                f"{name}, topk 2": {"compressor": {"policy": name, "keep_tokens": 16}, "topk": 2}
-                for name in ("keep-farthest", "keep-keydiff", "keep-attended", "keep-random", "keep-grid", "keep-merge")
+                f"{name}, softmax-mass 2": {
+                    "compressor": {"policy": name, "keep_tokens": 16},
+                    "selector": "softmax-mass",
+                    "topk": 2,
+                }
+                for name in ("keep-keydiff", "keep-attended", "keep-random", "keep-grid", "keep-merge")
             },
-            "keep-farthest in 4 rounds, topk 2": {
-                "compressor": {"policy": "keep-farthest", "keep_tokens": 16, "rounds": 4},
-                "topk": 2,
+            **{
+                f"keep-farthest in {rounds} rounds, softmax-mass 2": {
+                    "compressor": {"policy": "keep-farthest", "keep_tokens": 16, "rounds": rounds},
+                    "selector": "softmax-mass",
+                    "topk": 2,
+                }
+                for rounds in (16, 6, 3)
             },
-            "pool-time, topk 2": {"compressor": "pool-time", "topk": 2},
+            "pool-time, softmax-mass 2": {"compressor": "pool-time", "selector": "softmax-mass", "topk": 2},
+        }
+    ),
+    # How many queries say which blocks?
+    "queries": _changed(
+        {
+            f"{queries} of 64 queries": {
+                "compressor": {"policy": "keep-farthest", "keep_tokens": 16},
+                "selector": {"policy": "softmax-mass", "topk": 2, "max_queries": queries},
+            }
+            for queries in (64, 16, 4, 1)
         }
     ),
     # What is kept whole must leave positions for the middle: more of it has more positions.

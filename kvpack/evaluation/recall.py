@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from kvpack.errors import require_int
 from kvpack.evaluation.facts import Mask
 from kvpack.evaluation.measures import looks
@@ -27,6 +25,7 @@ class WholeFrames:
     Raises:
         InvalidOptionError: if a number is negative.
 
+    >>> import numpy as np
     >>> on = np.arange(99) == 40
     >>> [WholeFrames().source(begin, on) for begin in (72, 73)], WholeFrames(first=41).source(73, on)
     (['returns_from_recent', 'recall'], 'returns_from_sink')
