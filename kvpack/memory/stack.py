@@ -89,6 +89,11 @@ class Stack(Memory):
         """The compressor, if it works on latents."""
         return self.compressor if isinstance(self.compressor, LatentCompressor) else None
 
+    @property
+    def committed_queries(self) -> int:
+        """As many as the compressor looks at."""
+        return self.compressor.max_queries
+
     @cached_property
     def keeps_rotated(self) -> bool:  # type: ignore[override]
         """Whether keys are kept after RoPE: positions never change, and nothing is compressed."""
@@ -210,7 +215,8 @@ class Stack(Memory):
             whole = Span(first_frame, frames, grid_coordinates(frames, grid))
             assert isinstance(chunk.plan, StackPlan)
             with policy_call(compressor, "compress", chunk.plan.ledger.seconds, chunk.layer):
-                block = compressor.compress(KVBlock(keys, values, whole), grid)
+                queries = chunk.queries if compressor.max_queries else None
+                block = compressor.compress(KVBlock(keys, values, whole, queries), grid)
         check_block(compressor, block, span, keys, chunk.layer)
         return block
 
