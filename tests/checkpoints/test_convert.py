@@ -267,7 +267,7 @@ def test_the_path_tells_the_recipe(path, name, tmp_path):
     assert recipe_for(tmp_path / path, None).name == name
 
 
-def test_the_readme_names_every_recipe():
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_documents_name_every_recipe():
+    text = (Path(__file__).parents[2] / "docs/convert.md").read_text()
     for name in RECIPES:
         assert f"`{name}`" in text or f"`-{name.rpartition('-')[2]}`" in text, name
