@@ -166,6 +166,6 @@ def adapter_of(pipeline: Any) -> Adapter:
         model = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None) or pipeline
         raise UnsupportedPipelineError(
             f"kvpack has no adapter for {type(model).__name__} in {type(pipeline).__name__}. "
-            f'Installed: {", ".join(registry().names("adapter"))}. See README, "A new model"'
+            f"Installed: {', '.join(registry().names('adapter'))}. See docs/extend/adapter.md"
         )
     return adapter
