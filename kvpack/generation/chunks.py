@@ -1,9 +1,11 @@
 """Chunks of a generation: what comes out of one, how long they are, and the noise of another try."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -58,3 +60,19 @@ def rewinding(generator: Any) -> Callable[[], None]:
             each.set_state(state)
 
     return rewind
+
+
+def own_generators(device: torch.device) -> list[torch.Generator]:
+    """Return torch's own generators, from which noise comes that is drawn without one: the CPU's, and the device's."""
+    if device.type != "cuda":
+        return [torch.default_generator]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.default_generator, torch.cuda.default_generators[index]]
+
+
+@contextmanager
+def watched(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Give what says, behind the block, whether anything in it was drawn from torch's own generators."""
+    generators = own_generators(device)
+    before = [each.get_state() for each in generators]
+    yield lambda: any(not torch.equal(each.get_state(), old) for each, old in zip(generators, before, strict=True))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
-from kvpack.generation.chunks import GeneratedChunk, rewinding
+from kvpack.generation.chunks import GeneratedChunk, rewinding, watched
 from kvpack.generation.denoiser import Denoiser
 from kvpack.generation.phase import Phase
 from kvpack.generation.prompts import Prompt, Shot, shots
@@ -39,6 +39,8 @@ class Run(ABC):
 
     #: What the pipeline's call returns around the frames.
     output_class: ClassVar[Any] = None
+    #: Arguments of the call that are used up once the generation has begun.
+    spent: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, adapter: "Adapter", pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool
@@ -65,6 +67,10 @@ class Run(ABC):
         ]
         self._interrupted = False
         self._bar: Any = None
+        #: The coming chunk and its first latent frame; None before the first.
+        self.position: tuple[int, int] | None = None
+        #: Whether no chunk is half made; whether torch's own generators were drawn from.
+        self.between_chunks, self.draws_freely = True, False
 
     @abstractmethod
     def checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -172,15 +178,21 @@ class Run(ABC):
     def chunks(self, first: int = 0) -> Iterator[GeneratedChunk]:
         """Generate chunk after chunk, from latent frame `first` on; between two the pipeline is the stock one."""
         given = 0 if self.conditioning is None else self.conditioning.shape[2]
-        chunks = float("inf") if self.count is None else self.count - self._count(given)
+        done = max(self._count(given), 0 if self.position is None else self.position[0])
+        chunks = float("inf") if self.count is None else self.count - done
         self._bar = self.pipeline._kvpack_base.progress_bar(self.pipeline, total=chunks * self.steps)
-        index = 0
+        index, first = self.position or (0, first)
         while (self.total_frames is None or first < self.total_frames) and not self._interrupted:
+            self.between_chunks = False
             while self.prompt_changes and self.prompt_changes[0][0] <= index:
                 self._set_prompt(*self.prompt_changes.pop(0)[1:])
             frames = self.length(index, first)
-            yield (self.given if first < given else self.generated)(index, first, frames)
-            first, index = first + frames, index + 1
+            with watched(self.pipeline._execution_device) as drawn:
+                chunk = (self.given if first < given else self.generated)(index, first, frames)
+            self.draws_freely |= drawn()
+            index, first = self.position = index + 1, first + frames
+            self.between_chunks = not self._interrupted
+            yield chunk
 
     def given(self, index: int, first: int, frames: int) -> GeneratedChunk:
         """Commit a chunk of what the video begins with."""

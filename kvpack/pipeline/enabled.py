@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Generator
 from contextlib import nullcontext
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -17,6 +18,8 @@ from kvpack.memory.ledger import require_length
 from kvpack.memory.session import Session
 from kvpack.pipeline.calls import Enabled, bound, frames, output, running, start
 from kvpack.plugins.registry import registry
+from kvpack.snapshots.resuming import resumed
+from kvpack.snapshots.saver import Saver, new_generation
 
 
 class PackForcing:
@@ -81,6 +84,24 @@ class PackForcing:
         arguments = bound(self._pipeline, args, {**endless, **kwargs})
         return Stream(self._pipeline, start(self._pipeline, arguments, streaming=True))
 
+    def resume(self, folder: str | Path, **given: Any) -> "Stream":
+        """Go on with the generation that was saved in a folder, bit for bit as if it had never been stopped.
+
+        The pipeline is enabled with the same stack, and has the same weights, LoRA adapters and scheduler. A damaged
+        snapshot is passed over for the one before it, with a `SnapshotWarning`. Where noise was drawn from torch's own
+        generators, they are set to where they were.
+
+        Args:
+            folder: what `Stream.save` was given.
+            given: arguments of the call that are functions, such as `callback_on_step_end`, which no file has.
+
+        Raises:
+            SnapshotError: if no snapshot in the folder can be read, or it is that of another model, stack or geometry.
+            InvalidOptionError: if functions are not given again, or others are given.
+        """
+        run, generation, note = resumed(self._pipeline, Path(folder), given)
+        return Stream(self._pipeline, run, generation, note)
+
 
 class Stream(Generator[Any, Prompt | None, None]):
     """Frames of a generation, chunk by chunk.
@@ -88,10 +109,15 @@ class Stream(Generator[Any, Prompt | None, None]):
     Args:
         pipeline: an enabled pipeline.
         run: its generation.
+        generation: its name, if it was saved before.
+        note: what was saved with it.
     """
 
-    def __init__(self, pipeline: Any, run: Run) -> None:
+    def __init__(self, pipeline: Any, run: Run, generation: str | None = None, note: Any = None) -> None:
         self._run, self._frames = run, frames(pipeline, run)
+        self._generation, self._saver = generation or new_generation(), None
+        #: What `save` was given, in a stream that was resumed.
+        self.note = note
         #: Chunks of the whole video, as far as they can be counted.
         self.chunks = run.count
 
@@ -112,6 +138,29 @@ class Stream(Generator[Any, Prompt | None, None]):
             self._run.set_prompt(prompt, cut=cut)
         return next(self._frames)
 
+    def save(self, folder: str | Path, note: Any = None) -> None:
+        """Write all that the generation remembers into a folder, from which `resume` goes on.
+
+        Between two chunks. The last two snapshots are kept; a write that fails leaves them as they are.
+
+        Args:
+            folder: holds the snapshots of this generation and nothing else; made if it is not there.
+            note: what JSON takes; `note` of the stream that goes on.
+
+        Raises:
+            SnapshotError: if a chunk is half made, or something in the call is no data.
+            OutputError: if it cannot be written.
+        """
+        if self._saver is None or self._saver.folder.path != Path(folder):
+            self._release()
+            self._saver = Saver(Path(folder), self._generation)
+        self._saver.save(self._run, note)
+
+    def _release(self) -> None:
+        if self._saver is not None:
+            self._saver.close()
+            self._saver = None
+
     def throw(self, *error: Any) -> Any:
         """End the generation with an error."""
         return self._frames.throw(*error)
@@ -119,6 +168,7 @@ class Stream(Generator[Any, Prompt | None, None]):
     def close(self) -> None:
         """End the generation."""
         self._frames.close()
+        self._release()
 
 
 class PackForcingMixin:

@@ -1,0 +1,173 @@
+"""A folder of snapshots: the last two of one generation, each a JSON file and the tensor files that it lists."""
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kvpack.errors import OutputError, SnapshotError, SnapshotWarning
+from kvpack.media.video import make_folder
+from kvpack.snapshots.tensors import TensorFiles, tensor_parts, write_file
+
+FORMAT = 1
+KEPT = 2
+_NAME, _TENSORS = re.compile(r"snapshot-(\d{6})\.json"), re.compile(r"tensors-(\d{6})\.safetensors")
+_MOST_JSON = 1 << 26
+T = TypeVar("T")
+
+
+def tensor_file(number: int) -> str:
+    """Return the name of the tensor file that a snapshot writes."""
+    return f"tensors-{number:06d}.safetensors"
+
+
+class SnapshotFolder:
+    """A folder with the last two snapshots of one generation.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the snapshots in it, the newest first."""
+        try:
+            names = [_NAME.fullmatch(name) for name in os.listdir(self.path)]
+        except OSError:
+            names = []
+        return sorted((int(each[1]) for each in names if each), reverse=True)
+
+    def write(self, number: int, content: Mapping[str, Any], tensors: Mapping[str, Any], used: Iterable[str]) -> None:
+        """Write a snapshot, and remove all but the last two.
+
+        Args:
+            number: its number, larger than those of all before.
+            content: what its JSON says.
+            tensors: what goes into its own tensor file.
+            used: names of all tensor files that it refers to.
+
+        Raises:
+            OutputError: if it cannot be written; those before are still there.
+        """
+        make_folder(self.path)
+        own, older = tensor_file(number), self._listed(self.numbers())
+        files = {name: older[name] for name in used if name != own}
+        if tensors:
+            files[own] = write_file(self.path / own, tensor_parts(tensors))
+        whole = {"format": FORMAT, "number": number, **content, "files": files}
+        text = json.dumps({**whole, "sha256": _digest(whole)}, allow_nan=False).encode()
+        write_file(self.path / f"snapshot-{number:06d}.json", [text])
+        _sync(self.path)
+        self._prune()
+
+    def read(self, use: Callable[[dict[str, Any], TensorFiles], T]) -> T:
+        """Return what `use` makes of the newest snapshot, or of the one before where that is damaged.
+
+        Args:
+            use: given the JSON and what reads tensors; whatever `SnapshotError` it raises itself goes through.
+
+        Raises:
+            SnapshotError: if no snapshot can be read.
+        """
+        problems = []
+        for number in self.numbers():
+            try:
+                content = self.content(number)
+                files = TensorFiles(self.path, content["files"])
+                files.check()
+            except SnapshotError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                warnings.warn(f"{'; '.join(problems)}; snapshot {number} is used", SnapshotWarning, stacklevel=4)
+            try:
+                return use(content, files)
+            except SnapshotError as error:
+                raise SnapshotError(f"{self.path / _name(number)}: {error}") from error
+        raise SnapshotError("; ".join(problems) or f"{self.path} holds no snapshot; give a folder that one was saved in")
+
+    def content(self, number: int) -> dict[str, Any]:
+        """Return what the JSON of a snapshot says, once it is known to be what was written.
+
+        Raises:
+            SnapshotError: if it is damaged, of another version, or another number's.
+        """
+        path = self.path / _name(number)
+        try:
+            if path.stat().st_size > _MOST_JSON:
+                raise SnapshotError(f"{path} is larger than any snapshot's JSON, {_MOST_JSON} bytes")
+            content = json.loads(path.read_bytes())
+        except OSError as error:
+            raise SnapshotError(f"{path} cannot be read: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise SnapshotError(f"{path} is no JSON ({error})") from error
+        if not isinstance(content, dict) or "format" not in content:
+            raise SnapshotError(f"{path} is no snapshot: it does not say its format")
+        if content["format"] != FORMAT:
+            by = str(content.get("kvpack"))[:40]
+            raise SnapshotError(f"{path} has format {str(content['format'])[:40]}, written by kvpack {by}; this one reads {FORMAT}")
+        digest = content.pop("sha256", None)
+        if digest != _digest(content):
+            raise SnapshotError(f"{path} is not what was written: its checksum differs")
+        if content.get("number") != number:
+            raise SnapshotError(f"{path} was written as snapshot {content.get('number')}")
+        files = content.get("files")
+        if not isinstance(files, dict) or not all(isinstance(each, dict) for each in files.values()):
+            raise SnapshotError(f"{path} does not list its files")
+        return content
+
+    def _listed(self, numbers: Iterable[int]) -> dict[str, Any]:
+        """Return the tensor files that some snapshots list; damaged ones list nothing."""
+        files: dict[str, Any] = {}
+        for number in numbers:
+            with suppress(SnapshotError):
+                files.update(self.content(number)["files"])
+        return files
+
+    def _prune(self) -> None:
+        """Remove what no kept snapshot needs; the JSON first, so that none is there without its tensors."""
+        numbers = self.numbers()
+        kept = set(self._listed(numbers[:KEPT]))
+        for number in numbers[KEPT:]:
+            _remove(self.path / _name(number))
+        for name in os.listdir(self.path):
+            stale = name.startswith((".snapshot-", ".tensors-")) and name.endswith(".part")
+            if stale or (_TENSORS.fullmatch(name) and name not in kept):
+                _remove(self.path / name)
+
+
+def _name(number: int) -> str:
+    return f"snapshot-{number:06d}.json"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
+def _sync(folder: Path) -> None:
+    """Put the names in a folder on the disk, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def require_apart(path: Path, generation: str, known: str | None) -> None:
+    """Raise `OutputError` if a folder holds the snapshots of another generation."""
+    if known is not None and known != generation:
+        raise OutputError(f"{path} holds snapshots of another generation; give an empty folder, or resume that one")
