@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from kvpack.errors import SnapshotError
@@ -71,15 +70,18 @@ def captured(run: Run, *, apart: bool) -> Moment:
     call = {name: None if name in run.spent else value for name, value in run.call.items()}
     denoiser, sessions = run.denoiser, run.sessions
     generators = own_generators(run.pipeline._execution_device) if run.draws_freely else []
-    moment = Moment(
+    pasts = {
+        name: each.state() if apart else Past(each.past.book.timeless(), each.past.states)
+        for name, each in sessions.items()
+    }
+    return Moment(
         {**own, "call": call, "position": run.position},
         denoiser.conditioning,
-        {name: each.state() if apart else Past(each.past.book.timeless(), each.past.states) for name, each in sessions.items()},
+        pasts,
         denoiser._clean,
         None if run._decode is None else run._decode.state(),  # type: ignore[attr-defined]
         tuple(each.get_state() for each in generators),
     )
-    return moment
 
 
 def begun(adapter: "Adapter", pipeline: Any, attributes: Mapping[str, Any]) -> Run:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
-from kvpack.generation.chunks import GeneratedChunk, rewinding, watched
+from kvpack.generation.chunks import GeneratedChunk, require_room, rewinding, trimmed, watched
 from kvpack.generation.denoiser import Denoiser
 from kvpack.generation.phase import Phase
 from kvpack.generation.prompts import Prompt, Shot, shots
@@ -58,7 +59,7 @@ class Run(ABC):
         self.denoiser = self.new_denoiser(self.new_geometry(height, width), self.encode(schedule[0].prompt))
         self.scale = adapter.temporal_scale(adapter.configs(pipeline))
         #: Clean latents that the video begins with.
-        self.conditioning = self._checked_conditioning()
+        self.conditioning = require_room(self.beginning(), self.total_frames)
         self.first_frames = self.first_length()
         #: Prompts to come: the chunk that each begins with, its conditioning, and whether the scene changes.
         self.prompt_changes = [
@@ -182,7 +183,7 @@ class Run(ABC):
         chunks = float("inf") if self.count is None else self.count - done
         self._bar = self.pipeline._kvpack_base.progress_bar(self.pipeline, total=chunks * self.steps)
         index, first = self.position or (0, first)
-        while (self.total_frames is None or first < self.total_frames) and not self._interrupted:
+        while first < (self.total_frames or float("inf")) and not self._interrupted:
             self.between_chunks = False
             while self.prompt_changes and self.prompt_changes[0][0] <= index:
                 self._set_prompt(*self.prompt_changes.pop(0)[1:])
@@ -215,18 +216,15 @@ class Run(ABC):
         noise = self.noise(first, frames)
         self.denoiser.expect(frames)
         with self._driving():
-            rewind = rewinding(self.call.get("generator"))
-            latents = self._denoised(index, first, noise)
-            latents = self.denoiser.accepted(latents, lambda: self._denoised(index, first, noise, rewind))
+            again = partial(self._denoised, index, first, noise, rewinding(self.call.get("generator")))
+            latents = self.denoiser.accepted(self._denoised(index, first, noise), again)
             pixels = self.decode(latents) if self._decodes_in_loop else None
             self._interrupted = getattr(self.pipeline, "_interrupt", False)
-            # A chunk that is shorter than the rest without being the first is a video's last: nothing goes on from it.
+            # A chunk that is shorter than the rest without being the first is a video's last.
             if not self._interrupted and (first == 0 or frames == self.stack.chunk_frames):
                 self.denoiser.commit(latents, pixels)
-        keep = latents.shape[2] if self.total_frames is None else min(latents.shape[2], self.total_frames - first)
-        if pixels is not None:
-            pixels = pixels[:, :, : keep * self.scale - (self.scale - 1 if first == 0 else 0)]
-        return GeneratedChunk(index, latents[:, :, :keep], None if self.output_type == "latent" else pixels)
+        chunk = trimmed(GeneratedChunk(index, latents, pixels), self.total_frames, first, self.scale)
+        return replace(chunk, pixels=None) if self.output_type == "latent" else chunk
 
     def _denoised(self, index: int, first: int, noise: Tensor, rewind: Callable[[], None] | None = None) -> Tensor:
         """Return a chunk's latents; another try begins with the same noise."""
@@ -260,15 +258,6 @@ class Run(ABC):
         if rows != self.rows:
             raise InvalidOptionError(f"a later prompt is for as many videos as the first, {self.rows}, got {rows}")
         return conditioning
-
-    def _checked_conditioning(self) -> Tensor | None:
-        given = self.beginning()
-        if given is not None and self.total_frames is not None and given.shape[2] >= self.total_frames:
-            raise InvalidOptionError(
-                f"what is given has {given.shape[2]} latent frames, but the whole video has {self.total_frames}; "
-                "give a larger num_frames, which counts those that are given"
-            )
-        return given
 
     @contextmanager
     def _driving(self) -> Iterator[None]:
@@ -307,5 +296,5 @@ class Run(ABC):
         self.pipeline.maybe_free_model_hooks()
 
     def stats(self) -> dict[str, Any]:
-        """Return tokens of one branch, bytes of all, and seconds of each part of the work."""
+        """Return what `Denoiser.stats` does."""
         return self.denoiser.stats()

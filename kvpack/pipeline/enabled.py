@@ -115,7 +115,8 @@ class Stream(Generator[Any, Prompt | None, None]):
 
     def __init__(self, pipeline: Any, run: Run, generation: str | None = None, note: Any = None) -> None:
         self._run, self._frames = run, frames(pipeline, run)
-        self._generation, self._saver = generation or new_generation(), None
+        self._generation = generation or new_generation()
+        self._saver: Saver | None = None
         #: What `save` was given, in a stream that was resumed.
         self.note = note
         #: Chunks of the whole video, as far as they can be counted.

@@ -32,7 +32,9 @@ def check_sessions(run: Run) -> None:
     """Raise `SnapshotError` if what a generation remembers does not fit its model, or one part of it another."""
     sessions, geometry = run.sessions, run.denoiser.geometry
     if sessions and set(sessions) != set(run.denoiser.branches):
-        raise SnapshotError(f"it has memories of {sorted(sessions)}, but the branches are {sorted(run.denoiser.branches)}")
+        raise SnapshotError(
+            f"it has memories of {sorted(sessions)}, but the branches are {sorted(run.denoiser.branches)}"
+        )
     for branch, session in sessions.items():
         past = session.past
         if len(past.states) != geometry.layers:

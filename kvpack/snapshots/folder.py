@@ -91,7 +91,9 @@ class SnapshotFolder:
                 return use(content, files)
             except SnapshotError as error:
                 raise SnapshotError(f"{self.path / _name(number)}: {error}") from error
-        raise SnapshotError("; ".join(problems) or f"{self.path} holds no snapshot; give a folder that one was saved in")
+        raise SnapshotError(
+            "; ".join(problems) or f"{self.path} holds no snapshot; give a folder that one was saved in"
+        )
 
     def content(self, number: int) -> dict[str, Any]:
         """Return what the JSON of a snapshot says, once it is known to be what was written.
@@ -112,7 +114,9 @@ class SnapshotFolder:
             raise SnapshotError(f"{path} is no snapshot: it does not say its format")
         if content["format"] != FORMAT:
             by = str(content.get("kvpack"))[:40]
-            raise SnapshotError(f"{path} has format {str(content['format'])[:40]}, written by kvpack {by}; this one reads {FORMAT}")
+            raise SnapshotError(
+                f"{path} has format {str(content['format'])[:40]}, written by kvpack {by}; this one reads {FORMAT}"
+            )
         digest = content.pop("sha256", None)
         if digest != _digest(content):
             raise SnapshotError(f"{path} is not what was written: its checksum differs")

@@ -62,7 +62,9 @@ class TreeReader:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             if isinstance(error, SnapshotError):
                 raise
-            raise SnapshotError(f"a {kind} in it is not as a snapshot has it ({type(error).__name__}: {error})") from error
+            raise SnapshotError(
+                f"a {kind} in it is not as a snapshot has it ({type(error).__name__}: {error})"
+            ) from error
 
     def _readers(self) -> dict[str, Callable[[dict[str, Any]], Any]]:
         return {
@@ -116,7 +118,9 @@ class TreeReader:
         archive, slots = Archive(_count(node["slot_tokens"])), _count(node["slots"])
         for slot, (keys, values, sums, places) in node["held"]:
             if _count(slot) >= slots or slots > 2 * len(node["held"]) + 64:
-                raise SnapshotError(f"an archive of {slots} slots has {len(node['held'])} blocks, one of them in {slot}")
+                raise SnapshotError(
+                    f"an archive of {slots} slots has {len(node['held'])} blocks, one of them in {slot}"
+                )
             if not archive.slots:
                 archive.keys, archive.values, archive.key_sums = (
                     _room(self._tensor(each), slots) for each in (keys, values, sums)
@@ -140,7 +144,9 @@ class TreeReader:
             raise SnapshotError(f"a {cls.__name__} in it has {sorted(given)[:20]}, but here it has {sorted(known)}")
         values = {name: self.value(each) for name, each in node["fields"].items()}
         for name, hint in fits(cls, values):
-            raise SnapshotError(f"{name} of a {cls.__name__} in it is {type(values[name]).__name__}, but must be {hint}")
+            raise SnapshotError(
+                f"{name} of a {cls.__name__} in it is {type(values[name]).__name__}, but must be {hint}"
+            )
         return cls(**values)
 
 

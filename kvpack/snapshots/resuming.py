@@ -56,7 +56,9 @@ def _resumed(
     pipeline: Any, content: dict[str, Any], files: TensorFiles, given: Mapping[str, Any]
 ) -> tuple[Run, str, Any]:
     adapter, stack = pipeline._kvpack.adapter, pipeline._kvpack.stack
-    missing = {"pipeline", "adapter", "models", "lora", "scheduler", "stack", "geometry", "state", "generation"} - set(content)
+    missing = {"pipeline", "adapter", "models", "lora", "scheduler", "stack", "geometry", "state", "generation"} - set(
+        content
+    )
     if missing:
         raise SnapshotError(f"it does not say {', '.join(sorted(missing))}")
     if content["pipeline"] != pipeline._kvpack_base.__name__ or content["adapter"] != adapter.name:
@@ -145,5 +147,7 @@ def brief(node: Any) -> str:
 def _warn_of_versions(content: Mapping[str, Any]) -> None:
     for name, version in versions().items():
         if content.get(name) != version:
-            message = f"the generation was saved with {name} {content.get(name)}, and goes on with {version}: bits may differ"
+            message = (
+                f"the generation was saved with {name} {content.get(name)}, and goes on with {version}: bits may differ"
+            )
             warnings.warn(message, SnapshotWarning, stacklevel=5)

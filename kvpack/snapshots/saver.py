@@ -98,11 +98,7 @@ class Saver:
     def _worn(self, writer: TreeWriter) -> set[str]:
         """Return older files of which less than half is still needed, and which are therefore not referred to."""
         sizes = {name: self.folder.path / name for name in writer.used}
-        return {
-            name
-            for name, path in sizes.items()
-            if path.exists() and path.stat().st_size > 2 * writer.used[name]
-        }
+        return {name for name, path in sizes.items() if path.exists() and path.stat().st_size > 2 * writer.used[name]}
 
 
 def new_generation() -> str:

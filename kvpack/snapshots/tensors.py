@@ -66,7 +66,9 @@ def tensor_parts(tensors: Mapping[str, Tensor]) -> Any:
     header, offset = {}, 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
-            raise SnapshotError(f"a tensor of {tensor.dtype} cannot be saved; its dtypes are {', '.join(_DTYPES.values())}")
+            raise SnapshotError(
+                f"a tensor of {tensor.dtype} cannot be saved; its dtypes are {', '.join(_DTYPES.values())}"
+            )
         stop = offset + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, stop]}
         offset = stop
@@ -75,7 +77,8 @@ def tensor_parts(tensors: Mapping[str, Tensor]) -> Any:
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
         if tensor.numel():
-            yield memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            plain: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            yield memoryview(plain)
 
 
 class TensorFiles:

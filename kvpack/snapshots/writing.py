@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -98,7 +99,9 @@ class TreeWriter:
             if isinstance(value, kind):
                 return write(value, where)
         if type(value) in self._names:
-            content = {each.name: self.node(getattr(value, each.name), f"{where}.{each.name}") for each in fields(value)}
+            content = {
+                each.name: self.node(getattr(value, each.name), f"{where}.{each.name}") for each in fields(value)
+            }
             return {KIND: "data", "class": self._names[type(value)], "fields": content}
         raise SnapshotError(f"{where.lstrip('.')} is a {type(value).__name__}, which is no data to save")
 
@@ -128,10 +131,7 @@ class TreeWriter:
         return {KIND: "block", "keys": self._tensor(block.keys), "values": self._tensor(block.values)}
 
     def _archive(self, archive: Archive) -> Node:
-        held = [
-            [slot, self._once(mark, lambda slot=slot: self._slot(archive, slot))]
-            for slot, mark in archive.marks.items()
-        ]
+        held = [[slot, self._once(mark, partial(self._slot, archive, slot))] for slot, mark in archive.marks.items()]
         return {KIND: "archive", "slot_tokens": archive.slot_tokens, "slots": archive.slots, "held": held}
 
     def _slot(self, archive: Archive, slot: int) -> Node:
