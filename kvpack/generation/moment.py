@@ -108,6 +108,10 @@ def go_on(run: Run, moment: Moment) -> Run:
     denoiser = run.denoiser = run.new_denoiser(run.new_geometry(height, width), dict(moment.conditioning))
     denoiser.sessions = {name: Session(run.stack, denoiser.geometry, past) for name, past in moment.pasts.items()}
     denoiser._clean = moment.clean
+    return run
+
+
+def set_own_generators(run: Run, moment: Moment) -> None:
+    """Set torch's own generators to where they were, if the generation draws from them."""
     for generator, state in zip(own_generators(run.pipeline._execution_device), moment.own_generators, strict=False):
         generator.set_state(state.cpu())
-    return run

@@ -16,14 +16,14 @@ from kvpack.snapshots.tensors import TensorFiles, tensor_parts, write_file
 
 FORMAT = 1
 KEPT = 2
-_NAME, _TENSORS = re.compile(r"snapshot-(\d{6})\.json"), re.compile(r"tensors-(\d{6})\.safetensors")
+_NAME, _TENSORS = re.compile(r"snapshot-(\d{6})\.json"), re.compile(r"(blocks|tensors)-\d{6}\.safetensors")
 _MOST_JSON = 1 << 26
 T = TypeVar("T")
 
 
-def tensor_file(number: int) -> str:
-    """Return the name of the tensor file that a snapshot writes."""
-    return f"tensors-{number:06d}.safetensors"
+def tensor_files(number: int) -> tuple[str, str]:
+    """Return the names of the files that a snapshot writes: of blocks, which later ones may share, and of the rest."""
+    return f"blocks-{number:06d}.safetensors", f"tensors-{number:06d}.safetensors"
 
 
 class SnapshotFolder:
@@ -50,17 +50,18 @@ class SnapshotFolder:
         Args:
             number: its number, larger than those of all before.
             content: what its JSON says.
-            tensors: what goes into its own tensor file.
+            tensors: what goes into each of its own tensor files.
             used: names of all tensor files that it refers to.
 
         Raises:
             OutputError: if it cannot be written; those before are still there.
         """
         make_folder(self.path)
-        own, older = tensor_file(number), self._listed(self.numbers())
-        files = {name: older[name] for name in used if name != own}
-        if tensors:
-            files[own] = write_file(self.path / own, tensor_parts(tensors))
+        older = self._listed(self.numbers())
+        files = {name: older[name] for name in used if name not in tensors}
+        for name, each in tensors.items():
+            if each:
+                files[name] = write_file(self.path / name, tensor_parts(each))
         whole = {"format": FORMAT, "number": number, **content, "files": files}
         text = json.dumps({**whole, "sha256": _digest(whole)}, allow_nan=False).encode()
         write_file(self.path / f"snapshot-{number:06d}.json", [text])
@@ -142,7 +143,7 @@ class SnapshotFolder:
         for number in numbers[KEPT:]:
             _remove(self.path / _name(number))
         for name in os.listdir(self.path):
-            stale = name.startswith((".snapshot-", ".tensors-")) and name.endswith(".part")
+            stale = name.startswith((".snapshot-", ".blocks-", ".tensors-")) and name.endswith(".part")
             if stale or (_TENSORS.fullmatch(name) and name not in kept):
                 _remove(self.path / name)
 

@@ -62,8 +62,9 @@ class TreeReader:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             if isinstance(error, SnapshotError):
                 raise
+            what = " ".join(str(error).split())[:300]
             raise SnapshotError(
-                f"a {kind} in it is not as a snapshot has it ({type(error).__name__}: {error})"
+                f"a {kind} in it is not as a snapshot has it ({type(error).__name__}: {what})"
             ) from error
 
     def _readers(self) -> dict[str, Callable[[dict[str, Any]], Any]]:

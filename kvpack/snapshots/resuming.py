@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvpack.errors import InvalidOptionError, KVPackError, SnapshotError, SnapshotWarning
-from kvpack.generation.moment import Moment, begun, go_on
+from kvpack.generation.moment import Moment, begun, go_on, set_own_generators
 from kvpack.generation.run import Run
 from kvpack.snapshots.checks import check_moment, check_sessions
 from kvpack.snapshots.fingerprint import fingerprints, model_digests, require_same
@@ -20,6 +20,8 @@ from kvpack.snapshots.saver import GIVEN_AGAIN, versions
 from kvpack.snapshots.tensors import TensorFiles
 from kvpack.snapshots.types import allowed_classes, policies_of
 from kvpack.snapshots.writing import KIND, TreeWriter
+
+_SAID = {"pipeline", "adapter", "models", "lora", "scheduler", "stack", "geometry", "state", "generation"}
 
 
 def saved_stack(folder: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
@@ -49,17 +51,19 @@ def resumed(pipeline: Any, folder: Path, given: Mapping[str, Any]) -> tuple[Run,
     Raises:
         SnapshotError: if no snapshot can be read, or it is of another model or stack.
     """
-    return SnapshotFolder(folder).read(lambda content, files: _resumed(pipeline, content, files, given))
+
+    def use(content: dict[str, Any], files: TensorFiles) -> tuple[Run, str, Any]:
+        with _explained():
+            return _resumed(pipeline, content, files, given)
+
+    return SnapshotFolder(folder).read(use)
 
 
 def _resumed(
     pipeline: Any, content: dict[str, Any], files: TensorFiles, given: Mapping[str, Any]
 ) -> tuple[Run, str, Any]:
     adapter, stack = pipeline._kvpack.adapter, pipeline._kvpack.stack
-    missing = {"pipeline", "adapter", "models", "lora", "scheduler", "stack", "geometry", "state", "generation"} - set(
-        content
-    )
-    if missing:
+    if missing := _SAID - set(content):
         raise SnapshotError(f"it does not say {', '.join(sorted(missing))}")
     if content["pipeline"] != pipeline._kvpack_base.__name__ or content["adapter"] != adapter.name:
         raise SnapshotError(
@@ -70,16 +74,16 @@ def _resumed(
     adapter.check(pipeline)
     device, state = pipeline._execution_device, content["state"]
     reader = TreeReader(allowed_classes(stack, adapter), policies_of(stack), device, files)
-    with _explained():
-        attributes = _attributes(adapter.run_class, reader.value(state["run"]))
-        attributes["call"] = _with_given(attributes["call"], given)
-        run = begun(adapter, pipeline, attributes)
-        _require_equal("stack", content["stack"], run.stack.to_dict(), run)
-        moment = Moment(run=attributes, **{name: reader.value(each) for name, each in state.items() if name != "run"})
-        check_moment(moment)
-        go_on(run, moment)
-        _require_equal("geometry", content["geometry"], run.denoiser.geometry, run)
-        check_sessions(run)
+    attributes = _attributes(adapter.run_class, reader.value(state["run"]))
+    attributes["call"] = _with_given(attributes["call"], given)
+    run = begun(adapter, pipeline, attributes)
+    _require_equal("stack", content["stack"], run.stack.to_dict(), run)
+    moment = Moment(run=attributes, **{name: reader.value(each) for name, each in state.items() if name != "run"})
+    check_moment(moment)
+    go_on(run, moment)
+    _require_equal("geometry", content["geometry"], run.denoiser.geometry, run)
+    check_sessions(run)
+    set_own_generators(run, moment)
     _warn_of_versions(content)
     return run, str(content["generation"]), content.get("note")
 
@@ -89,10 +93,11 @@ def _explained() -> Iterator[None]:
     """Turn what a tree of the wrong shape makes Python raise into a `SnapshotError`."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
         if isinstance(error, KVPackError):
             raise
-        raise SnapshotError(f"no generation goes on from it ({type(error).__name__}: {error})") from error
+        what = " ".join(str(error).split())[:300]  # torch writes several lines
+        raise SnapshotError(f"no generation goes on from it ({type(error).__name__}: {what})") from error
 
 
 def _attributes(run_class: type, value: Any) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def _with_given(call: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 
 def _require_equal(what: str, saved: Any, here: Any, run: Run) -> None:
     """Raise `SnapshotError` if the stack or the geometry is another one than the generation's."""
-    writer = TreeWriter(allowed_classes(run.stack, run.adapter), {}, run.pipeline._execution_device, "")
+    writer = TreeWriter(allowed_classes(run.stack, run.adapter), {}, run.pipeline._execution_device, ("", ""))
     node = writer.node(here, what)
     if node != saved:
         raise SnapshotError(

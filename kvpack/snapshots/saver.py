@@ -14,7 +14,7 @@ from kvpack.generation.moment import captured
 from kvpack.generation.run import Run
 from kvpack.media.video import make_folder
 from kvpack.snapshots.fingerprint import fingerprints, model_digests
-from kvpack.snapshots.folder import SnapshotFolder, require_apart, tensor_file
+from kvpack.snapshots.folder import SnapshotFolder, require_apart, tensor_files
 from kvpack.snapshots.lock import FolderLock
 from kvpack.snapshots.types import allowed_classes, policies_of
 from kvpack.snapshots.writing import TreeWriter, Written
@@ -22,6 +22,8 @@ from kvpack.version import __version__
 
 #: Of the arguments of a call, how one is written that is a function: whoever resumes gives it again.
 GIVEN_AGAIN = {"given": "again"}
+#: Files of older blocks, beyond which all are written anew into one.
+_MOST_FILES = 32
 
 
 class Saver:
@@ -60,9 +62,9 @@ class Saver:
             OutputError: if it cannot be written; the snapshots of before are still there.
         """
         number = self._number + 1
-        content, writer = self._tree(run, tensor_file(number), self._written[0])
+        content, writer = self._tree(run, tensor_files(number), self._written[0])
         if worn := self._worn(writer):
-            content, writer = self._tree(run, tensor_file(number), self._written[0].without(worn))
+            content, writer = self._tree(run, tensor_files(number), self._written[0].without(worn))
         self.folder.write(number, {**content, "note": note}, writer.tensors, writer.used)
         self._number, self._written = number, (self._written[1], writer.kept)
 
@@ -70,10 +72,10 @@ class Saver:
         """Let others write into the folder."""
         self._lock.release()
 
-    def _tree(self, run: Run, file: str, written: Written) -> tuple[dict[str, Any], TreeWriter]:
+    def _tree(self, run: Run, files: tuple[str, str], written: Written) -> tuple[dict[str, Any], TreeWriter]:
         policies = policies_of(run.stack)
         device = run.pipeline._execution_device
-        writer = TreeWriter(allowed_classes(run.stack, run.adapter), policies, device, file, written)
+        writer = TreeWriter(allowed_classes(run.stack, run.adapter), policies, device, files, written)
         moment = captured(run, apart=False)
         call = {name: GIVEN_AGAIN if callable(value) else value for name, value in moment.call.items()}
         parts = {each.name: getattr(moment, each.name) for each in fields(moment)}
@@ -96,9 +98,11 @@ class Saver:
         return content, writer
 
     def _worn(self, writer: TreeWriter) -> set[str]:
-        """Return older files of which less than half is still needed, and which are therefore not referred to."""
-        sizes = {name: self.folder.path / name for name in writer.used}
-        return {name for name, path in sizes.items() if path.exists() and path.stat().st_size > 2 * writer.used[name]}
+        """Return older files of which less than half is still needed, or all if they are many."""
+        older = {name: self.folder.path / name for name in writer.used if name not in writer.tensors}
+        if len(older) > _MOST_FILES:
+            return set(older)
+        return {name for name, path in older.items() if path.stat().st_size > 2 * writer.used[name]}
 
 
 def new_generation() -> str:

@@ -45,7 +45,7 @@ class TreeWriter:
         classes: frozen dataclasses that may be part of a tree, by name.
         policies: those of the stack by role, which are named and not written.
         device: where the model runs.
-        file: name of the file that new tensors are for.
+        files: names of two files: for new blocks, which never change, and for all other tensors.
         written: what is in files already; what is used of it or new is in `kept` afterwards.
     """
 
@@ -54,14 +54,15 @@ class TreeWriter:
         classes: Mapping[str, type],
         policies: Mapping[str, Policy],
         device: torch.device,
-        file: str,
+        files: tuple[str, str],
         written: Written | None = None,
     ) -> None:
         self._names = {cls: name for name, cls in classes.items()}
-        self._policies, self._device, self._file = policies, device, file
+        self._policies, self._device = policies, device
+        self._blocks, self._file = files
         self._written, self.kept = written or Written(), Written()
-        #: New tensors by name, and the bytes that are referred to in each file.
-        self.tensors: dict[str, Tensor] = {}
+        #: New tensors of each file by name, and the bytes that are referred to in each.
+        self.tensors: dict[str, dict[str, Tensor]] = {file: {} for file in files}
         self.used: dict[str, int] = {}
         self._seen: dict[int, tuple[object, Node]] = {}
         self._kinds = self._writers()
@@ -122,8 +123,8 @@ class TreeWriter:
         }
 
     def _tensor(self, tensor: Tensor) -> Node:
-        name = f"t{len(self.tensors)}"
-        self.tensors[name] = tensor
+        name = f"t{len(self.tensors[self._file])}"
+        self.tensors[self._file][name] = tensor
         self._use({self._file: tensor.nbytes})
         return {KIND: "tensor", "file": self._file, "name": name, "here": tensor.device.type == self._device.type}
 
@@ -150,9 +151,10 @@ class TreeWriter:
         """Return what is written of something immutable, from an earlier file if it is there."""
         known = self._written.nodes.get(thing)
         if known is None:
+            file, self._file = self._file, self._blocks
             before = self.used.get(self._file, 0)
-            node = write()
-            known = node, {self._file: self.used.get(self._file, 0) - before}
+            known = write(), {self._file: self.used.get(self._file, 0) - before}
+            self._file = file
         else:
             self._use(known[1])
         self.kept.nodes[thing] = known
