@@ -10,6 +10,7 @@ from kvpack.cli.convert import convert
 from kvpack.cli.evaluate import evaluate
 from kvpack.cli.generate import generate
 from kvpack.cli.plan import plan
+from kvpack.cli.resume import resume
 from kvpack.cli.support import (
     CommandGroup,
     Json,
@@ -87,6 +88,7 @@ def demo(
 
 
 app.command()(generate)
+app.command()(resume)
 app.command()(convert)
 app.command()(evaluate)
 app.command()(train_compressor)
