@@ -11,6 +11,7 @@ from kvpack.errors import SnapshotError
 from kvpack.generation.chunks import own_generators
 from kvpack.generation.replay import CleanFrames
 from kvpack.generation.run import Run
+from kvpack.memory.base import Memory
 from kvpack.memory.session import Past, Session
 
 if TYPE_CHECKING:
@@ -84,12 +85,12 @@ def captured(run: Run, *, apart: bool) -> Moment:
     )
 
 
-def begun(adapter: "Adapter", pipeline: Any, attributes: Mapping[str, Any]) -> Run:
+def begun(adapter: "Adapter", pipeline: Any, attributes: Mapping[str, Any], stack: Memory) -> Run:
     """Return a run of a pipeline with these attributes, to which `go_on` gives the rest."""
     run = object.__new__(adapter.run_class)
     vars(run).update(attributes)
     run.adapter, run.pipeline, run._bar = adapter, pipeline, None
-    run.stack = run.fit(pipeline._kvpack.stack)
+    run.stack = run.fit(stack)
     return run
 
 

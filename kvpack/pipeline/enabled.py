@@ -16,10 +16,10 @@ from kvpack.generation.run import Run
 from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
 from kvpack.memory.session import Session
-from kvpack.pipeline.calls import Enabled, bound, frames, output, running, start
+from kvpack.pipeline.calls import Enabled, bound, output, running, start
+from kvpack.pipeline.saved import SavedStream
 from kvpack.plugins.registry import registry
 from kvpack.snapshots.resuming import resumed
-from kvpack.snapshots.saver import Saver, new_generation
 
 
 class PackForcing:
@@ -103,7 +103,7 @@ class PackForcing:
         return Stream(self._pipeline, run, generation, note)
 
 
-class Stream(Generator[Any, Prompt | None, None]):
+class Stream(SavedStream, Generator[Any, Prompt | None, None]):
     """Frames of a generation, chunk by chunk.
 
     Args:
@@ -114,11 +114,7 @@ class Stream(Generator[Any, Prompt | None, None]):
     """
 
     def __init__(self, pipeline: Any, run: Run, generation: str | None = None, note: Any = None) -> None:
-        self._run, self._frames = run, frames(pipeline, run)
-        self._generation = generation or new_generation()
-        self._saver: Saver | None = None
-        #: What `save` was given, in a stream that was resumed.
-        self.note = note
+        super().__init__(pipeline, run, generation, note)
         #: Chunks of the whole video, as far as they can be counted.
         self.chunks = run.count
 
@@ -138,29 +134,6 @@ class Stream(Generator[Any, Prompt | None, None]):
         if prompt is not None:
             self._run.set_prompt(prompt, cut=cut)
         return next(self._frames)
-
-    def save(self, folder: str | Path, note: Any = None) -> None:
-        """Write all that the generation remembers into a folder, from which `resume` goes on.
-
-        Between two chunks. The last two snapshots are kept; a write that fails leaves them as they are.
-
-        Args:
-            folder: holds the snapshots of this generation and nothing else; made if it is not there.
-            note: what JSON takes; `note` of the stream that goes on.
-
-        Raises:
-            SnapshotError: if a chunk is half made, or something in the call is no data.
-            OutputError: if it cannot be written.
-        """
-        if self._saver is None or self._saver.folder.path != Path(folder):
-            self._release()
-            self._saver = Saver(Path(folder), self._generation)
-        self._saver.save(self._run, note)
-
-    def _release(self) -> None:
-        if self._saver is not None:
-            self._saver.close()
-            self._saver = None
 
     def throw(self, *error: Any) -> Any:
         """End the generation with an error."""

@@ -68,30 +68,31 @@ class SnapshotFolder:
         _sync(self.path)
         self._prune()
 
-    def read(self, use: Callable[[dict[str, Any], TensorFiles], T]) -> T:
+    def read(self, use: Callable[[dict[str, Any], TensorFiles], T], number: int | None = None) -> T:
         """Return what `use` makes of the newest snapshot, or of the one before where that is damaged.
 
         Args:
             use: given the JSON and what reads tensors; whatever `SnapshotError` it raises itself goes through.
+            number: of the one snapshot to read.
 
         Raises:
             SnapshotError: if no snapshot can be read.
         """
         problems = []
-        for number in self.numbers():
+        for each in self.numbers() if number is None else [number]:
             try:
-                content = self.content(number)
+                content = self.content(each)
                 files = TensorFiles(self.path, content["files"])
                 files.check()
             except SnapshotError as error:
                 problems.append(str(error))
                 continue
             if problems:
-                warnings.warn(f"{'; '.join(problems)}; snapshot {number} is used", SnapshotWarning, stacklevel=4)
+                warnings.warn(f"{'; '.join(problems)}; snapshot {each} is used", SnapshotWarning, stacklevel=4)
             try:
                 return use(content, files)
             except SnapshotError as error:
-                raise SnapshotError(f"{self.path / _name(number)}: {error}") from error
+                raise SnapshotError(f"{self.path / _name(each)}: {error}") from error
         raise SnapshotError(
             "; ".join(problems) or f"{self.path} holds no snapshot; give a folder that one was saved in"
         )
@@ -127,6 +128,20 @@ class SnapshotFolder:
         if not isinstance(files, dict) or not all(isinstance(each, dict) for each in files.values()):
             raise SnapshotError(f"{path} does not list its files")
         return content
+
+    def chunks(self) -> dict[int, int]:
+        """Return the number of the newest snapshot behind each count of chunks."""
+        behind: dict[int, int] = {}
+        for number in reversed(self.numbers()):
+            with suppress(SnapshotError):
+                behind[int(self.content(number)["chunks"])] = number
+        return behind
+
+    def forget_after(self, number: int) -> None:
+        """Remove the snapshots that are newer than one."""
+        for each in self.numbers():
+            if each > number:
+                _remove(self.path / _name(each))
 
     def _listed(self, numbers: Iterable[int]) -> dict[str, Any]:
         """Return the tensor files that some snapshots list; damaged ones list nothing."""

@@ -40,13 +40,14 @@ def saved_stack(folder: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     return SnapshotFolder(folder).read(use)
 
 
-def resumed(pipeline: Any, folder: Path, given: Mapping[str, Any]) -> tuple[Run, str, Any]:
+def resumed(pipeline: Any, folder: Path, given: Mapping[str, Any], number: int | None = None) -> tuple[Run, str, Any]:
     """Return the generation of a folder's newest readable snapshot, its name and its note.
 
     Args:
         pipeline: an enabled pipeline, with the model and the stack that it was saved with.
         folder: of the snapshots.
         given: arguments of the call that are functions, which no file has.
+        number: of the snapshot; None is the newest that can be read.
 
     Raises:
         SnapshotError: if no snapshot can be read, or it is of another model or stack.
@@ -56,7 +57,7 @@ def resumed(pipeline: Any, folder: Path, given: Mapping[str, Any]) -> tuple[Run,
         with _explained():
             return _resumed(pipeline, content, files, given)
 
-    return SnapshotFolder(folder).read(use)
+    return SnapshotFolder(folder).read(use, number)
 
 
 def _resumed(
@@ -76,7 +77,7 @@ def _resumed(
     reader = TreeReader(allowed_classes(stack, adapter), policies_of(stack), device, files)
     attributes = _attributes(adapter.run_class, reader.value(state["run"]))
     attributes["call"] = _with_given(attributes["call"], given)
-    run = begun(adapter, pipeline, attributes)
+    run = begun(adapter, pipeline, attributes, stack)
     _require_equal("stack", content["stack"], run.stack.to_dict(), run)
     moment = Moment(run=attributes, **{name: reader.value(each) for name, each in state.items() if name != "run"})
     check_moment(moment)
