@@ -1,6 +1,9 @@
 """Whether what a snapshot says fits together, before anything is generated of it."""
 
+from functools import cached_property
 from typing import Any
+
+from torch import Tensor
 
 from kvpack.errors import SnapshotError
 from kvpack.generation.moment import Moment
@@ -11,6 +14,44 @@ from kvpack.memory.session import Past
 from kvpack.memory.stack_plan import StackBook
 from kvpack.memory.stack_state import StackState
 from kvpack.memory.store import StoredBlock
+from kvpack.snapshots.types import is_a
+
+#: What every run remembers, and of what kind it is.
+_ATTRIBUTES: dict[str, Any] = {
+    "streaming": bool,
+    "call": dict,
+    "output_type": str,
+    "total_frames": int | None,
+    "scale": int,
+    "conditioning": Tensor | None,
+    "first_frames": int,
+    "prompt_changes": list,
+    "position": tuple[int, int] | None,
+    "between_chunks": bool,
+    "draws_freely": bool,
+    "_decodes_in_loop": bool,
+    "_interrupted": bool,
+}
+
+
+def check_attributes(run_class: type, value: Any) -> dict[str, Any]:
+    """Return attributes of a run that are of the right kinds, and none in the place of something that its class does.
+
+    Raises:
+        SnapshotError: if one is missing, of another kind, or no attribute.
+    """
+    if not isinstance(value, dict):
+        raise SnapshotError(f"what its run remembers is a {type(value).__name__}")
+    for name in value:
+        found = getattr(run_class, str(name), None)
+        if not isinstance(name, str) or callable(found) or isinstance(found, property | cached_property):
+            raise SnapshotError(f"{str(name)[:40]!r} is nothing that a generation remembers")
+    if missing := set(_ATTRIBUTES) - set(value):
+        raise SnapshotError(f"it does not say {', '.join(sorted(missing))}")
+    for name, hint in _ATTRIBUTES.items():
+        if not is_a(value[name], hint):
+            raise SnapshotError(f"{name} is a {type(value[name]).__name__}, but must be {hint}")
+    return value
 
 
 def check_moment(moment: Moment) -> None:
@@ -20,7 +61,6 @@ def check_moment(moment: Moment) -> None:
         "pasts": (moment.pasts, dict),
         "clean": (moment.clean, CleanFrames),
         "own_generators": (moment.own_generators, tuple),
-        "prompt_changes": (moment.run.get("prompt_changes"), list),
         **{f"pasts.{name}": (past, Past) for name, past in dict(moment.pasts).items()},
     }
     for name, (value, wanted) in kinds.items():

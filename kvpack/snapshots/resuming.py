@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from kvpack.errors import InvalidOptionError, KVPackError, SnapshotError, SnapshotWarning
 from kvpack.generation.moment import Moment, begun, go_on, set_own_generators
 from kvpack.generation.run import Run
-from kvpack.snapshots.checks import check_moment, check_sessions
+from kvpack.snapshots.checks import check_attributes, check_moment, check_sessions
 from kvpack.snapshots.fingerprint import fingerprints, model_digests, require_same
 from kvpack.snapshots.folder import SnapshotFolder
 from kvpack.snapshots.reading import TreeReader
@@ -75,7 +74,7 @@ def _resumed(
     adapter.check(pipeline)
     device, state = pipeline._execution_device, content["state"]
     reader = TreeReader(allowed_classes(stack, adapter), policies_of(stack), device, files)
-    attributes = _attributes(adapter.run_class, reader.value(state["run"]))
+    attributes = check_attributes(adapter.run_class, reader.value(state["run"]))
     attributes["call"] = _with_given(attributes["call"], given)
     run = begun(adapter, pipeline, attributes, stack)
     _require_equal("stack", content["stack"], run.stack.to_dict(), run)
@@ -99,17 +98,6 @@ def _explained() -> Iterator[None]:
             raise
         what = " ".join(str(error).split())[:300]  # torch writes several lines
         raise SnapshotError(f"no generation goes on from it ({type(error).__name__}: {what})") from error
-
-
-def _attributes(run_class: type, value: Any) -> dict[str, Any]:
-    """Return attributes of a run; none of them stands in the place of something that its class does."""
-    if not isinstance(value, dict) or not isinstance(value.get("call"), dict):
-        raise SnapshotError("it does not say the arguments of its call")
-    for name in value:
-        found = getattr(run_class, str(name), None)
-        if not isinstance(name, str) or callable(found) or isinstance(found, property | cached_property):
-            raise SnapshotError(f"{str(name)[:40]!r} is nothing that a generation remembers")
-    return value
 
 
 def _with_given(call: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

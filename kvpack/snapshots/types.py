@@ -52,24 +52,25 @@ def fits(cls: type, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     except (NameError, TypeError):  # a name that only type checkers import
         hints = {}
     for name, value in values.items():
-        if name in hints and not _is(value, hints[name]):
+        if name in hints and not is_a(value, hints[name]):
             yield name, hints[name]
 
 
-def _is(value: Any, hint: Any) -> bool:
+def is_a(value: Any, hint: Any) -> bool:
+    """Return whether a value is of a type, as far as that can be looked at."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
     if origin in (Union, types.UnionType):
-        return any(_is(value, each) for each in arguments)
+        return any(is_a(value, each) for each in arguments)
     if origin is Literal:
         return value in arguments
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
         if len(arguments) == 2 and arguments[1] is ...:
-            return all(_is(each, arguments[0]) for each in value)
-        return len(value) == len(arguments) and all(map(_is, value, arguments))
+            return all(is_a(each, arguments[0]) for each in value)
+        return len(value) == len(arguments) and all(map(is_a, value, arguments))
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
