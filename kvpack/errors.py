@@ -58,12 +58,20 @@ class OutputError(KVPackError, OSError):
     """A file that cannot be written."""
 
 
+class SnapshotError(KVPackError, ValueError):
+    """A snapshot that cannot be made, is damaged, or is of another generation than it is resumed with."""
+
+
 class BrokenClipError(KVPackError, ValueError):
     """A training clip that cannot be used."""
 
 
 class TrainingError(KVPackError, RuntimeError):
     """Training that cannot go on: it diverged, or its folder holds that of something else."""
+
+
+class SnapshotWarning(UserWarning):
+    """A damaged snapshot was passed over for the one before it, or versions differ."""
 
 
 class PluginWarning(UserWarning):

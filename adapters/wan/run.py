@@ -25,6 +25,7 @@ class WanRun(Run):
     """Generates a video chunk by chunk; arguments are those of `Run`."""
 
     output_class = WanPipelineOutput
+    spent = ("image", "video", "video_latents", "last_image")
     denoiser: WanDenoiser
 
     def checked(self, arguments: dict[str, Any]) -> dict[str, Any]:

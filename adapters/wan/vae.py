@@ -37,6 +37,14 @@ class StreamingDecoder:
         self.features: list[Any] = [None] * vae._cached_conv_counts["decoder"]
         self.first = True
 
+    def state(self) -> dict[str, Any]:
+        """Return what it remembers of the frames before, as data."""
+        return {"features": list(self.features), "first": self.first}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.features, self.first = list(state["features"]), bool(state["first"])
+
     def __call__(self, latents: Tensor) -> Tensor:
         """Return pixels in [-1, 1] of the next normalised latents, `[batch, 3, frames, height, width]`."""
         vae = self.vae

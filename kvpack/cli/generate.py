@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvpack.cli.resume import checkpoint_folder
 from kvpack.cli.support import (
     DTYPES,
     Json,
@@ -64,11 +65,19 @@ def generate(
     call: Annotated[
         list[str], typer.Option(metavar="NAME=VALUE", help="Further argument of the pipeline's call.")
     ] = [],  # noqa: B006
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="CHUNKS", help="Save it every so many chunks, see 'kvpack resume'."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder to save it in.", show_default="OUTPUT.checkpoint")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Generate a video of any length with a model of your own, written while it is generated.
 
-    Ctrl-C and SIGTERM end it with the frames that are there.
+    Ctrl-C and SIGTERM end it with the frames that are there; with --checkpoint-every 'kvpack resume' goes on after them
+    and after anything else.
     """
     from kvpack.checkpoints.config import require_model_folder
     from kvpack.media.reading import is_picture
@@ -78,6 +87,7 @@ def generate(
     model = require_model_folder(model)
     VideoWriter(output, 1)
     require_seed(seed)
+    folder = checkpoint_folder(output, checkpoint_every, checkpoint)
     picture = begin is not None and is_picture(begin)
     named = {
         "prompt": parse_prompt(prompt),
@@ -91,6 +101,7 @@ def generate(
 
     import torch
 
+    from kvpack.pipeline.checkpoints import Job, checkpointed
     from kvpack.pipeline.enable import enable
     from kvpack.pipeline.track import load_pipeline, started
     from kvpack.planning.planner import video_frames
@@ -106,16 +117,23 @@ def generate(
     _check_guidance(arguments, defaults)
     name = None if begin is None else _check_beginning(begin, picture, arguments, defaults, fps, frames)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    precision = parse_dtype(dtype or ("float32" if device == "cpu" else "bfloat16"))
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    precision = parse_dtype(dtype)
     pipeline = load_pipeline(model, precision, device)
     policy = enable(pipeline, stack, **parse_options(option)).packforcing.stack
     pipeline.packforcing.fps = fps
     if begin is not None and name is not None:
         arguments[name] = _beginning(begin, picture, name, {**defaults, **arguments}, fps, pipeline)
-    with started(pipeline, policy, frames, seed, arguments) as track, writer, progress() as on_chunk:
-        while (chunk := track.next_frames()) is not None:
-            writer.write(chunk)
-            on_chunk(track)
+    with started(pipeline, policy, frames, seed, arguments) as track, progress() as on_chunk:
+        if folder is not None and checkpoint_every is not None:
+            job = Job(str(model.resolve()), str(output.resolve()), prompt, seed, fps, checkpoint_every, dtype, device)
+            job.write(folder)
+            checkpointed(track, job, folder, on_chunk)
+        else:
+            with writer:
+                while (chunk := track.next_frames()) is not None:
+                    writer.write(chunk)
+                    on_chunk(track)
     result = {"output": str(output), "prompt": prompt, "seed": seed, "fps": fps, **track.report()}
     print_tracks(result, [result], [str(output)], as_json)
 

@@ -11,6 +11,7 @@ from kvpack.cli.env import env
 from kvpack.cli.evaluate import evaluate
 from kvpack.cli.generate import generate
 from kvpack.cli.plan import plan
+from kvpack.cli.resume import resume
 from kvpack.cli.support import (
     CommandGroup,
     Json,
@@ -87,6 +88,7 @@ def demo(
 
 
 app.command()(generate)
+app.command()(resume)
 app.command()(convert)
 app.command()(evaluate)
 app.command()(train_compressor)

@@ -1,6 +1,7 @@
 """Chunks of a generation: what comes out of one, how long they are, and the noise of another try."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,36 @@ class GeneratedChunk:
     index: int
     latents: Float[Tensor, "batch channels frames height width"]
     pixels: Float[Tensor, "batch 3 pixel_frames pixel_height pixel_width"] | None
+
+
+def trimmed(chunk: GeneratedChunk, total_frames: int | None, first: int, scale: int) -> GeneratedChunk:
+    """Return a chunk without what lies beyond the video's end.
+
+    Args:
+        chunk: the chunk.
+        total_frames: latent frames of the whole video; None if it is endless.
+        first: the chunk's first latent frame.
+        scale: pixel frames of a latent frame, of which the video's first stands for one alone.
+    """
+    keep = chunk.latents.shape[2] if total_frames is None else min(chunk.latents.shape[2], total_frames - first)
+    pixels = chunk.pixels
+    if pixels is not None:
+        pixels = pixels[:, :, : keep * scale - (scale - 1 if first == 0 else 0)]
+    return replace(chunk, latents=chunk.latents[:, :, :keep], pixels=pixels)
+
+
+def require_room(given: Tensor | None, total_frames: int | None) -> Tensor | None:
+    """Return the latents that a video begins with, if it has frames beside them.
+
+    Raises:
+        InvalidOptionError: if nothing would be left to generate.
+    """
+    if given is not None and total_frames is not None and given.shape[2] >= total_frames:
+        raise InvalidOptionError(
+            f"what is given has {given.shape[2]} latent frames, but the whole video has {total_frames}; "
+            "give a larger num_frames, which counts those that are given"
+        )
+    return given
 
 
 def with_chunk_frames(stack: Memory, frames: int, option: str) -> Memory:
@@ -73,3 +104,19 @@ def rewinding(generator: Any) -> Callable[[], None]:
             each.set_state(state)
 
     return rewind
+
+
+def own_generators(device: torch.device) -> list[torch.Generator]:
+    """Return torch's own generators, from which noise comes that is drawn without one: the CPU's, and the device's."""
+    if device.type != "cuda":
+        return [torch.default_generator]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.default_generator, torch.cuda.default_generators[index]]
+
+
+@contextmanager
+def watched(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Give what says, behind the block, whether anything in it was drawn from torch's own generators."""
+    generators = own_generators(device)
+    before = [each.get_state() for each in generators]
+    yield lambda: any(not torch.equal(each.get_state(), old) for each, old in zip(generators, before, strict=True))

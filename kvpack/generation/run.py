@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
-from kvpack.generation.chunks import GeneratedChunk, rewinding
+from kvpack.generation.chunks import GeneratedChunk, require_room, rewinding, trimmed, watched
 from kvpack.generation.denoiser import Denoiser
 from kvpack.generation.phase import Phase
 from kvpack.generation.prompts import Prompt, Shot, shots
@@ -39,6 +40,8 @@ class Run(ABC):
 
     #: What the pipeline's call returns around the frames.
     output_class: ClassVar[Any] = None
+    #: Arguments of the call that are used up once the generation has begun.
+    spent: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, adapter: "Adapter", pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool
@@ -56,7 +59,7 @@ class Run(ABC):
         self.denoiser = self.new_denoiser(self.new_geometry(height, width), self.encode(schedule[0].prompt))
         self.scale = adapter.temporal_scale(adapter.configs(pipeline))
         #: Clean latents that the video begins with.
-        self.conditioning = self._checked_conditioning()
+        self.conditioning = require_room(self.beginning(), self.total_frames)
         self.first_frames = self.first_length()
         #: Prompts to come: the chunk that each begins with, its conditioning, and whether the scene changes.
         self.prompt_changes = [
@@ -65,6 +68,10 @@ class Run(ABC):
         ]
         self.interrupted = False  # by the pipeline's own `_interrupt`, behind the chunk in which it was set
         self._bar: Any = None
+        #: The coming chunk and its first latent frame; None before the first.
+        self.position: tuple[int, int] | None = None
+        #: Whether no chunk is half made; whether torch's own generators were drawn from.
+        self.between_chunks, self.draws_freely = True, False
 
     @abstractmethod
     def checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -172,15 +179,21 @@ class Run(ABC):
     def chunks(self, first: int = 0) -> Iterator[GeneratedChunk]:
         """Generate chunk after chunk, from latent frame `first` on; between two the pipeline is the stock one."""
         given = 0 if self.conditioning is None else self.conditioning.shape[2]
-        chunks = float("inf") if self.count is None else self.count - self._count(given)
+        done = max(self._count(given), 0 if self.position is None else self.position[0])
+        chunks = float("inf") if self.count is None else self.count - done
         self._bar = self.pipeline._kvpack_base.progress_bar(self.pipeline, total=chunks * self.steps)
-        index = 0
-        while (self.total_frames is None or first < self.total_frames) and not self.interrupted:
+        index, first = self.position or (0, first)
+        while first < (self.total_frames or float("inf")) and not self.interrupted:
+            self.between_chunks = False
             while self.prompt_changes and self.prompt_changes[0][0] <= index:
                 self._set_prompt(*self.prompt_changes.pop(0)[1:])
             frames = self.length(index, first)
-            yield (self.given if first < given else self.generated)(index, first, frames)
-            first, index = first + frames, index + 1
+            with watched(self.pipeline._execution_device) as drawn:
+                chunk = (self.given if first < given else self.generated)(index, first, frames)
+            self.draws_freely |= drawn()
+            index, first = self.position = index + 1, first + frames
+            self.between_chunks = not self.interrupted
+            yield chunk
 
     def given(self, index: int, first: int, frames: int) -> GeneratedChunk:
         """Commit a chunk of what the video begins with."""
@@ -203,18 +216,15 @@ class Run(ABC):
         noise = self.noise(first, frames)
         self.denoiser.expect(frames)
         with self._driving():
-            rewind = rewinding(self.call.get("generator"))
-            latents = self._denoised(index, first, noise)
-            latents = self.denoiser.accepted(latents, lambda: self._denoised(index, first, noise, rewind))
+            again = partial(self._denoised, index, first, noise, rewinding(self.call.get("generator")))
+            latents = self.denoiser.accepted(self._denoised(index, first, noise), again)
             pixels = self.decode(latents) if self._decodes_in_loop else None
             self.interrupted = getattr(self.pipeline, "_interrupt", False)
-            # A chunk that is shorter than the rest without being the first is a video's last: nothing goes on from it.
+            # A chunk that is shorter than the rest without being the first is a video's last.
             if not self.interrupted and (first == 0 or frames == self.stack.chunk_frames):
                 self.denoiser.commit(latents, pixels)
-        keep = latents.shape[2] if self.total_frames is None else min(latents.shape[2], self.total_frames - first)
-        if pixels is not None:
-            pixels = pixels[:, :, : keep * self.scale - (self.scale - 1 if first == 0 else 0)]
-        return GeneratedChunk(index, latents[:, :, :keep], None if self.output_type == "latent" else pixels)
+        chunk = trimmed(GeneratedChunk(index, latents, pixels), self.total_frames, first, self.scale)
+        return replace(chunk, pixels=None) if self.output_type == "latent" else chunk
 
     def _denoised(self, index: int, first: int, noise: Tensor, rewind: Callable[[], None] | None = None) -> Tensor:
         """Return a chunk's latents; another try begins with the same noise."""
@@ -248,15 +258,6 @@ class Run(ABC):
         if rows != self.rows:
             raise InvalidOptionError(f"a later prompt is for as many videos as the first, {self.rows}, got {rows}")
         return conditioning
-
-    def _checked_conditioning(self) -> Tensor | None:
-        given = self.beginning()
-        if given is not None and self.total_frames is not None and given.shape[2] >= self.total_frames:
-            raise InvalidOptionError(
-                f"what is given has {given.shape[2]} latent frames, but the whole video has {self.total_frames}; "
-                "give a larger num_frames, which counts those that are given"
-            )
-        return given
 
     @contextmanager
     def _driving(self) -> Iterator[None]:
@@ -295,5 +296,5 @@ class Run(ABC):
         self.pipeline.maybe_free_model_hooks()
 
     def stats(self) -> dict[str, Any]:
-        """Return tokens of one branch, bytes of all, and seconds of each part of the work."""
+        """Return what `Denoiser.stats` does."""
         return self.denoiser.stats()

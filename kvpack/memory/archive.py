@@ -5,6 +5,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+class Mark:
+    """What a slot was last written with; another one for each block."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Archive:
     """Compressed blocks of one layer in equal slots: keys before RoPE, values, and the sum of each block's keys.
 
@@ -19,6 +25,8 @@ class Archive:
         self.key_sums = torch.empty(0)
         #: Where tokens sit, if that differs by row or layer.
         self.coordinates: Tensor | None = None
+        #: Of each slot that was ever written.
+        self.marks: dict[int, Mark] = {}
         self._shared = False
 
     @property
@@ -49,6 +57,7 @@ class Archive:
                 the data.
         """
         tokens = keys.shape[1]
+        self.marks[slot] = Mark()
         self.keys[:, slot, :tokens] = keys
         self.values[:, slot, :tokens] = values
         self.key_sums[:, slot] = keys.float().sum(dim=1)
@@ -104,6 +113,7 @@ class Archive:
             self.key_sums,
             self.coordinates,
         )
+        copy.marks = dict(self.marks)
         self._shared = copy._shared = True
         return copy
 

@@ -3,6 +3,7 @@
 import inspect
 from contextlib import nullcontext
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -16,6 +17,7 @@ from kvpack.pipeline.calls import Enabled, alone, bound, start, whole
 from kvpack.pipeline.progress import OnChunk, require_callback
 from kvpack.pipeline.stream import Stream
 from kvpack.plugins.registry import registry
+from kvpack.snapshots.resuming import resumed
 
 
 class PackForcing:
@@ -90,6 +92,27 @@ class PackForcing:
         require_callback(on_chunk)
         with alone(self._pipeline):
             return Stream(self._pipeline, start(self._pipeline, arguments, streaming=True), on_chunk)
+
+    def resume(self, folder: str | Path, on_chunk: OnChunk | None = None, **given: Any) -> "Stream":
+        """Go on with the generation that was saved in a folder, bit for bit as if it had never been stopped.
+
+        The pipeline is enabled with the same stack, and has the same weights, LoRA adapters and scheduler. A damaged
+        snapshot is passed over for the one before it, with a `SnapshotWarning`. Where noise was drawn from torch's own
+        generators, they are set to where they were.
+
+        Args:
+            folder: what `Stream.save` was given.
+            on_chunk: as of `stream`.
+            given: arguments of the call that are functions, such as `callback_on_step_end`, which no file has.
+
+        Raises:
+            SnapshotError: if no snapshot in the folder can be read, or it is that of another model, stack or geometry.
+            InvalidOptionError: if functions are not given again, or others are given.
+        """
+        require_callback(on_chunk)
+        with alone(self._pipeline):
+            run, generation, note = resumed(self._pipeline, Path(folder), given)
+            return Stream(self._pipeline, run, on_chunk, generation, note)
 
 
 class PackForcingMixin:

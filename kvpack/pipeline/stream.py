@@ -6,11 +6,11 @@ from typing import Any
 
 from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
-from kvpack.pipeline.calls import alone, frames
-from kvpack.pipeline.progress import OnChunk
+from kvpack.pipeline.calls import alone
+from kvpack.pipeline.saved import SavedStream
 
 
-class Stream(Generator[Any, Prompt | None, None]):
+class Stream(SavedStream, Generator[Any, Prompt | None, None]):
     """Frames of a generation, chunk by chunk.
 
     It is closed by `close`, at the end of a `with` block, when nobody holds it any more, and at the latest when the
@@ -20,10 +20,16 @@ class Stream(Generator[Any, Prompt | None, None]):
         pipeline: an enabled pipeline.
         run: its generation.
         on_chunk: called with a `Progress` behind each chunk.
+        generation: its name, if it was saved before.
+        note: what was saved with it.
     """
 
-    def __init__(self, pipeline: Any, run: Run, on_chunk: OnChunk | None = None) -> None:
-        self._pipeline, self._run, self._frames = pipeline, run, frames(pipeline, run, on_chunk)
+    _end: Any = None
+
+    def _follow(self, run: Run) -> None:
+        super()._follow(run)
+        if self._end is not None:
+            self._end.detach()
         # Before modules are torn down, which closing needs; a generator that is left to the interpreter comes after.
         self._end = weakref.finalize(self, _close, self._frames)
         #: Chunks of the whole video, as far as they can be counted.
@@ -63,6 +69,7 @@ class Stream(Generator[Any, Prompt | None, None]):
     def close(self) -> None:
         """End the generation."""
         self._frames.close()
+        self._release()
 
 
 def _close(frames: Generator[Any, None, None]) -> None:

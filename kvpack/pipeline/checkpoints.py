@@ -1,0 +1,163 @@
+"""A video of the command line that is saved every few chunks, and gone on with after anything that ends its process."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvpack.errors import OutputError, SnapshotError
+from kvpack.media.segments import SegmentedVideo
+from kvpack.media.video import make_folder, save_bytes
+from kvpack.pipeline.enable import enable
+from kvpack.pipeline.stream import Stream
+from kvpack.pipeline.track import Track, load_pipeline
+from kvpack.plugins.resolve import resolve_stack
+from kvpack.snapshots.folder import SnapshotFolder
+from kvpack.snapshots.resuming import saved_stack
+
+_JOB, _SEGMENTS = "generate.json", "segments"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a folder of checkpoints says beside its snapshots.
+
+    Args:
+        model: folder of the pipeline.
+        output: the mp4 to write.
+        prompt: what was asked for, for the report.
+        seed: of the noise, for the report.
+        fps: frames a second.
+        every: chunks between two checkpoints.
+        dtype: of the model.
+        device: where it runs.
+    """
+
+    model: str
+    output: str
+    prompt: str
+    seed: int
+    fps: float
+    every: int
+    dtype: str
+    device: str
+
+    def write(self, folder: Path) -> None:
+        """Write it into an empty folder of checkpoints.
+
+        Raises:
+            OutputError: if the folder holds another generation, or cannot be written.
+        """
+        require_free(folder)
+        save_bytes(json.dumps(asdict(self), indent=2).encode(), make_folder(folder) / _JOB)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Job":
+        """Return what is written in a folder.
+
+        Raises:
+            SnapshotError: if nothing of the kind is.
+        """
+        path = folder / _JOB
+        try:
+            job = cls(**json.loads(path.read_bytes()))
+        except OSError as error:
+            raise SnapshotError(f"{folder} holds no generation: {path} cannot be read ({error.strerror})") from error
+        except (ValueError, TypeError, RecursionError) as error:
+            raise SnapshotError(f"{path} is damaged: {str(error)[:200]}") from error
+        kinds: dict[str, Any] = {"every": int, "seed": int, "fps": (int, float)}
+        for name, value in asdict(job).items():
+            if not isinstance(value, kinds.get(name, str)) or (name in ("every", "fps") and not value > 0):
+                raise SnapshotError(f"{path} is damaged: its {name} is {str(value)[:80]!r}")
+        return job
+
+
+def require_free(folder: Path) -> None:
+    """Raise `OutputError` if a folder of checkpoints holds another generation already."""
+    if SnapshotFolder(folder).numbers() or (folder / _JOB).exists():
+        raise OutputError(
+            f"{folder} holds a generation that is not finished; go on with it by 'kvpack resume {folder}', remove it, "
+            "or give another --checkpoint"
+        )
+
+
+def checkpointed(track: Track, job: Job, folder: Path, on_chunk: Callable[[Track], None]) -> int:
+    """Generate a track to its end, saved every few chunks, and return the pixel frames of the whole video.
+
+    After an interrupt the video holds what was made so far, and the folder stays. At the end the folder is removed.
+
+    Args:
+        track: the generation.
+        job: what was asked for.
+        folder: of the checkpoints.
+        on_chunk: called behind each chunk.
+    """
+    stream: Any = track.stream
+    output = Path(job.output)
+    done = stream.note["segments"] if isinstance(stream.note, dict) and "segments" in stream.note else []
+    stream.save(folder, {"segments": done})  # from here on the folder is this process's, and can be gone on with
+    with _joined_if_interrupted(SegmentedVideo(folder / _SEGMENTS, job.fps, done), output, folder) as video:
+        while (chunk := track.next_frames()) is not None:
+            video.write(chunk)
+            on_chunk(track)
+            if len(track.chunk_seconds) % job.every == 0:
+                stream.save(folder, {"segments": video.cut()})
+    video.join(output)
+    stream.close()
+    _remove(folder)
+    return video.frames
+
+
+@contextmanager
+def _joined_if_interrupted(video: SegmentedVideo, output: Path, folder: Path) -> Iterator[SegmentedVideo]:
+    try:
+        with video:
+            yield video
+    except (KeyboardInterrupt, SystemExit) as error:
+        if video.frames:
+            video.join(output)
+            error.add_note(f"{output} holds the {video.frames / video.fps:.1f} s that were made")
+        error.add_note(f"'kvpack resume {folder}' goes on from the last checkpoint")
+        raise
+
+
+@contextmanager
+def reopened(folder: Path, job: Job, dtype: torch.dtype, device: str) -> Iterator[Track]:
+    """Load the pipeline of a folder of checkpoints, and go on with its generation.
+
+    Args:
+        folder: of the checkpoints.
+        job: what it says.
+        dtype: of the model.
+        device: where to run.
+
+    Raises:
+        SnapshotError: if it holds none that can be read.
+        InvalidOptionError: if the model does not load, or is another one.
+    """
+    stack, _ = saved_stack(folder)
+    memory = resolve_stack(stack, {})
+    pipeline = load_pipeline(Path(job.model), dtype, device)
+    pipeline.set_progress_bar_config(disable=True)
+    enable(pipeline, memory).packforcing.fps = job.fps
+    stream: Stream = pipeline.packforcing.resume(folder)
+    try:
+        yield Track(pipeline, memory, stream.chunks or 0, stream)
+    finally:
+        stream.close()
+
+
+def _remove(folder: Path) -> None:
+    """Remove the files of a finished generation, and the folder if nothing else is in it."""
+    shutil.rmtree(folder / _SEGMENTS, ignore_errors=True)
+    for pattern in (_JOB, "lock", "snapshot-*.json", "blocks-*.safetensors", "tensors-*.safetensors"):
+        for path in folder.glob(pattern):
+            with suppress(OSError):
+                path.unlink()
+    with suppress(OSError):
+        folder.rmdir()

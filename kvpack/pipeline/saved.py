@@ -1,0 +1,114 @@
+"""A stream that is saved, forked into another future, and taken back to where it was saved."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from kvpack.errors import SnapshotError
+from kvpack.generation.branches import Seed, forked, reseed
+from kvpack.generation.prompts import Prompt
+from kvpack.generation.run import Run
+from kvpack.pipeline.calls import frames
+from kvpack.pipeline.progress import OnChunk
+from kvpack.snapshots.resuming import resumed
+from kvpack.snapshots.saver import Saver, new_generation
+
+
+class SavedStream:
+    """What a stream can do between two chunks.
+
+    Args:
+        pipeline: an enabled pipeline.
+        run: its generation.
+        on_chunk: called with a `Progress` behind each chunk.
+        generation: its name, if it was saved before.
+        note: what was saved with it.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        run: Run,
+        on_chunk: OnChunk | None = None,
+        generation: str | None = None,
+        note: Any = None,
+    ) -> None:
+        self._pipeline, self._on_chunk = pipeline, on_chunk
+        self._generation = generation or new_generation()
+        self._saver: Saver | None = None
+        #: What `save` was given, in a stream that was resumed.
+        self.note = note
+        self._follow(run)
+
+    def _follow(self, run: Run) -> None:
+        """Hand out the frames of a run from here on."""
+        self._run, self._frames = run, frames(self._pipeline, run, self._on_chunk)
+
+    def save(self, folder: str | Path, note: Any = None) -> None:
+        """Write all that the generation remembers into a folder, from which `resume` goes on.
+
+        Between two chunks. The last two snapshots are kept; a write that fails leaves them as they are.
+
+        Args:
+            folder: holds the snapshots of this generation and nothing else; made if it is not there.
+            note: what JSON takes; `note` of the stream that goes on.
+
+        Raises:
+            SnapshotError: if a chunk is half made, or something in the call is no data.
+            OutputError: if it cannot be written.
+        """
+        if self._saver is None or self._saver.folder.path != Path(folder):
+            self._release()
+            self._saver = Saver(Path(folder), self._generation)
+        self._saver.save(self._run, note)
+
+    def fork(self, *, seed: Seed | None = None, prompt: Prompt | None = None, cut: bool = False) -> Self:
+        """Return another future of the same past, which shares its blocks; the two may be drawn from in any order.
+
+        Args:
+            seed: of the other one's noise, one for each generator of the call; None draws the same noise in both.
+            prompt: what the other one goes on with, as in `send`.
+            cut: whether another scene begins there.
+
+        Raises:
+            SnapshotError: if a chunk is half made.
+            InvalidOptionError: if seeds or prompts are not as many as they were.
+        """
+        run = forked(self._run)
+        reseed(run, seed)
+        if prompt is not None:
+            run.set_prompt(prompt, cut=cut)
+        return type(self)(self._pipeline, run, self._on_chunk)
+
+    def rewind(self, chunks: int, *, seed: Seed | None = None, prompt: Prompt | None = None, cut: bool = False) -> None:
+        """Go back to a snapshot that `save` has kept, and forget those behind it.
+
+        Args:
+            chunks: how many, back from here.
+            seed: of the noise from there on, one for each generator of the call; None draws the same as before.
+            prompt: what it goes on with, as in `send`.
+            cut: whether another scene begins there.
+
+        Raises:
+            SnapshotError: if no snapshot is kept there, or it is damaged.
+            InvalidOptionError: if seeds or prompts are not as many as they were.
+        """
+        index, _ = self._run.position or (0, 0)
+        behind = {} if self._saver is None else self._saver.folder.chunks()
+        if self._saver is None or index - chunks not in behind:
+            kept = ", ".join(f"rewind({index - each})" for each in behind) or "none; save() keeps the last two"
+            raise SnapshotError(f"no snapshot is kept {chunks} chunks back; those that are: {kept}")
+        number, folder = behind[index - chunks], self._saver.folder
+        functions = {name: value for name, value in self._run.call.items() if callable(value)}
+        run, _, note = resumed(self._pipeline, folder.path, functions, number)
+        reseed(run, seed)
+        if prompt is not None:
+            run.set_prompt(prompt, cut=cut)
+        self._frames.close()
+        folder.forget_after(number)
+        self.note = note
+        self._follow(run)
+
+    def _release(self) -> None:
+        if self._saver is not None:
+            self._saver.close()
+            self._saver = None

@@ -1,0 +1,1 @@
+"""Generations on disk: everything that one remembers between two chunks, written and read back bit for bit."""

@@ -1,0 +1,107 @@
+"""Whether what a snapshot says fits together, before anything is generated of it."""
+
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from kvpack.errors import SnapshotError
+from kvpack.generation.moment import Moment
+from kvpack.generation.replay import CleanFrames
+from kvpack.generation.run import Run
+from kvpack.memory.geometry import Geometry
+from kvpack.memory.session import Past
+from kvpack.memory.stack_plan import StackBook
+from kvpack.memory.stack_state import StackState
+from kvpack.memory.store import StoredBlock
+from kvpack.snapshots.types import is_a
+
+#: What every run remembers, and of what kind it is.
+_ATTRIBUTES: dict[str, Any] = {
+    "streaming": bool,
+    "call": dict,
+    "output_type": str,
+    "total_frames": int | None,
+    "scale": int,
+    "conditioning": Tensor | None,
+    "first_frames": int,
+    "prompt_changes": list,
+    "position": tuple[int, int] | None,
+    "between_chunks": bool,
+    "draws_freely": bool,
+    "_decodes_in_loop": bool,
+    "interrupted": bool,
+}
+
+
+def check_attributes(run_class: type, value: Any) -> dict[str, Any]:
+    """Return attributes of a run that are of the right kinds, and none in the place of something that its class does.
+
+    Raises:
+        SnapshotError: if one is missing, of another kind, or no attribute.
+    """
+    if not isinstance(value, dict):
+        raise SnapshotError(f"what its run remembers is a {type(value).__name__}")
+    for name in value:
+        found = getattr(run_class, str(name), None)
+        if not isinstance(name, str) or callable(found) or isinstance(found, property | cached_property):
+            raise SnapshotError(f"{str(name)[:40]!r} is nothing that a generation remembers")
+    if missing := set(_ATTRIBUTES) - set(value):
+        raise SnapshotError(f"it does not say {', '.join(sorted(missing))}")
+    for name, hint in _ATTRIBUTES.items():
+        if not is_a(value[name], hint):
+            raise SnapshotError(f"{name} is a {type(value[name]).__name__}, but must be {hint}")
+    return value
+
+
+def check_moment(moment: Moment) -> None:
+    """Raise `SnapshotError` if parts of a moment are of the wrong kind."""
+    kinds: dict[str, tuple[Any, type]] = {
+        "conditioning": (moment.conditioning, dict),
+        "pasts": (moment.pasts, dict),
+        "clean": (moment.clean, CleanFrames),
+        "own_generators": (moment.own_generators, tuple),
+        **{f"pasts.{name}": (past, Past) for name, past in dict(moment.pasts).items()},
+    }
+    for name, (value, wanted) in kinds.items():
+        if not isinstance(value, wanted):
+            raise SnapshotError(f"{name} is a {type(value).__name__}, but must be a {wanted.__name__}")
+
+
+def check_sessions(run: Run) -> None:
+    """Raise `SnapshotError` if what a generation remembers does not fit its model, or one part of it another."""
+    sessions, geometry = run.sessions, run.denoiser.geometry
+    if sessions and set(sessions) != set(run.denoiser.branches):
+        raise SnapshotError(
+            f"it has memories of {sorted(sessions)}, but the branches are {sorted(run.denoiser.branches)}"
+        )
+    for branch, session in sessions.items():
+        past = session.past
+        if len(past.states) != geometry.layers:
+            raise SnapshotError(f"branch {branch} has {len(past.states)} layers, but the model {geometry.layers}")
+        if past.book.frames > (run.position or (0, 0))[1]:
+            raise SnapshotError(f"branch {branch} has {past.book.frames} frames, more than were generated")
+        for state in past.states:
+            if isinstance(state, StackState) and isinstance(past.book, StackBook):
+                _check_state(state, past.book, geometry)
+
+
+def _check_state(state: StackState, book: StackBook, geometry: Geometry) -> None:
+    ledger = book.ledger
+    if ledger is None or len(ledger.whole) != len(state.whole):
+        raise SnapshotError(f"{len(state.whole)} whole blocks are there, but others are listed")
+    for piece, kept in zip(ledger.whole, state.whole, strict=True):
+        if len(kept.block) != piece.frames * geometry.tokens_per_frame:
+            raise SnapshotError(f"a block of {piece.frames} frames has {len(kept.block)} tokens")
+        _check_block(kept.block, geometry)
+    slots = [piece.slot for piece in ledger.archive]
+    if any(slot not in state.archive.marks for slot in slots):
+        raise SnapshotError(f"blocks in the slots {sorted(set(slots) - set(state.archive.marks))} are missing")
+    if state.archive.slots and tuple(state.archive.keys.shape[3:]) != (geometry.heads, geometry.head_dim):
+        raise SnapshotError(f"archived keys are {tuple(state.archive.keys.shape)}, but the model is {geometry}")
+
+
+def _check_block(block: StoredBlock, geometry: Geometry) -> None:
+    keys = block.keys
+    if tuple(keys.shape[2:]) != (geometry.heads, geometry.head_dim) or keys.dtype != geometry.dtype:
+        raise SnapshotError(f"a block is {keys.dtype} {tuple(keys.shape)}, but the model is {geometry}")

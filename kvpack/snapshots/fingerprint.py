@@ -1,0 +1,120 @@
+"""What tells two models apart: names, shapes and some numbers of each weight, LoRA adapters, and the scheduler."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvpack.errors import SnapshotError
+
+_SAMPLES = 64
+
+
+def model_digests(pipeline: Any) -> dict[str, str]:
+    """Return a digest of each model of a pipeline, LoRA left aside."""
+    return {name: _of_model(each) for name, each in _models(pipeline).items()}
+
+
+def fingerprints(pipeline: Any, models: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a snapshot says of its pipeline's components, as JSON takes it.
+
+    Args:
+        pipeline: the pipeline.
+        models: what `model_digests` gave for it.
+    """
+    scheduler = getattr(pipeline, "scheduler", None)
+    return {
+        "models": dict(models),
+        "lora": {name: found for name, each in _models(pipeline).items() if (found := _lora(each))},
+        "scheduler": None if scheduler is None else f"{type(scheduler).__name__} {_config(scheduler)}",
+    }
+
+
+def require_same(saved: Mapping[str, Any], here: Mapping[str, Any], name: str) -> None:
+    """Raise `SnapshotError` if a pipeline differs from the one that a snapshot was made with.
+
+    Components that one of the two lacks are not compared, but for those that generate: the prompt's embeddings are in
+    the snapshot, so that the text encoder need not be.
+
+    Args:
+        saved: what `fingerprints` gave of the one.
+        here: what it gives of the other.
+        name: class of the pipeline, for the error.
+    """
+    if saved["lora"] != here["lora"]:
+        raise SnapshotError(
+            f"the generation ran with LoRA {_shown(saved['lora'])}, but this pipeline has {_shown(here['lora'])}; load "
+            "the same adapters at the same scale"
+        )
+    for part, digest in saved["models"].items():
+        found = here["models"].get(part)
+        if found is None and part not in ("transformer", "vae"):
+            continue
+        if found != digest:
+            raise SnapshotError(
+                f"the generation ran with another {part} than this {name} has; load the model, in the dtype, that it "
+                "was saved with"
+            )
+    if saved["scheduler"] != here["scheduler"]:
+        raise SnapshotError(
+            f"the generation ran with the scheduler {str(saved['scheduler'])[:300]}, but this pipeline has "
+            f"{str(here['scheduler'])[:300]}"
+        )
+
+
+def _models(pipeline: Any) -> dict[str, nn.Module]:
+    return {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
+
+
+def _of_model(model: nn.Module) -> str:
+    """Return a digest of names, shapes, dtypes and some numbers of all weights but LoRA's."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        if "lora_" not in name:
+            plain = name.replace(".base_layer", "").replace("_orig_mod.", "")
+            digest.update(f"{plain} {tuple(weight.shape)} {weight.dtype}".encode())
+            digest.update(_sample(weight))
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _sample(weight: Tensor) -> bytes:
+    """Return some numbers of a tensor, evenly spread; none of one that is elsewhere, or that has no plain numbers."""
+    if weight.device.type == "meta" or type(weight.data) is not Tensor or not weight.numel():
+        return b""
+    flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().flatten()
+    index = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
+    some = flat[index.to(flat.device)].cpu()
+    return some.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _lora(model: nn.Module) -> dict[str, Any] | None:
+    """Return names, scales and a digest of a model's active LoRA adapters; None if there are none."""
+    scales: dict[str, set[float]] = {}
+    digest = hashlib.sha256()
+    for name, module in sorted(model.named_modules()):
+        scaling = getattr(module, "scaling", None)
+        if not isinstance(scaling, dict) or getattr(module, "disable_adapters", False):
+            continue
+        for adapter in sorted(set(scaling) & set(getattr(module, "active_adapters", ()))):
+            scales.setdefault(adapter, set()).add(float(scaling[adapter]))
+            digest.update(f"{name} {adapter} {scaling[adapter]!r} {sorted(module.merged_adapters)}".encode())
+            for own, weight in sorted(module.named_parameters()):
+                if "lora_" in own and f".{adapter}." in f".{own}.":
+                    digest.update(own.encode() + _sample(weight))
+    if not scales:
+        return None
+    return {"scales": {adapter: sorted(each) for adapter, each in scales.items()}, "sha256": digest.hexdigest()}
+
+
+def _config(scheduler: Any) -> str:
+    own = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return json.dumps(own, sort_keys=True, default=str)
+
+
+def _shown(lora: Mapping[str, Any]) -> str:
+    each = [f"{name} x {scales}" for found in lora.values() for name, scales in found["scales"].items()]
+    return ", ".join(each) or "none"

@@ -1,0 +1,193 @@
+"""A folder of snapshots: the last two of one generation, each a JSON file and the tensor files that it lists."""
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kvpack.errors import OutputError, SnapshotError, SnapshotWarning
+from kvpack.media.video import make_folder
+from kvpack.snapshots.tensors import TensorFiles, tensor_parts, write_file
+
+FORMAT = 1
+KEPT = 2
+_NAME, _TENSORS = re.compile(r"snapshot-(\d{6})\.json"), re.compile(r"(blocks|tensors)-\d{6}\.safetensors")
+_MOST_JSON = 1 << 26
+T = TypeVar("T")
+
+
+def tensor_files(number: int) -> tuple[str, str]:
+    """Return the names of the files that a snapshot writes: of blocks, which later ones may share, and of the rest."""
+    return f"blocks-{number:06d}.safetensors", f"tensors-{number:06d}.safetensors"
+
+
+class SnapshotFolder:
+    """A folder with the last two snapshots of one generation.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the snapshots in it, the newest first."""
+        try:
+            names = [_NAME.fullmatch(name) for name in os.listdir(self.path)]
+        except OSError:
+            names = []
+        return sorted((int(each[1]) for each in names if each), reverse=True)
+
+    def write(self, number: int, content: Mapping[str, Any], tensors: Mapping[str, Any], used: Iterable[str]) -> None:
+        """Write a snapshot, and remove all but the last two.
+
+        Args:
+            number: its number, larger than those of all before.
+            content: what its JSON says.
+            tensors: what goes into each of its own tensor files.
+            used: names of all tensor files that it refers to.
+
+        Raises:
+            OutputError: if it cannot be written; those before are still there.
+        """
+        make_folder(self.path)
+        older = self._listed(self.numbers())
+        files = {name: older[name] for name in used if name not in tensors}
+        for name, each in tensors.items():
+            if each:
+                files[name] = write_file(self.path / name, tensor_parts(each))
+        whole = {"format": FORMAT, "number": number, **content, "files": files}
+        text = json.dumps({**whole, "sha256": _digest(whole)}, allow_nan=False).encode()
+        write_file(self.path / f"snapshot-{number:06d}.json", [text])
+        _sync(self.path)
+        self._prune()
+
+    def read(self, use: Callable[[dict[str, Any], TensorFiles], T], number: int | None = None) -> T:
+        """Return what `use` makes of the newest snapshot, or of the one before where that is damaged.
+
+        Args:
+            use: given the JSON and what reads tensors; whatever `SnapshotError` it raises itself goes through.
+            number: of the one snapshot to read.
+
+        Raises:
+            SnapshotError: if no snapshot can be read.
+        """
+        problems = []
+        for each in self.numbers() if number is None else [number]:
+            try:
+                content = self.content(each)
+                files = TensorFiles(self.path, content["files"])
+                files.check()
+            except SnapshotError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                warnings.warn(f"{'; '.join(problems)}; snapshot {each} is used", SnapshotWarning, stacklevel=4)
+            try:
+                return use(content, files)
+            except SnapshotError as error:
+                raise SnapshotError(f"{self.path / _name(each)}: {error}") from error
+        raise SnapshotError(
+            "; ".join(problems) or f"{self.path} holds no snapshot; give a folder that one was saved in"
+        )
+
+    def content(self, number: int) -> dict[str, Any]:
+        """Return what the JSON of a snapshot says, once it is known to be what was written.
+
+        Raises:
+            SnapshotError: if it is damaged, of another version, or another number's.
+        """
+        path = self.path / _name(number)
+        try:
+            if path.stat().st_size > _MOST_JSON:
+                raise SnapshotError(f"{path} is larger than any snapshot's JSON, {_MOST_JSON} bytes")
+            content = json.loads(path.read_bytes())
+        except OSError as error:
+            raise SnapshotError(f"{path} cannot be read: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise SnapshotError(f"{path} is no JSON ({error})") from error
+        if not isinstance(content, dict) or "format" not in content:
+            raise SnapshotError(f"{path} is no snapshot: it does not say its format")
+        if content["format"] != FORMAT:
+            by = str(content.get("kvpack"))[:40]
+            raise SnapshotError(
+                f"{path} has format {str(content['format'])[:40]}, written by kvpack {by}; this one reads {FORMAT}"
+            )
+        digest = content.pop("sha256", None)
+        if digest != _digest(content):
+            raise SnapshotError(f"{path} is not what was written: its checksum differs")
+        if content.get("number") != number:
+            raise SnapshotError(f"{path} was written as snapshot {content.get('number')}")
+        files = content.get("files")
+        if not isinstance(files, dict) or not all(isinstance(each, dict) for each in files.values()):
+            raise SnapshotError(f"{path} does not list its files")
+        return content
+
+    def chunks(self) -> dict[int, int]:
+        """Return the number of the newest snapshot behind each count of chunks."""
+        behind: dict[int, int] = {}
+        for number in reversed(self.numbers()):
+            with suppress(SnapshotError):
+                behind[int(self.content(number)["chunks"])] = number
+        return behind
+
+    def forget_after(self, number: int) -> None:
+        """Remove the snapshots that are newer than one."""
+        for each in self.numbers():
+            if each > number:
+                _remove(self.path / _name(each))
+
+    def _listed(self, numbers: Iterable[int]) -> dict[str, Any]:
+        """Return the tensor files that some snapshots list; damaged ones list nothing."""
+        files: dict[str, Any] = {}
+        for number in numbers:
+            with suppress(SnapshotError):
+                files.update(self.content(number)["files"])
+        return files
+
+    def _prune(self) -> None:
+        """Remove what no kept snapshot needs; the JSON first, so that none is there without its tensors."""
+        numbers = self.numbers()
+        kept = set(self._listed(numbers[:KEPT]))
+        for number in numbers[KEPT:]:
+            _remove(self.path / _name(number))
+        for name in os.listdir(self.path):
+            stale = name.startswith((".snapshot-", ".blocks-", ".tensors-")) and name.endswith(".part")
+            if stale or (_TENSORS.fullmatch(name) and name not in kept):
+                _remove(self.path / name)
+
+
+def _name(number: int) -> str:
+    return f"snapshot-{number:06d}.json"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
+def _sync(folder: Path) -> None:
+    """Put the names in a folder on the disk, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def require_apart(path: Path, generation: str, known: str | None) -> None:
+    """Raise `OutputError` if a folder holds the snapshots of another generation."""
+    if known is not None and known != generation:
+        raise OutputError(f"{path} holds snapshots of another generation; give an empty folder, or resume that one")

@@ -1,0 +1,167 @@
+"""Trees read back: nothing is made but plain data, tensors, and dataclasses of a list that the reader has."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kvpack.errors import SnapshotError
+from kvpack.memory.archive import Archive, Mark
+from kvpack.memory.roles import Policy
+from kvpack.memory.store import StoredBlock
+from kvpack.snapshots.types import fits
+from kvpack.snapshots.writing import KIND, Node
+
+_DTYPES = {str(each).removeprefix("torch."): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
+
+
+class Tensors(Protocol):
+    """What reads a tensor of a file that the snapshot lists."""
+
+    def __call__(self, file: str, name: str) -> Tensor:
+        """Return a tensor of its own memory, on the CPU."""
+        ...
+
+
+class TreeReader:
+    """Reads what `TreeWriter` wrote; the same tensor, block or generator twice is one again.
+
+    Args:
+        classes: frozen dataclasses that may be part of a tree, by name.
+        policies: those of the stack by role.
+        device: where the model runs.
+        tensors: reads tensors.
+    """
+
+    def __init__(
+        self, classes: Mapping[str, type], policies: Mapping[str, Policy], device: torch.device, tensors: Tensors
+    ) -> None:
+        self._classes, self._policies, self._device, self._read = classes, policies, device, tensors
+        self._tensors: dict[tuple[str, str, bool], Tensor] = {}
+        self._made: dict[tuple[str, int], Any] = {}
+        self._kinds = self._readers()
+
+    def value(self, node: Node) -> Any:
+        """Return a tree.
+
+        Raises:
+            SnapshotError: if it is not what a writer writes.
+        """
+        if node is None or isinstance(node, bool | str | int | float):
+            return node
+        if isinstance(node, list):
+            return tuple(self.value(each) for each in node)
+        kind = node.get(KIND) if isinstance(node, dict) else None
+        read = self._kinds.get(str(kind))
+        if read is None:
+            raise SnapshotError(f"it holds {str(kind)[:40]!r}, which no snapshot of this version has")
+        try:
+            return read(node)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            if isinstance(error, SnapshotError):
+                raise
+            what = " ".join(str(error).split())[:300]
+            raise SnapshotError(
+                f"a {kind} in it is not as a snapshot has it ({type(error).__name__}: {what})"
+            ) from error
+
+    def _readers(self) -> dict[str, Callable[[dict[str, Any]], Any]]:
+        return {
+            "float": lambda node: float(_text(node["is"])),
+            "list": lambda node: [self.value(each) for each in node["of"]],
+            "dict": lambda node: {self.value(key): self.value(each) for key, each in node["of"]},
+            "tensor": self._tensor,
+            "array": lambda node: self._tensor(node["of"]).cpu().numpy(),
+            "block": self._block,
+            "archive": self._archive,
+            "policy": lambda node: self._policies[node["role"]],
+            "generator": self._generator,
+            "dtype": lambda node: _DTYPES[node["name"]],
+            "device": lambda node: self._device if node["here"] else torch.device("cpu"),
+            "data": self._data,
+        }
+
+    def _tensor(self, node: dict[str, Any]) -> Tensor:
+        key = _text(node["file"]), _text(node["name"]), bool(node["here"])
+        if key not in self._tensors:
+            tensor = self._read(*key[:2])
+            self._tensors[key] = tensor.to(self._device) if key[2] else tensor
+        return self._tensors[key]
+
+    def _once(self, kind: str, first: Tensor, make: Callable[[], Any]) -> Any:
+        """Return the one thing that is made of a tensor."""
+        key = kind, id(first)  # the tensor is kept, so that its id stays its own
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def _block(self, node: dict[str, Any]) -> StoredBlock:
+        keys, values = self._tensor(node["keys"]), self._tensor(node["values"])
+        if keys.ndim != 4 or keys.shape != values.shape or keys.dtype != values.dtype:
+            raise SnapshotError(f"a block has keys {tuple(keys.shape)} and values {tuple(values.shape)}")
+        return self._once("block", keys, lambda: StoredBlock(keys.shape[1], (keys, values)))
+
+    def _generator(self, node: dict[str, Any]) -> torch.Generator:
+        state = self._tensor({**node["state"], "here": False})
+
+        def make() -> torch.Generator:
+            try:
+                generator = torch.Generator(_text(node["device"]))
+            except RuntimeError as error:
+                raise SnapshotError(f"its noise is drawn on {node['device']!r}, which is not here") from error
+            return generator.set_state(state)
+
+        return self._once("generator", state, make)
+
+    def _archive(self, node: dict[str, Any]) -> Archive:
+        archive, slots = Archive(_count(node["slot_tokens"])), _count(node["slots"])
+        for slot, (keys, values, sums, places) in node["held"]:
+            if _count(slot) >= slots or slots > 2 * len(node["held"]) + 64:
+                raise SnapshotError(
+                    f"an archive of {slots} slots has {len(node['held'])} blocks, one of them in {slot}"
+                )
+            if not archive.slots:
+                archive.keys, archive.values, archive.key_sums = (
+                    _room(self._tensor(each), slots) for each in (keys, values, sums)
+                )
+            parts = [(archive.keys, keys), (archive.values, values), (archive.key_sums, sums)]
+            if places is not None:
+                if archive.coordinates is None:
+                    archive.coordinates = _room(self._tensor(places), slots)
+                parts.append((archive.coordinates, places))
+            for whole, part in parts:
+                whole[:, slot] = self._tensor(part)
+            archive.marks[slot] = Mark()
+        return archive
+
+    def _data(self, node: dict[str, Any]) -> Any:
+        cls = self._classes.get(_text(node["class"]))
+        if cls is None:
+            raise SnapshotError(f"it holds a {node['class'][:80]!r}, which is nothing that this stack or model keeps")
+        known, given = {each.name for each in fields(cls)}, set(node["fields"])
+        if known != given:
+            raise SnapshotError(f"a {cls.__name__} in it has {sorted(given)[:20]}, but here it has {sorted(known)}")
+        values = {name: self.value(each) for name, each in node["fields"].items()}
+        for name, hint in fits(cls, values):
+            raise SnapshotError(
+                f"{name} of a {cls.__name__} in it is {type(values[name]).__name__}, but must be {hint}"
+            )
+        return cls(**values)
+
+
+def _room(like: Tensor, slots: int) -> Tensor:
+    return like.new_zeros(like.shape[0], slots, *like.shape[1:])
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise SnapshotError(f"it counts {str(value)[:40]!r} of something")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise SnapshotError(f"it has {str(value)[:40]!r} in the place of a name")
+    return value

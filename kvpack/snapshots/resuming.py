@@ -1,0 +1,147 @@
+"""A generation resumed from a folder of snapshots."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvpack.errors import InvalidOptionError, KVPackError, SnapshotError, SnapshotWarning
+from kvpack.generation.moment import Moment, begun, go_on, set_own_generators
+from kvpack.generation.run import Run
+from kvpack.snapshots.checks import check_attributes, check_moment, check_sessions
+from kvpack.snapshots.fingerprint import fingerprints, model_digests, require_same
+from kvpack.snapshots.folder import SnapshotFolder
+from kvpack.snapshots.reading import TreeReader
+from kvpack.snapshots.saver import GIVEN_AGAIN, versions
+from kvpack.snapshots.tensors import TensorFiles
+from kvpack.snapshots.types import allowed_classes, policies_of
+from kvpack.snapshots.writing import KIND, TreeWriter
+
+_SAID = {"pipeline", "adapter", "models", "lora", "scheduler", "stack", "geometry", "state", "generation"}
+
+
+def saved_stack(folder: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Return the stack of a folder's newest readable snapshot, as `to_dict` gave it, and all that its JSON says.
+
+    Raises:
+        SnapshotError: if no snapshot can be read.
+    """
+
+    def use(content: dict[str, Any], files: TensorFiles) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        stack = TreeReader({}, {}, torch.device("cpu"), files).value(content.get("stack"))
+        if not isinstance(stack, Mapping):
+            raise SnapshotError("it does not say its stack")
+        return stack, content
+
+    return SnapshotFolder(folder).read(use)
+
+
+def resumed(pipeline: Any, folder: Path, given: Mapping[str, Any], number: int | None = None) -> tuple[Run, str, Any]:
+    """Return the generation of a folder's newest readable snapshot, its name and its note.
+
+    Args:
+        pipeline: an enabled pipeline, with the model and the stack that it was saved with.
+        folder: of the snapshots.
+        given: arguments of the call that are functions, which no file has.
+        number: of the snapshot; None is the newest that can be read.
+
+    Raises:
+        SnapshotError: if no snapshot can be read, or it is of another model or stack.
+    """
+
+    def use(content: dict[str, Any], files: TensorFiles) -> tuple[Run, str, Any]:
+        with _explained():
+            return _resumed(pipeline, content, files, given)
+
+    return SnapshotFolder(folder).read(use, number)
+
+
+def _resumed(
+    pipeline: Any, content: dict[str, Any], files: TensorFiles, given: Mapping[str, Any]
+) -> tuple[Run, str, Any]:
+    adapter, stack = pipeline._kvpack.adapter, pipeline._kvpack.stack
+    if missing := _SAID - set(content):
+        raise SnapshotError(f"it does not say {', '.join(sorted(missing))}")
+    if content["pipeline"] != pipeline._kvpack_base.__name__ or content["adapter"] != adapter.name:
+        raise SnapshotError(
+            f"the generation is that of a {content['pipeline']} with the adapter {content['adapter']}, but this is a "
+            f"{pipeline._kvpack_base.__name__} with {adapter.name}"
+        )
+    require_same(content, fingerprints(pipeline, model_digests(pipeline)), pipeline._kvpack_base.__name__)
+    adapter.check(pipeline)
+    device, state = pipeline._execution_device, content["state"]
+    reader = TreeReader(allowed_classes(stack, adapter), policies_of(stack), device, files)
+    attributes = check_attributes(adapter.run_class, reader.value(state["run"]))
+    attributes["call"] = _with_given(attributes["call"], given)
+    run = begun(adapter, pipeline, attributes, stack)
+    _require_equal("stack", content["stack"], run.stack.to_dict(), run)
+    moment = Moment(run=attributes, **{name: reader.value(each) for name, each in state.items() if name != "run"})
+    check_moment(moment)
+    go_on(run, moment)
+    _require_equal("geometry", content["geometry"], run.denoiser.geometry, run)
+    check_sessions(run)
+    set_own_generators(run, moment)
+    _warn_of_versions(content)
+    return run, str(content["generation"]), content.get("note")
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what a tree of the wrong shape makes Python raise into a `SnapshotError`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
+        if isinstance(error, KVPackError):
+            raise
+        what = " ".join(str(error).split())[:300]  # torch writes several lines
+        raise SnapshotError(f"no generation goes on from it ({type(error).__name__}: {what})") from error
+
+
+def _with_given(call: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the call, functions among them as they are given again."""
+    wanted = {name for name, value in call.items() if value == GIVEN_AGAIN}
+    if wanted != set(given):
+        names = ", ".join(sorted(wanted)) or "none"
+        raise InvalidOptionError(
+            f"of the call's arguments those that are functions are given again to resume(), here {names}; "
+            f"got {', '.join(sorted(given)) or 'none'}"
+        )
+    return {**call, **given}
+
+
+def _require_equal(what: str, saved: Any, here: Any, run: Run) -> None:
+    """Raise `SnapshotError` if the stack or the geometry is another one than the generation's."""
+    writer = TreeWriter(allowed_classes(run.stack, run.adapter), {}, run.pipeline._execution_device, ("", ""))
+    node = writer.node(here, what)
+    if node != saved:
+        raise SnapshotError(
+            f"the {what} of the generation was {brief(saved)}, but here it is {brief(node)}; enable the pipeline as it "
+            "was then"
+        )
+
+
+def brief(node: Any) -> str:
+    """Return a written tree in few words, for an error.
+
+    >>> brief({"!": "dict", "of": [["topk", 4], ["name", "a"]]})
+    '{topk: 4, name: a}'
+    """
+    if isinstance(node, dict):
+        if node.get(KIND) == "dict":
+            return "{" + ", ".join(f"{key}: {brief(value)}" for key, value in node["of"]) + "}"
+        if node.get(KIND) == "data":
+            return "{" + ", ".join(f"{key}: {brief(value)}" for key, value in node["fields"].items()) + "}"
+        return str(node.get("name", node.get("of")))
+    return str(node)[:200]
+
+
+def _warn_of_versions(content: Mapping[str, Any]) -> None:
+    for name, version in versions().items():
+        if content.get(name) != version:
+            message = (
+                f"the generation was saved with {name} {content.get(name)}, and goes on with {version}: bits may differ"
+            )
+            warnings.warn(message, SnapshotWarning, stacklevel=5)

@@ -1,0 +1,123 @@
+"""A generation written into a folder of snapshots."""
+
+import uuid
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from kvpack.errors import KVPackError, SnapshotError
+from kvpack.generation.moment import captured
+from kvpack.generation.run import Run
+from kvpack.media.video import make_folder
+from kvpack.snapshots.fingerprint import fingerprints, model_digests
+from kvpack.snapshots.folder import SnapshotFolder, require_apart, tensor_files
+from kvpack.snapshots.lock import FolderLock
+from kvpack.snapshots.types import allowed_classes, policies_of
+from kvpack.snapshots.writing import TreeWriter, Written
+from kvpack.version import __version__
+
+#: Of the arguments of a call, how one is written that is a function: whoever resumes gives it again.
+GIVEN_AGAIN = {"given": "again"}
+#: Files of older blocks, beyond which all are written anew into one.
+_MOST_FILES = 32
+
+
+class Saver:
+    """Writes snapshots of one generation into one folder, which no other process may write into meanwhile.
+
+    Args:
+        path: the folder.
+        generation: says which generation it is; another one's snapshots are not overwritten.
+
+    Raises:
+        OutputError: if the folder cannot be made, holds another generation, or is being written by another process.
+    """
+
+    def __init__(self, path: Path, generation: str) -> None:
+        self.folder, self.generation = SnapshotFolder(make_folder(path)), generation
+        self._lock = FolderLock(path)
+        try:
+            require_apart(path, generation, _generation_in(self.folder))
+        except KVPackError:
+            self.close()
+            raise
+        self._number = max(self.folder.numbers(), default=0)
+        self._models: dict[str, str] | None = None
+        #: What is in the files of every other snapshot, so that the two that are kept share none.
+        self._written = (Written(), Written())
+
+    def save(self, run: Run, note: Any = None) -> None:
+        """Write a snapshot; what the one before the last has in its files is not written again.
+
+        Args:
+            run: the generation, between two chunks.
+            note: what JSON takes, to be handed to whoever resumes.
+
+        Raises:
+            SnapshotError: if the generation is in the middle of a chunk, or something of it is no data.
+            OutputError: if it cannot be written; the snapshots of before are still there.
+        """
+        number = self._number + 1
+        content, writer = self._tree(run, tensor_files(number), self._written[0])
+        if worn := self._worn(writer):
+            content, writer = self._tree(run, tensor_files(number), self._written[0].without(worn))
+        self.folder.write(number, {**content, "note": note}, writer.tensors, writer.used)
+        self._number, self._written = number, (self._written[1], writer.kept)
+
+    def close(self) -> None:
+        """Let others write into the folder."""
+        self._lock.release()
+
+    def _tree(self, run: Run, files: tuple[str, str], written: Written) -> tuple[dict[str, Any], TreeWriter]:
+        policies = policies_of(run.stack)
+        device = run.pipeline._execution_device
+        writer = TreeWriter(allowed_classes(run.stack, run.adapter), policies, device, files, written)
+        moment = captured(run, apart=False)
+        call = {name: GIVEN_AGAIN if callable(value) else value for name, value in moment.call.items()}
+        parts = {each.name: getattr(moment, each.name) for each in fields(moment)}
+        parts["run"] = {**moment.run, "call": call}
+        index, first = run.position or (0, 0)
+        self._models = self._models or model_digests(run.pipeline)
+        content = {
+            **versions(),
+            **fingerprints(run.pipeline, self._models),
+            "generation": self.generation,
+            "adapter": run.adapter.name,
+            "pipeline": run.pipeline._kvpack_base.__name__,
+            "chunks": index,
+            "latent_frames": first,
+            "fps": run.pipeline.packforcing.fps,
+            "stack": writer.node(run.stack.to_dict(), "stack"),
+            "geometry": writer.node(run.denoiser.geometry, "geometry"),
+            "state": {name: writer.node(each, "" if name == "run" else name) for name, each in parts.items()},
+        }
+        return content, writer
+
+    def _worn(self, writer: TreeWriter) -> set[str]:
+        """Return older files of which less than half is still needed, or all if they are many."""
+        older = {name: self.folder.path / name for name in writer.used if name not in writer.tensors}
+        if len(older) > _MOST_FILES:
+            return set(older)
+        return {name for name, path in older.items() if path.stat().st_size > 2 * writer.used[name]}
+
+
+def new_generation() -> str:
+    """Return a name for a generation that no other has."""
+    return uuid.uuid4().hex
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a snapshot is written with."""
+    return {"kvpack": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+def _generation_in(folder: SnapshotFolder) -> str | None:
+    """Return the generation whose snapshots a folder holds; None if it has none that can be read."""
+    for number in folder.numbers():
+        with suppress(SnapshotError):
+            return str(folder.content(number).get("generation"))
+    return None

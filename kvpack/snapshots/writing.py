@@ -1,0 +1,165 @@
+"""Trees of plain data, frozen dataclasses and tensors, written as JSON and a list of tensors."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvpack.errors import SnapshotError
+from kvpack.memory.archive import Archive
+from kvpack.memory.roles import Policy
+from kvpack.memory.store import StoredBlock
+
+#: The key that tells what a JSON object stands for; plain dicts are written as lists of pairs.
+KIND = "!"
+#: What JSON takes.
+Node = Any
+
+
+@dataclass
+class Written:
+    """What of a generation is in files already.
+
+    Args:
+        nodes: of each immutable thing: how it is written, and the files with the bytes of it in each.
+    """
+
+    nodes: WeakKeyDictionary[Any, tuple[Node, dict[str, int]]] = field(default_factory=WeakKeyDictionary)
+
+    def without(self, files: set[str]) -> "Written":
+        """Return the same without what is in some files."""
+        kept = {thing: each for thing, each in self.nodes.items() if not files & set(each[1])}
+        return Written(WeakKeyDictionary(kept))
+
+
+class TreeWriter:
+    """Writes trees, the tensors of all of them into one file.
+
+    Args:
+        classes: frozen dataclasses that may be part of a tree, by name.
+        policies: those of the stack by role, which are named and not written.
+        device: where the model runs.
+        files: names of two files: for new blocks, which never change, and for all other tensors.
+        written: what is in files already; what is used of it or new is in `kept` afterwards.
+    """
+
+    def __init__(
+        self,
+        classes: Mapping[str, type],
+        policies: Mapping[str, Policy],
+        device: torch.device,
+        files: tuple[str, str],
+        written: Written | None = None,
+    ) -> None:
+        self._names = {cls: name for name, cls in classes.items()}
+        self._policies, self._device = policies, device
+        self._blocks, self._file = files
+        self._written, self.kept = written or Written(), Written()
+        #: New tensors of each file by name, and the bytes that are referred to in each.
+        self.tensors: dict[str, dict[str, Tensor]] = {file: {} for file in files}
+        self.used: dict[str, int] = {}
+        self._seen: dict[int, tuple[object, Node]] = {}
+        self._kinds = self._writers()
+
+    def node(self, value: object, where: str = "") -> Node:
+        """Return a tree as JSON takes it.
+
+        Args:
+            value: the tree.
+            where: path to it, for the error.
+
+        Raises:
+            SnapshotError: if something in it is no data.
+        """
+        if value is None or isinstance(value, bool | str):
+            return value
+        if isinstance(value, int):
+            return int(value)
+        if isinstance(value, float):
+            return float(value) if math.isfinite(value) else {KIND: "float", "is": str(float(value))}
+        if id(value) not in self._seen:
+            # The value is kept alive, so that its id stays its own.
+            self._seen[id(value)] = value, self._compound(value, where)
+        return self._seen[id(value)][1]
+
+    def _compound(self, value: Any, where: str) -> Node:
+        if isinstance(value, tuple):
+            return [self.node(each, f"{where}[{index}]") for index, each in enumerate(value)]
+        if isinstance(value, list):
+            return {KIND: "list", "of": [self.node(each, f"{where}[{index}]") for index, each in enumerate(value)]}
+        if isinstance(value, Mapping):
+            pairs = [[self.node(key, where), self.node(each, f"{where}.{key}")] for key, each in value.items()]
+            return {KIND: "dict", "of": pairs}
+        for kind, write in self._kinds.items():
+            if isinstance(value, kind):
+                return write(value, where)
+        if type(value) in self._names:
+            content = {
+                each.name: self.node(getattr(value, each.name), f"{where}.{each.name}") for each in fields(value)
+            }
+            return {KIND: "data", "class": self._names[type(value)], "fields": content}
+        raise SnapshotError(f"{where.lstrip('.')} is a {type(value).__name__}, which is no data to save")
+
+    def _writers(self) -> dict[type, Callable[[Any, str], Node]]:
+        return {
+            Tensor: lambda value, _: self._tensor(value),
+            StoredBlock: lambda value, _: self._once(value, lambda: self._block(value)),
+            Archive: lambda value, _: self._archive(value),
+            Policy: self._policy,
+            torch.Generator: lambda value, _: {
+                KIND: "generator",
+                "device": value.device.type,
+                "state": self._tensor(value.get_state()),
+            },
+            torch.dtype: lambda value, _: {KIND: "dtype", "name": str(value).removeprefix("torch.")},
+            torch.device: lambda value, _: {KIND: "device", "here": value.type == self._device.type},
+            np.ndarray: lambda value, _: {KIND: "array", "of": self._tensor(torch.from_numpy(value))},
+        }
+
+    def _tensor(self, tensor: Tensor) -> Node:
+        name = f"t{len(self.tensors[self._file])}"
+        self.tensors[self._file][name] = tensor
+        self._use({self._file: tensor.nbytes})
+        return {KIND: "tensor", "file": self._file, "name": name, "here": tensor.device.type == self._device.type}
+
+    def _block(self, block: StoredBlock) -> Node:
+        return {KIND: "block", "keys": self._tensor(block.keys), "values": self._tensor(block.values)}
+
+    def _archive(self, archive: Archive) -> Node:
+        held = [[slot, self._once(mark, partial(self._slot, archive, slot))] for slot, mark in archive.marks.items()]
+        return {KIND: "archive", "slot_tokens": archive.slot_tokens, "slots": archive.slots, "held": held}
+
+    def _slot(self, archive: Archive, slot: int) -> Node:
+        places = archive.coordinates
+        placed = places is not None and slot < places.shape[1]
+        parts = [archive.keys[:, slot], archive.values[:, slot], archive.key_sums[:, slot]]
+        return [*map(self._tensor, parts), self._tensor(places[:, slot]) if placed and places is not None else None]
+
+    def _policy(self, policy: Policy, where: str) -> Node:
+        for role, own in self._policies.items():
+            if own == policy:
+                return {KIND: "policy", "role": role}
+        raise SnapshotError(f"{where.lstrip('.')} is the policy {policy.name}, which is none of the stack's")
+
+    def _once(self, thing: Any, write: Callable[[], Node]) -> Node:
+        """Return what is written of something immutable, from an earlier file if it is there."""
+        known = self._written.nodes.get(thing)
+        if known is None:
+            file, self._file = self._file, self._blocks
+            before = self.used.get(self._file, 0)
+            known = write(), {self._file: self.used.get(self._file, 0) - before}
+            self._file = file
+        else:
+            self._use(known[1])
+        self.kept.nodes[thing] = known
+        return known[0]
+
+    def _use(self, files: Mapping[str, int]) -> None:
+        for file, count in files.items():
+            self.used[file] = self.used.get(file, 0) + count

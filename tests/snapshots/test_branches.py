@@ -1,0 +1,187 @@
+"""Two futures of one past: each is what it would have been alone."""
+
+from itertools import islice
+
+import pytest
+import torch
+
+from helpers import quiet, row_seeds, seeded
+from kvpack.errors import InvalidOptionError, SnapshotError
+from kvpack.plugins.registry import registry
+from kvpack.shipped import demo_stack
+from kvpack.testing import (
+    tiny_anyflow_far_pipeline,
+    tiny_sana_wm_refiner,
+    tiny_skyreels_v2_pipeline,
+    tiny_wan_pipeline,
+)
+
+CALL = {
+    "prompt": "a red circle",
+    "height": 16,
+    "width": 32,
+    "num_frames": 61,
+    "num_inference_steps": 2,
+    "guidance_scale": 3.0,
+    "max_sequence_length": 8,
+    "output_type": "pt",
+}
+SMALL = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 2, "archive_blocks": 3}
+
+
+def make(pipe=None):
+    return quiet(pipe or tiny_wan_pipeline()).enable_packforcing("packforcing", **SMALL)
+
+
+def same(parts, others):
+    return len(parts) == len(others) and all(torch.equal(a, b) for a, b in zip(parts, others, strict=True))
+
+
+def taken(stream, count):
+    return list(islice(stream, count))
+
+
+@pytest.mark.parametrize("name", registry().names("stack"))
+def test_both_futures_of_every_stack(name):
+    pipe = quiet(tiny_wan_pipeline()).enable_packforcing(demo_stack(name, **(SMALL if name == "packforcing" else {})))
+    call = {**CALL, "num_frames": 4 * 9 * pipe.packforcing.stack.chunk_frames - 3, "num_inference_steps": 1}
+    whole = list(pipe.packforcing.stream(**call, generator=seeded()))
+    stream = pipe.packforcing.stream(**call, generator=seeded())
+    first = taken(stream, 6)
+    other = stream.fork()
+    assert same([*first, *taken(stream, 1)], whole[:7])
+    assert same(taken(other, 2), whole[6:8])  # beside each other
+    assert same(list(stream), whole[7:])
+    assert same(list(other), whole[8:])
+
+
+FAMILIES = {
+    "skyreels": (tiny_skyreels_v2_pipeline, {"height": 32}),
+    "anyflow": (tiny_anyflow_far_pipeline, {"height": 32, "num_frames": 81}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name):
+    make_pipe, changed = FAMILIES[name]
+    pipe = quiet(make_pipe()).enable_packforcing("packforcing", topk=2, sink_frames=3, archive_blocks=2)
+    call = {**CALL, **changed, "prompt": ["a red circle", "night"]}
+    whole = list(pipe.packforcing.stream(**call, generator=row_seeds()))
+    stream = pipe.packforcing.stream(**call, generator=row_seeds())
+    taken(stream, 3)
+    other = stream.fork()
+    assert same(taken(stream, 1), whole[3:4])
+    assert same(list(other), whole[3:])
+    assert same(list(stream), whole[4:])
+
+
+def test_the_refiner():
+    pipe = quiet(tiny_sana_wm_refiner()).enable_packforcing("sana-wm")
+    call = {"sana_latent": torch.randn(1, 4, 25, 2, 3, generator=seeded()), "prompt": "red", "fps": 16.0}
+    call["output_type"] = "latent"
+    whole = list(pipe.packforcing.stream(**call))
+    stream = pipe.packforcing.stream(**call)
+    taken(stream, 3)
+    other = stream.fork()
+    assert same(list(stream), whole[3:])
+    assert same(list(other), whole[3:])
+
+
+def test_another_prompt_and_seed_in_a_branch():
+    """Equal to a stream that was sent the prompt, and drew that noise, at the same place."""
+    pipe = make()
+
+    def alone():
+        stream = pipe.packforcing.stream(**CALL, generator=seeded())
+        taken(stream, 3)
+        stream._run.call["generator"].manual_seed(5)
+        return [stream.send("the green square", cut=True), *stream]
+
+    expected = alone()
+    stream = pipe.packforcing.stream(**CALL, generator=seeded())
+    whole = list(pipe.packforcing.stream(**CALL, generator=seeded()))
+    taken(stream, 3)
+    other = stream.fork(seed=5, prompt="the green square", cut=True)
+    assert same(list(other), expected)
+    assert same(list(stream), whole[3:])
+    assert not torch.equal(expected[0], whole[3])
+
+
+def test_a_schedule_to_come_is_in_both():
+    call = {**CALL, "prompt": [(0, "a red circle"), (2.5, "the blue square")]}
+    pipe = make()
+    whole = list(pipe.packforcing.stream(**call, generator=seeded()))
+    stream = pipe.packforcing.stream(**call, generator=seeded())
+    taken(stream, 2)
+    other = stream.fork()
+    assert same(list(stream), whole[2:])
+    assert same(list(other), whole[2:])
+
+
+def test_nothing_is_copied_until_it_is_written():
+    pipe = make()
+    stream = pipe.packforcing.stream(**CALL, generator=seeded())
+    taken(stream, 4)
+    other = stream.fork()
+    for session, fork in zip(stream._run.sessions.values(), other._run.sessions.values(), strict=True):
+        for mine, its in zip(session.past.states, fork.past.states, strict=True):
+            assert [kept.block for kept in mine.whole] == [kept.block for kept in its.whole]
+            assert mine.archive.keys.data_ptr() == its.archive.keys.data_ptr()
+
+
+def test_seeds_are_as_many_as_generators(tmp_path):
+    pipe = make()
+    stream = pipe.packforcing.stream(**{**CALL, "prompt": ["a", "night"]}, generator=row_seeds())
+    next(stream)
+    with pytest.raises(InvalidOptionError, match="the call has 2 generators; give as many seeds, got 3"):
+        stream.fork(seed=3)
+    stream.fork(seed=[3, 4])
+    stream = pipe.packforcing.stream(**CALL, generator=seeded())
+    next(stream)
+    with pytest.raises(InvalidOptionError, match="the call has one generator"):
+        stream.fork(seed=[3, 4])
+
+
+def test_rewound_to_a_kept_snapshot(tmp_path):
+    pipe = make()
+    whole = list(pipe.packforcing.stream(**CALL, generator=seeded()))
+    stream = pipe.packforcing.stream(**CALL, generator=seeded())
+    with pytest.raises(SnapshotError, match=r"none; save\(\) keeps the last two"):
+        stream.rewind(1)
+    for count in (2, 2, 1):
+        taken(stream, count)
+        if count == 2:
+            stream.save(tmp_path, note=count)
+    with pytest.raises(
+        SnapshotError, match=r"no snapshot is kept 2 chunks back; those that are: rewind\(3\), rewind\(1\)"
+    ):
+        stream.rewind(2)
+    stream.rewind(3)
+    assert stream.note == 2
+    assert same(list(stream), whole[2:])
+    stream.rewind(6, seed=9, prompt="the green square")
+    changed = taken(stream, 2)
+    assert not torch.equal(changed[0], whole[2])
+    stream.save(tmp_path)
+    rest = list(stream)
+    stream.close()
+    resumed = make().packforcing.resume(tmp_path)
+    assert same(list(resumed), rest)
+    resumed.close()
+
+
+def test_forks_are_saved_apart(tmp_path):
+    pipe = make()
+    stream = pipe.packforcing.stream(**CALL, generator=seeded())
+    taken(stream, 3)
+    other = stream.fork(seed=2)
+    for name, each in (("a", stream), ("b", other)):
+        next(each)
+        each.save(tmp_path / name)
+        each.save(tmp_path / name)
+    with pytest.raises(OSError, match="being written by another"):
+        stream.save(tmp_path / "b")
+    for name, each in (("a", stream), ("b", other)):
+        expected = list(each)
+        each.close()
+        assert same(list(make().packforcing.resume(tmp_path / name)), expected)

@@ -1,0 +1,144 @@
+"""Snapshots with anything in them: what is wrong is said, and nothing else happens."""
+
+import copy
+import json
+import shutil
+import warnings
+from itertools import islice
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from helpers import quiet, seeded
+from kvpack.errors import KVPackError, SnapshotError
+from kvpack.snapshots import folder as folders
+from kvpack.testing import tiny_wan_pipeline
+
+CALL = {
+    "prompt": "a red circle",
+    "height": 16,
+    "width": 16,
+    "num_frames": 61,
+    "num_inference_steps": 1,
+    "guidance_scale": 1.0,
+    "max_sequence_length": 8,
+    "output_type": "pt",
+}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+MANY = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    sizes = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 2, "archive_blocks": 2}
+    return quiet(tiny_wan_pipeline()).enable_packforcing("packforcing", **sizes)
+
+
+@pytest.fixture(scope="module")
+def saved(pipe, tmp_path_factory):
+    """A folder with one snapshot, behind chunk five."""
+    folder = tmp_path_factory.mktemp("saved")
+    stream = pipe.packforcing.stream(**CALL, generator=seeded())
+    for _ in islice(stream, 5):
+        pass
+    stream.save(folder)
+    stream.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(saved, tmp_path_factory):
+    return shutil.copytree(saved, tmp_path_factory.mktemp("hostile") / "copy")
+
+
+def places(node, path=()):
+    """The paths of all nodes of a tree."""
+    yield path
+    parts = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, each in parts:
+        yield from places(each, (*path, key))
+
+
+def at(node, path):
+    for key in path:
+        node = node[key]
+    return node
+
+
+def resume(pipe, folder):
+    """Resume and generate; whatever is refused is refused in one line by kvpack before anything is generated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return pipe.packforcing.resume(folder)
+        except KVPackError as error:
+            said = str(error)
+    assert said
+    assert "\n" not in said
+    return None
+
+
+@MANY
+@given(data=st.data())
+def test_any_json_tree(data, pipe, saved, folder):
+    (path,) = saved.glob("snapshot-*")
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    everywhere = list(places(content))
+    for _ in range(data.draw(st.integers(1, 3))):
+        where = data.draw(st.sampled_from(everywhere[1:]))
+        other = st.sampled_from(everywhere).map(lambda place: copy.deepcopy(at(content, place)))
+        try:
+            parent = at(content, where[:-1])
+            if data.draw(st.booleans()) and isinstance(parent, dict):
+                del parent[where[-1]]
+            else:
+                parent[where[-1]] = data.draw(JSON | other)
+        except (KeyError, IndexError, TypeError):
+            continue  # an earlier change took it away
+    text = json.dumps({**content, "sha256": folders._digest(content)})
+    (folder / path.name).write_text(text)
+    resume(pipe, folder)
+
+
+@MANY
+@given(data=st.data(), kind=st.sampled_from(["snapshot", "tensors", "blocks"]))
+def test_any_bytes(data, kind, pipe, saved, folder):
+    """Without a fitting checksum nothing but the same content is taken."""
+    for path in saved.glob("*-*"):
+        shutil.copy(path, folder / path.name)
+    (path,) = saved.glob(f"{kind}-*")
+    whole = bytearray(path.read_bytes())
+    start = data.draw(st.integers(0, len(whole) - 1))
+    whole[start : start + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=40))
+    (folder / path.name).write_bytes(whole)
+    if resume(pipe, folder) is not None:
+        before, after = (each / path.name for each in (saved, folder))
+        if kind == "snapshot":
+            assert json.loads(before.read_text()) == json.loads(after.read_text())
+        else:
+            assert before.read_bytes() == after.read_bytes()
+
+
+@MANY
+@given(junk=st.binary(max_size=300), json_too=st.booleans())
+def test_any_safetensors(junk, json_too, pipe, saved, folder):
+    """A file that is listed with its checksum, but is none."""
+    import hashlib
+
+    (path,), (tensors,) = saved.glob("snapshot-*"), saved.glob("tensors-*")
+    if json_too:
+        header = json.dumps({"t0": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+        junk = len(header).to_bytes(8, "little") + header + junk
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    content["files"][tensors.name] = {"bytes": len(junk), "sha256": hashlib.sha256(junk).hexdigest()}
+    (folder / tensors.name).write_bytes(junk)
+    (folder / path.name).write_text(json.dumps({**content, "sha256": folders._digest(content)}))
+    with pytest.raises(SnapshotError):
+        pipe.packforcing.resume(folder)

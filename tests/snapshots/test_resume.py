@@ -1,0 +1,305 @@
+"""A generation that was saved and resumed is the one that was not interrupted, bit for bit."""
+
+import subprocess
+import sys
+from functools import partial
+from itertools import islice
+
+import pytest
+import torch
+from diffusers import (
+    FlowMatchLCMScheduler,
+    SkyReelsV2DiffusionForcingImageToVideoPipeline,
+    SkyReelsV2DiffusionForcingVideoToVideoPipeline,
+)
+from peft import LoraConfig
+
+import helpers
+from helpers import quiet, row_seeds, seeded
+from kvpack.plugins.registry import registry
+from kvpack.scheduler import FlowMatchFewStepScheduler
+from kvpack.shipped import demo_stack
+from kvpack.testing import (
+    tiny_anyflow_far_pipeline,
+    tiny_sana_wm_refiner,
+    tiny_skyreels_v2_pipeline,
+    tiny_wan_pipeline,
+)
+
+CALL = {
+    "prompt": "a red circle",
+    "height": 16,
+    "width": 32,
+    "num_inference_steps": 2,
+    "guidance_scale": 3.0,
+    "max_sequence_length": 8,
+    "output_type": "pt",
+}
+SMALL = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 2, "archive_blocks": 3}
+picture, clip = partial(helpers.picture, 32), partial(helpers.clip, size=32)
+
+
+def same(parts, others):
+    return len(parts) == len(others) and all(torch.equal(a, b) for a, b in zip(parts, others, strict=True))
+
+
+def check_resumed(folder, make, call, at, before=None, options=None):
+    """Compare a stream with one that is saved behind some chunks, and goes on with another pipeline.
+
+    Args:
+        folder: for the snapshots.
+        make: makes an enabled pipeline.
+        call: makes the arguments of a call.
+        at: chunks behind which it is saved.
+        before: called with a stream, in both, as soon as it is resumed.
+        options: given to `resume`.
+    """
+    whole = make().packforcing.stream(**call())
+    first = list(islice(whole, at))
+    expected = [*([before(whole)] if before else ()), *whole]
+    broken = make().packforcing.stream(**call())
+    parts = []
+    for chunk in islice(broken, at):
+        parts.append(chunk)
+        broken.save(folder)
+    broken.close()
+    torch.manual_seed(12345)
+    resumed = make().packforcing.resume(folder, **(options or {}))
+    rest = [*([before(resumed)] if before else ()), *resumed]
+    assert same(parts, first)
+    assert expected
+    assert same(rest, expected)
+
+
+def wan(name="packforcing", scheduler=None, **options):
+    stack = demo_stack(name, **(options or SMALL)) if name == "packforcing" else demo_stack(name)
+    return quiet(tiny_wan_pipeline(scheduler=scheduler)).enable_packforcing(stack)
+
+
+@pytest.mark.parametrize("name", registry().names("stack"))
+def test_every_stack(name, tmp_path):
+    chunk = wan(name).packforcing.stack.chunk_frames
+    frames = 4 * 10 * chunk - 3
+    at = 7 if chunk > 1 else 9
+    check_resumed(tmp_path, partial(wan, name), lambda: {**CALL, "num_frames": frames, "generator": seeded()}, at)
+
+
+BATCH = {"prompt": ["a red circle", "the blue square"]}
+CHANGES = [(0, ["a red circle", "the green square"]), (1.5, ["a blue circle", "night"]), (2.5, ["grass", "a"], "cut")]
+
+
+@pytest.mark.parametrize("name", ["packforcing", "longlive", "krea", "infinity-rope", "token-trim", "memrope"])
+def test_a_batch_whose_prompts_change(name, tmp_path):
+    def call():
+        return {**CALL, "prompt": CHANGES, "num_frames": 85, "generator": row_seeds()}
+
+    check_resumed(tmp_path, partial(wan, name), call, 3)
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_prompt_that_is_sent_at_once(at, tmp_path):
+    """The last frames are replayed under the new prompt before anything is generated."""
+
+    def call():
+        return {**CALL, "num_frames": 61, "generator": seeded()}
+
+    check_resumed(tmp_path, wan, call, at, before=lambda stream: stream.send("the green triangle", cut=True))
+
+
+@pytest.mark.parametrize("compressor", ["lr", "hr", "pool"])
+def test_compressors(compressor, tmp_path):
+    options = {"compressor": compressor}
+    if compressor == "hr":
+        helpers.random_branch().save_pretrained(tmp_path / "branch")
+        options["compressor"] = str(tmp_path / "branch")
+    check_resumed(
+        tmp_path / "snapshots",
+        partial(wan, **SMALL, **options),
+        lambda: {**CALL, "num_frames": 61, "generator": seeded()},
+        5,
+    )
+
+
+@pytest.mark.parametrize("given", ["image", "video"])
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_beginning(given, at, tmp_path):
+    begin = {"image": picture()} if given == "image" else {"video": clip(17)}
+    check_resumed(tmp_path, wan, lambda: {**CALL, **begin, "num_frames": 61, "generator": seeded()}, at)
+
+
+@pytest.mark.parametrize("output_type", ["latent", "pil", "np"])
+def test_every_output_type(output_type, tmp_path):
+    def call():
+        return {**CALL, "num_frames": 45, "output_type": output_type, "generator": seeded()}
+
+    pipe = wan()
+    whole = list(pipe.packforcing.stream(**call()))
+    stream = pipe.packforcing.stream(**call())
+    next(stream)
+    stream.save(tmp_path)
+    rest = list(wan().packforcing.resume(tmp_path))
+    for a, b in zip(whole[1:], rest, strict=True):
+        assert [i.tobytes() for i in a[0]] == [i.tobytes() for i in b[0]] if output_type == "pil" else (a == b).all()
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchFewStepScheduler, FlowMatchLCMScheduler])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_noise_that_nobody_seeded(scheduler, seed, tmp_path):
+    """It comes from torch's own generator, or the few-step scheduler draws more from it."""
+
+    def make():
+        torch.manual_seed(7)
+        return wan(scheduler=scheduler(sigmas=(1.0, 0.5)) if scheduler is FlowMatchFewStepScheduler else scheduler())
+
+    def call():
+        torch.manual_seed(7)
+        return {**CALL, "num_frames": 45, **({} if seed is None else {"generator": seeded(seed)})}
+
+    check_resumed(tmp_path, make, call, 2)
+
+
+def test_a_generator_of_ones_own_leaves_torchs_alone(tmp_path):
+    stream = wan().packforcing.stream(**CALL, num_frames=45, generator=seeded())
+    next(stream)
+    stream.save(tmp_path)
+    stream.close()
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    list(wan().packforcing.resume(tmp_path))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_lora(tmp_path):
+    def make():
+        pipe = wan()
+        pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]), "one")
+        generator = seeded(4)
+        for name, weight in pipe.transformer.named_parameters():
+            if "lora_" in name:
+                weight.data.copy_(torch.randn(weight.shape, generator=generator) / 4)
+        return pipe
+
+    scale = {"attention_kwargs": {"scale": 0.5}}
+    check_resumed(tmp_path, make, lambda: {**CALL, **scale, "num_frames": 45, "generator": seeded()}, 3)
+
+
+def skyreels(**options):
+    return quiet(tiny_skyreels_v2_pipeline(**options)).enable_packforcing("packforcing", **SMALL)
+
+
+SKYREELS = {
+    "text": ({}, {}),
+    "image": (
+        {"pipeline_class": SkyReelsV2DiffusionForcingImageToVideoPipeline},
+        {"image": picture(), "last_image": picture(2)},
+    ),
+    "clip": (
+        {"pipeline_class": SkyReelsV2DiffusionForcingVideoToVideoPipeline},
+        {"video": clip(21), "overlap_history": 17},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SKYREELS)
+@pytest.mark.parametrize("at", [1, 4])
+def test_skyreels(kind, at, tmp_path):
+    options, begin = SKYREELS[kind]
+    frames = {"image": 53, "clip": 61, "text": 61}[kind]
+
+    def call():
+        return {**CALL, **BATCH, **begin, "height": 32, "num_frames": frames, "generator": row_seeds()}
+
+    check_resumed(tmp_path, partial(skyreels, **options), call, at)
+
+
+@pytest.mark.parametrize("given", [None, "video"])
+@pytest.mark.parametrize("at", [1, 4])
+def test_anyflow(given, at, tmp_path):
+    def make():
+        return quiet(tiny_anyflow_far_pipeline()).enable_packforcing("packforcing", topk=2, sink_frames=3)
+
+    def call():
+        begin = {"video": clip(13)} if given else {}
+        text = {"prompt": CHANGES}
+        return {**CALL, **begin, **text, "height": 32, "num_frames": 81, "generator": row_seeds()}
+
+    check_resumed(tmp_path, make, call, at)
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_sana_wm(at, tmp_path):
+    def make():
+        return quiet(tiny_sana_wm_refiner()).enable_packforcing("sana-wm")
+
+    def call():
+        raw = torch.randn(2, 4, 25, 2, 3, generator=seeded())
+        seed = {"generator": seeded(1)} if at == 1 else {}
+        return {"sana_latent": raw, "prompt": "the red circle", "fps": 16.0, "output_type": "latent", **seed}
+
+    check_resumed(tmp_path, make, call, at)
+
+
+def test_a_callback_is_given_again(tmp_path):
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append(step)
+        return {"latents": tensors["latents"] * 1.01}
+
+    def call():
+        return {**CALL, "num_frames": 45, "generator": seeded(), "callback_on_step_end": callback}
+
+    check_resumed(tmp_path, wan, call, 2, options={"callback_on_step_end": callback})
+    assert len(seen) == 2 * 6 * 2  # two streams of six chunks
+
+
+def test_again_and_again(tmp_path):
+    """A snapshot behind every chunk, each resumed by another pipeline."""
+    call = {**CALL, "num_frames": 61, "generator": seeded()}
+    whole = list(wan().packforcing.stream(**{**call, "generator": seeded()}))
+    stream, parts = wan().packforcing.stream(**call), []
+    stream.save(tmp_path)  # before the first chunk
+    while True:
+        stream.close()
+        stream = wan().packforcing.resume(tmp_path)
+        chunk = next(stream, None)
+        if chunk is None:
+            break
+        parts.append(chunk)
+        stream.save(tmp_path)
+    assert same(parts, whole)
+
+
+def test_in_another_process(model, tmp_path):
+    pipe = helpers.quiet(kvpack_pipeline(model))
+    call = {**CALL, "num_frames": 45}
+    whole = list(pipe.packforcing.stream(**call, generator=seeded()))
+    stream = pipe.packforcing.stream(**call, generator=seeded())
+    parts = [next(stream), next(stream)]
+    stream.save(tmp_path, note={"said": "by the first process"})
+    code = f"""
+import torch
+from diffusers import WanPipeline
+import kvpack
+torch.set_num_threads(1)
+pipe = WanPipeline.from_pretrained({str(model)!r})
+pipe.set_progress_bar_config(disable=True)
+pipe.enable_packforcing("packforcing", **{SMALL!r})
+stream = pipe.packforcing.resume({str(tmp_path)!r})
+assert stream.note == {{"said": "by the first process"}}
+from safetensors.torch import save_file
+save_file({{str(i): part for i, part in enumerate(stream)}}, {str(tmp_path / "rest.out")!r})
+"""
+    stream.close()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    from safetensors.torch import load_file
+
+    rest = load_file(tmp_path / "rest.out")
+    assert same([*parts, *(rest[str(index)] for index in range(len(rest)))], whole)
+
+
+def kvpack_pipeline(model):
+    from diffusers import WanPipeline
+
+    return WanPipeline.from_pretrained(model).enable_packforcing("packforcing", **SMALL)
