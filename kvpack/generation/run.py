@@ -63,6 +63,8 @@ class Run(ABC):
             (shot.chunk(self.fps, self.stack.chunk_frames, self.scale, self.first_frames), self._later(shot), shot.cut)
             for shot in schedule[1:]
         ]
+        #: Called between the last denoising step of a chunk and its commit, while sessions know what it attends.
+        self.watch: Callable[[], None] = lambda: None
         self._interrupted = False
         self._bar: Any = None
 
@@ -206,6 +208,7 @@ class Run(ABC):
             rewind = rewinding(self.call.get("generator"))
             latents = self._denoised(index, first, noise)
             latents = self.denoiser.accepted(latents, lambda: self._denoised(index, first, noise, rewind))
+            self.watch()
             pixels = self.decode(latents) if self._decodes_in_loop else None
             self._interrupted = getattr(self.pipeline, "_interrupt", False)
             # A chunk that is shorter than the rest without being the first is a video's last: nothing goes on from it.
@@ -234,8 +237,7 @@ class Run(ABC):
         Raises:
             InvalidOptionError: if it is not for as many videos as the prompt before.
         """
-        (shot,) = shots([(0, prompt)])
-        self._set_prompt(self._later(shot), cut)
+        self._set_prompt(self._later(*shots([(0, prompt)])), cut)
 
     @torch.no_grad()
     def _set_prompt(self, conditioning: dict[str, Any], cut: bool) -> None:
@@ -244,8 +246,7 @@ class Run(ABC):
 
     def _later(self, shot: Shot) -> dict[str, Any]:
         conditioning = self.encode(shot.prompt)
-        rows = len(next(iter(conditioning.values())))
-        if rows != self.rows:
+        if (rows := len(next(iter(conditioning.values())))) != self.rows:
             raise InvalidOptionError(f"a later prompt is for as many videos as the first, {self.rows}, got {rows}")
         return conditioning
 

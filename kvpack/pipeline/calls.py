@@ -5,6 +5,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from kvpack.generation.adapter import Adapter
 from kvpack.generation.run import Run
 from kvpack.memory.base import Memory
+from kvpack.pipeline.trace import traced
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Enabled:
         fps: pixel frames a second, which say at what chunk a prompt schedule's seconds are.
         first_chunk_frames: latent frames of a video's first chunk; None leaves it to the model.
         call: arguments of the pipeline's call that are the model's own, where a call does not give them.
+        trace: file that generations write what their memory does to; copies do not take it along.
     """
 
     stack: Memory
@@ -39,6 +42,7 @@ class Enabled:
     fps: float = 16.0
     first_chunk_frames: int | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
+    trace: Path | None = None
 
     def as_kwargs(self) -> dict[str, Any]:
         """Return what copies take along: all but generations."""
@@ -87,7 +91,7 @@ def running(pipeline: Any, run: Run) -> Iterator[None]:
 def frames(pipeline: Any, run: Run) -> Generator[Any, None, None]:
     """Yield each chunk's frames in the call's `output_type`."""
     with running(pipeline, run):
-        for chunk in run.chunks():
+        for chunk in traced(run, pipeline._kvpack.trace):
             yield chunk.latents if chunk.pixels is None else run.postprocess(chunk.pixels)
 
 

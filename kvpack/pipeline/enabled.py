@@ -1,9 +1,11 @@
 """What an enabled pipeline can do more than a stock one; `enable` gives it this class under its own name."""
 
 import inspect
+import os
 from collections.abc import Generator
 from contextlib import nullcontext
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -16,6 +18,7 @@ from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
 from kvpack.memory.session import Session
 from kvpack.pipeline.calls import Enabled, bound, frames, output, running, start
+from kvpack.pipeline.trace import traced
 from kvpack.plugins.registry import registry
 
 
@@ -65,6 +68,16 @@ class PackForcing:
         """Return tokens and bytes by partition, selections and seconds of the generation in progress, or the last."""
         enabled = self._pipeline._kvpack
         return enabled.last if enabled.run is None else enabled.run.stats()
+
+    def trace(self, path: str | os.PathLike[str] | None) -> None:
+        """Let the generations to come write what their memory does into a file, which `kvpack report` draws.
+
+        Each generation begins the file anew, and adds a line of JSON behind every chunk (see `kvpack.pipeline.trace`).
+
+        Args:
+            path: the file; None writes none any more.
+        """
+        self._pipeline._kvpack.trace = None if path is None else Path(path)
 
     def stream(self, *args: Any, **kwargs: Any) -> "Stream":
         """Generate without end, or `num_frames`, and yields each chunk's frames as soon as they are decoded.
@@ -165,7 +178,7 @@ def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
             return base.__call__(self, *args, **kwargs)
         run, latents, frames = start(self, bound(self, args, kwargs), streaming=False), [], []
         with running(self, run):
-            for chunk in run.chunks():
+            for chunk in traced(run, self._kvpack.trace):
                 latents.append(chunk.latents)
                 if chunk.pixels is not None:
                     frames.append(run.postprocess(chunk.pixels))
