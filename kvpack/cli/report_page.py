@@ -12,7 +12,8 @@ from kvpack.errors import InvalidOptionError
 #: Most bins of a heat map in each direction, whatever the length of the video.
 _BINS = 240
 _COLOURS = ["#0072B2", "#D55E00", "#56B4E9", "#BBBBBB", "#009E73"]
-_SCALE = [[0, "#FFFFFF"], [1, "#0072B2"]]
+_LOOK = {"zmin": 0, "zmax": 1, "colorscale": [[0, "#FFFFFF"], [1, "#0072B2"]], "showscale": False}
+_HOVER = "second %{x:.4g} looks at second %{y:.4g}: %{z:.0%} of the layers<extra></extra>"
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ def heat(trace: Traced, layer: int | None) -> tuple[list[float], list[float], li
     for column, chunk in enumerate(columns):
         told = [each for each in chunk["attended"] if layer in (None, each["layer"])]
         for each in told:
-            for first, length in _ranges(each):
-                for row in range(max(0, int(first / high)), min(rows, int((first + length - 1e-9) / high) + 1)):
-                    cells[row][column] += 1 / len(told)
+            bins = [(int(first / high), int((first + length - 1e-9) / high) + 1) for first, length in _ranges(each)]
+            for row in {row for first, stop in bins for row in range(max(0, first), min(rows, stop))}:
+                cells[row][column] += 1 / len(told)
     step = trace.head["seconds_a_frame"]
     return trace.seconds[::wide], [row * high * step for row in range(rows)], cells
 
@@ -114,7 +115,9 @@ def figures(trace: Traced) -> list[Any]:
     ]
     for each in made:
         each.update_xaxes(title="second of the video")
-        each.update_layout(template="plotly_white", height=340, margin={"t": 60, "b": 45, "l": 55, "r": 15})
+        each.update_layout(height=340, margin={"t": 60, "b": 45, "l": 55, "r": 15}, plot_bgcolor="white")
+        each.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"})
+        each.update_layout(title={"x": 0.01, "xanchor": "left"})
     return made
 
 
@@ -123,12 +126,10 @@ def _attention(trace: Traced) -> Any:
 
     choices: list[tuple[str, int | None]] = [("all layers", None)]
     choices += [(f"layer {layer}", layer) for layer in trace.head["layers"]]
-    maps = []
-    for name, layer in choices:
+    maps: list[Any] = []
+    for _, layer in choices:
         x, y, z = heat(trace, layer)
-        maps.append(
-            go.Heatmap(x=x, y=y, z=z, zmin=0, zmax=1, colorscale=_SCALE, name=name, visible=not maps, showscale=False)
-        )
+        maps.append(go.Heatmap(x=x, y=y, z=z, visible=not maps, hovertemplate=_HOVER, **_LOOK))
     made = go.Figure(maps)
     buttons = [
         {"label": name, "method": "update", "args": [{"visible": [name == other for other, _ in choices]}]}
@@ -164,7 +165,7 @@ def _column(index: int, trace: Traced) -> str:
     told = f"{head['stack']}: {head.get('prompt') or trace.name}"
     drawn = "\n".join(
         f'<div class="figure" id="figure-{index}-{number}" data-trace="{index}"></div>'
-        f'<script>Plotly.newPlot("figure-{index}-{number}", {_plain(each)});</script>'
+        f'<script>drawings["figure-{index}-{number}"] = [{_plain(each)}];</script>'
         for number, each in enumerate(figures(trace))
     )
     return (
@@ -178,7 +179,7 @@ def _plain(figure: Any) -> str:
     data = json.loads(figure.to_json())
     data["layout"].pop("template", None)
     texts = (json.dumps(data[key]).replace("</", "<\\/") for key in ("data", "layout"))
-    return ", ".join((*texts, '{"responsive": true}'))
+    return ", ".join((*texts, '{"responsive": true, "displayModeBar": false}'))
 
 
 _PAGE = """<!DOCTYPE html>
@@ -190,11 +191,12 @@ _PAGE = """<!DOCTYPE html>
 <style>
 body {{ font-family: sans-serif; margin: 1rem; }}
 main {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
-section {{ flex: 1 1 30rem; min-width: 0; }}
+section {{ flex: 1 1 30rem; min-width: 0; max-width: 100%; }}
 .frame {{ min-height: 100px; }}
 .frame img {{ height: 96px; vertical-align: middle; image-rendering: pixelated; }}
 </style>
 <script>{plotly}</script>
+<script>const drawings = {{}};</script>
 </head>
 <body>
 <h1>What the memory did</h1>
@@ -207,6 +209,7 @@ section {{ flex: 1 1 30rem; min-width: 0; }}
 """
 _SCRIPT = """
 const pictures = PICTURES, starts = STARTS;
+for (const name in drawings) Plotly.newPlot(name, ...drawings[name]); // once all columns have their widths
 for (const figure of document.querySelectorAll(".figure")) {
   const trace = figure.dataset.trace;
   figure.on("plotly_hover", event => {
