@@ -42,7 +42,7 @@ def enable(
     Returns:
         The same pipeline.
 
-    Example:
+    Examples:
         >>> import kvpack, kvpack.testing
         >>> pipe = kvpack.enable(kvpack.testing.tiny_wan_pipeline(), topk=2)
         >>> pipe.packforcing.stack.selector.topk
