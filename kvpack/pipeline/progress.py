@@ -61,9 +61,9 @@ def require_callback(on_chunk: Any) -> OnChunk | None:
     return on_chunk
 
 
-def reported(run: Run, on_chunk: OnChunk | None) -> Iterator[GeneratedChunk]:
+def reported(chunks: Iterator[GeneratedChunk], run: Run, on_chunk: OnChunk | None) -> Iterator[GeneratedChunk]:
     """Yield a run's chunks, each logged and told to `on_chunk` before it is handed out; say if it was interrupted."""
-    chunks, frames, start = run.chunks(), 0, time.perf_counter()
+    frames, start = 0, time.perf_counter()
     for chunk in chunks:
         seconds, made = time.perf_counter() - start, _pixel_frames(run, chunk)
         frames += made
