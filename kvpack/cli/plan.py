@@ -77,7 +77,7 @@ def plan(
             chunk_frames=memory.chunk_frames,
             rows=batch,
             kv=planned.resident_kv_bytes,
-            archive=planned.archive_kv_bytes,
+            archive=planned.archive_kv_bytes if getattr(memory, "tier", "device") == "device" else 0,
         )
     if as_json:
         asked = {"model": described.name, "size": size, "dtype": dtype, "seconds": seconds}

@@ -9,6 +9,7 @@ from typing import Any
 from kvpack.cli.support import size_text
 from kvpack.errors import unknown_name
 from kvpack.generation.adapter import Adapter
+from kvpack.memory.codec import DENSE
 from kvpack.memory.stack import Stack
 from kvpack.planning.fit import Fit
 from kvpack.planning.planner import Plan
@@ -58,14 +59,25 @@ def options(thing: Any) -> list[dict[str, str]]:
     stacks = [factory for (kind, _), factory in sorted(_things().items()) if kind == "stack"]
     sources = [*getattr(thing, "__mro__", (thing,)), Stack, *stacks]
     meanings = [_meanings(each) for each in sources]
+    defaults = {each.name: each.default for each in inspect.signature(thing).parameters.values()}
+    if thing in stacks and _archives(thing):
+        defaults = {**defaults, "store": DENSE.name, "tier": Stack.tier}
     return [
         {
-            "option": each.name,
-            "default": "" if each.default is each.empty else repr(each.default),
-            "meaning": next((known[each.name] for known in meanings if each.name in known), ""),
+            "option": name,
+            "default": "" if default is inspect.Parameter.empty else repr(default),
+            "meaning": next((known[name] for known in meanings if name in known), ""),
         }
-        for each in inspect.signature(thing).parameters.values()
+        for name, default in defaults.items()
     ]
+
+
+def _archives(factory: Any) -> bool:
+    try:
+        made = factory()
+    except TypeError:  # it needs options
+        return False
+    return isinstance(made, Stack) and made.archives
 
 
 def _meanings(thing: Any) -> dict[str, str]:

@@ -40,7 +40,7 @@ class Fit:
         text_encoder: weights; it is needed before the first chunk only.
         block: weights of the largest block of the transformer.
         kv: all that the memory holds, the archive of compressed blocks with it.
-        archive: the archive alone, which grows with the video unless `archive_blocks` bounds it.
+        archive: the archive alone, which grows with the video unless `archive_blocks` bounds it; 0 on another tier.
         denoising: what one forward of a chunk holds beside weights, keys and values.
         decoding: what decoding a chunk holds beside weights.
     """
@@ -88,10 +88,11 @@ class Fit:
             for call in calls:
                 if whole[call] <= room:
                     return f"fits {gpu_memory:g} GiB with {call}"
-            for call in calls if archive_blocks else ():
+            for call in calls if archive_blocks and self.archive else ():
                 blocks = int(archive_blocks * (room - bounded[call]) / self.archive)
                 if blocks > 0:
-                    return f"fits {gpu_memory:g} GiB with {call} and -o archive_blocks={blocks}"
+                    ways = f"-o tier=host, or -o archive_blocks={blocks}"
+                    return f"fits {gpu_memory:g} GiB with {call} and {ways}"
         missing = (min(bounded.values()) - room) / GIB
         return f"does not fit {gpu_memory:g} GiB, {missing:.1f} GiB too much; give a smaller --size or stack"
 

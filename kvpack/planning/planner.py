@@ -7,6 +7,7 @@ from typing import Any
 
 from kvpack.errors import InvalidOptionError, require_int
 from kvpack.memory.base import Memory
+from kvpack.memory.codec import stored_bytes
 from kvpack.memory.costs import LatentShape
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import BlockEntry, Ledger
@@ -30,7 +31,7 @@ class Plan:
         attended_kv_bytes: keys and values of the history that the last chunk attends, itself not included.
         archive_blocks: compressed blocks kept after the last chunk.
         archive_tokens: their tokens.
-        archive_kv_bytes: their keys and values, whether attended or not.
+        archive_kv_bytes: their keys and values, whether attended or not, in the form and on the tier of the stack.
         resident_kv_bytes: all that the memory holds, as `stats()["resident_bytes"]` says it: the attended history with
             room for a chunk, the archive with spare slots, and room for rotated keys, once for all layers.
         full_tokens: tokens of all chunks at full resolution.
@@ -106,7 +107,7 @@ def plan(
     chunk_tokens = stack.chunk_frames * geometry.tokens_per_frame
     held = resident(geometry, stack, chunks, batch, latents.channels if latents else 16)
     history = held.history
-    archive: list[int] = []
+    archive, archived = list[int](), 0
     compressor_parameters: dict[str, int] = {}
     compressor_flops: dict[str, int] = {}
     if isinstance(stack, Stack):
@@ -115,6 +116,8 @@ def plan(
         for _ in range(chunks):
             before, after = after, after.commit().ledger
         archive = _mid_tokens(geometry, stack, after)
+        shape = geometry.heads, geometry.head_dim, geometry.dtype
+        archived = geometry.layers * sum(stored_bytes(stack.store, tokens, *shape) for tokens in archive)
         compressor_parameters, compressor_flops = _branches(geometry, stack, before, latents)
         if twin := _twin_flops(geometry, stack, before, history, flops):
             compressor_flops["twin"] = twin * branches
@@ -129,7 +132,7 @@ def plan(
         attended_kv_bytes=history * token_bytes,
         archive_blocks=len(archive),
         archive_tokens=sum(archive),
-        archive_kv_bytes=sum(archive) * token_bytes,
+        archive_kv_bytes=archived * batch * branches,
         resident_kv_bytes=held.bytes(geometry.layers) * branches,
         full_tokens=chunks * chunk_tokens,
         full_kv_bytes=chunks * chunk_tokens * token_bytes,

@@ -67,9 +67,9 @@ PARTS = Fit(10 * GIB, 1 * GIB, 11 * GIB, GIB // 2, 4 * GIB, 3 * GIB, 2 * GIB, 3 
         (29.5, "fits 29.5 GiB with pipe.enable_model_cpu_offload()"),
         (29, "fits 29 GiB with pipe.enable_model_cpu_offload()"),
         (17, "fits 17 GiB with pipe.enable_model_cpu_offload()"),
-        (16, "fits 16 GiB with pipe.enable_model_cpu_offload() and -o archive_blocks=66"),
+        (16, "fits 16 GiB with pipe.enable_model_cpu_offload() and -o tier=host, or -o archive_blocks=66"),
         (9, "fits 9 GiB with pipe.enable_sequential_cpu_offload()"),
-        (8, "fits 8 GiB with pipe.enable_sequential_cpu_offload() and -o archive_blocks=83"),
+        (8, "fits 8 GiB with pipe.enable_sequential_cpu_offload() and -o tier=host, or -o archive_blocks=83"),
         (4, "does not fit 4 GiB, 1.5 GiB too much"),
     ],
 )
