@@ -145,7 +145,8 @@ def test_repr_says_what_is_enabled_and_how_far_it_is(pipe):
     text = "<packforcing of WanPipeline: self-forcing, chunks of 2 latent frames, 16 fps; "
     assert repr(pipe.packforcing) == text + "nothing generated yet>"
     stream = pipe.packforcing.stream(**CALL, num_frames=21)
-    next(stream), next(stream)
+    next(stream)
+    next(stream)
     assert repr(pipe.packforcing).startswith(text + "2 chunks of 3 are committed, 0.0")
     assert repr(pipe.packforcing).endswith(" MB held>")
     stream.close()
