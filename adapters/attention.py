@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -11,14 +12,16 @@ from torch import Tensor
 
 from kvpack.errors import UnsupportedPipelineError
 from kvpack.generation.compile_boundary import OpaqueAttention, attend
+from kvpack.generation.threads import one_thread, require_thread
 from kvpack.memory.layer import AttendingLayer
 
 
 class ForwardLayers:
-    """Each layer's memory in the forward in progress; a layer takes its own once."""
+    """Each layer's memory in the forward in progress; a layer takes its own once, in the thread that began."""
 
     def __init__(self) -> None:
         self._layers: dict[int, AttendingLayer] = {}
+        self.thread = get_ident()
 
     def hand_out(self, layers: Sequence[AttendingLayer]) -> None:
         """Begin a forward with these memories."""
@@ -26,6 +29,7 @@ class ForwardLayers:
 
     def take(self, index: int) -> AttendingLayer:
         """Return a layer's memory, and raise `UnsupportedPipelineError` the second time."""
+        require_thread(self.thread)
         if index not in self._layers:
             raise UnsupportedPipelineError("a layer attended twice in one forward, which the memory would count twice")
         return self._layers.pop(index)
@@ -117,15 +121,18 @@ def attached(
 
     Raises:
         UnsupportedPipelineError: if a forward leaves a layer's attention out, or runs it twice.
+        BusyPipelineError: if it is in another thread, which may be that of a stock pipeline over the same transformer.
     """
     layers = ForwardLayers()
     processors = {each: processor(processor.backend_of(each), layers, i) for i, each in enumerate(attentions)}
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        require_thread(layers.thread)
         layers.hand_out(layers_for(args, kwargs))
 
     outside: Any = torch.compiler.disable  # where the whole transformer is compiled, not its blocks
     with (
+        one_thread(transformer),
         transformer.register_forward_pre_hook(outside(before), with_kwargs=True),
         transformer.register_forward_hook(outside(layers.check_all_taken)),
         installed({**processors, **(others or {})}),

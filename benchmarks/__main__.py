@@ -8,18 +8,29 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from benchmarks import anyflow, overhead, report, rotation, steady
+from benchmarks import anyflow, flashdreams, overhead, report, resident, rotation, steady
 
-BENCHMARKS = {"rotation": rotation, "steady": steady, "overhead": overhead, "anyflow": anyflow}
+BENCHMARKS = {
+    "rotation": rotation,
+    "steady": steady,
+    "resident": resident,
+    "overhead": overhead,
+    "anyflow": anyflow,
+    "flashdreams": flashdreams,
+}
 
 
 def main() -> int:
     """The number of benchmarks that failed to run."""
     options = report.parser(__doc__ or "").parse_args()
     folder = report.folder(options)
-    failed = [name for name in BENCHMARKS if not ran(name, options.small, str(folder))]
+    skipped = [] if flashdreams.flashdreams_cache() else ["flashdreams"]
+    failed = [name for name in BENCHMARKS if name not in skipped and not ran(name, options.small, str(folder))]
     print("\nSummary" + (" (small: only what does not depend on the size)" if options.small else ""))
     for name, module in BENCHMARKS.items():
+        if name in skipped:
+            print(f"{name}: skipped, {flashdreams.ABSENT}")
+            continue
         if name in failed:
             print(f"{name}: FAILED")
             continue

@@ -36,6 +36,12 @@ def _each(option: str, values: tuple[Any, ...]) -> tuple[Memory, ...]:
     return _changed({f"{option.replace('_', ' ')} {value}": {option: value} for value in values})
 
 
+def _kept(tokens: int, selector: str, topk: int) -> dict[str, Any]:
+    """Return options of blocks of a few of their own tokens."""
+    compressor = {"policy": "keep-farthest", "keep_tokens": tokens}
+    return {"compressor": compressor, "selector": selector, "topk": topk}
+
+
 ABLATIONS: dict[str, tuple[Memory, ...]] = {
     COLLECTION: collection(),
     "positions": _changed(
@@ -64,6 +70,63 @@ ABLATIONS: dict[str, tuple[Memory, ...]] = {
                 f"dual, {selector} 4": {"compressor": TRAINED, "selector": selector, "topk": 4}
                 for selector in ("recency", "uniform", "random")
             },
+        }
+    ),
+    # A budget of 32 tokens of the middle, 224 in all: many blocks of few tokens, or few of many?
+    "keep": _changed(
+        {
+            "pool, 16 x 2": {"compressor": "pool", "topk": 16},
+            **{
+                f"keep {tokens} of 64, {selector} {32 // tokens}": _kept(tokens, selector, 32 // tokens)
+                for tokens in (16, 8, 4, 2)
+                for selector in ("topk", "softmax-mass", "recency")
+            },
+        }
+    ),
+    # The same at 128 tokens of the middle, 320 in all.
+    "keep-more": _changed(
+        {
+            **{
+                f"whole blocks, {selector} 2": {"compressor": "identity", "selector": selector, "topk": 2}
+                for selector in ("topk", "softmax-mass", "recency")
+            },
+            **{
+                f"keep {tokens} of 64, {selector} {128 // tokens}": _kept(tokens, selector, 128 // tokens)
+                for tokens in (32, 16, 8)
+                for selector in ("topk", "softmax-mass", "recency")
+            },
+        }
+    ),
+    # Which tokens to keep, at 16 of 64 and two blocks.
+    "kept-tokens": _changed(
+        {
+            **{
+                f"{name}, softmax-mass 2": {
+                    "compressor": {"policy": name, "keep_tokens": 16},
+                    "selector": "softmax-mass",
+                    "topk": 2,
+                }
+                for name in ("keep-keydiff", "keep-attended", "keep-random", "keep-grid", "keep-merge")
+            },
+            **{
+                f"keep-farthest in {rounds} rounds, softmax-mass 2": {
+                    "compressor": {"policy": "keep-farthest", "keep_tokens": 16, "rounds": rounds},
+                    "selector": "softmax-mass",
+                    "topk": 2,
+                }
+                for rounds in (16, 6, 3)
+            },
+            "pool-time, softmax-mass 2": {"compressor": "pool-time", "selector": "softmax-mass", "topk": 2},
+        }
+    ),
+    # How many queries say which blocks?
+    "queries": _changed(
+        {
+            f"{queries} of 64 queries": {
+                "compressor": {"policy": "keep-farthest", "keep_tokens": 16},
+                "selector": {"policy": "softmax-mass", "topk": 2, "max_queries": queries},
+            }
+            for queries in (64, 16, 4, 1)
         }
     ),
     # What is kept whole must leave positions for the middle: more of it has more positions.
@@ -127,8 +190,10 @@ def _keep(name: str, found: list[figures.Measured], options: Any) -> None:
         path = report.write(f"ablation-{name}", rows, options.out)
         page = f"# {name.capitalize()}\n\n{tables.leaderboard(rows, [each.name for each in found], ())}\n"
         save_bytes(page.encode(), path.with_suffix(".md"))
+        longest = max(row.seconds for row in rows)
         if name == COLLECTION:
-            plots.save(path.with_suffix(".png"), lambda: plots.per_byte(rows, max(row.seconds for row in rows)))
+            plots.save(path.with_suffix(".png"), lambda: plots.over_budget(rows, longest, plots.BY_BYTES))
+        plots.save(path.with_name(f"{path.stem}-recall.png"), lambda: plots.over_budget(rows, longest, plots.RECALLED))
         print(f"written to {path}", flush=True)
 
 

@@ -41,6 +41,7 @@ from kvpack.memory.rope import rotate, rotations
 from kvpack.policies.stacks import self_forcing
 
 WINDOW, CHUNK, STEPS = 21, 3, 4
+ABSENT = "it is not installed (pip install --no-deps flashdreams==0.1.0)"
 TIME, MOVED, RESIDENT = "chunk / FlashDreams", "moved / FlashDreams", "resident / FlashDreams"
 BARS = (
     Bar("kvpack takes no longer", "kvpack", TIME, 1.0),
@@ -245,7 +246,7 @@ def run(small: bool = False) -> list[Row]:
     """Measure fp32 and bf16, absolute and on read."""
     module = flashdreams_cache()
     if module is None:
-        raise SystemExit("flashdreams: not installed, nothing measured (pip install --no-deps flashdreams==0.1.0)")
+        raise SystemExit(f"flashdreams: nothing measured, {ABSENT}")
     rows, chunks = [], 2 if small else 9
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         for on_read in (False, True):

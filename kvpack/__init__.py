@@ -6,6 +6,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
+from kvpack import logging as logging
 from kvpack.errors import KVPackError as KVPackError
 from kvpack.version import __version__ as __version__
 

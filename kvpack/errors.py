@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class KVPackError(Exception):
@@ -47,6 +48,10 @@ class NonFiniteLatentsError(KVPackError, ValueError):
 
 class GradientError(KVPackError, RuntimeError):
     """Generation ran with gradients enabled; recomputation would commit a chunk twice."""
+
+
+class BusyPipelineError(KVPackError, RuntimeError):
+    """Two threads use one pipeline at a time."""
 
 
 class OutputError(KVPackError, OSError):
@@ -109,8 +114,20 @@ def require_bool(name: str, given: object) -> None:
         raise InvalidOptionError(f"{name} must be True or False, got {given!r}")
 
 
+def plain(given: Any) -> Any:
+    """Return NumPy's numbers, and arrays and tensors without dimensions, as Python's own, also in lists; else as it is.
+
+    >>> import numpy as np
+    >>> plain([np.int64(29), (np.float32(0.5), "a"), np.array(3)])
+    [29, (0.5, 'a'), 3]
+    """
+    if type(given) in (list, tuple):
+        return type(given)(map(plain, given))
+    return given.item() if getattr(given, "ndim", None) == 0 and hasattr(given, "item") else given
+
+
 def require_int(name: str, given: object, *, minimum: int = 0) -> int:
-    """Return `given` if it is a whole number of at least `minimum`.
+    """Return `given` if it is a whole number of at least `minimum`; it may be NumPy's, or a tensor's.
 
     Raises:
         InvalidOptionError: if it is not.
@@ -118,6 +135,7 @@ def require_int(name: str, given: object, *, minimum: int = 0) -> int:
     >>> require_int("topk", 16)
     16
     """
+    given = plain(given)
     if isinstance(given, bool) or not isinstance(given, int):
         raise InvalidOptionError(f"{name} must be a whole number >= {minimum}, got {given!r}")
     if given < minimum:

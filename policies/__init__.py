@@ -18,6 +18,12 @@ from kvpack.policies.hr import HighResolutionCompressor
 from kvpack.policies.identity import IdentityCompressor
 from kvpack.policies.infinite_forcing import infinite_forcing
 from kvpack.policies.infinity_rope import InfinityRoPE
+from kvpack.policies.keep_attended import AttendedCompressor
+from kvpack.policies.keep_farthest import FarthestCompressor
+from kvpack.policies.keep_grid import GridCompressor
+from kvpack.policies.keep_keydiff import KeyDiffCompressor
+from kvpack.policies.keep_merge import MergeCompressor
+from kvpack.policies.keep_random import RandomTokensCompressor
 from kvpack.policies.krea import Krea
 from kvpack.policies.longlive import LongLive
 from kvpack.policies.lr import LowResolutionCompressor
@@ -25,6 +31,7 @@ from kvpack.policies.magi import Magi
 from kvpack.policies.memrope import MemRoPE
 from kvpack.policies.native import NativeCompressor
 from kvpack.policies.pool import PoolCompressor
+from kvpack.policies.pool_time import TimePoolCompressor
 from kvpack.policies.random_blocks import RandomSelector
 from kvpack.policies.recency import RecencySelector
 from kvpack.policies.rolling_sink import RollingSink
@@ -49,6 +56,13 @@ def kvpack_register_policies(register: Callable[[Any], None]) -> None:
         SinkMidRecentPartitioner,
         IdentityCompressor,
         PoolCompressor,
+        TimePoolCompressor,
+        FarthestCompressor,
+        KeyDiffCompressor,
+        AttendedCompressor,
+        RandomTokensCompressor,
+        GridCompressor,
+        MergeCompressor,
         NativeCompressor,
         GeometricCompressor,
         LowResolutionCompressor,

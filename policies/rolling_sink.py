@@ -88,7 +88,7 @@ class RollingSink(StateMemory):
         if start >= self.window_frames:
             newest = [place for place, _ in window[-count:]]
             window = (*window[:-count], *zip(newest, self.source(newest[0]), strict=False))
-        free = max(0, min(count, self._walked - start))
+        free = max(0, min(count, self.walked - start))
         return replace(
             replace(state, window=window).shown(),
             window=(*window, *((frame, frame) for frame in range(start, start + count))),
@@ -108,26 +108,21 @@ class RollingSink(StateMemory):
         first = state.first[: len(state.first) - (count - own) * state.each]
         return RollingState(state.each, first, recent, state.frames[: len(state.frames) - own], state.window[:-count])
 
-    @property
-    def _walked(self) -> int:
-        """Frames of the first window that are shown again."""
-        return self.window_frames - self.chunk_frames
-
     def _runs(self, state: RollingState) -> Iterator[Tokens]:
         """Yield the window's tokens, consecutive frames in one."""
         runs: list[list[int]] = []  # position, index of the first frame among the first or recent ones, frames
         for place, source in state.window:
-            index = source if source < self._walked else self._walked + state.frames.index(source)
+            index = source if source < self.walked else self.walked + state.frames.index(source)
             if (
                 runs
-                and index != self._walked
+                and index != self.walked
                 and [runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]] == [place, index]
             ):
                 runs[-1][2] += 1
             else:
                 runs.append([place, index, 1])
         for place, index, count in runs:
-            held, start = (state.first, index) if index < self._walked else (state.recent, index - self._walked)
+            held, start = (state.first, index) if index < self.walked else (state.recent, index - self.walked)
             tokens = held[start * state.each : (start + count) * state.each]
             yield tokens.starting_at(float(place))
 
@@ -138,7 +133,7 @@ class RollingSink(StateMemory):
         >>> [memory.source(frame) for frame in (6, 9, 12, 15)]
         [[5, 4, 3], [2, 1, 0], [0, 1, 2], [3, 4, 5]]
         """
-        walked = self._walked
+        walked = self.walked
         way, place = divmod(first_frame, walked)
         # Behind a first chunk that is shorter, a chunk would reach beyond where the walk turns.
         frames = [min(frame, walked - 1) for frame in range(place, place + self.chunk_frames)]

@@ -38,6 +38,7 @@ def packforcing(
     train_frames: int | None = None,
     archive_blocks: int | None = _ARCHIVE_BLOCKS,
     coordinates: Coordinates | None = None,
+    keep_tokens: int | float | None = None,
     share_selection: bool = False,
     commit: Commit = "rerun",
 ) -> Stack:
@@ -58,6 +59,8 @@ def packforcing(
         archive_blocks: most compressed blocks kept, the oldest go first, so that memory is bounded; None keeps all.
         coordinates: where pooled tokens sit, for a compressor by name that takes it (see `PoolCompressor`); "centered"
             if None.
+        keep_tokens: tokens kept of each block, or a share of them below 1, for a compressor by name that takes it; as
+            many as `pool` makes if None.
         share_selection: whether the first layer chooses mid blocks for all layers, instead of each its own.
         commit: which keys and values become history, those of a "rerun" or of the "last-step" (see `Stack`).
 
@@ -74,7 +77,7 @@ def packforcing(
     return Stack(
         "packforcing",
         SinkMidRecentPartitioner(sink_frames, recent_frames),
-        _compressor(compressor, coordinates),
+        _compressor(compressor, coordinates, keep_tokens),
         chosen_by,
         resolve_policy("reindexer", reindexer, _POSITIONS, train_frames=train_frames),
         chunk_frames,
@@ -152,14 +155,16 @@ def full(
     )
 
 
-def _compressor(compressor: str | Compressor, coordinates: Coordinates | None) -> Any:
+def _compressor(compressor: str | Compressor, coordinates: Coordinates | None, keep_tokens: int | float | None) -> Any:
     """Return a compressor by name, or by the folder or Hub id of its weights; installed names win."""
     installed = ("compressor", compressor) in registry().policies
     if isinstance(compressor, str) and not installed and ("/" in compressor or os.path.isdir(compressor)):
-        if coordinates is not None:
-            raise UnusedOptionError("coordinates", f"{compressor} was trained with its own, which its config has")
+        for option, given in (("coordinates", coordinates), ("keep_tokens", keep_tokens)):
+            if given is not None:
+                raise UnusedOptionError(option, f"{compressor} was trained with its own, which its config has")
         return trained_compressor(compressor)
     try:
-        return resolve_policy("compressor", compressor, {"coordinates": "centered"}, coordinates=coordinates)
+        usual = {"coordinates": "centered"}
+        return resolve_policy("compressor", compressor, usual, coordinates=coordinates, keep_tokens=keep_tokens)
     except UnknownNameError as error:
         raise UnknownNameError(f"{error}; a folder or Hub id of trained weights works too") from None

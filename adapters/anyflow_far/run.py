@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.anyflow.pipeline_output import AnyFlowPipelineOutput
-from diffusers.utils import logging
 from torch import Tensor
 
 from kvpack.adapters.anyflow_far.chunks import Chunks
@@ -16,12 +15,14 @@ from kvpack.adapters.anyflow_far.denoiser import AnyFlowFARDenoiser
 from kvpack.adapters.offload import onload
 from kvpack.adapters.wan.conditioning import expand_batch
 from kvpack.adapters.wan.run import WanRun
+from kvpack.adapters.wan.vae import require_vae
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError
 from kvpack.generation.chunks import with_chunk_frames
+from kvpack.logging import get_logger
 from kvpack.media.pixels import video_pixels
 from kvpack.memory.base import Memory
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class AnyFlowFARRun(WanRun):
@@ -67,6 +68,7 @@ class AnyFlowFARRun(WanRun):
         given, pipeline = self.call["video_latents"], self.pipeline
         if self.call["video"] is not None:
             height, width = self.frame_size()
+            require_vae(pipeline.vae, "video=")
             onload(pipeline.vae)
             with torch.no_grad():
                 given = pipeline.encode_video(self.call["video"], height=height, width=width)

@@ -3,14 +3,15 @@
 from typing import Any
 
 import torch
-from diffusers.utils import logging
 from torch import Tensor
 
 from kvpack.adapters.wan.conditioning import expand_batch
+from kvpack.adapters.wan.vae import require_vae
+from kvpack.logging import get_logger
 from kvpack.media.pixels import image_pixels as image_pixels_of
 from kvpack.media.pixels import video_pixels
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 def conditioning_pixels(pipeline: Any, call: dict[str, Any], size: tuple[int, int]) -> Tensor | None:
@@ -57,6 +58,7 @@ def conditioning_latents(pipeline: Any, call: dict[str, Any], pixels: Tensor, ro
     Raises:
         InvalidOptionError: if there are neither one nor as many as there are prompts or videos.
     """
+    require_vae(pipeline.vae, "image= or video=")
     shared = {
         "batch_size": 1,
         "num_channels_latents": pipeline.transformer.config.in_channels,

@@ -12,6 +12,7 @@ from kvpack.adapters.wan.checkpoint import diffusers_names, transformer
 from kvpack.adapters.wan.compression import check_compressor, native_window, patch_of
 from kvpack.adapters.wan.run import WanRun
 from kvpack.adapters.wan.training import WanTrainee
+from kvpack.checkpoints.experts import require_one_transformer
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.generation.adapter import Adapter
 from kvpack.generation.run import Run
@@ -21,6 +22,7 @@ from kvpack.memory.costs import LatentShape, ModelCost
 from kvpack.memory.geometry import Geometry
 
 _TEXT_TOKENS = 512
+_SCALES = ("temporal", "spatial")
 
 
 class WanAdapter(Adapter):
@@ -35,11 +37,7 @@ class WanAdapter(Adapter):
     def check(self, pipeline: Any) -> None:
         """Refuse what would silently give wrong keys."""
         model = pipeline.transformer
-        if model is None or getattr(pipeline, "transformer_2", None) is not None:
-            raise UnsupportedPipelineError(
-                "kvpack drives one causal transformer, but this pipeline has "
-                f"{'no transformer' if model is None else 'transformer_2 as well'}; load it with transformer only"
-            )
+        require_one_transformer("this pipeline", {**pipeline.config, **pipeline.components})
         attentions = [each for block in model.blocks for each in (block.attn1, block.attn2)]
         head_dim = model.config.attention_head_dim
         check_placement(model, attentions, pipeline._execution_device, head_dim)
@@ -47,6 +45,13 @@ class WanAdapter(Adapter):
             raise UnsupportedPipelineError(
                 f"kvpack needs one token grid a latent frame, but patch_size is {tuple(model.config.patch_size)}"
             )
+
+    @staticmethod
+    def configs(pipeline: Any) -> dict[str, Mapping[str, Any]]:
+        """Return the components' configs; sizes of a latent are the pipeline's own, whatever its VAE is."""
+        configs = Adapter.configs(pipeline)
+        scales = {f"scale_factor_{name}": getattr(pipeline, f"vae_scale_factor_{name}") for name in _SCALES}
+        return {**configs, "vae": {**configs.get("vae", {}), **scales}}
 
     def check_stack(self, pipeline: Any, stack: Memory) -> None:
         """Refuse compressor weights of another model."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpack.adapters.offload import onload
-from kvpack.adapters.wan.vae import encode
+from kvpack.adapters.wan.vae import encode, require_vae
 from kvpack.errors import InvalidOptionError
 from kvpack.media.pixels import image_pixels, video_pixels
 
@@ -46,6 +46,7 @@ def conditioning_latents(pipeline: Any, call: dict[str, Any], size: tuple[int, i
     image, video = call.get("image"), call.get("video")
     if image is None and video is None:
         return None
+    require_vae(pipeline.vae, "image= or video=")
     pixels = _clip(pipeline, call, size) if image is None else 2 * image_pixels(image, *size).unsqueeze(2) - 1
     onload(pipeline.vae)
     latents = encode(pipeline.vae, pixels.to(pipeline._execution_device, pipeline.vae.dtype)).float()

@@ -1,24 +1,24 @@
 """One call of a `WanPipeline`: a chunk of it has latents, embeddings and a length of its own."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
-from diffusers.utils import logging
 from torch import Tensor
 
 from kvpack.adapters.wan.conditioning import check_conditioning, conditioning_latents
 from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.adapters.wan.prompt_cache import PromptCache
-from kvpack.adapters.wan.vae import StreamingDecoder
+from kvpack.adapters.wan.vae import StreamingDecoder, WholeDecoder, is_own, require_vae
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, require_choice, require_int
 from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
+from kvpack.logging import get_logger
 from kvpack.memory.geometry import Geometry
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class WanRun(Run):
@@ -78,8 +78,21 @@ class WanRun(Run):
         return height * self.pipeline.vae_scale_factor_spatial, width * self.pipeline.vae_scale_factor_spatial
 
     def decoder(self, height: int, width: int) -> Callable[[Tensor], Tensor]:
-        """Return a decoder with a feature cache of its own."""
-        return StreamingDecoder(self.pipeline.vae, height, width)
+        """Return a decoder with a feature cache of its own; another one in the VAE's place decodes the whole.
+
+        Raises:
+            UnsupportedPipelineError: if there is no VAE, or another one where chunks must be decoded as they come.
+        """
+        vae = self.pipeline.vae
+        require_vae(vae, f'output_type="{self.output_type}"')
+        if is_own(vae) or self.streaming or self.stack.needs_pixels:
+            return StreamingDecoder(vae, height, width)
+        return WholeDecoder(vae)
+
+    def decoded(self, latents: list[Tensor]) -> Iterator[Tensor]:
+        """Return the pixels of a whole video: chunk by chunk, or at once by a decoder that knows no chunks."""
+        whole = isinstance(self._decode, WholeDecoder)
+        return super().decoded([torch.cat(latents, dim=2)] if whole else latents)
 
     @torch.no_grad()
     def encode(self, prompt: Prompt | None) -> dict[str, Tensor]:

@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 
+from kvpack.adapters.compatibility import compiled_from
 from kvpack.adapters.offload import onload
 from kvpack.errors import UnsupportedPipelineError
 
@@ -21,10 +23,11 @@ class StreamingDecoder:
         width: pixels of a frame.
 
     Raises:
-        UnsupportedPipelineError: if the VAE would decode frames of this size in tiles.
+        UnsupportedPipelineError: if the VAE would decode frames of this size in tiles, or is another decoder.
     """
 
     def __init__(self, vae: Any, height: int, width: int) -> None:
+        require_own(vae, "decoding chunk by chunk, which a stream and memories that look at pixels do")
         if vae.use_tiling and (height > vae.tile_sample_min_height or width > vae.tile_sample_min_width):
             raise UnsupportedPipelineError(
                 "tiled decoding keeps every tile for all time and cannot stream; call pipe.vae.disable_tiling() first, "
@@ -46,10 +49,7 @@ class StreamingDecoder:
         """Return pixels in [-1, 1] of the next normalised latents, `[batch, 3, frames, height, width]`."""
         vae = self.vae
         onload(vae)
-        latents = latents.to(vae.dtype)
-        mean, std = _statistics(vae, latents)
-        latents = latents / (1.0 / std) + mean  # the pipeline's own order of operations, for its very bits
-        hidden = vae.post_quant_conv(latents)
+        hidden = vae.post_quant_conv(_scaled(vae, latents))
         frames = []
         for frame in hidden.split(1, dim=2):
             options = {"first_chunk": True} if self.first else {}
@@ -61,11 +61,63 @@ class StreamingDecoder:
         return pixels.clamp(min=-1.0, max=1.0)
 
 
+class WholeDecoder:
+    """Decodes a whole video at once, as the pipeline's call does, with whatever decoder is in the VAE's place.
+
+    Args:
+        vae: has what the pipeline asks of it: `decode`, `dtype`, and `latents_mean` and `latents_std` in its config.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Return pixels in [-1, 1] of all normalised latents, `[batch, 3, frames, height, width]`."""
+        onload(self.vae)
+        return self.vae.decode(_scaled(self.vae, latents), return_dict=False)[0]
+
+
+def is_own(vae: Any) -> bool:
+    """Return whether a VAE is the family's, whose parts kvpack may call."""
+    return isinstance(compiled_from(vae), AutoencoderKLWan)
+
+
+def require_own(vae: Any, what: str) -> None:
+    """Raise `UnsupportedPipelineError` unless a VAE is the family's; `what` says what needs it."""
+    if not is_own(vae):
+        raise UnsupportedPipelineError(
+            f"{what}, needs the model's own AutoencoderKLWan, but this pipeline has {_named(vae)}; "
+            f"load it with its vae{'' if vae is None else ', or generate the whole video in one call'}"
+        )
+
+
+def require_vae(vae: Any, what: str) -> None:
+    """Raise `UnsupportedPipelineError` if there is no VAE at all; `what` says what needs it."""
+    if vae is None:
+        raise UnsupportedPipelineError(f"{what} needs a VAE, but this pipeline has none; load it with its vae")
+
+
+def _named(vae: Any) -> str:
+    return "no VAE" if vae is None else f"a {type(compiled_from(vae)).__name__} in its place"
+
+
 def encode(vae: Any, pixels: Tensor) -> Tensor:
-    """Return normalised latents (the posterior's mode) of `1 + 4m` pixel frames."""
+    """Return normalised latents (the posterior's mode) of `1 + 4m` pixel frames.
+
+    Raises:
+        UnsupportedPipelineError: if there is no VAE, or another one.
+    """
+    require_own(vae, "encoding frames, which those that a video begins with are")
     latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
     mean, std = _statistics(vae, latents)
     return (latents - mean) / std
+
+
+def _scaled(vae: Any, latents: Tensor) -> Tensor:
+    """Return latents as the decoder takes them, by the pipeline's own order of operations, for its very bits."""
+    latents = latents.to(vae.dtype)
+    mean, std = _statistics(vae, latents)
+    return latents / (1.0 / std) + mean
 
 
 def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:

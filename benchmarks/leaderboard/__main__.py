@@ -83,6 +83,8 @@ def _pages(rows: Sequence[Score], bins: Sequence[Score], options: argparse.Names
     most, common = ends[-1], ends[-2:][0]
     wanted = options.subjects or PLOTTED
     _plot([row for row in bins if row.seconds <= common], wanted, options.out / f"{NAME}.png")
+    recalled = options.out / f"{NAME}-recall.png"
+    plots.save(recalled, lambda: plots.over_budget(rows, common, plots.RECALLED))
     if most > common:
         longest = [name for name in subjects if any(row.subject == name and row.seconds == most for row in rows)]
         _plot([row for row in bins if row.subject in longest], longest, options.out / f"{NAME}-long.png")

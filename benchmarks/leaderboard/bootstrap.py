@@ -45,9 +45,18 @@ def mean(values: Array, resamples: int = RESAMPLES) -> Interval | None:
 
 def ratio(above: Array, below: Array, resamples: int = RESAMPLES) -> Interval | None:
     """Return the ratio of two means over the same captions and seeds, or None if it is not finite."""
-    value = float(_means(above, (0, 1)) / _means(below, (0, 1)))
-    drawn = means(above, resamples) / means(below, resamples)
-    return _interval(value, drawn, int(min(np.isfinite(above).sum(), np.isfinite(below).sum())))
+    found = _ratio(_means(above, (0, 1)), _means(below, (0, 1)))
+    drawn = _ratio(means(above, resamples), means(below, resamples))
+    return _interval(float(found), drawn, int(min(np.isfinite(above).sum(), np.isfinite(below).sum())))
+
+
+def ratio_difference(
+    mine: tuple[Array, Array], theirs: tuple[Array, Array], resamples: int = RESAMPLES
+) -> Interval | None:
+    """Return a ratio of two means less another, of the same captions and seeds draw by draw; None if not finite."""
+    value = [float(_ratio(_means(above, (0, 1)), _means(below, (0, 1)))) for above, below in (mine, theirs)]
+    drawn = [_ratio(means(above, resamples), means(below, resamples)) for above, below in (mine, theirs)]
+    return _interval(value[0] - value[1], drawn[0] - drawn[1], int(np.isfinite(mine[0] * theirs[0]).sum()))
 
 
 def overlap(a: Interval, b: Interval) -> bool:
@@ -61,6 +70,11 @@ def _interval(value: float, drawn: Array, n: int) -> Interval | None:
         return None
     low, high = np.quantile(known, [0.025, 0.975])
     return Interval(value, min(value, float(low)), max(value, float(high)), n)
+
+
+def _ratio(above: Array, below: Array) -> Array:
+    """Return a ratio, NaN without a warning where the divisor is 0."""
+    return np.asarray(above / np.where(below == 0, np.nan, below))
 
 
 def _means(values: Array, axes: int | Sequence[int]) -> Array:

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmarks.leaderboard.bootstrap import RESAMPLES, Array, Interval, mean, ratio
+from benchmarks.leaderboard.bootstrap import RESAMPLES, Array, Interval, mean, ratio, ratio_difference
 from benchmarks.leaderboard.lengths import BIN, bins, frames, lengths
 from benchmarks.leaderboard.store import COSTS, Result
 from benchmarks.report import Score
 from benchmarks.toyworld.world import FPS
-from kvpack.evaluation import METRICS, measures
+from kvpack.evaluation import METRICS, RECALL, measures, recall
 
 RELATIVE = "dynamic_degree / truth"
 MOTION = "dynamic_degree"
+EVENTS = "recall_events"  # returns that only the middle can know, in all videos together
 
 
 @dataclass(eq=False)
@@ -32,6 +33,7 @@ class Measured:
     seconds: int
     results: Sequence[Result]
     _known: dict[tuple[int, int], dict[str, Array]] = field(default_factory=dict)
+    _returned: dict[int, dict[str, tuple[Array, Array]]] = field(default_factory=dict)
 
     def between(self, begin: int, end: int) -> dict[str, Array]:
         """Return every measure of some frames, [captions, seeds]."""
@@ -50,6 +52,23 @@ class Measured:
             first, last = self.between(0, length), self.between(end - length, end)
             found |= {f"drift {name}": last[name] - first[name] for name in METRICS}
         return found
+
+    def returned(self, seconds: int) -> dict[str, tuple[Array, Array]]:
+        """Return sums of the scores of all returns up to a length, and their number, each [captions, seeds].
+
+        Their ratio is a mean over returns: videos with many of them count for more.
+        """
+        end = frames(seconds)
+        if end not in self._returned:
+            found = [[recall(each, 0, end) for each in result.observations] for result in self.results]
+            self._returned[end] = {
+                name: (
+                    np.array([[float(sum(video[name])) for video in seed] for seed in found]).T,
+                    np.array([[float(len(video[name])) for video in seed] for seed in found]).T,
+                )
+                for name in RECALL
+            }
+        return self._returned[end]
 
     @property
     def commit(self) -> str:
@@ -70,6 +89,7 @@ def scores(measured: Measured, truth: Measured | None, resamples: int = RESAMPLE
         for metric, values in found.items():
             if interval := mean(values, resamples):
                 yield measured.score(seconds, metric, interval)
+        yield from _returns(measured, seconds, resamples)
         if truth is not None and truth.seconds >= seconds:
             interval = ratio(found[MOTION], truth.whole(seconds)[MOTION], resamples)
             if interval:
@@ -93,11 +113,25 @@ def differences(hero: Measured, rival: Measured, resamples: int = RESAMPLES) -> 
         for metric, values in mine.items():
             if interval := mean(values - theirs[metric], resamples):
                 yield both.score(seconds, metric, interval)
+        ours, others = hero.returned(seconds), rival.returned(seconds)
+        for metric in RECALL:
+            if interval := ratio_difference(ours[metric], others[metric], resamples):
+                yield both.score(seconds, metric, interval)
 
 
 def intervals(rows: Sequence[Score]) -> Mapping[tuple[str, int, str], Interval]:
     """Return figures by subject, seconds and metric."""
     return {(row.subject, row.seconds, row.metric): Interval(row.value, row.low, row.high, row.n) for row in rows}
+
+
+def _returns(measured: Measured, seconds: int, resamples: int) -> Iterator[Score]:
+    """Yield recall and what it is told from, and how many returns it is the mean of."""
+    found = measured.returned(seconds)
+    for metric, (scores, counts) in found.items():
+        if interval := ratio(scores, counts, resamples):
+            yield measured.score(seconds, metric, interval)
+    if events := float(found["recall"][1].sum()):
+        yield measured.score(seconds, EVENTS, Interval(events, events, events, found["recall"][1].size))
 
 
 def _costs(measured: Measured, seconds: int) -> Iterator[Score]:

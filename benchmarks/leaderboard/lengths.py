@@ -12,7 +12,7 @@ STILLS = (0, 5, 15, 30, 60, 90, 120)  # seconds of the pictures that are kept
 
 def frames(seconds: int) -> int:
     """Return the pixel frames of a video: 16 a second, less 3."""
-    return video_frames(seconds, FPS)[0]
+    return video_frames(seconds, FPS, 4)[0]
 
 
 def lengths(seconds: int) -> tuple[int, ...]:

@@ -22,7 +22,14 @@ from kvpack.media.video import save_bytes
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":")
 MOST = len(COLOURS)  # lines that can be labelled at their ends
-RESIDENT = "resident_bytes"
+#: What a memory costs, in what unit it is shown, and over what it is divided for that.
+BUDGETS = {
+    "attended_tokens": ("tokens of history attended", 1.0),
+    "archive_bytes": ("compressed blocks of the video, MB", 1e6),
+    "resident_bytes": ("resident memory of the video, MB", 1e6),
+}
+BY_BYTES = (("subject_consistency", "resident_bytes"), ("revisit_consistency", "resident_bytes"))
+RECALLED = (("recall", "attended_tokens"), ("recall", "archive_bytes"))
 LABEL_ROOM = 0.075  # least distance of two labels, in heights of a panel
 
 
@@ -70,12 +77,13 @@ def over_time(rows: Sequence[Score], subjects: Sequence[str], title: str) -> byt
     return _png(page)
 
 
-def per_byte(rows: Sequence[Score], seconds: int) -> bytes:
-    """Draw quality over memory, a point for each subject; blue where no smaller one is better.
+def over_budget(rows: Sequence[Score], seconds: int, panels: Sequence[tuple[str, str]]) -> bytes:
+    """Draw measures over what a memory costs, a point for each subject; blue where no cheaper one is better.
 
     Args:
         rows: figures of videos.
         seconds: the length that is shown.
+        panels: of each panel a measure, and a cost of `BUDGETS`; subjects without either are left out.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -83,21 +91,22 @@ def per_byte(rows: Sequence[Score], seconds: int) -> bytes:
     known = {(row.subject, row.metric): row for row in rows if row.seconds == seconds}
     page = Figure(figsize=(12, 5.4), layout="constrained")
     FigureCanvasAgg(page)
-    page.suptitle(f"Quality and memory of a video at {seconds} s: means and 95 % intervals", fontsize=13)
-    for axes, metric in zip(page.subplots(1, 2), ("subject_consistency", "revisit_consistency"), strict=True):
-        subjects = [subject for subject, name in known if name == metric and (subject, RESIDENT) in known]
-        points = {subject: (known[subject, RESIDENT].value / 1e6, known[subject, metric]) for subject in subjects}
-        for subject, (megabytes, row) in points.items():
-            best = not any(m < megabytes and other.value > row.value for m, other in points.values())
+    page.suptitle(f"Quality and cost of a video at {seconds} s: means and 95 % intervals", fontsize=13)
+    for axes, (metric, cost) in zip(page.subplots(1, len(panels)), panels, strict=True):
+        text, unit = BUDGETS[cost]
+        costs = {subject: known[subject, cost].value / unit for subject, name in known if name == cost}
+        points = {each: (costs[each], known[each, metric]) for each in costs if costs[each] and (each, metric) in known}
+        for subject, (spent, row) in points.items():
+            best = not any(less < spent and other.value > row.value for less, other in points.values())
             colour = COLOURS[0] if subject == "packforcing" else COLOURS[1] if best else "#888888"
             interval = [[row.value - row.low], [row.high - row.value]]
-            axes.errorbar(megabytes, row.value, yerr=interval, color=colour, fmt="o", markersize=5, elinewidth=0.8)
+            axes.errorbar(spent, row.value, yerr=interval, color=colour, fmt="o", markersize=5, elinewidth=0.8)
         axes.set_xscale("log")
         axes.set_title(metric.replace("_", " "), fontsize=11)
-        axes.set_xlabel("resident memory of the video, MB", fontsize=10)
+        axes.set_xlabel(text, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#dddddd", linewidth=0.6)
-        _name(axes, {subject: (megabytes, row.value) for subject, (megabytes, row) in points.items()})
+        _name(axes, {subject: (spent, row.value) for subject, (spent, row) in points.items()})
     return _png(page)
 
 

@@ -5,20 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.leaderboard.bootstrap import Interval, overlap
-from benchmarks.leaderboard.figures import RELATIVE, intervals
+from benchmarks.leaderboard.figures import EVENTS, RELATIVE, intervals
 from benchmarks.leaderboard.store import COSTS
 from benchmarks.report import Score, figure
-from kvpack.evaluation import METRICS
+from kvpack.evaluation import METRICS, RECALL
 
 MEASURES = (*METRICS, RELATIVE)
+RETURNS = (*RECALL, EVENTS)
+PAIRED = (*METRICS, "recall")
 DRIFTS = tuple(f"drift {name}" for name in METRICS)
 
 
 def leaderboard(rows: Sequence[Score], subjects: Sequence[str], heroes: Sequence[str]) -> str:
-    """Return a page's sections: the measures at each length, their drift, the cost of a chunk, and the comparisons."""
+    """Return a page's sections: measures at each length, returns, drift, the cost of a chunk, and the comparisons."""
     parts = []
     for seconds in sorted({row.seconds for row in rows}):
-        for title, metrics in (("", MEASURES), (", drift from first to last 5 s", DRIFTS), (", cost", COSTS)):
+        for title, metrics in (
+            ("", MEASURES),
+            (", what returns and where its look is held", RETURNS),
+            (", drift from first to last 5 s", DRIFTS),
+            (", cost", COSTS),
+        ):
             section = table(rows, subjects, seconds, metrics)
             if section:
                 parts.append(f"## {seconds} s{title}\n\n{section}")
@@ -44,7 +51,7 @@ def comparison(rows: Sequence[Score], subjects: Sequence[str], seconds: int, her
     known, lines = intervals(rows), []
     for rival in subjects:
         cells = []
-        for name in METRICS:
+        for name in PAIRED:
             cell = _cell(paired := known.get((f"{hero} minus {rival}", seconds, name)))
             mine, theirs = (known.get((subject, seconds, name)) for subject in (hero, rival))
             if paired and not paired.low <= 0 <= paired.high:
@@ -52,7 +59,7 @@ def comparison(rows: Sequence[Score], subjects: Sequence[str], seconds: int, her
             cells.append(cell + (" ~" if paired and mine and theirs and overlap(mine, theirs) else ""))
         if any(cells):
             lines.append(_line([rival, *cells]))
-    return "\n".join([*_head(METRICS), *lines]) if lines else ""
+    return "\n".join([*_head(PAIRED), *lines]) if lines else ""
 
 
 def _head(columns: Sequence[str]) -> list[str]:

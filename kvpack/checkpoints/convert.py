@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import torch
 
+from kvpack.checkpoints.experts import require_one_in_index
 from kvpack.checkpoints.hub import model_folder
 from kvpack.checkpoints.lora import merge, read_lora
 from kvpack.checkpoints.reading import NESTINGS, read_checkpoint
@@ -121,8 +122,7 @@ def convert(asked: Conversion, family: Family) -> Converted:
 def _base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the base's model index and its transformer's config."""
     index = _json(base / _INDEX) if (base / _INDEX).is_file() else dict(_ALONE)
-    if any(index.get("transformer_2") or ()):
-        raise UnsupportedPipelineError(f"kvpack drives one causal transformer, but {base} has transformer_2 as well")
+    require_one_in_index(base, index)
     if index.get("_class_name") != _ALONE["_class_name"]:
         raise UnsupportedPipelineError(
             f"{base} is a {index.get('_class_name')}, but what is converted is run by a {_ALONE['_class_name']}; "

@@ -15,6 +15,7 @@ from kvpack.media.contact_sheet import Row, banner, contact_sheet, side_by_side
 from kvpack.media.video import Frames, VideoWriter, make_folder, require_writable, save_bytes
 from kvpack.pipeline.track import Track, load_pipeline, started
 from kvpack.planning.planner import video_frames
+from kvpack.planning.presets import timing
 from kvpack.shipped import CALL, FPS, demo_stack, shipped_folder
 
 PROMPT = "a red circle bouncing over dusk rings"
@@ -95,10 +96,11 @@ def run(demo: Demo, on_chunk: Callable[[Track], None]) -> dict[str, Any]:
     Raises:
         KVPackError: if something cannot work or cannot be written; most of it before anything is generated.
     """
-    total, _ = video_frames(demo.seconds, FPS)
+    folder = demo.model or shipped_folder()
+    total, _ = video_frames(demo.seconds, FPS, timing(folder)[1])
     stacks = [demo_stack(name, **options) for name, options in demo.stacks]
     video, sheet, figures = _outputs(demo.folder)
-    pipeline = load_pipeline(demo.model or shipped_folder(), torch.float32, "cpu")
+    pipeline = load_pipeline(folder, torch.float32, "cpu")
     _warn_of_unknown_words(pipeline.tokenizer, demo.prompt)
     trail = min(TRAIL_SECONDS * FPS, total)
     evenly = [round(start) for start in np.linspace(0, total - trail, COLUMNS)]

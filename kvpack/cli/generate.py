@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -22,10 +22,7 @@ from kvpack.cli.support import (
     progress,
     require_seed,
 )
-from kvpack.errors import InvalidOptionError, KVPackError
-
-if TYPE_CHECKING:
-    from kvpack.checkpoints.config import Settings
+from kvpack.errors import InvalidOptionError
 
 #: Arguments of a pipeline's call that the command gives itself.
 RESERVED = {
@@ -40,7 +37,7 @@ RESERVED = {
 
 
 def generate(
-    model: Annotated[Path, typer.Option(help="Folder of a diffusers pipeline.")],
+    model: Annotated[Path, typer.Option(help="Folder of a diffusers pipeline, or its Hub id.")],
     prompt: Annotated[
         str, typer.Option(help="""What the video shows, or a schedule '[(0, "a"), (20, "b"), (40, "c", "cut")]'.""")
     ],
@@ -108,12 +105,13 @@ def generate(
     from kvpack.pipeline.enable import enable
     from kvpack.pipeline.track import load_pipeline, started
     from kvpack.planning.planner import video_frames
+    from kvpack.planning.presets import timing
     from kvpack.plugins.resolve import resolve_stack
 
-    settings, defaults = _settings(model), _defaults(model)
+    (settings, scale), defaults = timing(model), _defaults(model)
     fps = float(settings.fps) if fps is None else fps
     writer = VideoWriter(output, fps)
-    frames, _ = video_frames(seconds, fps)
+    frames, _ = video_frames(seconds, fps, scale)
     resolve_stack(stack, parse_options(option), settings)  # finds out now whether it is one
     arguments = {**settings.call, **given, **({"fps": fps} if "fps" in defaults else {})}
     _check_guidance(arguments, defaults)
@@ -147,20 +145,6 @@ def _given(named: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
         if name in named:
             raise InvalidOptionError(f"{name} was given twice, by its own option and by --call; leave one out")
     return {**named, **more}
-
-
-def _settings(model: Path) -> "Settings":
-    """Return a model's own settings; its family's where it has none."""
-    from kvpack.checkpoints.config import Settings
-    from kvpack.planning.presets import from_folder
-
-    own = Settings.of_folder(model)
-    if own is not None:
-        return own
-    try:
-        return from_folder(model).settings
-    except KVPackError:  # what is wrong with the folder is told when it is loaded
-        return Settings()
 
 
 def _defaults(model: Path) -> dict[str, Any]:

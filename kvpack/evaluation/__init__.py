@@ -1,7 +1,8 @@
 """Measures of any video by plain vision: who is in it, where, how it moves, and what it looks like when it is back.
 
 The names of `METRICS` are those of VBench where the question is the same; no network answers it, so the figures aren't
-VBench's. They need facts of the world that is filmed; `general_measures` is for videos without.
+VBench's. They need facts of the world that is filmed; `general_measures` is for videos without. `recall` is about those
+returns that only compressed history can know.
 """
 
 from kvpack.evaluation.facts import Facts
@@ -9,5 +10,17 @@ from kvpack.evaluation.general import general_measures
 from kvpack.evaluation.measures import METRICS, drift, measures
 from kvpack.evaluation.observation import Observation
 from kvpack.evaluation.observer import Observer
+from kvpack.evaluation.recall import RECALL, WholeFrames, recall
 
-__all__ = ["METRICS", "Facts", "Observation", "Observer", "drift", "general_measures", "measures"]
+__all__ = [
+    "METRICS",
+    "RECALL",
+    "Facts",
+    "Observation",
+    "Observer",
+    "WholeFrames",
+    "drift",
+    "general_measures",
+    "measures",
+    "recall",
+]

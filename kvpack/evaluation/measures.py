@@ -1,6 +1,7 @@
 """The measures of a part of a video, each higher where the video is better."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -89,12 +90,21 @@ def background_likeness(observation: Observation, part: slice) -> Values:
     return np.clip(1 - nearest / OTHER_BACKGROUND, 0, 1).astype(np.float32)
 
 
-def returns(observation: Observation) -> list[tuple[int, float]]:
-    """Return frame and score in 0..1 of every reappearance: whether a landmark is lit again in its first colour.
+@dataclass(frozen=True, eq=False)
+class Look:
+    """A time when something was on: its frames, from `begin` up to `end`, and its colour, [3]."""
 
-    Without landmarks, whether the subject has the colour of its first time when it is back.
-    """
-    found = []
+    begin: int
+    end: int
+    colour: np.ndarray
+
+    def likeness(self, other: "Look") -> float:
+        """Return how near two colours are, 1 if they are the same, 0 from half of the range on."""
+        return float(_same_colour(self.colour, other.colour))
+
+
+def looks(observation: Observation) -> list[tuple[Mask, list[Look]]]:
+    """Return in which frames each landmark is on, [T], and its times on, oldest first; those of the subject without."""
     if observation.landmark_on.shape[1]:
         pairs = [
             (observation.landmark_on[:, i], observation.landmark_colour[:, i])
@@ -102,10 +112,18 @@ def returns(observation: Observation) -> list[tuple[int, float]]:
         ]
     else:
         pairs = [(observation.visible, observation.colour)]
-    for on, colour in pairs:
-        looks = [(begin, np.median(colour[begin:end][on[begin:end]], axis=0)) for begin, end in _runs(on)]
-        found += [(begin, float(_same_colour(look, looks[0][1]))) for begin, look in looks[1:]]
-    return sorted(found)
+    return [
+        (on, [Look(begin, end, np.median(colour[begin:end][on[begin:end]], axis=0)) for begin, end in _runs(on)])
+        for on, colour in pairs
+    ]
+
+
+def returns(observation: Observation) -> list[tuple[int, float]]:
+    """Return frame and score in 0..1 of every reappearance: whether a landmark is lit again in its first colour.
+
+    Without landmarks, whether the subject has the colour of its first time when it is back.
+    """
+    return sorted((each.begin, each.likeness(times[0])) for _, times in looks(observation) for each in times[1:])
 
 
 def _runs(on: Mask) -> Iterator[tuple[int, int]]:

@@ -33,8 +33,9 @@ class Adapter(ABC):
 
     @staticmethod
     def configs(pipeline: Any) -> dict[str, Mapping[str, Any]]:
-        """Return the configs of a pipeline's components."""
-        return {name: part.config for name, part in pipeline.components.items() if hasattr(part, "config")}
+        """Return the configs of a pipeline's components; those of transformers' models are of another kind."""
+        configs = {name: getattr(part, "config", None) for name, part in pipeline.components.items()}
+        return {name: config for name, config in configs.items() if isinstance(config, Mapping)}
 
     def default_options(self, configs: Mapping[str, Mapping[str, Any]], stack: str) -> Mapping[str, Any]:
         """Return options for a stack by name, where the user gives none; those it does not take are left out.

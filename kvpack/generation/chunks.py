@@ -80,6 +80,20 @@ def with_chunk_frames(stack: Memory, frames: int, option: str) -> Memory:
         ) from error
 
 
+def require_generators(given: Any) -> None:
+    """Raise `InvalidOptionError` unless noise is drawn from a torch generator, from one for each video, or from None.
+
+    >>> require_generators([torch.Generator(), torch.Generator()])
+    """
+    for each in given if isinstance(given, list | tuple) and given else [given]:
+        if each is not None and not isinstance(each, torch.Generator):
+            seed = each if isinstance(each, int) else 0
+            raise InvalidOptionError(
+                f"generator must be a torch.Generator, or a list of one for each video, got {given!r}; "
+                f"e.g. torch.Generator().manual_seed({seed})"
+            )
+
+
 def rewinding(generator: Any) -> Callable[[], None]:
     """Return what brings the call's generators back to where they are now; noise drawn without one comes anew."""
     generators = generator if isinstance(generator, list) else [generator] if generator is not None else []

@@ -49,13 +49,15 @@ class Shot:
 def shots(prompt: Any) -> list[Shot]:
     """Return the shots of a prompt, which is one for the whole video or a schedule of them.
 
+    An entry is a tuple, or a list as JSON has it; no batch of prompts has lists in it.
+
     Raises:
         InvalidOptionError: if it is meant as a schedule, but is none.
 
     >>> [shot.seconds for shot in shots([(0, "a fox"), (20, "then it rests", "cut")])]
     [0.0, 20.0]
     """
-    if not isinstance(prompt, list) or not any(isinstance(entry, tuple) for entry in prompt):
+    if not isinstance(prompt, list) or not any(isinstance(entry, tuple | list) for entry in prompt):
         return [Shot(0.0, prompt)]
     schedule = [_shot(entry) for entry in prompt]
     if schedule[0].seconds != 0:
@@ -72,7 +74,7 @@ def shots(prompt: Any) -> list[Shot]:
 
 
 def _shot(entry: Any) -> Shot:
-    if not isinstance(entry, tuple) or len(entry) not in (2, 3):
+    if not isinstance(entry, tuple | list) or len(entry) not in (2, 3):
         raise InvalidOptionError(f"an entry of a prompt schedule is (seconds, prompt), got {entry!r}; e.g. {_FORM}")
     seconds, prompt, *cut = entry
     number = isinstance(seconds, int | float) and not isinstance(seconds, bool)

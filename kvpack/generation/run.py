@@ -66,7 +66,7 @@ class Run(ABC):
             (shot.chunk(self.fps, self.stack.chunk_frames, self.scale, self.first_frames), self._later(shot), shot.cut)
             for shot in schedule[1:]
         ]
-        self._interrupted = False
+        self.interrupted = False  # by the pipeline's own `_interrupt`, behind the chunk in which it was set
         self._bar: Any = None
         #: The coming chunk and its first latent frame; None before the first.
         self.position: tuple[int, int] | None = None
@@ -183,7 +183,7 @@ class Run(ABC):
         chunks = float("inf") if self.count is None else self.count - done
         self._bar = self.pipeline._kvpack_base.progress_bar(self.pipeline, total=chunks * self.steps)
         index, first = self.position or (0, first)
-        while first < (self.total_frames or float("inf")) and not self._interrupted:
+        while first < (self.total_frames or float("inf")) and not self.interrupted:
             self.between_chunks = False
             while self.prompt_changes and self.prompt_changes[0][0] <= index:
                 self._set_prompt(*self.prompt_changes.pop(0)[1:])
@@ -192,7 +192,6 @@ class Run(ABC):
                 chunk = (self.given if first < given else self.generated)(index, first, frames)
             self.draws_freely |= drawn()
             index, first = self.position = index + 1, first + frames
-            self.between_chunks = not self._interrupted
             yield chunk
 
     def given(self, index: int, first: int, frames: int) -> GeneratedChunk:
@@ -219,9 +218,9 @@ class Run(ABC):
             again = partial(self._denoised, index, first, noise, rewinding(self.call.get("generator")))
             latents = self.denoiser.accepted(self._denoised(index, first, noise), again)
             pixels = self.decode(latents) if self._decodes_in_loop else None
-            self._interrupted = getattr(self.pipeline, "_interrupt", False)
-            # A chunk that is shorter than the rest without being the first is a video's last.
-            if not self._interrupted and (first == 0 or frames == self.stack.chunk_frames):
+            self.interrupted = getattr(self.pipeline, "_interrupt", False)
+            # A chunk that is shorter than the rest without being the first is a video's last: nothing goes on from it.
+            if not self.interrupted and (first == 0 or frames == self.stack.chunk_frames):
                 self.denoiser.commit(latents, pixels)
         chunk = trimmed(GeneratedChunk(index, latents, pixels), self.total_frames, first, self.scale)
         return replace(chunk, pixels=None) if self.output_type == "latent" else chunk
@@ -238,14 +237,14 @@ class Run(ABC):
         denoiser.check_finite(latents, index)
         return latents
 
-    def set_prompt(self, prompt: Prompt, *, cut: bool = False) -> None:
-        """Go on under another prompt, or in another scene; what a schedule says for later still holds.
+    def set_prompt(self, prompt: Prompt | None, *, cut: bool = False) -> None:
+        """Go on under another prompt (None: the one in force) or scene; what a schedule says for later still holds.
 
         Raises:
             InvalidOptionError: if it is not for as many videos as the prompt before.
         """
-        (shot,) = shots([(0, prompt)])
-        self._set_prompt(self._later(shot), cut)
+        spoken = None if prompt is None else self._later(shots([(0, prompt)])[0])
+        self._set_prompt(spoken or self.denoiser.conditioning, cut)
 
     @torch.no_grad()
     def _set_prompt(self, conditioning: dict[str, Any], cut: bool) -> None:
@@ -268,12 +267,12 @@ class Run(ABC):
         self.adapter.check(self.pipeline)  # again for each chunk: anything may be switched on between two of them
         if self.streaming:
             self.denoiser.forget_prompt()
-        enabled.driving = self
+        before, enabled.driving = enabled.driving, self
         try:
             with self.denoiser.seam():
                 yield
         finally:
-            enabled.driving = None
+            enabled.driving = before
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the pixels in [-1, 1] of the video's next latents."""

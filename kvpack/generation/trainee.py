@@ -56,9 +56,16 @@ class Rollout:
 class Trainee(ABC):
     """What training must be able to do with a pipeline beside generating."""
 
+    #: Pixel frames of a latent frame, of which a clip's first stands for one alone.
+    temporal_scale: int = 4
+
     @abstractmethod
     def encode(self, pixels: Float[Tensor, "batch 3 frames height width"]) -> Tensor:
-        """Return normalised latents `[batch, channels, 1 + m, height, width]` of `1 + 4m` frames in [-1, 1]."""
+        """Return normalised latents `[batch, channels, 1 + m, height, width]` of frames in [-1, 1].
+
+        Args:
+            pixels: `1 + temporal_scale * m` frames.
+        """
 
     @abstractmethod
     def embed(self, captions: list[str]) -> Tensor:

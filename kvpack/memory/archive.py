@@ -47,32 +47,51 @@ class Archive:
         values: Float[Tensor, "rows tokens heads head_dim"],
         coordinates: Tensor | None = None,
     ) -> None:
-        """Put a block into a free slot; without one the archive grows.
+        """Put a block into a free slot.
 
         Args:
-            slot: index of the slot.
+            slot: index of the slot, for which there is room after `reserve`.
             keys: keys before RoPE.
             values: values.
             coordinates: (t, y, x) of each token, `[rows, tokens, 3]` or `[rows, tokens, heads, 3]`, if they depend on
                 the data.
         """
-        if self._shared:
-            self._own()
-        rows, tokens, heads, head_dim = keys.shape
-        more = grown_slots(self.slots, slot) - self.slots
-        if more:
-            shape = (rows, more, self.slot_tokens, heads, head_dim)
-            sums = torch.zeros(rows, more, heads, head_dim, dtype=torch.float32, device=keys.device)
-            self.key_sums = _extended(self.key_sums, sums)
-            self.values = _extended(self.values, values.new_zeros(shape))
-            # Last, since `slots` goes by it: an interrupt before it leaves room that is made again.
-            self.keys = _extended(self.keys, keys.new_zeros(shape))
-        self.marks[slot] = Mark()
+        tokens, self.marks[slot] = keys.shape[1], Mark()
         self.keys[:, slot, :tokens] = keys
         self.values[:, slot, :tokens] = values
         self.key_sums[:, slot] = keys.float().sum(dim=1)
         if coordinates is not None:
-            self._place(slot, coordinates)
+            assert self.coordinates is not None
+            self.coordinates[:, slot, :tokens] = coordinates
+
+    def reserve(
+        self, slot: int, like: Float[Tensor, "rows tokens heads head_dim"], coordinates: Tensor | None = None
+    ) -> None:
+        """Make room for a block in a slot; what the archive holds stays as it is.
+
+        Whatever may fail for want of memory is done here, before a commit begins to write.
+
+        Args:
+            slot: index of the slot.
+            like: the block's keys.
+            coordinates: its places, if they depend on the data.
+        """
+        if self._shared:
+            self._own()
+        rows, _, heads, head_dim = like.shape
+        slots = grown_slots(self.slots, slot)
+        held = 0 if self.coordinates is None else self.coordinates.shape[1]
+        if coordinates is not None and held < slots:
+            shape = (coordinates.shape[0], slots - held, self.slot_tokens, *coordinates.shape[2:])
+            new = coordinates.new_zeros(shape, dtype=torch.float32)
+            self.coordinates = new if self.coordinates is None else torch.cat([self.coordinates, new], dim=1)
+        if more := slots - self.slots:
+            shape = (rows, more, self.slot_tokens, heads, head_dim)
+            sums = torch.zeros(rows, more, heads, head_dim, dtype=torch.float32, device=like.device)
+            self.key_sums = _extended(self.key_sums, sums)
+            self.values = _extended(self.values, like.new_zeros(shape))
+            # Last, since `slots` goes by it: an interrupt before it leaves room that is made again.
+            self.keys = _extended(self.keys, like.new_zeros(shape))
 
     def gather(
         self, rows: slice, slots: Int[Tensor, "some chosen"], tokens: int
@@ -101,15 +120,6 @@ class Archive:
         self.keys, self.values, self.key_sums = self.keys.clone(), self.values.clone(), self.key_sums.clone()
         self.coordinates = None if self.coordinates is None else self.coordinates.clone()
         self._shared = False
-
-    def _place(self, slot: int, coordinates: Tensor) -> None:
-        held = 0 if self.coordinates is None else self.coordinates.shape[1]
-        if held < self.slots:
-            shape = (coordinates.shape[0], self.slots - held, self.slot_tokens, *coordinates.shape[2:])
-            more = coordinates.new_zeros(shape, dtype=torch.float32)
-            self.coordinates = more if self.coordinates is None else torch.cat([self.coordinates, more], dim=1)
-        assert self.coordinates is not None
-        self.coordinates[:, slot, : coordinates.shape[1]] = coordinates
 
 
 def grown_slots(slots: int, slot: int) -> int:

@@ -202,13 +202,24 @@ class Gathered:
         size = current.shape[0], total + current.shape[1], current
         every_key, every_value, start = self.workspace.keys(*size), self.workspace.values(*size), 0
         self.workspace.owner = self
+        turns = _turns_of(parts, self.geometry)
         for tokens in parts:
             stop = start + len(tokens)
-            if stop > start:
+            if turns is not None:
+                rotate(tokens.keys, turns[:, start:stop], out=every_key[:, start:stop])
+            else:
                 _rotate_into(every_key[:, start:stop], tokens, self.geometry)
-                every_value[:, start:stop] = tokens.values
+            every_value[:, start:stop] = tokens.values
             start = stop
         return every_key, every_value, total
+
+
+def _turns_of(parts: tuple[Tokens, ...], geometry: Geometry) -> Rotations | None:
+    """Return the rotations of all parts, if they are the same for all heads and rows."""
+    places = [each.coordinates for each in parts]
+    if geometry.rotary is not None or any(each.ndim == 4 or each.shape[0] > 1 for each in places):
+        return None
+    return rotations(torch.cat(places, dim=1), geometry) if places else None
 
 
 def _rotate_into(room: Tensor, tokens: Tokens, geometry: Geometry) -> None:

@@ -1,14 +1,13 @@
 """Which policy it was: named in what it raises, its seconds in `stats()`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from time import perf_counter
+from types import TracebackType
 from typing import Any
 
 
-@contextmanager
-def policy_call(policy: object, method: str, seconds: dict[str, float], layer: int | None = None) -> Iterator[None]:
-    """Names the policy in any error of the block, whose type and message stay, and counts the block's seconds.
+class policy_call:  # a class and no generator, since it runs a dozen times a chunk
+    """Name the policy in any error of the block, whose type and message stay, and count the block's seconds.
 
     Args:
         policy: whose method is called.
@@ -21,15 +20,23 @@ def policy_call(policy: object, method: str, seconds: dict[str, float], layer: i
     >>> list(spent)
     ['object']
     """
-    cls, start = type(policy), perf_counter()
-    try:
-        yield
-    except Exception as error:
-        where = "" if layer is None else f", layer {layer}"
-        error.add_note(f"raised in {cls.__name__}.{method} of {cls.__module__}{where}")
-        raise
-    finally:
-        seconds[cls.__name__] = seconds.get(cls.__name__, 0.0) + perf_counter() - start
+
+    __slots__ = ("_layer", "_method", "_policy", "_seconds", "_start")
+
+    def __init__(self, policy: object, method: str, seconds: dict[str, float], layer: int | None = None) -> None:
+        self._policy, self._method, self._seconds, self._layer = type(policy), method, seconds, layer
+
+    def __enter__(self) -> None:
+        self._start = perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        name = self._policy.__name__
+        self._seconds[name] = self._seconds.get(name, 0.0) + perf_counter() - self._start
+        if isinstance(error, Exception):
+            where = "" if self._layer is None else f", layer {self._layer}"
+            error.add_note(f"raised in {name}.{self._method} of {self._policy.__module__}{where}")
 
 
 def memory_call(memory: Any, method: str, seconds: dict[str, float], layer: int | None = None) -> Any:

@@ -137,6 +137,11 @@ class Memory(Policy, ABC):
         return False
 
     @property
+    def committed_queries(self) -> int:
+        """Most queries of a committed chunk that are kept for `remember` where the engine stores blocks."""
+        return 0
+
+    @property
     def needs_pixels(self) -> bool:
         """Whether chunks must be decoded as they come."""
         return self.reencodes or (self.latent_compressor is not None and self.latent_compressor.needs_pixels)

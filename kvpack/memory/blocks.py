@@ -44,11 +44,19 @@ class KVBlock:
         keys: keys after their norm and before RoPE.
         values: values.
         span: where the tokens come from.
+        queries: some queries before RoPE of the chunk at whose commit the block is compressed, for a compressor that
+            asks for them by its `max_queries`.
     """
 
     keys: Float[Tensor, "batch tokens heads head_dim"]
     values: Float[Tensor, "batch tokens heads head_dim"]
     span: Span
+    queries: Float[Tensor, "batch some heads head_dim"] | None = None
+
+    @property
+    def own_places(self) -> Tensor | None:
+        """Coordinates of the tokens, if they depend on the data: other ones in each row, layer or head."""
+        return self.span.coordinates if self.span.coordinates.ndim > 2 else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -162,8 +162,7 @@ class LayerCache:
         block = self.context.keep(tokens.keys, tokens.values)
         if block is not None:
             stored = Tokens(block.keys, block.values, tokens.coordinates, block=block)
-            rows, _, *head = chunk.queries.shape
-            chunk = replace(chunk, tokens=stored, queries=chunk.queries.new_empty(rows, 0, *head))
+            chunk = replace(chunk, tokens=stored, queries=spread(chunk.queries, self.memory.committed_queries))
         self.captured = chunk
 
     def _attend_twin(
@@ -211,7 +210,9 @@ class LayerCache:
         self.context = self._laid_out(attended, like, chunk)
         self.signs = signs(attended, deeply=not memory.in_place)
         if memory.in_place and isinstance(attended.tokens, tuple):  # they lie in the arena now
-            attended = replace(attended, tokens=tuple(each.without_data() for each in attended.tokens))
+            nothing = like.new_empty(like.shape[0], 0, *like.shape[2:])
+            places = tuple(Tokens(nothing, nothing, each.coordinates) for each in attended.tokens)
+            attended = replace(attended, tokens=places)
         self.attended, self._settled, self.selected = attended, forward.settled, attended.selected
         if memory.in_place or not forward.step or not self.lengths:
             self.lengths = self.context.lengths
@@ -254,6 +255,13 @@ class ForwardLayer:
         """Keep the keys before RoPE and values of the one twin that this forward is for."""
         (piece,) = self.forward.twins
         self.cache.capture(piece, keys, values)
+
+
+def spread(
+    queries: Float[Tensor, "rows tokens heads head_dim"], most: int
+) -> Float[Tensor, "rows some heads head_dim"]:
+    """Return a copy of at most `most` queries, spread evenly."""
+    return queries[:, :: -(-queries.shape[1] // most)].clone() if most else queries[:, :0].clone()
 
 
 def check_layers(caches: Sequence[LayerCache]) -> bool:

@@ -113,15 +113,19 @@ class Ledger:
             self._parts(history)(piece) == "mid" for history in self._until_settled()
         )
 
-    def commit(self) -> Step:
+    def commit(self, new_pieces: tuple[BlockEntry, ...] | None = None) -> Step:
         """Return the history with the coming chunk in it.
+
+        Args:
+            new_pieces: what `new_pieces()` gives, if that is known.
 
         Raises:
             PolicyError: if the partitioner breaks its contract.
         """
         history = self.frames + self.coming
         part_of = self._parts(history)
-        pieces = [replace(piece, part=part_of(piece) or "dropped") for piece in (*self.whole, *self.new_pieces())]
+        coming = new_pieces or self.new_pieces()
+        pieces = [replace(piece, part=part_of(piece) or "dropped") for piece in (*self.whole, *coming)]
         kept = tuple(index for index, piece in enumerate(pieces) if piece.part in ("sink", "recent"))
         archive = list(self.archive)
         while archive and part_of(archive[0]) is None:

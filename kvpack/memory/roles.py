@@ -16,6 +16,8 @@ from kvpack.memory.geometry import Geometry
 Part = Literal["sink", "mid", "recent"]
 #: How hidden tokens become keys and values: through the whole model, or by each layer's own projections alone.
 Project = Literal["layers", "direct"]
+#: Where tokens sit: as `span` says, or as the data says, other places in each batch row, or in each of its heads.
+Places = Literal["span", "row", "head"]
 
 
 class Policy:
@@ -55,6 +57,10 @@ class Compressor(Policy, ABC):
     """Makes a smaller block of a block, in key/value space."""
 
     role: ClassVar[str] = "compressor"
+    #: Where tokens sit; other places than those of `span` are in the returned block's own, and are stored with it.
+    places: ClassVar[Places] = "span"
+    #: Most queries that `compress` sees as `block.queries`, spread evenly over the chunk at whose commit it is called.
+    max_queries: ClassVar[int] = 0
 
     @abstractmethod
     def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:

@@ -4,7 +4,8 @@ Angles come from theta, never from a table, in float64 where the device has it: 
 frame 40,000.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 
 import torch
 from jaxtyping import Complex, Float
@@ -35,12 +36,16 @@ def rotations(
 
 
 def _angles(places: Float[Tensor, "rows tokens one_or_heads 3"], geometry: Geometry) -> Tensor:
-    wide = wide_dtype(places.device)
-    parts = []
-    for axis, width in enumerate(geometry.rope_split):
-        exponents = torch.arange(0, width, 2, device=places.device, dtype=wide) / width
-        parts.append(places[..., axis, None].to(wide) * geometry.rope_theta**-exponents)
-    return torch.cat(parts, dim=-1)
+    wide = places.to(wide_dtype(places.device))
+    each = _frequencies(geometry.rope_split, geometry.rope_theta, places.device)
+    return torch.cat([wide[..., axis, None] * frequencies for axis, frequencies in enumerate(each)], dim=-1)
+
+
+@lru_cache(maxsize=16)
+def _frequencies(split: tuple[int, ...], theta: float, device: torch.device) -> tuple[Tensor, ...]:
+    """Return radians that a step along each of (t, y, x) turns its channel pairs."""
+    ranges = [torch.arange(0, width, 2, device=device, dtype=wide_dtype(device)) / width for width in split]
+    return tuple(theta**-exponents for exponents in ranges)
 
 
 def rotate(
@@ -48,15 +53,19 @@ def rotate(
     turns: Complex[Tensor, "rows tokens one_or_heads half_head_dim"],
     out: Float[Tensor, "batch tokens heads head_dim"] | None = None,
 ) -> Float[Tensor, "batch tokens heads head_dim"]:
-    """Rotates queries or keys (interleaved pairs) in float32 or wider and rounds once; writes into `out` if given.
+    """Rotate queries or keys (interleaved pairs) in float32 or wider and rounds once; writes into `out` if given.
 
     Gradients pass where `out` is not given.
     """
     vectors = vectors if vectors.stride(-1) == 1 else vectors.contiguous()
     if out is None and torch.is_grad_enabled() and vectors.requires_grad:
         wide = vectors if vectors.dtype == torch.float64 else vectors.float()
-        return torch.view_as_real(_as_complex(wide) * turns).flatten(-2).to(vectors.dtype)
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turns).flatten(-2).to(vectors.dtype)
     out = torch.empty_like(vectors) if out is None else out
+    kernel = _kernel() if vectors.is_cuda and vectors.element_size() <= 4 and out.dtype == vectors.dtype else None
+    if kernel is not None:
+        return kernel(vectors, turns, out)
     if out.dtype == vectors.dtype == torch.float32:
         torch.mul(_as_complex(vectors), turns, out=_as_complex(out))
         return out
@@ -72,8 +81,19 @@ def rotate(
     return out
 
 
+@cache
+def _kernel() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Return what rotates in one pass on CUDA, if Triton is there, as it is with torch for CUDA on Linux."""
+    try:
+        from kvpack.memory.rotation_kernel import rotate_pairs
+    except ImportError:
+        return None
+    return rotate_pairs
+
+
 def _as_complex(vectors: Tensor) -> Tensor:
-    return torch.view_as_complex(vectors.unflatten(-1, (-1, 2)))
+    """Return a view of interleaved pairs as complex numbers; no gradient passes."""
+    return vectors.view(torch.complex128 if vectors.dtype == torch.float64 else torch.complex64)
 
 
 def joined_places(parts: Sequence[Tensor]) -> Tensor:

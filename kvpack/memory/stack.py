@@ -89,6 +89,11 @@ class Stack(Memory):
         """The compressor, if it works on latents."""
         return self.compressor if isinstance(self.compressor, LatentCompressor) else None
 
+    @property
+    def committed_queries(self) -> int:
+        """As many as the compressor looks at."""
+        return self.compressor.max_queries
+
     @cached_property
     def keeps_rotated(self) -> bool:  # type: ignore[override]
         """Whether keys are kept after RoPE: positions never change, and nothing is compressed."""
@@ -159,14 +164,16 @@ class Stack(Memory):
             whole.append(KeptBlock(piece.first_frame * each, chunk.tokens.block.part(cut), chunk.twins.get(piece)))
         pieces = (*plan.ledger.whole, *plan.new_pieces)
         leaving = [(slot, self._compressed(pieces[i], whole[i], chunk)) for i, slot in plan.step.leaving]
+        for slot, block in leaving:
+            self._check_places(block, state.archive, chunk.layer)
+            state.archive.reserve(slot, block.keys, block.own_places)
         tokens = state.tokens + len(chunk.tokens)
         return StackState(tuple(whole[i] for i in plan.step.kept), state.archive, tokens, tuple(leaving))
 
     def written(self, state: StackState) -> StackState:
         """Put blocks into slots, of which nothing of the past before is needed any more."""
         for slot, block in state.leaving:
-            own = block.span.coordinates if block.span.coordinates.ndim > 2 else None
-            state.archive.write(slot, block.keys, block.values, own)
+            state.archive.write(slot, block.keys, block.values, block.own_places)
         return replace(state, leaving=()) if state.leaving else state
 
     def forget(self, state: StackState, tokens: int) -> StackState:
@@ -208,9 +215,17 @@ class Stack(Memory):
             whole = Span(first_frame, frames, grid_coordinates(frames, grid))
             assert isinstance(chunk.plan, StackPlan)
             with policy_call(compressor, "compress", chunk.plan.ledger.seconds, chunk.layer):
-                block = compressor.compress(KVBlock(keys, values, whole), grid)
+                queries = chunk.queries if compressor.max_queries else None
+                block = compressor.compress(KVBlock(keys, values, whole, queries), grid)
         check_block(compressor, block, span, keys, chunk.layer)
         return block
+
+    def _check_places(self, block: KVBlock, archive: Archive, layer: int) -> None:
+        if archive.slots and (archive.coordinates is None) != (block.own_places is None):
+            raise PolicyError(
+                f"{type(self.compressor).__name__}.compress gave some blocks of layer {layer} places of their own and "
+                "others the announced ones; give all blocks, or none, coordinates with an axis of rows"
+            )
 
 
 def _policy_dict(policy: Policy) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,23 +47,25 @@ class StackBook(Book):
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """Attended blocks of a choice at their positions.
+    """Attended blocks of a choice at their positions: sink, chosen mid, recent.
 
     Args:
         placement: what the re-indexer gave.
         ratios: positions that a frame of each block spans.
-        sink: (t, y, x) of the tokens of each sink block.
-        mid: of each chosen mid block, or of all of them in one where they are of one size.
-        recent: of each recent block.
+        places: (t, y, x) of all tokens, block behind block.
+        edges: first token of each block, and the number of all.
         geometry: the model.
     """
 
     placement: Placement
     ratios: Float[Tensor, "rows blocks"]
-    sink: tuple[Tensor, ...]
-    mid: tuple[Tensor, ...]
-    recent: tuple[Tensor, ...]
+    places: Float[Tensor, "rows tokens 3"]
+    edges: tuple[int, ...]
     geometry: Geometry
+
+    def of(self, first: int, last: int) -> Float[Tensor, "rows some 3"]:
+        """Return the places of the tokens of blocks `first` to `last`, without `last`."""
+        return self.places[:, self.edges[first] : self.edges[last]]
 
     @cached_property
     def suspect(self) -> Tensor:
@@ -72,13 +75,9 @@ class Placed:
         return ~numbers.isfinite().all()
 
     @cached_property
-    def rotations(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Rotations of sink, mid and recent tokens; None where there are none."""
-        sink, mid, recent = (
-            rotations(torch.cat(part, dim=1), self.geometry) if part else None
-            for part in (self.sink, self.mid, self.recent)
-        )
-        return sink, mid, recent
+    def rotations(self) -> Complex[Tensor, "rows tokens one_or_heads half"]:
+        """Rotations of all tokens."""
+        return rotations(self.places, self.geometry)
 
 
 class StackPlan(Plan):
@@ -124,7 +123,7 @@ class StackPlan(Plan):
     @cached_property
     def step(self) -> Step:
         """What the commit does to the pieces."""
-        return self.ledger.commit() if self.aim is None else self.ledger.replayed(self.aim)
+        return self.ledger.commit(self.new_pieces) if self.aim is None else self.ledger.replayed(self.aim)
 
     @property
     def after(self) -> StackBook:
@@ -177,16 +176,17 @@ class StackPlan(Plan):
         mid = [self.attended[0]] * self.chosen if isinstance(chosen, Tensor) else [self.attended[i] for i in chosen]
         sink, recent = ([self.ledger.whole[i].frames for i in part] for part in (self.sink, self.recent))
         coordinates = [
+            torch.empty(0, 3),
             *(grid_coordinates(frames, grid) for frames in sink),
             *(span.coordinates for span in mid),
             *(grid_coordinates(frames, grid) for frames in recent),
         ]
-        placed = [at(each, placement.starts[:, b], ratios[:, b]) for b, each in enumerate(coordinates)]
-        first, last = len(sink), len(sink) + self.chosen
-        middle = tuple(placed[first:last])
-        if self.uniform and middle:
-            middle = (torch.cat(middle, dim=1),)
-        return Placed(placement, ratios, tuple(placed[:first]), middle, tuple(placed[last:]), self.geometry)
+        edges = tuple(accumulate(map(len, coordinates)))
+        counts = torch.tensor([len(each) for each in coordinates[1:]], dtype=torch.long, device=device)
+        starts, lengths = (
+            each.repeat_interleave(counts, dim=1, output_size=edges[-1]) for each in (placement.starts, ratios)
+        )
+        return Placed(placement, ratios, at(torch.cat(coordinates), starts, lengths), edges, self.geometry)
 
     def _layout(self, chosen: Tensor | list[int], device: torch.device) -> Layout:
         """Return the attended blocks; rows differ only where a tensor has chosen."""

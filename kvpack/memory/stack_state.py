@@ -76,21 +76,23 @@ def attended_tokens(
     device = chunk.queries.device
     placed, archive = plan.place(chosen, device), state.archive
 
-    def whole(indices: list[int], places: tuple[Tensor, ...]) -> list[Tokens]:
-        blocks = (state.whole[index].block for index in indices)
-        return [
-            Tokens(block.keys[rows], block.values[rows], place, block=block)
-            for block, place in zip(blocks, places, strict=True)
-        ]
+    def whole(indices: list[int], first: int) -> list[Tokens]:
+        tokens = []
+        for position, index in enumerate(indices, first):
+            block = state.whole[index].block
+            keys, values = block.resolved()
+            tokens.append(Tokens(keys[rows], values[rows], placed.of(position, position + 1), block=block))
+        return tokens
 
+    first, last = len(plan.sink), len(plan.sink) + plan.chosen
     mid = _mid(stack, archive, plan, rows, chosen, placed, chunk)
-    parts = (*whole(plan.sink, placed.sink), *mid, *whole(plan.recent, placed.recent))
+    parts = (*whole(plan.sink, 0), *mid, *whole(plan.recent, last))
     shared: tuple[Tensor, ...] | None = None
     if plan.shares(chosen):
-        sink, middle, recent = placed.rotations
+        shared = (placed.rotations,)
         if archive.coordinates is not None and mid:  # each layer has tokens at places of its own
             middle = rotations(joined_places([each.coordinates for each in mid]), plan.geometry)
-        shared = tuple(each for each in (sink, middle, recent) if each is not None)
+            shared = shared[0][:, : placed.edges[first]], middle, shared[0][:, placed.edges[last] :]
     return Attended(
         parts,
         placed.placement.chunk_start,
@@ -124,9 +126,9 @@ def _mid(
         return [Tokens(keys, values, _own_places(archive, rows, slots, plan, placed))]
     tokens = []
     for column, block in enumerate(range(plan.chosen) if chosen is None else chosen):
-        piece, count, place = plan.mid[int(block)], plan.tokens[int(block)], placed.mid[column]
+        piece, count, first = plan.mid[int(block)], plan.tokens[int(block)], len(plan.sink) + column
+        place = placed.of(first, first + 1)
         if archive.coordinates is not None and not plan.levels[int(block)]:
-            first = len(plan.sink) + column
             own = archive.coordinates[rows, piece.slot, :count]
             place = at(own, placed.placement.starts[:, first], placed.ratios[:, first])
         tokens.append(Tokens(*_archived(stack, archive, plan, rows, int(block), chunk), place))
@@ -135,9 +137,10 @@ def _mid(
 
 def _own_places(archive: Archive, rows: slice, slots: Tensor, plan: StackPlan, placed: Placed) -> Tensor:
     """Return the places of chosen blocks, which are the archive's if they depend on the data."""
+    first = len(plan.sink)
     if archive.coordinates is None:
-        return placed.mid[0]
-    tokens, first = plan.tokens[0], len(plan.sink)
+        return placed.of(first, first + plan.chosen)
+    tokens = plan.tokens[0]
     index = torch.arange(slots.shape[0], device=slots.device)[:, None]
     own = archive.coordinates[rows, :, :tokens][index, slots].flatten(1, 2)  # (rows, chosen * tokens, [heads,] 3)
     columns = slice(first, first + plan.chosen)

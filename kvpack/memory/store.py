@@ -37,12 +37,12 @@ class StoredBlock:
     @property
     def keys(self) -> Float[Tensor, "batch tokens heads head_dim"]:
         """Keys; before RoPE, unless the memory keeps rotated ones."""
-        return self._resolved()[0]
+        return self.resolved()[0]
 
     @property
     def values(self) -> Float[Tensor, "batch tokens heads head_dim"]:
         """Values."""
-        return self._resolved()[1]
+        return self.resolved()[1]
 
     @property
     def own(self) -> tuple[Tensor, ...]:
@@ -67,11 +67,12 @@ class StoredBlock:
     def move_out(self, arena: "Arena") -> None:
         """Leave an arena, for tensors of its own if there is no other."""
         if len(self.places) == 1 and self._own is None:
-            keys, values = self._resolved()
+            keys, values = self.resolved()
             self._own = keys.clone(), values.clone()
         del self.places[arena]
 
-    def _resolved(self) -> KeysValues:
+    def resolved(self) -> KeysValues:
+        """Return keys and values; views, where the block lies in an arena."""
         if self._own is not None:
             return self._own
         arena, start = next(iter(self.places.items()))
@@ -113,7 +114,8 @@ class Arena:
             if id(block) not in wanted:
                 block.move_out(self)
         shape = (like.shape[0], tokens, *like.shape[2:])
-        fits = self.keys.ndim == 4 and self.keys.shape[1] >= tokens and self.keys.shape[::2] == shape[::2]
+        fits = self.keys.ndim == 4 and self.keys.shape[1] >= tokens
+        fits = fits and (self.keys.shape[0], *self.keys.shape[2:]) == (shape[0], *shape[2:])
         if not fits or self.keys.dtype != like.dtype or self.keys.device != like.device:
             self._grow(blocks, shape, like)
         else:

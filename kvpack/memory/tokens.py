@@ -51,11 +51,6 @@ class Tokens:
         """Return the same tokens in tensors of their own, where they are a part of larger ones."""
         return Tokens(self.keys.clone(), self.values.clone(), self.coordinates.clone(), self.bias)
 
-    def without_data(self) -> "Tokens":
-        """Return the places alone, which keep no keys and values alive."""
-        nothing = self.keys.new_empty(self.keys.shape[0], 0, *self.keys.shape[2:])
-        return Tokens(nothing, nothing, self.coordinates, self.bias)
-
     def rotated_keys(self, geometry: Geometry) -> Float[Tensor, "batch tokens heads head_dim"]:
         """Return the keys after RoPE at these places."""
         return rotate(self.keys, rotations(self.coordinates, geometry))

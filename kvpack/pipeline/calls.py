@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -11,9 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvpack.errors import plain
 from kvpack.generation.adapter import Adapter
+from kvpack.generation.chunks import require_generators
 from kvpack.generation.run import Run
+from kvpack.generation.threads import one_thread
 from kvpack.memory.base import Memory
+from kvpack.pipeline.progress import OnChunk, reported
 
 
 @dataclass
@@ -40,6 +44,15 @@ class Enabled:
     first_chunk_frames: int | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        if self.run is not None:
+            stats, of = self.run.stats(), "" if self.run.count is None else f" of {self.run.count}"
+            held = f"{stats.get('resident_bytes', 0) / 1e6:.4g} MB held"
+            state = f"{stats['chunks']} chunks{of} are committed, {held}"
+        else:
+            state = f"the last generation had {self.last['chunks']} chunks" if self.last else "nothing generated yet"
+        return f"{self.stack.name}, chunks of {self.stack.chunk_frames} latent frames, {self.fps:g} fps; {state}"
+
     def as_kwargs(self) -> dict[str, Any]:
         """Return what copies take along: all but generations."""
         return {
@@ -61,13 +74,19 @@ def bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     settings = {name: value for name, value in pipeline._kvpack.call.items() if name in bound.arguments}
     arguments = {**bound.arguments, **settings, **given}
     del arguments["self"]
-    return arguments
+    return {name: plain(value) for name, value in arguments.items()}
 
 
 def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> Run:
     """Start a generation with these arguments."""
+    require_generators(arguments.get("generator"))
     enabled = pipeline._kvpack
     return enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
+
+
+def alone(pipeline: Any) -> AbstractContextManager[None]:
+    """Keep other threads out of the pipeline's transformer for the length of a block, with `BusyPipelineError`."""
+    return one_thread(getattr(pipeline, "transformer", None))
 
 
 @contextmanager
@@ -84,21 +103,28 @@ def running(pipeline: Any, run: Run) -> Iterator[None]:
         enabled.last = run.stats()
 
 
-def frames(pipeline: Any, run: Run) -> Generator[Any, None, None]:
+def frames(pipeline: Any, run: Run, on_chunk: OnChunk | None = None) -> Generator[Any, None, None]:
     """Yield each chunk's frames in the call's `output_type`."""
     with running(pipeline, run):
-        for chunk in run.chunks():
-            yield chunk.latents if chunk.pixels is None else run.postprocess(chunk.pixels)
+        for chunk in reported(run, on_chunk):
+            made = chunk.latents if chunk.pixels is None else run.postprocess(chunk.pixels)
+            run.between_chunks = not run.interrupted  # what nobody was given must be made again after a save
+            yield made
 
 
-def output(run: Run, latents: list[Tensor], frames: list[Any]) -> Any:
-    """Return what the pipeline's call returns, all chunks in it.
+def whole(pipeline: Any, run: Run, on_chunk: OnChunk | None = None) -> Any:
+    """Return what the pipeline's call returns, all chunks in it."""
+    latents, frames = [], []
+    with running(pipeline, run):
+        for chunk in reported(run, on_chunk):
+            latents.append(chunk.latents)
+            if chunk.pixels is not None:
+                frames.append(run.postprocess(chunk.pixels))
+        return _output(run, latents, frames)
 
-    Args:
-        run: the generation.
-        latents: of each chunk.
-        frames: of each chunk in the call's `output_type`; empty if none are decoded yet.
-    """
+
+def _output(run: Run, latents: list[Tensor], frames: list[Any]) -> Any:
+    """Return what the call returns around the chunks; there are no frames if none are decoded yet."""
     if run.output_type == "latent":
         return run.output(torch.cat(latents, dim=2))
     # Decoded after the loop, when the transformer is done, unless the compressor needed the pixels anyway.

@@ -14,7 +14,7 @@ from kvpack.errors import OutputError, SnapshotError
 from kvpack.media.segments import SegmentedVideo
 from kvpack.media.video import make_folder, save_bytes
 from kvpack.pipeline.enable import enable
-from kvpack.pipeline.enabled import Stream
+from kvpack.pipeline.stream import Stream
 from kvpack.pipeline.track import Track, load_pipeline
 from kvpack.plugins.resolve import resolve_stack
 from kvpack.snapshots.folder import SnapshotFolder

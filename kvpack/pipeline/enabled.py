@@ -1,7 +1,6 @@
 """What an enabled pipeline can do more than a stock one; `enable` gives it this class under its own name."""
 
 import inspect
-from collections.abc import Generator
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
@@ -9,15 +8,14 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
+from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, plain
 from kvpack.generation.adapter import Adapter
-from kvpack.generation.prompts import Prompt
-from kvpack.generation.run import Run
 from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
 from kvpack.memory.session import Session
-from kvpack.pipeline.calls import Enabled, bound, output, running, start
-from kvpack.pipeline.saved import SavedStream
+from kvpack.pipeline.calls import Enabled, alone, bound, start, whole
+from kvpack.pipeline.progress import OnChunk, require_callback
+from kvpack.pipeline.stream import Stream
 from kvpack.plugins.registry import registry
 from kvpack.snapshots.resuming import resumed
 
@@ -54,6 +52,7 @@ class PackForcing:
 
     @first_chunk_frames.setter
     def first_chunk_frames(self, frames: int | None) -> None:
+        frames = plain(frames)
         if frames is not None:
             require_length(frames, self.stack.chunk_frames)
         self._pipeline._kvpack.first_chunk_frames = frames
@@ -69,22 +68,32 @@ class PackForcing:
         enabled = self._pipeline._kvpack
         return enabled.last if enabled.run is None else enabled.run.stats()
 
-    def stream(self, *args: Any, **kwargs: Any) -> "Stream":
+    def __repr__(self) -> str:
+        return f"<packforcing of {type(self._pipeline).__name__}: {self._pipeline._kvpack}>"
+
+    def stream(self, *args: Any, on_chunk: OnChunk | None = None, **kwargs: Any) -> Stream:
         """Generate without end, or `num_frames`, and yields each chunk's frames as soon as they are decoded.
 
         Takes the arguments of the pipeline's call. Between two chunks the pipeline is the stock one, and memory does
         not grow but for the archive of compressed blocks (see `archive_blocks`).
 
+        Args:
+            args: of the pipeline's call.
+            on_chunk: called with a `Progress` behind each chunk, as the pipeline's own call does with its `on_chunk`.
+            kwargs: of the pipeline's call.
+
         Returns:
             An iterator over frames in the call's `output_type`, batch first: `[batch, frames, height, width, 3]` for
-            "np". Its `send(prompt)` goes on under another prompt.
+            "np". Its `send(prompt)` goes on under another prompt, and `with` ends it with the block.
         """
         taken = inspect.signature(self._pipeline._kvpack_base.__call__).parameters
         endless = {"num_frames": None} if "num_frames" in taken else {}
         arguments = bound(self._pipeline, args, {**endless, **kwargs})
-        return Stream(self._pipeline, start(self._pipeline, arguments, streaming=True))
+        require_callback(on_chunk)
+        with alone(self._pipeline):
+            return Stream(self._pipeline, start(self._pipeline, arguments, streaming=True), on_chunk)
 
-    def resume(self, folder: str | Path, **given: Any) -> "Stream":
+    def resume(self, folder: str | Path, *, on_chunk: OnChunk | None = None, **given: Any) -> Stream:
         """Go on with the generation that was saved in a folder, bit for bit as if it had never been stopped.
 
         The pipeline is enabled with the same stack, and has the same weights, LoRA adapters and scheduler. A damaged
@@ -93,56 +102,17 @@ class PackForcing:
 
         Args:
             folder: what `Stream.save` was given.
+            on_chunk: called with a `Progress` behind each chunk.
             given: arguments of the call that are functions, such as `callback_on_step_end`, which no file has.
 
         Raises:
             SnapshotError: if no snapshot in the folder can be read, or it is that of another model, stack or geometry.
             InvalidOptionError: if functions are not given again, or others are given.
         """
-        run, generation, note = resumed(self._pipeline, Path(folder), given)
-        return Stream(self._pipeline, run, generation, note)
-
-
-class Stream(SavedStream, Generator[Any, Prompt | None, None]):
-    """Frames of a generation, chunk by chunk.
-
-    Args:
-        pipeline: an enabled pipeline.
-        run: its generation.
-        generation: its name, if it was saved before.
-        note: what was saved with it.
-    """
-
-    def __init__(self, pipeline: Any, run: Run, generation: str | None = None, note: Any = None) -> None:
-        super().__init__(pipeline, run, generation, note)
-        #: Chunks of the whole video, as far as they can be counted.
-        self.chunks = run.count
-
-    def send(self, prompt: Prompt | None, *, cut: bool = False) -> Any:
-        """Return the next chunk's frames, under another prompt unless it is None.
-
-        The prompt holds at once, and what the stack keeps of the last frames is computed anew with it.
-
-        Args:
-            prompt: for this chunk and those behind it: a text, one for each video, or text embeddings.
-            cut: whether another scene begins.
-
-        Raises:
-            InvalidOptionError: if it is not for as many videos as the prompt before.
-            StopIteration: if all frames are there.
-        """
-        if prompt is not None:
-            self._run.set_prompt(prompt, cut=cut)
-        return next(self._frames)
-
-    def throw(self, *error: Any) -> Any:
-        """End the generation with an error."""
-        return self._frames.throw(*error)
-
-    def close(self) -> None:
-        """End the generation."""
-        self._frames.close()
-        self._release()
+        require_callback(on_chunk)
+        with alone(self._pipeline):
+            run, generation, note = resumed(self._pipeline, Path(folder), given)
+            return Stream(self._pipeline, run, on_chunk, generation, note)
 
 
 class PackForcingMixin:
@@ -187,13 +157,9 @@ def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "_kvpack" not in self.__dict__:
             return base.__call__(self, *args, **kwargs)
-        run, latents, frames = start(self, bound(self, args, kwargs), streaming=False), [], []
-        with running(self, run):
-            for chunk in run.chunks():
-                latents.append(chunk.latents)
-                if chunk.pixels is not None:
-                    frames.append(run.postprocess(chunk.pixels))
-            return output(run, latents, frames)
+        on_chunk = require_callback(kwargs.pop("on_chunk", None))
+        with alone(self):
+            return whole(self, start(self, bound(self, args, kwargs), streaming=False), on_chunk)
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (PackForcingMixin, base), {**names, "__call__": call, "_kvpack_base": base})

@@ -1,5 +1,7 @@
 """A stream that is saved, forked into another future, and taken back to where it was saved."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Self
 
@@ -7,27 +9,39 @@ from kvpack.errors import SnapshotError
 from kvpack.generation.branches import Seed, forked, reseed
 from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
-from kvpack.pipeline.calls import frames
+from kvpack.pipeline.calls import alone
+from kvpack.pipeline.progress import OnChunk
 from kvpack.snapshots.resuming import resumed
 from kvpack.snapshots.saver import Saver, new_generation
 
 
-class SavedStream:
+class SavedStream(ABC):
     """What a stream can do between two chunks.
 
     Args:
         pipeline: an enabled pipeline.
-        run: its generation.
+        on_chunk: called with a `Progress` behind each chunk.
         generation: its name, if it was saved before.
         note: what was saved with it.
     """
 
-    def __init__(self, pipeline: Any, run: Run, generation: str | None = None, note: Any = None) -> None:
-        self._pipeline, self._run, self._frames = pipeline, run, frames(pipeline, run)
+    _run: Run
+    _frames: Generator[Any, None, None]
+
+    def __init__(self, pipeline: Any, on_chunk: OnChunk | None, generation: str | None, note: Any) -> None:
+        self._pipeline, self._on_chunk = pipeline, on_chunk
         self._generation = generation or new_generation()
         self._saver: Saver | None = None
         #: What `save` was given, in a stream that was resumed.
         self.note = note
+
+    @abstractmethod
+    def _go_on(self, run: Run) -> None:
+        """Hand out the chunks of a run from here on."""
+
+    @abstractmethod
+    def _beside(self, run: Run) -> Self:
+        """Return another stream, of another run."""
 
     def save(self, folder: str | Path, note: Any = None) -> None:
         """Write all that the generation remembers into a folder, from which `resume` goes on.
@@ -45,7 +59,8 @@ class SavedStream:
         if self._saver is None or self._saver.folder.path != Path(folder):
             self._release()
             self._saver = Saver(Path(folder), self._generation)
-        self._saver.save(self._run, note)
+        with alone(self._pipeline):
+            self._saver.save(self._run, note)
 
     def fork(self, *, seed: Seed | None = None, prompt: Prompt | None = None, cut: bool = False) -> Self:
         """Return another future of the same past, which shares its blocks; the two may be drawn from in any order.
@@ -59,11 +74,10 @@ class SavedStream:
             SnapshotError: if a chunk is half made.
             InvalidOptionError: if seeds or prompts are not as many as they were.
         """
-        run = forked(self._run)
-        reseed(run, seed)
-        if prompt is not None:
-            run.set_prompt(prompt, cut=cut)
-        return type(self)(self._pipeline, run)
+        with alone(self._pipeline):
+            run = forked(self._run)
+            _turn(run, seed, prompt, cut)
+        return self._beside(run)
 
     def rewind(self, chunks: int, *, seed: Seed | None = None, prompt: Prompt | None = None, cut: bool = False) -> None:
         """Go back to a snapshot that `save` has kept, and forget those behind it.
@@ -85,15 +99,21 @@ class SavedStream:
             raise SnapshotError(f"no snapshot is kept {chunks} chunks back; those that are: {kept}")
         number, folder = behind[index - chunks], self._saver.folder
         functions = {name: value for name, value in self._run.call.items() if callable(value)}
-        run, _, note = resumed(self._pipeline, folder.path, functions, number)
-        reseed(run, seed)
-        if prompt is not None:
-            run.set_prompt(prompt, cut=cut)
+        with alone(self._pipeline):
+            run, _, self.note = resumed(self._pipeline, folder.path, functions, number)
+            _turn(run, seed, prompt, cut)
         self._frames.close()
         folder.forget_after(number)
-        self._run, self._frames, self.note = run, frames(self._pipeline, run), note
+        self._go_on(run)
 
     def _release(self) -> None:
         if self._saver is not None:
             self._saver.close()
             self._saver = None
+
+
+def _turn(run: Run, seed: Seed | None, prompt: Prompt | None, cut: bool) -> None:
+    """Go on otherwise than before."""
+    reseed(run, seed)
+    if prompt is not None or cut:
+        run.set_prompt(prompt, cut=cut)

@@ -140,13 +140,18 @@ def plan(
     )
 
 
-def video_frames(seconds: float, fps: float, scale: int = 4) -> tuple[int, int]:
+def video_frames(seconds: float, fps: float, scale: int) -> tuple[int, int]:
     """Return pixel and latent frames of the longest video of at most `seconds` that a causal VAE can decode.
+
+    Args:
+        seconds: of the video.
+        fps: pixel frames a second.
+        scale: pixel frames of a latent frame (`Adapter.temporal_scale`).
 
     Raises:
         InvalidOptionError: if that is not even one frame.
 
-    >>> video_frames(120, 16)
+    >>> video_frames(120, 16, 4)
     (1917, 480)
     """
     for name, value in (("seconds", seconds), ("fps", fps)):

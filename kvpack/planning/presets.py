@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from kvpack.checkpoints.config import Settings, frame_rate, require_model_folder
+from kvpack.checkpoints.experts import require_one_in_index
 from kvpack.checkpoints.recipes import RECIPES, Recipe
 from kvpack.checkpoints.text import read_text
-from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, unknown_name
+from kvpack.errors import InvalidOptionError, KVPackError, UnsupportedPipelineError, unknown_name
 
 Configs = Mapping[str, Mapping[str, Any]]
 
@@ -115,8 +116,7 @@ def from_folder(name: Path) -> ModelDescription:
     """
     folder = require_model_folder(name, only=["*.json"])
     index = _read(folder / "model_index.json")
-    if any(index.get("transformer_2") or ()):
-        raise UnsupportedPipelineError(f"kvpack drives one causal transformer, but {folder} has transformer_2 as well")
+    require_one_in_index(folder, index)
     absent = [None, None]  # what diffusers writes for an optional part
     configs = {
         part: {} if index.get(part) == absent else _read(folder / part / "config.json")
@@ -154,6 +154,22 @@ def adapter_for(model: ModelDescription) -> Any:
             f'Installed: {", ".join(registry().names("adapter"))}. See README, "A new model"'
         )
     return adapter
+
+
+def timing(folder: Path) -> tuple[Settings, int]:
+    """Return the settings of a model's folder, and the pixel frames of its latent frame.
+
+    What is wrong with the folder, but for the settings, is told when it is loaded: the family's usual 16 and 4 hold.
+
+    Raises:
+        InvalidOptionError: if it has settings that cannot be read.
+    """
+    own = Settings.of_folder(folder)
+    try:
+        described = from_folder(folder)
+        return described.settings, adapter_for(described).temporal_scale(described.configs)
+    except KVPackError:
+        return own or Settings(), 4
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -73,6 +73,8 @@ def _counted(geometry: Geometry, stack: Stack, chunks: int, batch: int) -> Resid
     twins = sum(stack.compressor.span(piece.first_frame, piece.frames, geometry.grid).tokens for piece in waiting)
     tokens = room + slots * block + twins
     layer = batch * width * (2 * number * tokens + 4 * slots)  # sums of keys are float32
+    placed = {"span": 0, "row": 1, "head": geometry.heads}[stack.compressor.places]
+    layer += batch * slots * block * placed * 12  # (t, y, x) in float32
     return Resident(history, layer, 0 if stack.keeps_rotated else batch * width * number * room)
 
 

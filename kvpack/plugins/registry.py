@@ -10,7 +10,7 @@ from typing import Any
 
 import pluggy
 
-from kvpack.errors import InvalidOptionError, PluginWarning, UnusedOptionError, require_int, unknown_name
+from kvpack.errors import InvalidOptionError, PluginWarning, UnusedOptionError, plain, require_int, unknown_name
 from kvpack.generation.adapter import Adapter
 from kvpack.memory.base import Memory
 from kvpack.memory.roles import Policy
@@ -209,7 +209,7 @@ def _call(what: str, factory: Callable[..., Any], options: Mapping[str, Any]) ->
         if option not in known:
             raise unknown_name(f"option of {what}", option, known)
     try:
-        return factory(**options)
+        return factory(**{name: plain(option) for name, option in options.items()})
     except TypeError as error:
         raise InvalidOptionError(f"{what}: {error}; options: {', '.join(known)}") from error
 

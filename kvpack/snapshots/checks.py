@@ -30,7 +30,7 @@ _ATTRIBUTES: dict[str, Any] = {
     "between_chunks": bool,
     "draws_freely": bool,
     "_decodes_in_loop": bool,
-    "_interrupted": bool,
+    "interrupted": bool,
 }
 
 

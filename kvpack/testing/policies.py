@@ -24,6 +24,7 @@ from kvpack.memory.roles import (
 )
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
+from kvpack.testing.given import require_kind
 
 TINY = Geometry(layers=2, heads=2, head_dim=12, grid=(4, 5), rope_split=(4, 4, 4))
 
@@ -127,10 +128,12 @@ def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
 
     Raises:
         PolicyError: if the contract is broken; the message says how.
+        InvalidOptionError: if it is no policy.
 
     >>> from kvpack.policies import RecencySelector
     >>> check_policy(RecencySelector(topk=2))
     """
+    require_kind(policy, Policy, "check_policy")
     name = type(policy).__name__
     if not is_dataclass(policy) or not policy.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         raise PolicyError(f"{name} must be a frozen dataclass: policies are shared between generations")
@@ -165,10 +168,12 @@ def check_memory(memory: Memory, most_frames: int | None = None) -> None:
     Raises:
         PolicyError: if it is not deterministic, lets rows influence each other, changes what it was given, goes on
             otherwise from a snapshot, changes dtype, attends a token twice or too many, or cannot be replayed.
+        InvalidOptionError: if it is not a memory.
 
     >>> from kvpack.policies import MemRoPE
     >>> check_memory(MemRoPE())
     """
+    require_kind(memory, Memory, "check_memory")
     name = type(memory).__name__
 
     def outputs(session: Session, chunks: int, rows: slice = slice(0, 2), seed: int = 0) -> list[Tensor]:

@@ -174,7 +174,7 @@ class ClipFolder(Sequence[Clip]):
         wanted = f"{file.stat().st_size}-{file.stat().st_mtime_ns}-{self.frames}-{self.size}-{self.fps}"
         path = self.cache / f"{file.stem}-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}{LATENTS}"
         if not path.exists():
-            pixels = _pixels(file, 4 * (self.frames - 1) + 1, self.size, self.fps)
+            pixels = _pixels(file, self.trainee.temporal_scale * (self.frames - 1) + 1, self.size, self.fps)
             latents = self.trainee.encode(pixels[None])
             self.cache.mkdir(parents=True, exist_ok=True)
             save_bytes(save({"latents": latents.float().cpu().contiguous()}), path)

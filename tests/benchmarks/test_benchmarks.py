@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import anyflow, clock, overhead, report, rotation, steady, wan_layer
+from benchmarks import anyflow, clock, flashdreams, overhead, report, resident, rotation, steady, wan_layer
 from benchmarks.report import Bar, Row, Score
 
 ROOT = Path(__file__).parents[2]
@@ -174,12 +174,17 @@ def test_bench_runs_all_and_fails_if_one_cannot(tmp_path, monkeypatch, capsys) -
     def ran(name: str, small: bool, folder: str) -> bool:
         if name == "overhead":
             return False
-        metric = {"rotation": "worst pair", "steady": steady.SESSION, "anyflow": anyflow.TOKENS}[name]
-        report.write(
-            name, [replace(ROW, metric=metric, subject=each) for each in ("kvpack", "packforcing")], Path(folder)
-        )
+        metrics = {"rotation": "worst pair", "steady": steady.SESSION, "anyflow": anyflow.TOKENS}
+        subjects = {"resident": [bar.subject + "any" for bar in resident.BARS]}.get(name, ["kvpack", "packforcing"])
+        rows = [
+            replace(ROW, metric=metric, subject=each)
+            for metric in ([metrics[name]] if name in metrics else {bar.metric for bar in resident.BARS})
+            for each in subjects
+        ]
+        report.write(name, rows, Path(folder))
         return True
 
+    monkeypatch.setattr(flashdreams, "flashdreams_cache", lambda: None)
     monkeypatch.setattr(bench, "ran", ran)
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--small", "--out", str(tmp_path)])
     assert bench.main() == 1
@@ -187,6 +192,7 @@ def test_bench_runs_all_and_fails_if_one_cannot(tmp_path, monkeypatch, capsys) -
     assert "rotation: met" in shown
     assert "steady: met" in shown
     assert "overhead: FAILED" in shown
+    assert "flashdreams: skipped, it is not installed" in shown
     monkeypatch.setattr(bench, "ran", lambda *_: True)
     report.write("overhead", [replace(ROW, metric="overhead / own work")], tmp_path)
     assert bench.main() == 0

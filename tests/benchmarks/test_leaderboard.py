@@ -164,6 +164,17 @@ def test_captions_are_clusters_and_seeds_vary_within() -> None:
     assert float((within == 0).mean()) == pytest.approx(1 / 16, abs=0.03)
 
 
+def test_a_ratio_counts_returns_and_not_videos() -> None:
+    scores, counts = np.array([[3.0], [0.0]]), np.array([[3.0], [1.0]])
+    assert bootstrap.ratio(scores, counts).value == 0.75
+    assert bootstrap.ratio(scores, np.zeros((2, 1))) is None
+    same = bootstrap.ratio_difference((scores, counts), (scores, counts))
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    none = (np.zeros((2, 1)), counts)
+    apart = bootstrap.ratio_difference((scores, counts), none)
+    assert (apart.value, apart.low, apart.high) == (0.75, 0, 1)
+
+
 def test_what_cannot_be_said_is_left_out() -> None:
     assert bootstrap.mean(np.array([[np.nan, 2.0], [np.nan, np.nan]])) == Interval(2.0, 2.0, 2.0, 1)
     assert bootstrap.mean(np.full((3, 2), np.nan)) is None

@@ -1,5 +1,6 @@
 """Models by their Hub ids: from the local cache, or refused in one line."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
+from kvpack.checkpoints.config import Settings
 from kvpack.checkpoints.hub import model_folder
 from kvpack.cli import app
 from kvpack.errors import InvalidOptionError
@@ -54,13 +56,27 @@ def test_plan_takes_a_hub_id(cache):
     assert result.exit_code == 0, result.output
 
 
+def test_generate_takes_a_hub_id_and_what_is_the_models_own(cache, tmp_path):
+    Settings(fps=24.0, call={"num_inference_steps": 1, "max_sequence_length": 8}).write(cache)
+    words = ["generate", "--model", NAME, "--prompt", "a red circle", "--seconds", "0.25", "--output", "a.mp4"]
+    words[-1] = str(tmp_path / "a.mp4")
+    result = CliRunner().invoke(app, [*words, "--height", "32", "--width", "32", "--json"])
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.stdout)
+    assert (made["fps"], made["frames"]) == (24.0, 5)
+    absent = CliRunner().invoke(app, [word.replace(NAME, "Acme/Absent") for word in words])
+    assert absent.exit_code == 1
+    assert "not in the local cache and cannot be fetched offline" in absent.stderr
+    assert len(absent.stderr.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize("name", ["Acme/Absent", "models/absent"])
 def test_a_hub_id_that_is_not_in_the_cache_says_so_offline(name, cache):
     with pytest.raises(InvalidOptionError, match=f"no base folder {name}, .* not in the local cache .* offline"):
         model_folder(name, "base")
 
 
-@pytest.mark.parametrize("name", ["absent", "./absent", "/tmp/absent/model", "a/b/c", "owner/"])
+@pytest.mark.parametrize("name", ["absent", "./absent", "/absent/model", "a/b/c", "owner/"])
 def test_what_is_no_hub_id_is_a_folder_that_is_not_there(name):
     with pytest.raises(InvalidOptionError, match=f"no model folder {name}; give the folder of .*, or a Hub id"):
         model_folder(name)

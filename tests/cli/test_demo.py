@@ -146,7 +146,7 @@ def test_a_missing_pipeline_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_the_shipped_pipeline_knows_the_default_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = demo.run(demo.Demo(demo.PROMPT, 3, [("packforcing", {})], tmp_path), lambda _: None)
     assert capsys.readouterr().err == ""
-    _, latent_frames = planner.video_frames(3, 16)
+    _, latent_frames = planner.video_frames(3, 16, 4)
     assert result["stacks"][0]["stats"]["chunks"] == latent_frames // 4
     brightest = pixels(tmp_path / "demo.mp4").max(axis=3)
     assert (brightest > 0.58 * 255).mean() > 0.005  # the object is the only bright thing

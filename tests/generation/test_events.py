@@ -1,5 +1,6 @@
 """Prompts that change, scenes that are cut, chunks that are vetoed: what is kept, computed anew and placed where."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -73,9 +74,21 @@ def test_a_prompt_is_a_schedule_if_it_has_times():
     assert shots([(0, FOX), (2.5, DOG, "cut")]) == [Shot(0.0, FOX), Shot(2.5, DOG, True)]
 
 
+def test_a_schedule_may_come_out_of_json():
+    schedule = [(0, FOX), (2.5, DOG, "cut")]
+    assert shots(json.loads(json.dumps(schedule))) == shots(schedule)
+    rows = [(0, [FOX, DOG]), (1, [DOG, FOX])]
+    assert shots(json.loads(json.dumps(rows))) == shots(rows)
+    pipe = pipeline("self-forcing", chunk_frames=1, window_frames=3, sink_frames=1)
+    assert torch.equal(generate(pipe, [[0, FOX], [0.5, DOG]], 6), generate(pipe, [(0, FOX), (0.5, DOG)], 6))
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
+        ([[1, FOX]], r"begins at 0 seconds, got 1"),
+        ([[FOX, DOG]], r"seconds >= 0, got 'a fox'"),
+        ([[0, FOX], []], r"\(seconds, prompt\), got \[\]"),
         ([(1, FOX)], r"begins at 0 seconds, got 1"),
         ([(0, FOX), (0, DOG)], r"seconds of a prompt schedule ascend, got 0 behind 0"),
         ([(0, FOX), DOG], r"\(seconds, prompt\), got 'a red dog runs'"),
@@ -118,6 +131,25 @@ def test_a_stream_takes_the_next_prompt():
     with pytest.raises(StopIteration):
         stream.send(FOX)
     assert pipe.packforcing.sessions == {}
+
+
+@pytest.mark.parametrize("name", ["infinity-rope", "krea", "longlive", "packforcing"])
+def test_a_cut_under_the_prompt_in_force_is_that_prompt_spoken_again(name):
+    pipe = pipeline(name)
+    frames = 4 * pipe.packforcing.stack.chunk_frames
+
+    def after(turn):
+        with pipe.packforcing.stream(FOX, num_frames=4 * frames - 3, generator=seeded(), **CALL) as stream:
+            return [next(stream), next(stream), turn(stream), next(stream)][2:]
+
+    cut, spoken, plain = (
+        after(lambda stream: stream.send(None, cut=True)),
+        after(lambda stream: stream.send(FOX, cut=True)),
+        after(lambda stream: stream.send(None)),
+    )
+    assert all(torch.equal(*each) for each in zip(cut, spoken, strict=True))
+    if name == "infinity-rope":  # a cut has a meaning of its own there
+        assert not torch.allclose(cut[0], plain[0], atol=1e-2)
 
 
 def test_a_prompt_of_another_batch_changes_nothing():

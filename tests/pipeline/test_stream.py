@@ -182,13 +182,14 @@ def test_an_exception_in_a_stream(pipe):
     assert torch.equal(pipe(**arguments(num_frames=25, output_type="pt")).frames, wanted)
 
 
-def test_interrupted_in_a_stream(pipe):
+def test_interrupted_in_a_stream(pipe, caplog):
     def stop(pipe, step, timestep, tensors):
         pipe._interrupt = pipe.packforcing.sessions["cond"].frames == 3
         return tensors
 
     parts = list(pipe.packforcing.stream(**arguments(output_type="latent", callback_on_step_end=stop)))
     assert [part.shape[2] for part in parts] == [3, 3]
+    assert caplog.messages == ["the pipeline was interrupted; the video ends at 1.31 s (21 frames)"]
 
 
 def test_disabled_under_an_open_stream(pipe):

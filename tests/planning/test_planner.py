@@ -12,6 +12,7 @@ import torch
 
 import kvpack
 from kvpack import Compressor
+from kvpack.checkpoints.config import Settings
 from kvpack.cli.tables import plan_rows
 from kvpack.compressors.network import HighResolutionBranch, branch_flops
 from kvpack.errors import InvalidOptionError, UnknownNameError, UnsupportedPipelineError
@@ -46,7 +47,7 @@ def wan() -> kvpack.Geometry:
 
 
 def test_two_minutes_of_wan_cost_what_the_paper_says(wan: kvpack.Geometry) -> None:
-    pixel_frames, frames = planner.video_frames(120, 16)
+    pixel_frames, frames = planner.video_frames(120, 16, 4)
     plan = planner.plan(wan, stack("packforcing"), frames)
     assert (pixel_frames, frames, plan.chunks, plan.chunk_tokens) == (1917, 480, 120, 6240)
     assert plan.attended_tokens == 8 * 1560 + 16 * 182 + 4 * 1560 + 4 * 1560 == 27_872
@@ -213,7 +214,7 @@ def test_weights_of_another_model_are_not_planned() -> None:
     ],
 )
 def test_video_frames_are_the_longest_that_fit(seconds: float, fps: float, expected: tuple[int, int]) -> None:
-    assert planner.video_frames(seconds, fps) == expected
+    assert planner.video_frames(seconds, fps, 4) == expected
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,7 @@ def test_video_frames_are_the_longest_that_fit(seconds: float, fps: float, expec
 )
 def test_impossible_lengths_are_refused(seconds: float, fps: float, message: str) -> None:
     with pytest.raises(InvalidOptionError, match=message):
-        planner.video_frames(seconds, fps)
+        planner.video_frames(seconds, fps, 4)
 
 
 @pytest.mark.parametrize("size", ["batch", "branches", "steps"])
@@ -254,6 +255,20 @@ def test_presets(name: str, token_bytes: int, grid: tuple[int, int]) -> None:
     model = presets.preset(name)
     found = presets.adapter_for(model).geometry(model.configs, 480, 832, torch.bfloat16)
     assert (found.kv_bytes_per_token, found.grid) == (token_bytes, grid)
+
+
+def test_timing_is_the_models_own(pipe: Any, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", pipe)
+    assert presets.timing(folder) == (Settings(fps=16.0), 4)
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "scale_factor_temporal": 8}))
+    assert presets.timing(folder)[1] == 8
+    assert planner.video_frames(1, 24, 8) == (17, 3)
+    config.write_text("{")  # is told when it is loaded
+    assert presets.timing(folder) == (Settings(), 4)
+    (folder / "kvpack_config.json").write_text("{")
+    with pytest.raises(InvalidOptionError, match="does not hold kvpack's settings"):
+        presets.timing(folder)
 
 
 def test_an_unknown_preset_is_named_with_the_nearest() -> None:

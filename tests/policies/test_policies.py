@@ -1,5 +1,6 @@
 """Every installed policy keeps its contract, and each does what its paper says."""
 
+import inspect
 from dataclasses import FrozenInstanceError, dataclass, replace
 
 import pytest
@@ -26,7 +27,7 @@ from kvpack.policies import (
     SinkShiftReindexer,
     WindowPartitioner,
 )
-from kvpack.testing import TINY, check_policy, run_session
+from kvpack.testing import TINY, check_memory, check_policy, run_session
 
 OPTIONS = {"fit": {"train_frames": 40}}
 
@@ -299,6 +300,21 @@ def test_check_policy_finds_what_is_wrong():
     ):
         with pytest.raises(PolicyError, match=message):
             check_policy(policy)
+
+
+def unchecked(function):
+    """The function as users have it, without the tests' checks of its types."""
+    return inspect.unwrap(function)
+
+
+def test_the_checks_say_which_of_them_is_right():
+    with pytest.raises(InvalidOptionError, match=r"but QueryTopK is a selector; call check_policy\(QueryTopK\(...\)\)"):
+        unchecked(check_memory)(QueryTopK(2))
+    for check in map(unchecked, (check_memory, check_policy)):
+        with pytest.raises(InvalidOptionError, match=r"tests an instance, got the class QueryTopK; give QueryTopK\(\)"):
+            check(QueryTopK)
+        with pytest.raises(InvalidOptionError, match="got 'topk'"):
+            check("topk")
 
 
 def test_nothing_of_the_mid_is_attended_with_topk_zero():

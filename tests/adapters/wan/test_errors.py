@@ -23,6 +23,7 @@ from kvpack.errors import (
 )
 from kvpack.memory.blocks import KVBlock
 from kvpack.memory.roles import Placement, Segment
+from kvpack.planning import presets
 from kvpack.policies import (
     ContiguousReindexer,
     LowResolutionCompressor,
@@ -122,6 +123,21 @@ def test_two_transformers(pipe):
     with pytest.raises(UnsupportedPipelineError, match="transformer_2 as well"):
         generate(pipe)
     pipe.register_modules(transformer_2=None)
+
+
+@pytest.mark.parametrize("there", [("transformer",), ("transformer_2",), ("transformer", "transformer_2"), ()])
+def test_experts_that_share_the_steps(there, pipe, tmp_path):
+    """What `from_pretrained(..., transformer_2=None)` gives would fail in the middle of denoising."""
+    parts = {name: tiny_wan_transformer(1) if name in there else None for name in ("transformer", "transformer_2")}
+    experts = WanPipeline(**{**pipe.components, **parts}, boundary_ratio=0.875)
+    with pytest.raises(UnsupportedPipelineError, match=r"boundary_ratio=0.875") as refused:
+        experts.enable_packforcing("full")
+    assert f"{' and '.join(there) or 'neither'} of the two" in str(refused.value)
+    assert "load it with transformer only" not in str(refused.value)
+    assert type(experts) is WanPipeline
+    experts.save_config(tmp_path)
+    with pytest.raises(UnsupportedPipelineError, match=r"has boundary_ratio=0.875"):
+        presets.from_folder(tmp_path)
 
 
 class Parallel:

@@ -1,0 +1,50 @@
+"""One thread at a time: while a chunk is computed, the transformer has processors that belong to one generation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
+from typing import Any
+
+from kvpack.errors import BusyPipelineError
+
+_HOLDER = "_kvpack_thread"
+
+
+@contextmanager
+def one_thread(transformer: Any) -> Iterator[None]:
+    """Keep other threads out of a transformer for the length of a block; the same thread may come in again.
+
+    Pipelines that share a transformer share this too. Nothing waits: a video takes minutes.
+
+    Args:
+        transformer: the model, as it is or compiled; None is left to who says that it is missing.
+
+    Raises:
+        BusyPipelineError: if another thread is in it.
+    """
+    model = getattr(transformer, "_orig_mod", transformer)
+    if model is None:
+        yield
+        return
+    mine = [get_ident(), id(model)]
+    found = vars(model).setdefault(_HOLDER, mine)  # one step, that no other thread comes between
+    if found[1] != id(model):  # came along with a copy that was made inside such a block
+        found = vars(model)[_HOLDER] = mine
+    require_thread(found[0])
+    try:
+        yield
+    finally:
+        if found is mine:
+            del vars(model)[_HOLDER]
+
+
+def require_thread(thread: int) -> None:
+    """Raise `BusyPipelineError` in any thread but this one.
+
+    >>> require_thread(get_ident())
+    """
+    if thread != get_ident():
+        raise BusyPipelineError(
+            "another thread is generating with this pipeline, or with one that shares its transformer; one thread at a "
+            "time: make a pipeline of its own for each thread"
+        )

@@ -1,0 +1,86 @@
+"""Compressed blocks that are some of a block's own tokens: keys and values as they were, where they were."""
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from math import prod
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvpack.errors import InvalidOptionError, require_int
+from kvpack.memory.blocks import KVBlock, Span, grid_coordinates
+from kvpack.memory.roles import Compressor, Places
+from kvpack.policies.pool import pooled_grid
+
+
+@dataclass(frozen=True)
+class KeepCompressor(Compressor):
+    """Base of compressors that keep some tokens of a block and drop the others.
+
+    Tokens are chosen for each batch row, layer and block; all heads of a layer keep the same ones.
+
+    Args:
+        keep_tokens: tokens kept of a block, or a share of them below 1; None keeps as many as `pool` makes, 1/32. A
+            block that has fewer is kept whole.
+
+    Raises:
+        InvalidOptionError: if it is neither a whole number from 1 on nor a share above 0 and below 1.
+    """
+
+    keep_tokens: int | float | None = field(default=None, kw_only=True)
+    places: ClassVar[Places] = "row"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep_tokens, float):
+            if not 0 < self.keep_tokens < 1:
+                raise InvalidOptionError(
+                    f"keep_tokens must be a whole number, or a share above 0 and below 1, got {self.keep_tokens}"
+                )
+        elif self.keep_tokens is not None:
+            require_int("keep_tokens", self.keep_tokens, minimum=1)
+
+    def count(self, frames: int, grid: tuple[int, int]) -> int:
+        """Return how many tokens of a block of `frames` frames are kept.
+
+        >>> from kvpack.policies import FarthestCompressor
+        >>> [FarthestCompressor(keep_tokens=each).count(4, (4, 4)) for each in (None, 16, 0.5, 100)]
+        [2, 16, 32, 64]
+        """
+        all_tokens = frames * prod(grid)
+        if self.keep_tokens is None:
+            return prod(pooled_grid(frames, grid))
+        wanted = round(self.keep_tokens * all_tokens) if isinstance(self.keep_tokens, float) else self.keep_tokens
+        return min(all_tokens, max(1, wanted))
+
+    def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
+        """Return as many tokens as are kept, at places spread over the block; where they sit, each block says."""
+        coordinates, count = grid_coordinates(frames, grid), self.count(frames, grid)
+        return Span(first_frame, frames, coordinates[torch.arange(count) * len(coordinates) // count])
+
+    def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
+        """Return the chosen tokens, in the order that they have in the block."""
+        frames = block.span.frames
+        index = self.choose(block, grid, self.count(frames, grid)).sort(dim=1).values
+        cells, columns = prod(grid), grid[1]
+        coordinates = torch.stack([index // cells, index % cells // columns, index % columns], dim=2).float()
+        return KVBlock(*self.kept(block, index), Span(block.span.first_frame, frames, coordinates))
+
+    @abstractmethod
+    def choose(self, block: KVBlock, grid: tuple[int, int], count: int) -> Int[Tensor, "batch kept"]:
+        """Return indices of the `count` tokens of each row that are kept, in any order."""
+
+    def kept(
+        self, block: KVBlock, index: Int[Tensor, "batch kept"]
+    ) -> tuple[Float[Tensor, "batch kept heads head_dim"], Float[Tensor, "batch kept heads head_dim"]]:
+        """Return keys and values of the tokens at `index`, which ascends."""
+        return taken(block.keys, index), taken(block.values, index)
+
+
+def taken(
+    tokens: Float[Tensor, "batch tokens heads head_dim"], index: Int[Tensor, "batch kept"]
+) -> Float[Tensor, "batch kept heads head_dim"]:
+    """Return each row's tokens at its indices."""
+    rows = torch.arange(index.shape[0], device=index.device)[:, None]
+    return tokens[rows, index]

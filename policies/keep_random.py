@@ -1,0 +1,40 @@
+"""Keep tokens drawn at random; a baseline for every other choice."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from kvpack.errors import require_int
+from kvpack.memory.blocks import KVBlock
+from kvpack.policies.keep import KeepCompressor
+
+
+@dataclass(frozen=True)
+class RandomTokensCompressor(KeepCompressor):
+    """Draws the kept tokens anew for each block, the same ones for every batch row, layer and guidance branch.
+
+    The draw is a function of seed and block; no global generator is read or moved.
+
+    Args:
+        keep_tokens: as that of all compressors that keep.
+        seed: of the draws.
+
+    Raises:
+        InvalidOptionError: if `seed` is negative.
+    """
+
+    seed: int = 0
+    name = "keep-random"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_int("seed", self.seed)
+
+    def choose(self, block: KVBlock, grid: tuple[int, int], count: int) -> Int[Tensor, "batch kept"]:
+        """Draw distinct tokens, each set as likely as any other."""
+        rows, tokens = block.keys.shape[:2]
+        picks = np.random.default_rng((self.seed, block.span.first_frame)).permutation(tokens)[:count]
+        return torch.from_numpy(picks).to(block.keys.device).expand(rows, -1)

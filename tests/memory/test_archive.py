@@ -1,0 +1,72 @@
+"""The archive of a layer: a commit writes it whole or not at all, and its places are of one kind."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from helpers import ledger
+from kvpack import Session
+from kvpack.errors import PolicyError
+from kvpack.memory.archive import Archive
+from kvpack.memory.blocks import KVBlock, Span
+from kvpack.plugins.registry import registry
+from kvpack.policies.pool import PoolCompressor
+from kvpack.testing import TINY, run_session
+
+
+def archives(session):
+    return [state.archive for state in session.past.states]
+
+
+@pytest.mark.parametrize("failing", range(TINY.layers))
+@pytest.mark.parametrize("full", [False, True])
+def test_memory_that_runs_out_leaves_the_archive_as_it_was(failing, full, monkeypatch):
+    """While room is made, for whichever layer: no block of the past before is written over."""
+    session = Session(registry().stack("packforcing", {"topk": 2, "archive_blocks": 2 if full else None}), TINY)
+    run_session(session, 8)
+    assert len(ledger(session).archive) == (2 if full else 5)
+    before, past = [archive.keys[:, : archive.slots].clone() for archive in archives(session)], session.past
+    reserve, calls = Archive.reserve, []
+
+    def fails(archive, *given):
+        calls.append(archive)
+        if archive is archives(session)[failing]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        reserve(archive, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Archive, "reserve", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            run_session(session, 1, seed=1)
+    assert calls
+    assert session.past is past
+    for archive, keys in zip(archives(session), before, strict=True):
+        assert torch.equal(archive.keys[:, : keys.shape[1]], keys)
+    fresh = Session(session.stack, TINY, session.state())
+    again, other = (run_session(each, 3, seed=2) for each in (session, fresh))
+    assert all(torch.equal(one, two) for one, two in zip(again, other, strict=True))
+
+
+@dataclass(frozen=True)
+class Fickle(PoolCompressor):
+    """Gives places of its own from some frame on, or up to it."""
+
+    from_frame: int = 16
+    before: bool = False
+    name = "test-fickle"
+
+    def compress(self, block, grid):
+        made, span = super().compress(block, grid), block.span
+        if (span.first_frame < self.from_frame) != self.before:
+            return made
+        places = made.span.coordinates[None].expand(made.keys.shape[0], -1, -1)
+        return KVBlock(made.keys, made.values, Span(span.first_frame, span.frames, places))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_places_of_their_own_for_all_blocks_or_none(before):
+    session = Session(registry().stack("packforcing", {"compressor": Fickle(before=before)}), TINY)
+    with pytest.raises(PolicyError, match="some blocks of layer 0 places of their own and others"):
+        run_session(session, 12)
+    assert ledger(session).archive  # whose commit came before

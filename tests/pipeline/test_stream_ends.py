@@ -1,0 +1,91 @@
+"""A stream ends with its block, with whoever holds it, and with the interpreter."""
+
+import gc
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from helpers import quiet
+from kvpack.testing import tiny_wan_pipeline
+
+CALL = {
+    "prompt": "a red circle",
+    "height": 16,
+    "width": 16,
+    "num_inference_steps": 1,
+    "guidance_scale": 1.0,
+    "max_sequence_length": 8,
+}
+OPENED = f"""
+import kvpack
+from kvpack.testing import tiny_wan_pipeline
+
+pipe = tiny_wan_pipeline().enable_packforcing("self-forcing", chunk_frames=2, window_frames=4, sink_frames=1)
+stream = pipe.packforcing.stream(**{CALL})
+next(stream)
+end = pipe._kvpack_base.maybe_free_model_hooks
+type(pipe)._kvpack_base.maybe_free_model_hooks = lambda self: (end(self), print("freed"))
+"""
+ENDS = {
+    "left open": ("", 0),
+    "held by a module": ("import math; math.kept = stream", 0),
+    "in a circle": ("circle = [stream]; circle.append(circle); del stream", 0),
+    "an exception": ("raise ZeroDivisionError('of the user')", 1),
+    "an exit": ("raise SystemExit(3)", 3),
+    "a signal": (f"import os; os.kill(os.getpid(), {int(signal.SIGINT)})", -signal.SIGINT),
+}
+
+
+@pytest.fixture
+def pipe():
+    return quiet(tiny_wan_pipeline()).enable_packforcing("self-forcing", chunk_frames=2, window_frames=4, sink_frames=1)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "left open",
+        "held by a module",
+        "an exception",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("in a circle", "an exit", "a signal")),
+    ],
+)
+def test_an_open_stream_does_not_hold_up_the_interpreter(end):
+    code, status = ENDS[end]
+    done = subprocess.run([sys.executable, "-c", OPENED + code], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stdout == "freed\n"
+    assert "Exception ignored" not in done.stderr
+    assert ("of the user" in done.stderr) == (end == "an exception")
+    assert done.stderr.count("Traceback") == (end in ("an exception", "a signal"))
+
+
+def test_with_ends_a_stream(pipe):
+    with pipe.packforcing.stream(**CALL) as stream:
+        next(stream)
+        assert pipe.packforcing.sessions
+    assert pipe.packforcing.sessions == {}
+    with pytest.raises(StopIteration):
+        next(stream)
+    with pytest.raises(ZeroDivisionError):
+        fail_inside(pipe.packforcing.stream(**CALL))
+    assert pipe.packforcing.sessions == {}
+
+
+def fail_inside(stream):
+    with stream:
+        next(stream)
+        raise ZeroDivisionError
+
+
+def test_a_dropped_stream_ends(pipe):
+    stream = pipe.packforcing.stream(**CALL)
+    next(stream)
+    held = [stream]
+    held.append(held)
+    del stream, held
+    gc.collect()
+    assert pipe.packforcing.sessions == {}
+    assert pipe.packforcing.stats()["chunks"] == 1
