@@ -307,7 +307,7 @@ class Faults:
         """Let two processes save into one folder: the second is refused, whoever it is."""
         tally = Tally()
         with self.new_folder() as folder:
-            stream = self.stream()
+            stream = self.stream(num_frames=None)
             stream.save(folder)
             for _ in range(self.times(20)):
                 next(stream)
