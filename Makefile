@@ -4,13 +4,13 @@ BIN := .venv/bin
 STAMP := .venv/installed
 PROCESSES ?= 2
 
-.PHONY: install demo test check bench leaderboard ablations toyworld compressor clean
+.PHONY: install demo test check docs pictures bench leaderboard ablations toyworld compressor clean
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs]"
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -25,6 +25,12 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+pictures: $(STAMP)
+	$(BIN)/python -m benchmarks.pictures
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

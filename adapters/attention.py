@@ -90,7 +90,7 @@ class PackedAttnProcessor(OpaqueAttention):
             queries, keys, values = attn.to_q(hidden), attn.to_k(hidden), attn.to_v(hidden)
         heads = (attn.heads, -1)
         queries, keys = attn.norm_q(queries).unflatten(2, heads), attn.norm_k(keys).unflatten(2, heads)  # (b, l, h, d)
-        return queries, keys, values.unflatten(2, heads)
+        return queries, keys, values.unflatten(2, heads)  # [batch, tokens, heads, head_dim]
 
     def output(self, attn: Any, hidden: Tensor, attended: Tensor) -> Tensor:
         """Return the layer's output of what was attended, `[batch, tokens, heads, head_dim]`."""

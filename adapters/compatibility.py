@@ -48,7 +48,7 @@ def check_placement(transformer: Any, attentions: Iterable[Any], device: torch.d
             "call pipe.transformer.disable_gradient_checkpointing() first"
         )
     for backend in {getattr(each, "_attention_backend", None) for each in processors}:
-        _check_backend(backend, device, transformer.dtype, head_dim)
+        check_backend(backend, device, transformer.dtype, head_dim)
 
 
 def compiled_from(transformer: Any) -> Any:
@@ -86,8 +86,12 @@ def _is_patched(cls: type) -> bool:
     return (forward.__module__, forward.__qualname__) != (owner.__module__, f"{owner.__qualname__}.forward")
 
 
-def _check_backend(backend: Any, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Attend five keys, since diffusers itself finds out in the forward what a backend cannot do."""
+def check_backend(backend: Any, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Attend five keys, since diffusers itself finds out in the forward what a backend cannot do.
+
+    Raises:
+        UnsupportedPipelineError: if the backend does not run there.
+    """
     name = AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend)
     if name is AttentionBackendName.NATIVE:
         return

@@ -44,7 +44,7 @@ class FarthestCompressor(KeepCompressor):
 
 def joined_heads(keys: Float[Tensor, "batch tokens heads head_dim"]) -> Float[Tensor, "batch tokens width"]:
     """Return keys of all heads as one vector of length 1, in float32."""
-    return normalize(keys.flatten(2).float(), dim=-1)
+    return normalize(keys.flatten(2).float(), dim=-1)  # [rows, tokens, heads * head_dim]
 
 
 def farthest(

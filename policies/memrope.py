@@ -108,7 +108,7 @@ class MemRoPE(StateMemory):
 
     def _mean(self, tokens: Tokens, each: int) -> Average:
         def mean(tensor: Tensor) -> Tensor:
-            frames = tensor.float().unflatten(1, (-1, each)).mean(dim=1)
+            frames = tensor.float().unflatten(1, (-1, each)).mean(dim=1)  # [batch, each, heads, head_dim]
             return frames if self.per_position else frames.mean(dim=1, keepdim=True).expand_as(frames)
 
         return Average(mean(tokens.keys), mean(tokens.values))

@@ -66,4 +66,4 @@ class LTX2Rotary:
         frequencies = (powers * math.pi / 2.0).float().repeat_interleave(_AXES)
         still = pairs - frequencies.shape[0]
         axes = (torch.arange(pairs, device=device) - still) % _AXES
-        return pad(frequencies, (still, 0)).view(self.heads, -1), axes.view(self.heads, -1)
+        return pad(frequencies, (still, 0)).view(self.heads, -1), axes.view(self.heads, -1)  # [heads, half] each

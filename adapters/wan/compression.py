@@ -96,7 +96,9 @@ def hidden_tokens(
 def embed(transformer: Any, latents: Tensor) -> Tensor:
     """Return the model's own patch embedding of latents, hidden tokens `[batch, tokens, width]`."""
     onload(transformer)
-    return transformer.patch_embedding(latents.to(transformer.dtype)).flatten(2).transpose(1, 2)
+    return (
+        transformer.patch_embedding(latents.to(transformer.dtype)).flatten(2).transpose(1, 2)
+    )  # [batch, tokens, width]
 
 
 @contextmanager

@@ -122,6 +122,6 @@ def _scaled(vae: Any, latents: Tensor) -> Tensor:
 
 def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     def channels(values: list[float]) -> Tensor:
-        return torch.tensor(values).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
+        return torch.tensor(values).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)  # by channel
 
     return channels(vae.config.latents_mean), channels(vae.config.latents_std)

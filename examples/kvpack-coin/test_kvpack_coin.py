@@ -1,4 +1,6 @@
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,3 +48,8 @@ def test_it_is_installed_and_makes_a_video():
     assert stats["stack"] == "coin-packforcing"
     assert [len(row) for layer in stats["selected"] for row in layer] == [2] * len(stats["selected"])
     assert stats["policy_seconds"]["CoinSelector"] > 0
+
+
+def test_the_blocks_of_the_readme_run():
+    for block in re.findall(r"```python\n(.*?)```", Path(__file__).with_name("README.md").read_text(), re.DOTALL):
+        exec(block, {})

@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import torch
 
+from kvpack.checkpoints import card
 from kvpack.checkpoints.experts import require_one_in_index
 from kvpack.checkpoints.hub import model_folder
 from kvpack.checkpoints.lora import merge, read_lora
@@ -96,6 +97,7 @@ def convert(asked: Conversion, family: Family) -> Converted:
         InvalidOptionError: if the checkpoint, the LoRA or the base is not what it must be, or the output is in the way.
         UnsupportedPipelineError: if the base has two transformers.
     """
+    given = asked.base
     asked = replace(asked, base=model_folder(asked.base, "base", without=["transformer/*.safetensors", "*.bin"]))
     index, config = _base(asked.base)
     _require_free(asked)
@@ -114,6 +116,8 @@ def convert(asked: Conversion, family: Family) -> Converted:
         model.save_pretrained(folder / "transformer", max_shard_size=asked.max_shard_size)
         asked.recipe.scheduler.save_pretrained(folder / "scheduler")
         asked.recipe.settings.write(folder)
+        text = card.model_card(asked.recipe, asked.source, given, asked.lora, asked.output.resolve().name)
+        (folder / card.FILE).write_text(text, encoding="utf-8")
         copied, absent = _copy_parts(asked, folder, index)
     parameters = sum(each.numel() for each in model.parameters())
     return Converted(checkpoint.nesting, len(weights), parameters, len(deltas), copied, absent)

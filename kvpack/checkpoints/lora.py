@@ -63,7 +63,7 @@ class LowRank(Delta):
 
     def exact(self) -> Tensor:
         """Return the delta in float64."""
-        up, down = (self.factors[each].double().flatten(1) for each in ("up", "down"))
+        up, down = (self.factors[each].double().flatten(1) for each in ("up", "down"))  # [out, rank], [rank, in]
         return (self.scale * (up @ down)).view(self.shape)
 
 

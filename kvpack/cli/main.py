@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from kvpack.cli.convert import convert
+from kvpack.cli.env import env
 from kvpack.cli.evaluate import evaluate
 from kvpack.cli.generate import generate
 from kvpack.cli.plan import plan
@@ -30,7 +31,6 @@ from kvpack.errors import InvalidOptionError
 app = typer.Typer(
     cls=CommandGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Packed key/value memory for causal video transformers on stock diffusers pipelines.",
 )
@@ -93,6 +93,7 @@ app.command()(convert)
 app.command()(evaluate)
 app.command()(train_compressor)
 app.command()(plan)
+app.command()(env)
 
 
 @app.command()

@@ -116,7 +116,7 @@ class HighResolutionBranch(
             hidden = silu(convolution(hidden))
         wide = torch.promote_types(hidden.dtype, torch.float32)
         cells = adaptive_avg_pool3d(hidden.to(wide), grid).to(hidden.dtype)
-        return self.projection(cells.flatten(2).transpose(1, 2))
+        return self.projection(cells.flatten(2).transpose(1, 2))  # [batch, cells, width]
 
     @classmethod
     def _from_pretrained(

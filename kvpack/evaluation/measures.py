@@ -65,7 +65,7 @@ def subject_likeness(observation: Observation) -> Values:
     first = np.nonzero(visible[: observation.reference_frames])[0]
     if not len(first):
         return np.zeros(observation.frames, np.float32)
-    form = observation.form.reshape(observation.frames, -1).astype(np.float32)
+    form = observation.form.reshape(observation.frames, -1).astype(np.float32)  # [frames, cells]
     usual = np.median(form[first], axis=0)
     union = np.maximum(form, usual).sum(1)
     overlap = np.minimum(form, usual).sum(1) / np.maximum(union, 1e-6)
@@ -78,7 +78,7 @@ def subject_likeness(observation: Observation) -> Values:
 
 def background_likeness(observation: Observation, part: slice) -> Values:
     """Return how near each background of a part is to the nearest of the first five seconds, [t] in 0..1."""
-    known = observation.background.astype(np.float32).reshape(observation.frames, -1)
+    known = observation.background.astype(np.float32).reshape(observation.frames, -1)  # [frames, cells]
     seen, usual = known[part], known[: observation.reference_frames : REFERENCE_STRIDE]
     here, there = np.isfinite(seen).astype(np.float32), np.isfinite(usual).astype(np.float32)
     a, b = np.nan_to_num(seen), np.nan_to_num(usual)

@@ -94,5 +94,5 @@ def template(drawn: Values) -> Values:
 
 def nearest(values: Values, choices: Values) -> np.ndarray:
     """Return the index of the nearest of `choices` [n, ...] to each of `values` [t, ...], [t]."""
-    flat, options = values.reshape(len(values), -1), choices.reshape(len(choices), -1)
+    flat, options = values.reshape(len(values), -1), choices.reshape(len(choices), -1)  # [each, cells]
     return np.asarray(((flat[:, None] - options) ** 2).sum(-1).argmin(1))

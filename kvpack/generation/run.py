@@ -219,7 +219,7 @@ class Run(ABC):
             latents = self.denoiser.accepted(self._denoised(index, first, noise), again)
             pixels = self.decode(latents) if self._decodes_in_loop else None
             self.interrupted = getattr(self.pipeline, "_interrupt", False)
-            # A chunk that is shorter than the rest without being the first is a video's last: nothing goes on from it.
+            # A chunk that is shorter than the rest without being the first is a video's last.
             if not self.interrupted and (first == 0 or frames == self.stack.chunk_frames):
                 self.denoiser.commit(latents, pixels)
         chunk = trimmed(GeneratedChunk(index, latents, pixels), self.total_frames, first, self.scale)

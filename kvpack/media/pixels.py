@@ -159,7 +159,7 @@ def _channels_first(name: str, picture: Any) -> Tensor:
         native = picture.astype(picture.dtype.newbyteorder("="), copy=False)
         values = _tensor(name, native)
         values = values[..., None] if values.ndim == 2 else values
-        values = values.movedim(-1, -3)
+        values = values.movedim(-1, -3)  # [..., channels, height, width]
     elif isinstance(picture, Tensor):
         values = picture[None] if picture.ndim == 2 else picture
     else:

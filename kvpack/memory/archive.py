@@ -56,7 +56,8 @@ class Archive:
             coordinates: (t, y, x) of each token, `[rows, tokens, 3]` or `[rows, tokens, heads, 3]`, if they depend on
                 the data.
         """
-        tokens, self.marks[slot] = keys.shape[1], Mark()
+        tokens = keys.shape[1]
+        self.marks[slot] = Mark()
         self.keys[:, slot, :tokens] = keys
         self.values[:, slot, :tokens] = values
         self.key_sums[:, slot] = keys.float().sum(dim=1)

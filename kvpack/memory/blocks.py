@@ -132,7 +132,7 @@ def grid_coordinates(
     """
     sizes = (frames, *grid)
     axes = [window_places(size, cells, coordinates) for size, cells in zip(sizes, pooled or sizes, strict=True)]
-    return torch.cartesian_prod(*axes).reshape(-1, 3)
+    return torch.cartesian_prod(*axes).reshape(-1, 3)  # (t, y, x) of frames * rows * columns
 
 
 def check_block(

@@ -30,7 +30,7 @@ def rotations(
     >>> rotations(torch.zeros(1, 1, 3), tiny).flatten().tolist()
     [(1+0j), (1+0j), (1+0j)]
     """
-    places = positions if positions.ndim == 4 else positions.unsqueeze(2)
+    places = positions if positions.ndim == 4 else positions.unsqueeze(2)  # [rows, tokens, one or heads, 3]
     angles = _angles(places, geometry) if geometry.rotary is None else geometry.rotary(places)
     return torch.complex(angles.cos().float(), angles.sin().float())
 
@@ -60,7 +60,7 @@ def rotate(
     vectors = vectors if vectors.stride(-1) == 1 else vectors.contiguous()
     if out is None and torch.is_grad_enabled() and vectors.requires_grad:
         wide = vectors if vectors.dtype == torch.float64 else vectors.float()
-        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # [batch, tokens, heads, half]
         return torch.view_as_real(pairs * turns).flatten(-2).to(vectors.dtype)
     out = torch.empty_like(vectors) if out is None else out
     kernel = _kernel() if vectors.is_cuda and vectors.element_size() <= 4 and out.dtype == vectors.dtype else None

@@ -93,7 +93,7 @@ class PackForcing:
         with alone(self._pipeline):
             return Stream(self._pipeline, start(self._pipeline, arguments, streaming=True), on_chunk)
 
-    def resume(self, folder: str | Path, *, on_chunk: OnChunk | None = None, **given: Any) -> Stream:
+    def resume(self, folder: str | Path, on_chunk: OnChunk | None = None, **given: Any) -> "Stream":
         """Go on with the generation that was saved in a folder, bit for bit as if it had never been stopped.
 
         The pipeline is enabled with the same stack, and has the same weights, LoRA adapters and scheduler. A damaged
@@ -102,7 +102,7 @@ class PackForcing:
 
         Args:
             folder: what `Stream.save` was given.
-            on_chunk: called with a `Progress` behind each chunk.
+            on_chunk: as of `stream`.
             given: arguments of the call that are functions, such as `callback_on_step_end`, which no file has.
 
         Raises:
@@ -189,6 +189,6 @@ def adapter_of(pipeline: Any) -> Adapter:
         model = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None) or pipeline
         raise UnsupportedPipelineError(
             f"kvpack has no adapter for {type(model).__name__} in {type(pipeline).__name__}. "
-            f'Installed: {", ".join(registry().names("adapter"))}. See README, "A new model"'
+            f"Installed: {', '.join(registry().names('adapter'))}. See docs/extend/adapter.md"
         )
     return adapter

@@ -1,7 +1,5 @@
 """A stream that is saved, forked into another future, and taken back to where it was saved."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,39 +7,41 @@ from kvpack.errors import SnapshotError
 from kvpack.generation.branches import Seed, forked, reseed
 from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
-from kvpack.pipeline.calls import alone
+from kvpack.pipeline.calls import alone, frames
 from kvpack.pipeline.progress import OnChunk
 from kvpack.snapshots.resuming import resumed
 from kvpack.snapshots.saver import Saver, new_generation
 
 
-class SavedStream(ABC):
+class SavedStream:
     """What a stream can do between two chunks.
 
     Args:
         pipeline: an enabled pipeline.
+        run: its generation.
         on_chunk: called with a `Progress` behind each chunk.
         generation: its name, if it was saved before.
         note: what was saved with it.
     """
 
-    _run: Run
-    _frames: Generator[Any, None, None]
-
-    def __init__(self, pipeline: Any, on_chunk: OnChunk | None, generation: str | None, note: Any) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        run: Run,
+        on_chunk: OnChunk | None = None,
+        generation: str | None = None,
+        note: Any = None,
+    ) -> None:
         self._pipeline, self._on_chunk = pipeline, on_chunk
         self._generation = generation or new_generation()
         self._saver: Saver | None = None
         #: What `save` was given, in a stream that was resumed.
         self.note = note
+        self._follow(run)
 
-    @abstractmethod
-    def _go_on(self, run: Run) -> None:
-        """Hand out the chunks of a run from here on."""
-
-    @abstractmethod
-    def _beside(self, run: Run) -> Self:
-        """Return another stream, of another run."""
+    def _follow(self, run: Run) -> None:
+        """Hand out the frames of a run from here on."""
+        self._run, self._frames = run, frames(self._pipeline, run, self._on_chunk)
 
     def save(self, folder: str | Path, note: Any = None) -> None:
         """Write all that the generation remembers into a folder, from which `resume` goes on.
@@ -77,7 +77,7 @@ class SavedStream(ABC):
         with alone(self._pipeline):
             run = forked(self._run)
             _turn(run, seed, prompt, cut)
-        return self._beside(run)
+        return type(self)(self._pipeline, run, self._on_chunk)
 
     def rewind(self, chunks: int, *, seed: Seed | None = None, prompt: Prompt | None = None, cut: bool = False) -> None:
         """Go back to a snapshot that `save` has kept, and forget those behind it.
@@ -104,7 +104,7 @@ class SavedStream(ABC):
             _turn(run, seed, prompt, cut)
         self._frames.close()
         folder.forget_after(number)
-        self._go_on(run)
+        self._follow(run)
 
     def _release(self) -> None:
         if self._saver is not None:

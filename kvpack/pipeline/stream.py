@@ -6,8 +6,7 @@ from typing import Any
 
 from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
-from kvpack.pipeline.calls import alone, frames
-from kvpack.pipeline.progress import OnChunk
+from kvpack.pipeline.calls import alone
 from kvpack.pipeline.saved import SavedStream
 
 
@@ -25,28 +24,16 @@ class Stream(SavedStream, Generator[Any, Prompt | None, None]):
         note: what was saved with it.
     """
 
-    def __init__(
-        self,
-        pipeline: Any,
-        run: Run,
-        on_chunk: OnChunk | None = None,
-        generation: str | None = None,
-        note: Any = None,
-    ) -> None:
-        super().__init__(pipeline, on_chunk, generation, note)
-        self._go_on(run)
-        #: Chunks of the whole video, as far as they can be counted.
-        self.chunks = run.count
+    _end: Any = None
 
-    def _go_on(self, run: Run) -> None:
-        """Hand out the chunks of a run from here on."""
-        self._run, self._frames = run, frames(self._pipeline, run, self._on_chunk)
+    def _follow(self, run: Run) -> None:
+        super()._follow(run)
+        if self._end is not None:
+            self._end.detach()
         # Before modules are torn down, which closing needs; a generator that is left to the interpreter comes after.
         self._end = weakref.finalize(self, _close, self._frames)
-
-    def _beside(self, run: Run) -> "Stream":
-        """Return another stream, of another run."""
-        return Stream(self._pipeline, run, self._on_chunk)
+        #: Chunks of the whole video, as far as they can be counted.
+        self.chunks = run.count
 
     def __enter__(self) -> "Stream":
         """Return the stream, which the end of the block closes."""

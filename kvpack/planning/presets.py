@@ -151,7 +151,7 @@ def adapter_for(model: ModelDescription) -> Any:
     if adapter is None:
         raise UnsupportedPipelineError(
             f"kvpack has no adapter for {model.pipeline_class}, the pipeline of {model.name}. "
-            f'Installed: {", ".join(registry().names("adapter"))}. See README, "A new model"'
+            f"Installed: {', '.join(registry().names('adapter'))}. See docs/extend/adapter.md"
         )
     return adapter
 

@@ -274,7 +274,7 @@ def _check_tokens(policy: LatentCompressor, frames: int) -> None:
         )[:, :16]
 
     def embed(small: Tensor) -> Tensor:
-        cells = torch.nn.functional.avg_pool3d(small, (1, 2, 2)).flatten(2).transpose(1, 2)
+        cells = torch.nn.functional.avg_pool3d(small, (1, 2, 2)).flatten(2).transpose(1, 2)  # [batch, cells, channels]
         return cells.repeat(1, 1, 2)[..., :width]
 
     def pixels() -> Tensor:

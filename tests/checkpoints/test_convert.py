@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from diffusers.schedulers import scheduling_flow_match_lcm
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import kvpack
 from helpers import told
+from kvpack.checkpoints.card import model_card
 from kvpack.checkpoints.reading import read_checkpoint
 from kvpack.checkpoints.recipes import RECIPES, recipe_for
 from kvpack.testing import tiny_wan_pipeline
@@ -236,6 +238,31 @@ def test_the_golden_video_from_the_original_weights(weights, base, tmp_path, mon
     assert largest <= 1e-4
 
 
+def test_the_card_says_what_it_was_made_of(base, weights, tmp_path, monkeypatch):
+    save_file(weights, tmp_path / "model.safetensors")
+    convert(tmp_path / "model.safetensors", base, tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert (head["library_name"], head["pipeline_tag"]) == ("diffusers", "text-to-video")
+    assert "base_model" not in head  # a folder's name is no model's
+    assert str(tmp_path) not in card
+    assert "`model.safetensors`, recipe `self-forcing`" in card
+    assert "num_inference_steps=4, guidance_scale=1.0; 16 frames a second" in card
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict = {}
+    exec(block.replace("num_frames=957", "num_frames=9, height=32, width=32"), names)
+    assert names["pipe"].packforcing.stack.chunk_frames == 3
+    assert len(names["video"]) == 9
+
+
+def test_the_card_names_the_base_of_the_hub():
+    card = model_card(RECIPES["longlive"], Path("a/base.pt"), Path("Wan-AI/Wan2.1"), Path("a/lora.pt"), "longlive")
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "Wan-AI/Wan2.1"
+    assert "| LoRA, merged | `lora.pt` |" in card
+    assert "Note: trained in chunks of 3" in card
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_enables_without_arguments(name, base, weights, tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
@@ -267,7 +294,7 @@ def test_the_path_tells_the_recipe(path, name, tmp_path):
     assert recipe_for(tmp_path / path, None).name == name
 
 
-def test_the_readme_names_every_recipe():
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_documents_name_every_recipe():
+    text = (Path(__file__).parents[2] / "docs/convert.md").read_text()
     for name in RECIPES:
         assert f"`{name}`" in text or f"`-{name.rpartition('-')[2]}`" in text, name

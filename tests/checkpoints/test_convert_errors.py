@@ -170,6 +170,7 @@ def test_an_output_that_is_there(weights, base, complaint, tmp_path):
     (output / "mine.txt").write_text("x")
     assert convert(source, base, output, "--overwrite").exit_code == 0
     assert sorted(path.name for path in output.iterdir()) == [
+        "README.md",
         "kvpack_config.json",
         "model_index.json",
         "scheduler",

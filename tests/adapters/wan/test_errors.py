@@ -102,7 +102,7 @@ def test_no_adapter():
     other = DDPMPipeline(unet, DDPMScheduler())
     with pytest.raises(
         UnsupportedPipelineError,
-        match=r"no adapter for UNet2DModel in DDPMPipeline. Installed: .*wan.* See README, \"A new model\"",
+        match=r"no adapter for UNet2DModel in DDPMPipeline. Installed: .*wan.* See docs/extend/adapter.md",
     ):
         other.enable_packforcing()
     assert type(other) is DDPMPipeline

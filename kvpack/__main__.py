@@ -1,0 +1,5 @@
+"""Run the command as `python -m kvpack`."""
+
+from kvpack.cli.main import main
+
+main()
