@@ -202,7 +202,6 @@ class VideoWriter:
         stream: Any = self._container.add_stream(codec, rate=self.fps)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         context = stream.codec_context
-        context.thread_count = 1  # with several, libx264 gives other bits now and then: 7 of 150 encodings of a chunk
         context.colorspace = _BT709 if is_hd(height, width) else _BT601
         context.color_primaries, context.color_trc, context.color_range = _BT709, _BT709, _STUDIO_RANGE
         if codec == "libx264":
