@@ -441,7 +441,7 @@ def command(*words: str) -> None:
 
 
 def generate(model: Path, output: Path) -> None:
-    """Write a video of a few chunks, with a checkpoint behind each; libx264 itself has other bits at times below 64x64."""
+    """Write a video with a checkpoint behind each chunk; smaller frames libx264 encodes to other bits at times."""
     words = f"generate --model {model} --output {output} --prompt night --seconds 5 --height 64 --width 64 --steps 1"
     more = "--guidance-scale 1 --call max_sequence_length=8 --device cpu -o topk=2 --checkpoint-every 1 --json"
     command(*words.split(), *more.split())

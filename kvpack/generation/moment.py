@@ -47,6 +47,15 @@ class Moment:
         return self.run["call"]
 
 
+def require_between_chunks(run: Run) -> None:
+    """Raise `SnapshotError` if a generation is in the middle of a chunk, or was interrupted or failed in one."""
+    if not run.between_chunks:
+        raise SnapshotError(
+            "a generation can be saved or forked between two chunks only, but this one is in the middle of a chunk, or "
+            "was interrupted or failed in one; go on from the snapshot before it"
+        )
+
+
 def captured(run: Run, *, apart: bool) -> Moment:
     """Return where a generation is.
 
@@ -58,11 +67,7 @@ def captured(run: Run, *, apart: bool) -> Moment:
         SnapshotError: if it is in the middle of a chunk, or was interrupted or failed in one, or its family's decoder
             cannot say what it remembers.
     """
-    if not run.between_chunks:
-        raise SnapshotError(
-            "a generation can be saved or forked between two chunks only, but this one is in the middle of a chunk, or "
-            "was interrupted or failed in one; go on from the snapshot before it"
-        )
+    require_between_chunks(run)
     if run._decode is not None and not hasattr(run._decode, "state"):
         name = type(run._decode).__name__
         raise SnapshotError(f'{name} has no state() and restore(); stream with output_type="latent" to save or fork')

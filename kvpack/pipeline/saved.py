@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from kvpack.errors import SnapshotError
 from kvpack.generation.branches import Seed, forked, reseed
+from kvpack.generation.moment import require_between_chunks
 from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
 from kvpack.pipeline.calls import alone, frames
@@ -56,10 +57,12 @@ class SavedStream:
             SnapshotError: if a chunk is half made, or something in the call is no data.
             OutputError: if it cannot be written.
         """
-        if self._saver is None or self._saver.folder.path != Path(folder):
-            self._release()
-            self._saver = Saver(Path(folder), self._generation)
         with alone(self._pipeline):
+            require_between_chunks(self._run)
+            if self._saver is None or self._saver.folder.path != Path(folder):
+                saver = Saver(Path(folder), self._generation)
+                self._release()
+                self._saver = saver
             self._saver.save(self._run, note)
 
     def fork(self, *, seed: Seed | None = None, prompt: Prompt | None = None, cut: bool = False) -> Self:
