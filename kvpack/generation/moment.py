@@ -75,7 +75,7 @@ def captured(run: Run, *, apart: bool) -> Moment:
     own = {name: value for name, value in vars(run).items() if name not in _NO_DATA | cached}
     call = {name: None if name in run.spent else value for name, value in run.call.items()}
     denoiser, sessions = run.denoiser, run.sessions
-    generators = own_generators(run.pipeline._execution_device) if run.draws_freely else []
+    generators = own_generators() if run.draws_freely else []
     pasts = {
         name: each.state() if apart else Past(each.past.book.timeless(), each.past.states)
         for name, each in sessions.items()
@@ -119,5 +119,5 @@ def go_on(run: Run, moment: Moment) -> Run:
 
 def set_own_generators(run: Run, moment: Moment) -> None:
     """Set torch's own generators to where they were, if the generation draws from them."""
-    for generator, state in zip(own_generators(run.pipeline._execution_device), moment.own_generators, strict=False):
+    for generator, state in zip(own_generators(), moment.own_generators, strict=False):
         generator.set_state(state.cpu())
