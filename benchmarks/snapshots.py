@@ -1,7 +1,8 @@
 """What saving costs a generation that is saved behind every tenth chunk, on the shipped pipeline.
 
 The cost is the time of a save as a part of that of ten chunks, wall clock, decoding and the sync to disk included; low
-and high are those of the cheapest and dearest save. "bytes written" are those of a save as a part of what the memory
+and high are those of the cheapest and dearest save. "processor time" is the same without what other processes and the
+disk take. "bytes written" are those of a save as a part of what the memory
 holds: blocks of the snapshot before the last are not written again.
 """
 
@@ -37,7 +38,8 @@ def measured(name: str, saves: int) -> list[Row]:
     pipe.set_progress_bar_config(disable=True)
     pipe.enable_packforcing(demo_stack(name))
     generator = torch.Generator().manual_seed(SEED)
-    costs, written, chunks = [], [], []
+    costs, spent, written, chunks = [], [], [], []
+    busy = 0.0  # seconds of the processor in all chunks
     with (
         tempfile.TemporaryDirectory() as folder,
         pipe.packforcing.stream(
@@ -47,15 +49,20 @@ def measured(name: str, saves: int) -> list[Row]:
         stream.save(folder)
         for _ in range(saves):
             for _ in range(EVERY):
-                start = time.perf_counter()
+                start, processor = time.perf_counter(), time.process_time()
                 next(stream)
                 chunks.append(time.perf_counter() - start)
-            before, start = {path.name for path in Path(folder).iterdir()}, time.perf_counter()
+                busy += time.process_time() - processor
+            before = {path.name for path in Path(folder).iterdir()}
+            start, processor = time.perf_counter(), time.process_time()
             stream.save(folder)
             costs.append(time.perf_counter() - start)
+            spent.append(time.process_time() - processor)
             new = [path.stat().st_size for path in Path(folder).iterdir() if path.name not in before]
             written.append(sum(new) / pipe.packforcing.stats()["resident_bytes"])
+    each_chunk = busy / len(chunks)
     return [
+        samples(name, "processor time of a save", [each / (EVERY * each_chunk) for each in spent], "ratio"),
         samples(name, "cost of a save behind ten chunks", [each / (EVERY * median(chunks)) for each in costs], "ratio"),
         samples(name, "bytes written by a save", written, "ratio"),
     ]
