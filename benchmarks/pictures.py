@@ -7,6 +7,8 @@ positions, and how many tokens (`Session.plan`, `Session.attended`); behind it `
 from __future__ import annotations
 
 import argparse
+import shutil
+import tempfile
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,8 +83,8 @@ def look(session: Any, layer: int = 0) -> Look:
     )
 
 
-def seen(name: str, seconds: float, **options: Any) -> Seen:
-    """Generate a video, and read what its memory does."""
+def seen(name: str, seconds: float, trace: Path | None = None, **options: Any) -> Seen:
+    """Generate a video, and read what its memory does; into a trace, which has pictures, if one is given."""
     from diffusers import WanPipeline
 
     import kvpack
@@ -90,6 +92,8 @@ def seen(name: str, seconds: float, **options: Any) -> Seen:
     pipe: Any = kvpack.enable(WanPipeline.from_pretrained(shipped_folder()), demo_stack(name, **options))
     pipe.set_progress_bar_config(disable=True)
     found = Seen()
+
+    pipe.packforcing.trace(trace)
 
     def read(pipeline: Any, step: int, *_: Any) -> dict[str, Any]:
         if step == 0:
@@ -99,6 +103,8 @@ def seen(name: str, seconds: float, **options: Any) -> Seen:
 
     frames, generator = round(seconds * FPS / 4) * 4 + 1, torch.Generator().manual_seed(0)
     call = {"num_frames": frames, "generator": generator, "output_type": "latent", "callback_on_step_end": read}
+    if trace is not None:
+        call = {**call, "output_type": "np", "callback_on_step_end": None}
     with closing(pipe.packforcing.stream(PROMPT, **call)) as chunks:
         for _ in chunks:
             found.stats.append(pipe.packforcing.stats())
@@ -208,6 +214,32 @@ def held(found: Seen) -> Any:
     return figure
 
 
+def report(path: Path, seconds: float) -> None:
+    """Take a picture of `kvpack report` for two memories; needs playwright and Chromium."""
+    from playwright.sync_api import sync_playwright  # type: ignore[import-not-found,unused-ignore]
+
+    from kvpack.cli.report_page import page as report_page
+    from kvpack.cli.report_page import read_trace
+
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        print(f"{path} was left as it is: Chromium is not installed")
+        return
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        traces = [Path(folder, f"{name}.jsonl") for name in ("packforcing", "h2o")]
+        for trace in traces:
+            seen(trace.stem, seconds, trace)
+        Path(folder, "report.html").write_text(report_page([read_trace(each) for each in traces]))
+        tab = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
+        tab.set_viewport_size({"width": 1100, "height": 1570})
+        tab.goto(Path(folder, "report.html").as_uri())
+        for trace in (0, 1):
+            place = tab.locator(f"#figure-{trace}-0 .nsewdrag").first.bounding_box()
+            tab.mouse.move(place["x"] + 0.6 * place["width"], place["y"] + 0.5 * place["height"])
+            tab.wait_for_function(f"document.getElementById('when-{trace}').textContent.startsWith('chunk')")
+        tab.screenshot(path=path)
+
+
 def main() -> None:
     """Write all pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -220,6 +252,7 @@ def main() -> None:
     save(held(seen("packforcing", 2 * given.seconds)), given.out / "held.png")  # behind the archive's bound
     indexed = {name: seen("packforcing", given.seconds / 2, reindexer=name) for name in REINDEXERS}
     save(positions(indexed, trained=20), given.out / "positions.png")
+    report(given.out / "report.png", given.seconds / 2)
 
 
 if __name__ == "__main__":

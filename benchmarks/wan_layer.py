@@ -98,7 +98,8 @@ class Plain:
         self.all_turns = torch.cat([*cache.attended.rotations, self.turns], dim=1)
         slots = [planned.mid[block].slot for block in cache.selected[0].tolist()]
         whole = [(kept.block.keys, kept.block.values) for kept in state.whole]
-        mid = [(state.archive.keys[:, slot], state.archive.values[:, slot]) for slot in slots]
+        blocks = [(slot, state.archive.slot_tokens) for slot in slots]
+        mid = [(state.archive.block_keys(*each), state.archive.block_values(*each)) for each in blocks]
         sink, recent = ([whole[index] for index in part] for part in (planned.sink, planned.recent))
         self.history = [*sink, *mid, *recent]
 

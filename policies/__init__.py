@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from kvpack.memory.codec import DenseCodec
 from kvpack.plugins.hookspecs import hookimpl
 from kvpack.policies.absolute import AbsoluteReindexer
 from kvpack.policies.all_blocks import AllSelector
@@ -32,6 +33,7 @@ from kvpack.policies.memrope import MemRoPE
 from kvpack.policies.native import NativeCompressor
 from kvpack.policies.pool import PoolCompressor
 from kvpack.policies.pool_time import TimePoolCompressor
+from kvpack.policies.quantized import Float8Codec, Int4Codec, Int8Codec
 from kvpack.policies.random_blocks import RandomSelector
 from kvpack.policies.recency import RecencySelector
 from kvpack.policies.rolling_sink import RollingSink
@@ -78,6 +80,10 @@ def kvpack_register_policies(register: Callable[[Any], None]) -> None:
         ContiguousReindexer,
         FitReindexer,
         SinkShiftReindexer,
+        DenseCodec,
+        Int8Codec,
+        Int4Codec,
+        Float8Codec,
         DeepForcing,
         MemRoPE,
         RollingSink,

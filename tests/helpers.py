@@ -174,7 +174,7 @@ def archived(session, layer=0):
     found = []
     for piece in ledger(session).archive:
         tokens = span(piece.first_frame, piece.frames, session.geometry.grid).tokens
-        found.append(tuple(each[:, piece.slot, :tokens].clone() for each in (archive.keys, archive.values)))
+        found.append(tuple(each(piece.slot, tokens).clone() for each in (archive.block_keys, archive.block_values)))
     return found
 
 
@@ -191,7 +191,7 @@ def room(session):
 def places(session):
     """Where the memory of a stack lies."""
     arenas = [each for cache in session.caches for each in (cache.arena.keys, cache.arena.values)]
-    archives = [each for one in session.past.states for each in (one.archive.keys, one.archive.values)]
+    archives = [each for one in session.past.states for each in (*one.archive.keys, *one.archive.values)]
     return [each.data_ptr() for each in arenas + archives]
 
 

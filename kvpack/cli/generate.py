@@ -72,6 +72,9 @@ def generate(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder to save it in.", show_default="OUTPUT.checkpoint")
     ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="File for what the memory does, chunk by chunk; see kvpack report.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Generate a video of any length with a model of your own, written while it is generated.
@@ -122,6 +125,7 @@ def generate(
     pipeline = load_pipeline(model, precision, device)
     policy = enable(pipeline, stack, **parse_options(option)).packforcing.stack
     pipeline.packforcing.fps = fps
+    pipeline.packforcing.trace(trace)
     if begin is not None and name is not None:
         arguments[name] = _beginning(begin, picture, name, {**defaults, **arguments}, fps, pipeline)
     with started(pipeline, policy, frames, seed, arguments) as track, progress() as on_chunk:

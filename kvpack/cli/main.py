@@ -11,6 +11,7 @@ from kvpack.cli.env import env
 from kvpack.cli.evaluate import evaluate
 from kvpack.cli.generate import generate
 from kvpack.cli.plan import plan
+from kvpack.cli.report import report
 from kvpack.cli.resume import resume
 from kvpack.cli.support import (
     CommandGroup,
@@ -94,6 +95,7 @@ app.command()(evaluate)
 app.command()(train_compressor)
 app.command()(plan)
 app.command()(env)
+app.command()(report)
 
 
 @app.command()

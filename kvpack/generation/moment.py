@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvpack.generation.adapter import Adapter
 
 #: What a run has of the pipeline, or is made of the rest.
-_NO_DATA = {"adapter", "pipeline", "stack", "denoiser", "_decode", "_bar"}
+_NO_DATA = {"adapter", "pipeline", "stack", "denoiser", "_decode", "_bar", "watch"}
 
 
 @dataclass(frozen=True, eq=False)

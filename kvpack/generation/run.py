@@ -42,6 +42,8 @@ class Run(ABC):
     output_class: ClassVar[Any] = None
     #: Arguments of the call that are used up once the generation has begun.
     spent: ClassVar[tuple[str, ...]] = ()
+    #: Called behind a chunk's last denoising step.
+    watch: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(
         self, adapter: "Adapter", pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool
@@ -70,8 +72,7 @@ class Run(ABC):
         self._bar: Any = None
         #: The coming chunk and its first latent frame; None before the first.
         self.position: tuple[int, int] | None = None
-        #: Whether no chunk is half made; whether torch's own generators were drawn from.
-        self.between_chunks, self.draws_freely = True, False
+        self.between_chunks, self.draws_freely = True, False  # no half-made chunk; torch's own generators were used
 
     @abstractmethod
     def checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -217,6 +218,7 @@ class Run(ABC):
         with self._driving():
             again = partial(self._denoised, index, first, noise, rewinding(self.call.get("generator")))
             latents = self.denoiser.accepted(self._denoised(index, first, noise), again)
+            self.watch()
             pixels = self.decode(latents) if self._decodes_in_loop else None
             self.interrupted = getattr(self.pipeline, "_interrupt", False)
             # A chunk that is shorter than the rest without being the first is a video's last.
@@ -230,11 +232,10 @@ class Run(ABC):
         if rewind is not None:
             self._bar.total += self.steps
             rewind()
-        denoiser = self.denoiser
-        with denoiser.timed("denoise"), self.stock() as call, denoiser.during(self.phase(first)):
+        with self.denoiser.timed("denoise"), self.stock() as call, self.denoiser.during(self.phase(first)):
             made = call(**self.stock_call(noise))
         latents: Tensor = made if isinstance(made, Tensor) else made[0]
-        denoiser.check_finite(latents, index)
+        self.denoiser.check_finite(latents, index)
         return latents
 
     def set_prompt(self, prompt: Prompt | None, *, cut: bool = False) -> None:
@@ -253,8 +254,7 @@ class Run(ABC):
 
     def _later(self, shot: Shot) -> dict[str, Any]:
         conditioning = self.encode(shot.prompt)
-        rows = len(next(iter(conditioning.values())))
-        if rows != self.rows:
+        if (rows := len(next(iter(conditioning.values())))) != self.rows:
             raise InvalidOptionError(f"a later prompt is for as many videos as the first, {self.rows}, got {rows}")
         return conditioning
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from kvpack.memory.archive import Archive
+from kvpack.memory.codec import stored_bytes
 from kvpack.memory.stack_plan import StackBook
 from kvpack.memory.store import StoredBlock
 
@@ -18,9 +19,10 @@ def session_stats(session: "Session") -> dict[str, Any]:
     """Return tokens and bytes of a session.
 
     `attended_*` are those of the last chunk's history, without the chunk; `archive_*` all compressed blocks that are
-    kept, attended or not. `resident_bytes` is all memory that is held between two chunks: arenas with the room for the
-    current chunk, archives with their spare slots, the states' own tensors, and the workspace, which is
-    `workspace_bytes` of them and is one for all layers.
+    kept, attended or not, in the form and on the tier that they are stored. `resident_bytes` is all memory beside the
+    model that is held between two chunks: arenas with the room for the current chunk, archives with their spare slots
+    unless they are on another tier, the states' own tensors, and the workspace, which is `workspace_bytes` of them and
+    is one for all layers.
     """
     memory, book, geometry = session.stack, session.past.book, session.geometry
     lengths = [length for cache in session.caches for length in cache.lengths]
@@ -34,8 +36,10 @@ def session_stats(session: "Session") -> dict[str, Any]:
             stats[f"{part}_tokens"] = frames * geometry.tokens_per_frame
         blocks = len(book.ledger.archive)
         compressor = memory.compressor  # type: ignore[attr-defined]  # it is a stack
-        spans = (compressor.span(piece.first_frame, piece.frames, geometry.grid) for piece in book.ledger.archive)
-        archived = sum(span.tokens for span in spans) * _rows(session) * geometry.kv_bytes_per_token
+        sizes = [compressor.span(each.first_frame, each.frames, geometry.grid).tokens for each in book.ledger.archive]
+        shape, codec = (geometry.heads, geometry.head_dim, geometry.dtype), memory.store  # type: ignore[attr-defined]
+        stored = {tokens: stored_bytes(codec, tokens, *shape) for tokens in set(sizes)}
+        archived = sum(stored[tokens] for tokens in sizes) * _rows(session) * geometry.layers
     chosen = [cache.selected.tolist() for cache in session.caches if cache.selected is not None]
     return {
         **stats,
@@ -71,7 +75,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, StoredBlock):
         yield from value.own
     elif isinstance(value, Archive):
-        yield from (each for each in vars(value).values() if isinstance(each, Tensor))
+        yield from value.beside_the_model
     elif isinstance(value, tuple | list):
         for each in value:
             yield from _tensors(each)

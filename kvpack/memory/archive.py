@@ -1,8 +1,12 @@
 """Compressed blocks of a layer, in slots, attended or not."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from kvpack.memory.codec import DENSE, Codec, Stored, Tier, room
 
 
 class Mark:
@@ -12,33 +16,44 @@ class Mark:
 
 
 class Archive:
-    """Compressed blocks of one layer in equal slots: keys before RoPE, values, and the sum of each block's keys.
+    """Compressed blocks of one layer in equal slots: keys before RoPE and values in a codec's form, and sums of keys.
 
     Args:
         slot_tokens: most tokens of a block.
+        codec: in what form keys and values are stored.
+        tier: where they are stored; sums of keys and places are beside the model.
     """
 
-    def __init__(self, slot_tokens: int) -> None:
-        self.slot_tokens = slot_tokens
-        self.keys = torch.empty(0)
-        self.values = torch.empty(0)
+    def __init__(self, slot_tokens: int, codec: Codec = DENSE, tier: Tier = "device") -> None:
+        self.slot_tokens, self.codec, self.tier = slot_tokens, codec, tier
+        #: What the codec makes of keys, and of values, `[rows, slots, ...]`.
+        self.keys: Stored = ()
+        self.values: Stored = ()
         self.key_sums = torch.empty(0)
         #: Where tokens sit, if that differs by row or layer.
         self.coordinates: Tensor | None = None
         #: Of each slot that was ever written.
         self.marks: dict[int, Mark] = {}
+        #: Of keys and values once they are decoded.
+        self.dtype = torch.float32
         self._shared = False
 
     @property
     def slots(self) -> int:
         """Slots allocated."""
-        return self.keys.shape[1] if self.keys.ndim == 5 else 0
+        return self.key_sums.shape[1] if self.key_sums.ndim == 4 else 0
+
+    @property
+    def beside_the_model(self) -> tuple[Tensor, ...]:
+        """All tensors on the model's device."""
+        placed = () if self.coordinates is None else (self.coordinates,)
+        return (self.key_sums, *placed, *((*self.keys, *self.values) if self.tier == "device" else ()))
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, spare slots included."""
+        """Bytes allocated on all tiers, spare slots included."""
         placed = 0 if self.coordinates is None else self.coordinates.nbytes
-        return self.keys.nbytes + self.values.nbytes + self.key_sums.nbytes + placed
+        return sum(each.nbytes for each in (*self.keys, *self.values, self.key_sums)) + placed
 
     def write(
         self,
@@ -56,14 +71,15 @@ class Archive:
             coordinates: (t, y, x) of each token, `[rows, tokens, 3]` or `[rows, tokens, heads, 3]`, if they depend on
                 the data.
         """
-        tokens = keys.shape[1]
         self.marks[slot] = Mark()
-        self.keys[:, slot, :tokens] = keys
-        self.values[:, slot, :tokens] = values
+        stored = self.codec.encode_keys(self._filled(keys)), self.codec.encode_values(self._filled(values))
+        for rooms, parts in zip((self.keys, self.values), stored, strict=True):
+            for each, part in zip(rooms, parts, strict=True):
+                each[:, slot] = part
         self.key_sums[:, slot] = keys.float().sum(dim=1)
         if coordinates is not None:
             assert self.coordinates is not None
-            self.coordinates[:, slot, :tokens] = coordinates
+            self.coordinates[:, slot, : keys.shape[1]] = coordinates
 
     def reserve(
         self, slot: int, like: Float[Tensor, "rows tokens heads head_dim"], coordinates: Tensor | None = None
@@ -86,39 +102,119 @@ class Archive:
             shape = (coordinates.shape[0], slots - held, self.slot_tokens, *coordinates.shape[2:])
             new = coordinates.new_zeros(shape, dtype=torch.float32)
             self.coordinates = new if self.coordinates is None else torch.cat([self.coordinates, new], dim=1)
-        if more := slots - self.slots:
-            shape = (rows, more, self.slot_tokens, heads, head_dim)
-            sums = torch.zeros(rows, more, heads, head_dim, dtype=torch.float32, device=like.device)
-            self.key_sums = _extended(self.key_sums, sums)
-            self.values = _extended(self.values, like.new_zeros(shape))
+        if slots > self.slots:
+            self.dtype = like.dtype
+            block = torch.empty(rows, self.slot_tokens, heads, head_dim, dtype=like.dtype, device="meta")
+            self.keys = self._grown(self.keys, self.codec.encode_keys(block), slots, like.device)
+            self.values = self._grown(self.values, self.codec.encode_values(block), slots, like.device)
+            sums = torch.zeros(rows, slots, heads, head_dim, dtype=torch.float32, device=like.device)
+            sums[:, : self.slots] = self.key_sums if self.slots else 0
             # Last, since `slots` goes by it: an interrupt before it leaves room that is made again.
-            self.keys = _extended(self.keys, like.new_zeros(shape))
+            self.key_sums = sums
+
+    def restore(
+        self,
+        slot: int,
+        slots: int,
+        dtype: torch.dtype,
+        stored: tuple[Stored, Stored],
+        key_sums: Float[Tensor, "rows heads head_dim"],
+        coordinates: Tensor | None,
+    ) -> None:
+        """Put a block that was stored before into one of `slots` slots.
+
+        Args:
+            slot: index of the slot.
+            slots: how many this archive gets.
+            dtype: of keys and values once they are decoded.
+            stored: what the codec had made of the block's keys, and of its values.
+            key_sums: sum of its keys.
+            coordinates: its places, if they depend on the data, filled up to a slot's tokens.
+
+        Raises:
+            ValueError: if it is not what the codec makes of a block.
+        """
+        rows, heads, head_dim = key_sums.shape
+        block = torch.empty(rows, self.slot_tokens, heads, head_dim, dtype=dtype, device="meta")
+        wanted = self.codec.encode_keys(block), self.codec.encode_values(block)
+        shapes = [[(tuple(each.shape), each.dtype) for pair in form for each in pair] for form in (wanted, stored)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{self.codec.name} stores {shapes[0]}, but the block is {shapes[1]}")
+        if not self.slots:
+            self.dtype = dtype
+            self.keys, self.values = (self._grown((), like, slots, key_sums.device) for like in wanted)
+            self.key_sums = key_sums.new_zeros(rows, slots, heads, head_dim)
+        if coordinates is not None and self.coordinates is None:
+            self.coordinates = coordinates.new_zeros(coordinates.shape[0], slots, *coordinates.shape[1:])
+        for rooms, parts in zip((self.keys, self.values), stored, strict=True):
+            for each, part in zip(rooms, parts, strict=True):
+                each[:, slot] = part
+        self.key_sums[:, slot] = key_sums
+        if self.coordinates is not None and coordinates is not None:
+            self.coordinates[:, slot] = coordinates
+        self.marks[slot] = Mark()
+
+    def block_keys(self, slot: int, tokens: int, rows: slice = slice(None)) -> Tensor:
+        """Return keys `[some rows, tokens, heads, head_dim]` of a block, on the model's device."""
+        stored = [each[rows, slot].to(self.key_sums.device, non_blocking=True) for each in self.keys]
+        return self.codec.decode_keys(stored, self.slot_tokens, self.dtype)[:, :tokens]
+
+    def block_values(self, slot: int, tokens: int, rows: slice = slice(None)) -> Tensor:
+        """Return values `[some rows, tokens, heads, head_dim]` of a block, on the model's device."""
+        stored = [each[rows, slot].to(self.key_sums.device, non_blocking=True) for each in self.values]
+        return self.codec.decode_values(stored, self.slot_tokens, self.dtype)[:, :tokens]
 
     def gather(
         self, rows: slice, slots: Int[Tensor, "some chosen"], tokens: int
     ) -> tuple[Float[Tensor, "some all heads head_dim"], Float[Tensor, "some all heads head_dim"]]:
         """Return keys and values of the chosen slots, the first `tokens` of each, joined; each row has its choice."""
-        index = torch.arange(slots.shape[0], device=slots.device)[:, None]
-        return (
-            self.keys[rows, :, :tokens][index, slots].flatten(1, 2),
-            self.values[rows, :, :tokens][index, slots].flatten(1, 2),
-        )
+
+        def joined(stored: Stored, decode: Callable[[Sequence[Tensor], int, torch.dtype], Tensor]) -> Tensor:
+            chosen = [self._chosen(each, rows, slots) for each in stored]  # [some * chosen, ...]
+            blocks = decode(chosen, self.slot_tokens, self.dtype)[:, :tokens]
+            return blocks.unflatten(0, tuple(slots.shape)).flatten(1, 2)  # [some, chosen * tokens, heads, head_dim]
+
+        return joined(self.keys, self.codec.decode_keys), joined(self.values, self.codec.decode_values)
 
     def fork(self) -> "Archive":
         """Return an independent archive that shares all memory with this one until either is written."""
-        copy = Archive(self.slot_tokens)
+        copy = Archive(self.slot_tokens, self.codec, self.tier)
         copy.keys, copy.values, copy.key_sums, copy.coordinates = (
             self.keys,
             self.values,
             self.key_sums,
             self.coordinates,
         )
-        copy.marks = dict(self.marks)
+        copy.marks, copy.dtype = dict(self.marks), self.dtype
         self._shared = copy._shared = True
         return copy
 
+    def _chosen(self, stored: Tensor, rows: slice, slots: Int[Tensor, "some chosen"]) -> Tensor:
+        # On another tier than the model's the host must know what is chosen: the one wait of a chunk and layer.
+        where = slots.to(stored.device)
+        index = torch.arange(where.shape[0], device=stored.device)[:, None]
+        return stored[rows][index, where].flatten(0, 1).to(slots.device, non_blocking=True)
+
+    def _filled(self, block: Tensor) -> Tensor:
+        """Return a block that fills a slot, its last token repeated: what a codec measures of it stays the same."""
+        more = self.slot_tokens - block.shape[1]
+        return torch.cat([block, block[:, -1:].expand(-1, more, -1, -1)], dim=1) if more else block
+
+    def _grown(self, old: Stored, like: Stored, slots: int, device: torch.device) -> Stored:
+        new = []
+        for number, each in enumerate(like):
+            larger = room((each.shape[0], slots, *each.shape[1:]), each.dtype, device, self.tier)
+            if old:
+                larger[:, : old[number].shape[1]] = old[number]
+            new.append(larger)
+        return tuple(new)
+
     def _own(self) -> None:
-        self.keys, self.values, self.key_sums = self.keys.clone(), self.values.clone(), self.key_sums.clone()
+        self.keys, self.values = (
+            tuple(room(each.shape, each.dtype, each.device, self.tier).copy_(each) for each in stored)
+            for stored in (self.keys, self.values)
+        )
+        self.key_sums = self.key_sums.clone()
         self.coordinates = None if self.coordinates is None else self.coordinates.clone()
         self._shared = False
 
@@ -132,8 +228,3 @@ def grown_slots(slots: int, slot: int) -> int:
     (1, 4, 330)
     """
     return slots if slot < slots else max(slot + 1, slots + slots // 32)
-
-
-def _extended(old: Tensor, more: Tensor) -> Tensor:
-    """Return `old` with the slots of `more` behind its own."""
-    return torch.cat([old, more], dim=1) if old.ndim == more.ndim else more

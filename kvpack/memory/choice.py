@@ -30,7 +30,7 @@ def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) 
     slots, tokens = plan.on(device)
 
     def keys(block: int) -> Tensor:
-        return archive.keys[:, plan.mid[block].slot, : plan.tokens[block]]
+        return archive.block_keys(plan.mid[block].slot, plan.tokens[block])
 
     def turned(vectors: Callable[[], Tensor], block: int | None) -> Tensor:
         own = None

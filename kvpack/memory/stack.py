@@ -13,6 +13,7 @@ from kvpack.memory.attribution import policy_call
 from kvpack.memory.base import Attended, Chunk, Commit, Memory
 from kvpack.memory.blocks import KVBlock, Span, check_block, grid_coordinates
 from kvpack.memory.choice import check_choice, choose
+from kvpack.memory.codec import DENSE, Codec, Tier
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import BlockEntry, Ledger
 from kvpack.memory.plan import Book, Plan
@@ -52,6 +53,8 @@ class Stack(Memory):
         commit: which keys and values of a chunk become history: those of a "rerun" of the clean chunk at t = 0, or
             those of the "last-step" of denoising, which saves a forward but keeps what is left of its noise.
         replay_frames: last latent frames that are computed anew under a new prompt, as far as they are still whole.
+        store: in what form compressed blocks are archived.
+        tier: where they are archived: on the "device" of the model, in the memory of the "host", or on "disk".
 
     Raises:
         InvalidOptionError: if a size or word is wrong, a policy is in the wrong role, or the roles do not fit together.
@@ -67,6 +70,8 @@ class Stack(Memory):
     share_selection: bool = False
     commit: Commit = "rerun"  # type: ignore[misc]
     replay_frames: int = 21
+    store: Codec = DENSE
+    tier: Tier = "device"
 
     def __post_init__(self) -> None:
         for role, base in ROLES.items():
@@ -77,6 +82,9 @@ class Stack(Memory):
         if self.archive_blocks is not None:
             require_int("archive_blocks", self.archive_blocks)
         require_int("replay_frames", self.replay_frames)
+        require_choice("tier", self.tier, get_args(Tier))
+        if not isinstance(self.store, Codec):
+            raise InvalidOptionError(f"store must be a Codec, got {self.store!r}")
         require_bool("share_selection", self.share_selection)
         require_choice("commit", self.commit, get_args(Commit))
         self.partitioner.check(self.chunk_frames)
@@ -97,12 +105,15 @@ class Stack(Memory):
     @cached_property
     def keeps_rotated(self) -> bool:  # type: ignore[override]
         """Whether keys are kept after RoPE: positions never change, and nothing is compressed."""
-        if not self.reindexer.absolute:
-            return False
+        return self.reindexer.absolute and not self.archives
+
+    @cached_property
+    def archives(self) -> bool:
+        """Whether any block is ever compressed and kept."""
         far = self.partitioner.horizon_frames // self.chunk_frames + 2
         lengths = range(self.chunk_frames, (far + 1) * self.chunk_frames, self.chunk_frames)
         parts = (self.partitioner.partition(history, self.chunk_frames) for history in lengths)
-        return self.archive_blocks == 0 or all(each.part != "mid" for segments in parts for each in segments)
+        return self.archive_blocks != 0 and any(each.part == "mid" for segments in parts for each in segments)
 
     def book(self) -> StackBook:
         """Return the book of an empty ledger."""
@@ -134,7 +145,7 @@ class Stack(Memory):
     def start(self, geometry: Geometry, layer: int) -> StackState:
         """Return an empty archive, whose slots hold the longest block."""
         spans = (self.compressor.span(0, frames, geometry.grid) for frames in range(1, self.chunk_frames + 1))
-        return StackState((), Archive(max(span.tokens for span in spans)))
+        return StackState((), Archive(max(span.tokens for span in spans), self.store, self.tier))
 
     def attend(self, state: StackState, chunk: Chunk) -> Attended:
         """Choose mid blocks and place them between sink and recent blocks."""
@@ -202,8 +213,9 @@ class Stack(Memory):
             InvalidOptionError: if a policy is not a dataclass, or holds a module.
         """
         roles = {role: _policy_dict(getattr(self, role)) for role in ROLES}
-        others = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("name", *ROLES)}
-        return {"name": self.name, **roles, **others}
+        named = ("name", "store", *ROLES)
+        others = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in named}
+        return {"name": self.name, **roles, **others, "store": _policy_dict(self.store)}
 
     def _compressed(self, piece: BlockEntry, kept: KeptBlock, chunk: Chunk) -> KVBlock:
         """Return what will stand for a block."""

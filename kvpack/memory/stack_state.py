@@ -153,7 +153,7 @@ def _own_places(archive: Archive, rows: slice, slots: Tensor, plan: StackPlan, p
 def _archived(stack: "Stack", archive: Archive, plan: StackPlan, rows: slice, block: int, chunk: Chunk) -> KeysValues:
     """Return a mid block as it is attended."""
     piece, tokens, level = plan.mid[block], plan.tokens[block], plan.levels[block]
-    keys, values = archive.keys[rows, piece.slot, :tokens], archive.values[rows, piece.slot, :tokens]
+    keys, values = archive.block_keys(piece.slot, tokens, rows), archive.block_values(piece.slot, tokens, rows)
     if not level:
         return keys, values
     with policy_call(stack.compressor, "shrunk", plan.ledger.seconds, chunk.layer):

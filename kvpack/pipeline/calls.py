@@ -5,6 +5,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from kvpack.generation.run import Run
 from kvpack.generation.threads import one_thread
 from kvpack.memory.base import Memory
 from kvpack.pipeline.progress import OnChunk, reported
+from kvpack.pipeline.trace import traced
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Enabled:
         fps: pixel frames a second, which say at what chunk a prompt schedule's seconds are.
         first_chunk_frames: latent frames of a video's first chunk; None leaves it to the model.
         call: arguments of the pipeline's call that are the model's own, where a call does not give them.
+        trace: file that generations write what their memory does to; copies do not take it along.
     """
 
     stack: Memory
@@ -43,6 +46,7 @@ class Enabled:
     fps: float = 16.0
     first_chunk_frames: int | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
+    trace: Path | None = None
 
     def __str__(self) -> str:
         if self.run is not None:
@@ -106,17 +110,22 @@ def running(pipeline: Any, run: Run) -> Iterator[None]:
 def frames(pipeline: Any, run: Run, on_chunk: OnChunk | None = None) -> Generator[Any, None, None]:
     """Yield each chunk's frames in the call's `output_type`."""
     with running(pipeline, run):
+<<<<<<< HEAD
         for chunk in reported(run, on_chunk):
             made = chunk.latents if chunk.pixels is None else run.postprocess(chunk.pixels)
             run.between_chunks = not run.interrupted  # what nobody was given must be made again after a save
             yield made
+=======
+        for chunk in reported(traced(run, pipeline._kvpack.trace), run, on_chunk):
+            yield chunk.latents if chunk.pixels is None else run.postprocess(chunk.pixels)
+>>>>>>> main
 
 
 def whole(pipeline: Any, run: Run, on_chunk: OnChunk | None = None) -> Any:
     """Return what the pipeline's call returns, all chunks in it."""
     latents, frames = [], []
     with running(pipeline, run):
-        for chunk in reported(run, on_chunk):
+        for chunk in reported(traced(run, pipeline._kvpack.trace), run, on_chunk):
             latents.append(chunk.latents)
             if chunk.pixels is not None:
                 frames.append(run.postprocess(chunk.pixels))

@@ -42,7 +42,7 @@ def enable(
     Returns:
         The same pipeline.
 
-    Example:
+    Examples:
         >>> import kvpack, kvpack.testing
         >>> pipe = kvpack.enable(kvpack.testing.tiny_wan_pipeline(), topk=2)
         >>> pipe.packforcing.stack.selector.topk
@@ -67,8 +67,8 @@ def enable(
         if own is None:
             warn_if_bidirectional(getattr(pipeline, "transformer", None))
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
-    fps = float(settings.fps) if before is None else before.fps
-    attach(pipeline, resolved, adapter, fps=fps, first_chunk_frames=settings.first_chunk_frames, call=settings.call)
+    kept = {"fps": float(settings.fps)} if before is None else {"fps": before.fps, "trace": before.trace}
+    attach(pipeline, resolved, adapter, first_chunk_frames=settings.first_chunk_frames, call=settings.call, **kept)
     return pipeline
 
 

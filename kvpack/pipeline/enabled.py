@@ -1,6 +1,7 @@
 """What an enabled pipeline can do more than a stock one; `enable` gives it this class under its own name."""
 
 import inspect
+import os
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
@@ -70,6 +71,16 @@ class PackForcing:
 
     def __repr__(self) -> str:
         return f"<packforcing of {type(self._pipeline).__name__}: {self._pipeline._kvpack}>"
+
+    def trace(self, path: str | os.PathLike[str] | None) -> None:
+        """Let the generations to come write what their memory does into a file, which `kvpack report` draws.
+
+        Each generation begins the file anew, and adds a line of JSON behind every chunk (see `kvpack.pipeline.trace`).
+
+        Args:
+            path: the file; None writes none any more.
+        """
+        self._pipeline._kvpack.trace = None if path is None else Path(path)
 
     def stream(self, *args: Any, on_chunk: OnChunk | None = None, **kwargs: Any) -> Stream:
         """Generate without end, or `num_frames`, and yields each chunk's frames as soon as they are decoded.

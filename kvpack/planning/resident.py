@@ -7,6 +7,7 @@ import torch
 
 from kvpack.memory.archive import grown_slots
 from kvpack.memory.base import Memory
+from kvpack.memory.codec import stored_bytes
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import Ledger
 from kvpack.memory.session import Session
@@ -71,8 +72,9 @@ def _counted(geometry: Geometry, stack: Stack, chunks: int, batch: int) -> Resid
     block = stack.start(geometry, 0).archive.slot_tokens
     waiting = (piece for piece in ledger.whole if piece.first_frame in due)
     twins = sum(stack.compressor.span(piece.first_frame, piece.frames, geometry.grid).tokens for piece in waiting)
-    tokens = room + slots * block + twins
-    layer = batch * width * (2 * number * tokens + 4 * slots)  # sums of keys are float32
+    stored = stored_bytes(stack.store, block, geometry.heads, geometry.head_dim, geometry.dtype)
+    layer = batch * width * (2 * number * (room + twins) + 4 * slots)  # sums of keys are float32
+    layer += batch * slots * stored if stack.tier == "device" else 0
     placed = {"span": 0, "row": 1, "head": geometry.heads}[stack.compressor.places]
     layer += batch * slots * block * placed * 12  # (t, y, x) in float32
     return Resident(history, layer, 0 if stack.keeps_rotated else batch * width * number * room)

@@ -17,6 +17,9 @@ from kvpack.memory.roles import Policy
 from kvpack.memory.stack import Stack
 from kvpack.plugins import hookspecs
 
+#: Options of every stack that archives blocks.
+_STORAGE = ("store", "tier")
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -127,7 +130,8 @@ class Registry:
             InvalidOptionError: if two packages want the name, or an option is unknown or wrong.
         """
         self._check_name("stack", name)
-        offered = dict(defaults or {})
+        offered, storage = dict(defaults or {}), {each: options[each] for each in _STORAGE if each in options}
+        options = {each: value for each, value in options.items() if each not in storage}
         while True:
             try:
                 made = _call(f"stack {name}", self.stacks[name], {**offered, **options})
@@ -137,8 +141,18 @@ class Registry:
                     raise
                 del offered[error.option]
         require_instance("memory", made)
+        made = self._stored(made, storage)
         # A factory that changes a built-in stack is known by its own name in tables.
         return replace(made, name=name) if isinstance(made, Stack) and made.name != name else made
+
+    def _stored(self, made: Memory, storage: Mapping[str, Any]) -> Memory:
+        """Return a stack whose archive is kept as asked for."""
+        if not storage:
+            return made
+        if not isinstance(made, Stack) or not made.archives:
+            raise UnusedOptionError(next(iter(storage)), f"{made.name} archives no blocks; leave it out")
+        codec = self.policy("codec", storage.get("store", made.store))
+        return replace(made, store=codec, tier=storage.get("tier", made.tier))
 
     def taken(self, stack: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return those options that a stack by name takes; none if the stack is not installed."""

@@ -92,6 +92,9 @@ def stack_from_dict(data: Mapping[str, Any]) -> Stack:
         options = dict(data[role])
         name = options.pop("policy", None)
         policies[role] = registry().policy(role, str(name), options)
+    if "store" in data:
+        options = dict(data["store"])
+        policies["store"] = registry().policy("codec", str(options.pop("policy", None)), options)
     return Stack(**{**data, **policies})
 
 

@@ -97,8 +97,8 @@ def _check_state(state: StackState, book: StackBook, geometry: Geometry) -> None
     slots = [piece.slot for piece in ledger.archive]
     if any(slot not in state.archive.marks for slot in slots):
         raise SnapshotError(f"blocks in the slots {sorted(set(slots) - set(state.archive.marks))} are missing")
-    if state.archive.slots and tuple(state.archive.keys.shape[3:]) != (geometry.heads, geometry.head_dim):
-        raise SnapshotError(f"archived keys are {tuple(state.archive.keys.shape)}, but the model is {geometry}")
+    if state.archive.slots and tuple(state.archive.key_sums.shape[2:]) != (geometry.heads, geometry.head_dim):
+        raise SnapshotError(f"sums of keys are {tuple(state.archive.key_sums.shape)}, but the model is {geometry}")
 
 
 def _check_block(block: StoredBlock, geometry: Geometry) -> None:

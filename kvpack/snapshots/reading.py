@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from kvpack.errors import SnapshotError
-from kvpack.memory.archive import Archive, Mark
+from kvpack.memory.archive import Archive
+from kvpack.memory.codec import Codec, Tier
 from kvpack.memory.roles import Policy
 from kvpack.memory.store import StoredBlock
 from kvpack.snapshots.types import fits
@@ -116,24 +117,18 @@ class TreeReader:
         return self._once("generator", state, make)
 
     def _archive(self, node: dict[str, Any]) -> Archive:
-        archive, slots = Archive(_count(node["slot_tokens"])), _count(node["slots"])
+        codec, tier, slots = self.value(node["codec"]), node["tier"], _count(node["slots"])
+        if not isinstance(codec, Codec) or tier not in get_args(Tier):
+            raise SnapshotError(f"an archive is in the form {codec!r}, on the tier {str(tier)[:40]!r}")
+        archive = Archive(_count(node["slot_tokens"]), codec, tier)
         for slot, (keys, values, sums, places) in node["held"]:
             if _count(slot) >= slots or slots > 2 * len(node["held"]) + 64:
                 raise SnapshotError(
                     f"an archive of {slots} slots has {len(node['held'])} blocks, one of them in {slot}"
                 )
-            if not archive.slots:
-                archive.keys, archive.values, archive.key_sums = (
-                    _room(self._tensor(each), slots) for each in (keys, values, sums)
-                )
-            parts = [(archive.keys, keys), (archive.values, values), (archive.key_sums, sums)]
-            if places is not None:
-                if archive.coordinates is None:
-                    archive.coordinates = _room(self._tensor(places), slots)
-                parts.append((archive.coordinates, places))
-            for whole, part in parts:
-                whole[:, slot] = self._tensor(part)
-            archive.marks[slot] = Mark()
+            stored = tuple(map(self._tensor, keys)), tuple(map(self._tensor, values))
+            own = None if places is None else self._tensor(places)
+            archive.restore(slot, slots, _DTYPES[node["dtype"]], stored, self._tensor(sums), own)
         return archive
 
     def _data(self, node: dict[str, Any]) -> Any:
@@ -149,10 +144,6 @@ class TreeReader:
                 f"{name} of a {cls.__name__} in it is {type(values[name]).__name__}, but must be {hint}"
             )
         return cls(**values)
-
-
-def _room(like: Tensor, slots: int) -> Tensor:
-    return like.new_zeros(like.shape[0], slots, *like.shape[1:])
 
 
 def _count(value: Any) -> int:

@@ -36,8 +36,10 @@ def allowed_classes(stack: Memory, adapter: Adapter) -> dict[str, type]:
 
 
 def policies_of(stack: Memory) -> dict[str, Policy]:
-    """Return the four policies of a stack by role, or the memory itself."""
-    return {role: getattr(stack, role) for role in ROLES} if isinstance(stack, Stack) else {"memory": stack}
+    """Return the policies of a stack by role, or the memory itself."""
+    if not isinstance(stack, Stack):
+        return {"memory": stack}
+    return {**{role: getattr(stack, role) for role in ROLES}, "codec": stack.store}
 
 
 def _is_data(cls: Any) -> bool:

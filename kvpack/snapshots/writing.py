@@ -133,13 +133,22 @@ class TreeWriter:
 
     def _archive(self, archive: Archive) -> Node:
         held = [[slot, self._once(mark, partial(self._slot, archive, slot))] for slot, mark in archive.marks.items()]
-        return {KIND: "archive", "slot_tokens": archive.slot_tokens, "slots": archive.slots, "held": held}
+        return {
+            KIND: "archive",
+            "slot_tokens": archive.slot_tokens,
+            "slots": archive.slots,
+            "codec": self.node(archive.codec, "archive"),
+            "tier": archive.tier,
+            "dtype": str(archive.dtype).removeprefix("torch."),
+            "held": held,
+        }
 
     def _slot(self, archive: Archive, slot: int) -> Node:
         places = archive.coordinates
         placed = places is not None and slot < places.shape[1]
-        parts = [archive.keys[:, slot], archive.values[:, slot], archive.key_sums[:, slot]]
-        return [*map(self._tensor, parts), self._tensor(places[:, slot]) if placed and places is not None else None]
+        keys, values = ([self._tensor(each[:, slot]) for each in stored] for stored in (archive.keys, archive.values))
+        own = self._tensor(places[:, slot]) if placed and places is not None else None
+        return [keys, values, self._tensor(archive.key_sums[:, slot]), own]
 
     def _policy(self, policy: Policy, where: str) -> Node:
         for role, own in self._policies.items():

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvpack.errors import PolicyError
 from kvpack.memory.base import Memory
 from kvpack.memory.blocks import KVBlock, LatentChunk, Span, grid_coordinates
+from kvpack.memory.codec import Codec
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.roles import (
     Candidates,
@@ -24,6 +25,7 @@ from kvpack.memory.roles import (
 )
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
+from kvpack.testing.codecs import check_codec
 from kvpack.testing.given import require_kind
 
 TINY = Geometry(layers=2, heads=2, head_dim=12, grid=(4, 5), rope_split=(4, 4, 4))
@@ -144,6 +146,8 @@ def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
     if isinstance(policy, Memory):
         check_memory(policy)
         return
+    if isinstance(policy, Codec):
+        check_codec(policy)
     for sizes in ((8, 4), (3, 5)):
         stack = _stack_with(policy, sizes, chunk_frames)
         whole, again = _outputs(stack, policy, slice(0, 2)), _outputs(stack, policy, slice(0, 2))
@@ -258,6 +262,8 @@ def _stack_with(policy: Policy, sizes: tuple[int, int], chunk_frames: int) -> St
         "selector": _Newest(),
         "reindexer": registry().policy("reindexer", "contiguous"),
     }
+    if isinstance(policy, Codec):
+        return Stack("check", **roles, chunk_frames=chunk_frames, store=policy)
     if not isinstance(policy, (Partitioner, Compressor, Selector, Reindexer)):
         raise PolicyError(f"{type(policy).__name__} fills none of the roles {', '.join(roles)}")
     return Stack("check", **{**roles, policy.role: policy}, chunk_frames=chunk_frames)

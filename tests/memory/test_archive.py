@@ -26,7 +26,7 @@ def test_memory_that_runs_out_leaves_the_archive_as_it_was(failing, full, monkey
     session = Session(registry().stack("packforcing", {"topk": 2, "archive_blocks": 2 if full else None}), TINY)
     run_session(session, 8)
     assert len(ledger(session).archive) == (2 if full else 5)
-    before, past = [archive.keys[:, : archive.slots].clone() for archive in archives(session)], session.past
+    before, past = [archive.keys[0][:, : archive.slots].clone() for archive in archives(session)], session.past
     reserve, calls = Archive.reserve, []
 
     def fails(archive, *given):
@@ -42,7 +42,7 @@ def test_memory_that_runs_out_leaves_the_archive_as_it_was(failing, full, monkey
     assert calls
     assert session.past is past
     for archive, keys in zip(archives(session), before, strict=True):
-        assert torch.equal(archive.keys[:, : keys.shape[1]], keys)
+        assert torch.equal(archive.keys[0][:, : keys.shape[1]], keys)
     fresh = Session(session.stack, TINY, session.state())
     again, other = (run_session(each, 3, seed=2) for each in (session, fresh))
     assert all(torch.equal(one, two) for one, two in zip(again, other, strict=True))

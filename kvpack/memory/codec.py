@@ -1,0 +1,107 @@
+"""In what form compressed blocks are archived, and on which tier."""
+
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvpack.errors import OutputError
+from kvpack.memory.roles import Policy
+
+#: Where archived keys and values lie: beside the model, in the host's memory, or in an unnamed file.
+Tier = Literal["device", "host", "disk"]
+Stored = tuple[Tensor, ...]
+
+
+class Codec(Policy, ABC):
+    """Say what is stored of archived keys, before RoPE, and values, and what is attended of it.
+
+    Both come as `[blocks, tokens, heads, head_dim]`. What is stored are tensors whose first axis is that of the blocks,
+    and whose other sizes and dtypes follow from the shape and dtype alone. Nothing waits for the device. What is not
+    finite must not come back as finite.
+    """
+
+    role: ClassVar[str] = "codec"
+
+    @abstractmethod
+    def encode_keys(self, keys: Float[Tensor, "blocks tokens heads head_dim"]) -> Stored:
+        """Return what is stored of keys."""
+
+    @abstractmethod
+    def decode_keys(
+        self, stored: Sequence[Tensor], tokens: int, dtype: torch.dtype
+    ) -> Float[Tensor, "blocks tokens heads head_dim"]:
+        """Return keys of what is stored."""
+
+    @abstractmethod
+    def encode_values(self, values: Float[Tensor, "blocks tokens heads head_dim"]) -> Stored:
+        """Return what is stored of values."""
+
+    @abstractmethod
+    def decode_values(
+        self, stored: Sequence[Tensor], tokens: int, dtype: torch.dtype
+    ) -> Float[Tensor, "blocks tokens heads head_dim"]:
+        """Return values of what is stored."""
+
+
+@dataclass(frozen=True)
+class DenseCodec(Codec):
+    """Stores keys and values as they are."""
+
+    name = "dense"
+
+    def encode_keys(self, keys: Tensor) -> Stored:
+        """Return the keys."""
+        return (keys,)
+
+    def decode_keys(self, stored: Sequence[Tensor], tokens: int, dtype: torch.dtype) -> Tensor:
+        """Return the keys."""
+        return stored[0]
+
+    def encode_values(self, values: Tensor) -> Stored:
+        """Return the values."""
+        return (values,)
+
+    def decode_values(self, stored: Sequence[Tensor], tokens: int, dtype: torch.dtype) -> Tensor:
+        """Return the values."""
+        return stored[0]
+
+
+DENSE = DenseCodec()
+
+
+def stored_bytes(codec: Codec, tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Return the bytes of one archived block, computed without any memory.
+
+    >>> stored_bytes(DenseCodec(), 182, 12, 128, torch.bfloat16)
+    1118208
+    """
+    block = torch.empty(1, tokens, heads, head_dim, dtype=dtype, device="meta")
+    return sum(part.nbytes for part in (*codec.encode_keys(block), *codec.encode_values(block)))
+
+
+def room(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tier: Tier) -> Tensor:
+    """Return zeros on a tier.
+
+    Raises:
+        OutputError: if the disk is full; nothing is left there, neither then nor at the end of the process.
+    """
+    if tier == "device":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    if tier == "host":
+        return torch.zeros(*shape, dtype=dtype, pin_memory=device.type == "cuda")
+    count = torch.Size(shape).numel()
+    with tempfile.NamedTemporaryFile(prefix="kvpack-") as file:
+        try:
+            # Reserved now: a page that the disk has no room for would end the process when it is written.
+            os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))
+        except OSError as error:
+            folder = os.path.dirname(file.name)
+            raise OutputError(f"cannot archive in {folder}: {error.strerror}; set TMPDIR to another folder") from error
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(*shape)

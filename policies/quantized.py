@@ -1,0 +1,138 @@
+"""Archived keys and values in eight or four bits (after KIVI, arXiv 2402.02750)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvpack.errors import require_int
+from kvpack.memory.codec import Codec, Stored
+
+_LARGEST = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class Int8Codec(Codec):
+    """Stores whole numbers between the least and the greatest of a group: keys by channel, values by token.
+
+    A channel of keys before RoPE is alike in all tokens, also where it is far from the others, and a token's values are
+    of one size. Least number and step are float16, so that numbers beyond its range, 65504, are cut. Differs from KIVI:
+    a group is about `group_tokens` tokens of a channel, or all channels of a head of a token, and nothing recent is
+    kept apart, since it is not archived. A number is off by at most half a step, 2^-9 of the largest of its group, and
+    2^-16 where they are tiny.
+
+    Args:
+        group_tokens: most tokens whose keys share a step in each channel.
+
+    Raises:
+        InvalidOptionError: if `group_tokens` is less than 1.
+    """
+
+    group_tokens: int = 64
+    name = "int8"
+    bits: ClassVar[int] = 8
+
+    def __post_init__(self) -> None:
+        require_int("group_tokens", self.group_tokens, minimum=1)
+
+    def encode_keys(self, keys: Tensor) -> Stored:
+        """Return codes `[blocks, groups, tokens, heads, head_dim]`, and least number and step of each group."""
+        groups, size = self._groups(keys.shape[1])
+        more = groups * size - keys.shape[1]
+        filled = torch.cat([keys, keys[:, -1:].expand(-1, more, -1, -1)], dim=1)
+        return self._encode(filled.unflatten(1, (groups, size)), dim=2)
+
+    def decode_keys(self, stored: Sequence[Tensor], tokens: int, dtype: torch.dtype) -> Tensor:
+        """Return keys."""
+        return self._decode(stored, dtype).flatten(1, 2)[:, :tokens]
+
+    def encode_values(self, values: Tensor) -> Stored:
+        """Return codes `[blocks, tokens, heads, head_dim]`, and least number and step of each token's heads."""
+        return self._encode(values, dim=3)
+
+    def decode_values(self, stored: Sequence[Tensor], tokens: int, dtype: torch.dtype) -> Tensor:
+        """Return values."""
+        return self._decode(stored, dtype)
+
+    def _groups(self, tokens: int) -> tuple[int, int]:
+        """Return how many groups there are, of equal size, and of how many tokens."""
+        groups = -(-tokens // self.group_tokens)
+        return groups, -(-tokens // groups)
+
+    def _encode(self, numbers: Tensor, dim: int) -> Stored:
+        numbers, levels = numbers.float(), 2**self.bits - 1
+        # What is not finite comes back as NaN, with its group.
+        numbers = torch.where(numbers.isfinite(), numbers.clamp(-_LARGEST, _LARGEST), torch.nan)
+        least, greatest = numbers.amin(dim, keepdim=True), numbers.amax(dim, keepdim=True)
+        start = least.half()
+        # Halves first: from the least to the greatest float16 is more than float16 holds.
+        step = ((greatest / 2 - start.float() / 2) / levels * 2).half()
+        codes = (numbers - start.float()) / torch.where(step > 0, step, 1).float()
+        return self._packed(codes.round().clamp(0, levels).to(torch.uint8)), start, step
+
+    def _decode(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        codes, start, step = stored
+        return torch.addcmul(start.float(), self._unpacked(codes).float(), step.float()).to(dtype)
+
+    def _packed(self, codes: Tensor) -> Tensor:
+        return codes
+
+    def _unpacked(self, codes: Tensor) -> Tensor:
+        return codes
+
+
+@dataclass(frozen=True)
+class Int4Codec(Int8Codec):
+    """Stores as `Int8Codec`, in sixteen levels, two channels in a byte.
+
+    Args:
+        group_tokens: most tokens whose keys share a step in each channel.
+
+    Raises:
+        InvalidOptionError: if `group_tokens` is less than 1.
+    """
+
+    name = "int4"
+    bits: ClassVar[int] = 4
+
+    def _packed(self, codes: Tensor) -> Tensor:
+        return codes[..., ::2] | codes[..., 1::2] << 4  # head_dim is even, as RoPE turns pairs
+
+    def _unpacked(self, codes: Tensor) -> Tensor:
+        return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Float8Codec(Codec):
+    """Stores float8 (e4m3), scaled by the largest number of each channel of keys and of each head of a token's values.
+
+    A number is off by at most 2^-4 of itself, and 2^-9 of a step where it is tiny.
+    """
+
+    name = "fp8"
+
+    def encode_keys(self, keys: Tensor) -> Stored:
+        """Return float8 numbers as bytes, and a scale for each channel."""
+        return self._encode(keys, dim=1)
+
+    def decode_keys(self, stored: Sequence[Tensor], tokens: int, dtype: torch.dtype) -> Tensor:
+        """Return keys."""
+        numbers, scale = stored
+        return (numbers.view(torch.float8_e4m3fn).float() * scale).to(dtype)
+
+    def encode_values(self, values: Tensor) -> Stored:
+        """Return float8 numbers as bytes, and a scale for each head of a token."""
+        return self._encode(values, dim=3)
+
+    def decode_values(self, stored: Sequence[Tensor], tokens: int, dtype: torch.dtype) -> Tensor:
+        """Return values."""
+        return self.decode_keys(stored, tokens, dtype)
+
+    def _encode(self, numbers: Tensor, dim: int) -> Stored:
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        scale = numbers.float().abs().amax(dim, keepdim=True) / largest
+        scaled = numbers.float() / torch.where(scale == 0, 1, scale)
+        # Bytes, since what indexes and copies tensors does not take float8 everywhere.
+        return scaled.clamp(-largest, largest).to(torch.float8_e4m3fn).view(torch.uint8), scale

@@ -1,0 +1,159 @@
+"""Archives in other forms and on other tiers: errors, bytes, the same bits, what is refused."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from helpers import ledger
+from kvpack import Session
+from kvpack.errors import InvalidOptionError, OutputError, UnusedOptionError
+from kvpack.memory import codec as codec_module
+from kvpack.memory.codec import DENSE, stored_bytes
+from kvpack.planning.resident import resident
+from kvpack.plugins.registry import registry
+from kvpack.plugins.resolve import stack_from_dict
+from kvpack.policies.quantized import Float8Codec, Int4Codec, Int8Codec
+from kvpack.testing import TINY, check_policy, run_session
+
+CODECS = [Int8Codec(), Int8Codec(3), Int4Codec(), Int4Codec(5), Float8Codec()]
+SHAPE = (2, 7, 3, 4)
+NUMBERS = arrays.arrays("float32", SHAPE, elements=st.floats(-60_000, 60_000, width=32))
+
+
+def spread(numbers, dim):
+    return numbers.amax(dim, keepdim=True) - numbers.amin(dim, keepdim=True), numbers.abs().amax(dim, keepdim=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(NUMBERS)
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_errors_are_bounded_whatever_the_numbers(codec, numbers):
+    given = torch.from_numpy(numbers)
+    keys = codec.decode_keys(codec.encode_keys(given), SHAPE[1], torch.float32)
+    values = codec.decode_values(codec.encode_values(given), SHAPE[1], torch.float32)
+    for back, dim in ((keys, 1), (values, 3)):
+        width, largest = spread(given, dim)
+        if isinstance(codec, Float8Codec):
+            bound = given.abs() / 16 + largest / 448 / 2**9
+        else:
+            bound = width / (2**codec.bits - 1) / 2 + largest / 2**9 + 2**-16
+        assert (back - given).abs().le(bound).all()
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+@pytest.mark.parametrize("number", [0.0, 1.0, -3.5, 60_000.0])
+def test_a_constant_comes_back(codec, number):
+    block = torch.full(SHAPE, number)
+    assert torch.equal(codec.decode_keys(codec.encode_keys(block), 7, torch.float32), block)
+    assert torch.equal(codec.decode_values(codec.encode_values(block), 7, torch.float32), block)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_not_hidden(codec, number):
+    block = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    block[1, 2, 0, 3] = number
+    keys = codec.decode_keys(codec.encode_keys(block), 7, torch.float32)
+    values = codec.decode_values(codec.encode_values(block), 7, torch.float32)
+    assert not keys[1, 2, 0, 3].isfinite()
+    assert not values[1, 2, 0, 3].isfinite()
+    assert keys[0].isfinite().all()
+    assert values[0].isfinite().all()
+
+
+@pytest.mark.parametrize(("codec", "most"), [(Int8Codec(), 0.55), (Int4Codec(), 0.32), (Float8Codec(), 0.55)], ids=repr)
+def test_bytes_at_the_size_of_a_model(codec, most):
+    shape = (182, 12, 128, torch.bfloat16)
+    block = torch.randn(1, *shape[:3]).bfloat16()
+    counted = stored_bytes(codec, *shape)
+    assert counted == sum(each.nbytes for each in (*codec.encode_keys(block), *codec.encode_values(block)))
+    assert counted <= most * stored_bytes(DENSE, *shape)
+
+
+@pytest.mark.parametrize("codec", [DENSE, *CODECS], ids=repr)
+def test_the_contract_of_a_codec(codec):
+    check_policy(codec)
+
+
+def outputs(options, name="packforcing", chunks=9, geometry=TINY):
+    session = Session(registry().stack(name, {"topk": 2, **options} if name == "packforcing" else options), geometry)
+    return torch.cat(run_session(session, chunks, batch=2), dim=1), session
+
+
+@pytest.mark.parametrize("store", ["dense", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("options", [{}, {"compressor": "pool"}, {"sink_frames": 6, "recent_frames": 3}], ids=repr)
+def test_every_tier_gives_the_same_bits(store, options):
+    there, _ = outputs({"store": store, **options})
+    for tier in ("host", "disk"):
+        here, session = outputs({"store": store, "tier": tier, **options})
+        assert torch.equal(there, here)
+        assert ledger(session).archive
+
+
+def test_forms_are_as_close_as_their_bits():
+    true, _ = outputs({})
+    off = {store: (outputs({"store": store})[0] - true).norm() / true.norm() for store in ("int8", "fp8", "int4")}
+    assert 0 < off["int8"] < off["fp8"]
+    assert off["int8"] < off["int4"] < 0.2
+    assert off["int8"] < 0.01
+
+
+@pytest.mark.parametrize("store", ["dense", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planned_bytes_are_those_that_are_held(store, tier, dtype):
+    geometry = replace(TINY, dtype=dtype)
+    _, session = outputs({"store": store, "tier": tier}, geometry=geometry)
+    stats = session.stats()
+    assert resident(geometry, session.stack, 9, 2).bytes(TINY.layers) == stats["resident_bytes"]
+    archives = [state.archive for state in session.past.states]
+    held = sum(each.nbytes for archive in archives for each in (*archive.keys, *archive.values))
+    assert stats["archive_bytes"] == held  # no spare slots in so short a video
+    if tier == "device":
+        other = outputs({"store": store, "tier": "disk"}, geometry=geometry)[1].stats()
+        assert stats["resident_bytes"] - other["resident_bytes"] == held
+
+
+def test_nothing_stays_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    _, session = outputs({"tier": "disk"})
+    assert ledger(session).archive
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_is_told_and_the_past_is_as_it_was(monkeypatch):
+    _, session = outputs({"tier": "disk"}, chunks=5)
+    past = session.past
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(codec_module.os, "posix_fallocate", full)
+        with pytest.raises(OutputError, match="No space left on device; set TMPDIR to another folder"):
+            run_session(session, 8, batch=2)
+    assert session.past.book.frames >= past.book.frames
+    run_session(session, 2, batch=2)
+
+
+def test_storage_is_an_option_of_what_archives():
+    made = registry().stack("framepack", {"store": "int8", "tier": "host"})
+    assert (made.store, made.tier) == (Int8Codec(), "host")
+    assert stack_from_dict(made.to_dict()) == made
+    assert registry().stack("packforcing", {"store": Int4Codec(8)}).store == Int4Codec(8)
+    for name in ("self-forcing", "memrope", "full"):
+        with pytest.raises(UnusedOptionError, match=f"store has no effect: {name} archives no blocks"):
+            registry().stack(name, {"store": "int8"})
+    with pytest.raises(UnusedOptionError, match="tier has no effect"):
+        registry().stack("packforcing", {"topk": 0, "tier": "host"})
+    with pytest.raises(InvalidOptionError, match="tier must be one of device, host, disk, got 'moon'"):
+        registry().stack("packforcing", {"tier": "moon"})
+    with pytest.raises(InvalidOptionError, match="no codec named 'int9'"):
+        registry().stack("packforcing", {"store": "int9"})
+    with pytest.raises(InvalidOptionError, match="store must be a Codec"):
+        replace(made, store="int8")
