@@ -110,15 +110,10 @@ def running(pipeline: Any, run: Run) -> Iterator[None]:
 def frames(pipeline: Any, run: Run, on_chunk: OnChunk | None = None) -> Generator[Any, None, None]:
     """Yield each chunk's frames in the call's `output_type`."""
     with running(pipeline, run):
-<<<<<<< HEAD
-        for chunk in reported(run, on_chunk):
+        for chunk in reported(traced(run, pipeline._kvpack.trace), run, on_chunk):
             made = chunk.latents if chunk.pixels is None else run.postprocess(chunk.pixels)
             run.between_chunks = not run.interrupted  # what nobody was given must be made again after a save
             yield made
-=======
-        for chunk in reported(traced(run, pipeline._kvpack.trace), run, on_chunk):
-            yield chunk.latents if chunk.pixels is None else run.postprocess(chunk.pixels)
->>>>>>> main
 
 
 def whole(pipeline: Any, run: Run, on_chunk: OnChunk | None = None) -> Any:

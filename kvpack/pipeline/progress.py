@@ -63,12 +63,8 @@ def require_callback(on_chunk: Any) -> OnChunk | None:
 
 def reported(chunks: Iterator[GeneratedChunk], run: Run, on_chunk: OnChunk | None) -> Iterator[GeneratedChunk]:
     """Yield a run's chunks, each logged and told to `on_chunk` before it is handed out; say if it was interrupted."""
-<<<<<<< HEAD
     before = 0 if run.position is None else run.position[1] * run.scale - (run.scale - 1)
-    chunks, frames, start = run.chunks(), before, time.perf_counter()
-=======
-    frames, start = 0, time.perf_counter()
->>>>>>> main
+    frames, start = before, time.perf_counter()
     for chunk in chunks:
         seconds, made = time.perf_counter() - start, _pixel_frames(run, chunk)
         frames += made
