@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from benchmarks import anyflow, flashdreams, overhead, report, resident, rotation, steady
+from benchmarks import anyflow, faults, flashdreams, overhead, report, resident, rotation, snapshots, steady
 
 BENCHMARKS = {
     "rotation": rotation,
@@ -17,6 +17,8 @@ BENCHMARKS = {
     "overhead": overhead,
     "anyflow": anyflow,
     "flashdreams": flashdreams,
+    "snapshots": snapshots,
+    "faults": faults,
 }
 
 

@@ -106,17 +106,14 @@ def rewinding(generator: Any) -> Callable[[], None]:
     return rewind
 
 
-def own_generators(device: torch.device) -> list[torch.Generator]:
-    """Return torch's own generators, from which noise comes that is drawn without one: the CPU's, and the device's."""
-    if device.type != "cuda":
-        return [torch.default_generator]
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return [torch.default_generator, torch.cuda.default_generators[index]]
+def own_generators() -> list[torch.Generator]:
+    """Return torch's own generators, from which noise comes that is drawn without one: the CPU's, and those of GPUs."""
+    return [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
 
 
 @contextmanager
-def watched(device: torch.device) -> Iterator[Callable[[], bool]]:
+def watched() -> Iterator[Callable[[], bool]]:
     """Give what says, behind the block, whether anything in it was drawn from torch's own generators."""
-    generators = own_generators(device)
+    generators = own_generators()
     before = [each.get_state() for each in generators]
     yield lambda: any(not torch.equal(each.get_state(), old) for each, old in zip(generators, before, strict=True))

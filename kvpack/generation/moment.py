@@ -47,6 +47,15 @@ class Moment:
         return self.run["call"]
 
 
+def require_between_chunks(run: Run) -> None:
+    """Raise `SnapshotError` if a generation is in the middle of a chunk, or was interrupted or failed in one."""
+    if not run.between_chunks:
+        raise SnapshotError(
+            "a generation can be saved or forked between two chunks only, but this one is in the middle of a chunk, or "
+            "was interrupted or failed in one; go on from the snapshot before it"
+        )
+
+
 def captured(run: Run, *, apart: bool) -> Moment:
     """Return where a generation is.
 
@@ -58,11 +67,7 @@ def captured(run: Run, *, apart: bool) -> Moment:
         SnapshotError: if it is in the middle of a chunk, or was interrupted or failed in one, or its family's decoder
             cannot say what it remembers.
     """
-    if not run.between_chunks:
-        raise SnapshotError(
-            "a generation can be saved or forked between two chunks only, but this one is in the middle of a chunk, or "
-            "was interrupted or failed in one; go on from the snapshot before it"
-        )
+    require_between_chunks(run)
     if run._decode is not None and not hasattr(run._decode, "state"):
         name = type(run._decode).__name__
         raise SnapshotError(f'{name} has no state() and restore(); stream with output_type="latent" to save or fork')
@@ -70,7 +75,7 @@ def captured(run: Run, *, apart: bool) -> Moment:
     own = {name: value for name, value in vars(run).items() if name not in _NO_DATA | cached}
     call = {name: None if name in run.spent else value for name, value in run.call.items()}
     denoiser, sessions = run.denoiser, run.sessions
-    generators = own_generators(run.pipeline._execution_device) if run.draws_freely else []
+    generators = own_generators() if run.draws_freely else []
     pasts = {
         name: each.state() if apart else Past(each.past.book.timeless(), each.past.states)
         for name, each in sessions.items()
@@ -114,5 +119,5 @@ def go_on(run: Run, moment: Moment) -> Run:
 
 def set_own_generators(run: Run, moment: Moment) -> None:
     """Set torch's own generators to where they were, if the generation draws from them."""
-    for generator, state in zip(own_generators(run.pipeline._execution_device), moment.own_generators, strict=False):
+    for generator, state in zip(own_generators(), moment.own_generators, strict=False):
         generator.set_state(state.cpu())

@@ -189,11 +189,10 @@ class Run(ABC):
             while self.prompt_changes and self.prompt_changes[0][0] <= index:
                 self._set_prompt(*self.prompt_changes.pop(0)[1:])
             frames = self.length(index, first)
-            with watched(self.pipeline._execution_device) as drawn:
+            with watched() as drawn:
                 chunk = (self.given if first < given else self.generated)(index, first, frames)
             self.draws_freely |= drawn()
             index, first = self.position = index + 1, first + frames
-            self.between_chunks = not self.interrupted
             yield chunk
 
     def given(self, index: int, first: int, frames: int) -> GeneratedChunk:

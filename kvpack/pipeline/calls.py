@@ -111,7 +111,9 @@ def frames(pipeline: Any, run: Run, on_chunk: OnChunk | None = None) -> Generato
     """Yield each chunk's frames in the call's `output_type`."""
     with running(pipeline, run):
         for chunk in reported(traced(run, pipeline._kvpack.trace), run, on_chunk):
-            yield chunk.latents if chunk.pixels is None else run.postprocess(chunk.pixels)
+            made = chunk.latents if chunk.pixels is None else run.postprocess(chunk.pixels)
+            run.between_chunks = not run.interrupted  # what nobody was given must be made again after a save
+            yield made
 
 
 def whole(pipeline: Any, run: Run, on_chunk: OnChunk | None = None) -> Any:

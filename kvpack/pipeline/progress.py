@@ -63,7 +63,8 @@ def require_callback(on_chunk: Any) -> OnChunk | None:
 
 def reported(chunks: Iterator[GeneratedChunk], run: Run, on_chunk: OnChunk | None) -> Iterator[GeneratedChunk]:
     """Yield a run's chunks, each logged and told to `on_chunk` before it is handed out; say if it was interrupted."""
-    frames, start = 0, time.perf_counter()
+    before = 0 if run.position is None else run.position[1] * run.scale - (run.scale - 1)
+    frames, start = before, time.perf_counter()
     for chunk in chunks:
         seconds, made = time.perf_counter() - start, _pixel_frames(run, chunk)
         frames += made

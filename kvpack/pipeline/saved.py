@@ -5,9 +5,10 @@ from typing import Any, Self
 
 from kvpack.errors import SnapshotError
 from kvpack.generation.branches import Seed, forked, reseed
+from kvpack.generation.moment import require_between_chunks
 from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
-from kvpack.pipeline.calls import frames
+from kvpack.pipeline.calls import alone, frames
 from kvpack.pipeline.progress import OnChunk
 from kvpack.snapshots.resuming import resumed
 from kvpack.snapshots.saver import Saver, new_generation
@@ -56,10 +57,13 @@ class SavedStream:
             SnapshotError: if a chunk is half made, or something in the call is no data.
             OutputError: if it cannot be written.
         """
-        if self._saver is None or self._saver.folder.path != Path(folder):
-            self._release()
-            self._saver = Saver(Path(folder), self._generation)
-        self._saver.save(self._run, note)
+        with alone(self._pipeline):
+            require_between_chunks(self._run)
+            if self._saver is None or self._saver.folder.path != Path(folder):
+                saver = Saver(Path(folder), self._generation)
+                self._release()
+                self._saver = saver
+            self._saver.save(self._run, note)
 
     def fork(self, *, seed: Seed | None = None, prompt: Prompt | None = None, cut: bool = False) -> Self:
         """Return another future of the same past, which shares its blocks; the two may be drawn from in any order.
@@ -73,10 +77,9 @@ class SavedStream:
             SnapshotError: if a chunk is half made.
             InvalidOptionError: if seeds or prompts are not as many as they were.
         """
-        run = forked(self._run)
-        reseed(run, seed)
-        if prompt is not None:
-            run.set_prompt(prompt, cut=cut)
+        with alone(self._pipeline):
+            run = forked(self._run)
+            _turn(run, seed, prompt, cut)
         return type(self)(self._pipeline, run, self._on_chunk)
 
     def rewind(self, chunks: int, *, seed: Seed | None = None, prompt: Prompt | None = None, cut: bool = False) -> None:
@@ -99,16 +102,21 @@ class SavedStream:
             raise SnapshotError(f"no snapshot is kept {chunks} chunks back; those that are: {kept}")
         number, folder = behind[index - chunks], self._saver.folder
         functions = {name: value for name, value in self._run.call.items() if callable(value)}
-        run, _, note = resumed(self._pipeline, folder.path, functions, number)
-        reseed(run, seed)
-        if prompt is not None:
-            run.set_prompt(prompt, cut=cut)
+        with alone(self._pipeline):
+            run, _, self.note = resumed(self._pipeline, folder.path, functions, number)
+            _turn(run, seed, prompt, cut)
         self._frames.close()
         folder.forget_after(number)
-        self.note = note
         self._follow(run)
 
     def _release(self) -> None:
         if self._saver is not None:
             self._saver.close()
             self._saver = None
+
+
+def _turn(run: Run, seed: Seed | None, prompt: Prompt | None, cut: bool) -> None:
+    """Go on otherwise than before."""
+    reseed(run, seed)
+    if prompt is not None or cut:
+        run.set_prompt(prompt, cut=cut)

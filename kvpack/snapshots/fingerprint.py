@@ -95,7 +95,8 @@ def _lora(model: nn.Module) -> dict[str, Any] | None:
     """Return names, scales and a digest of a model's active LoRA adapters; None if there are none."""
     scales: dict[str, set[float]] = {}
     digest = hashlib.sha256()
-    for name, module in sorted(model.named_modules()):
+    layers: list[tuple[str, Any]] = sorted(model.named_modules())
+    for name, module in layers:
         scaling = getattr(module, "scaling", None)
         if not isinstance(scaling, dict) or getattr(module, "disable_adapters", False):
             continue

@@ -35,6 +35,8 @@ class SnapshotFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        #: What the snapshots list that were written from here.
+        self._files: dict[int, dict[str, Any]] = {}
 
     def numbers(self) -> list[int]:
         """Return the numbers of the snapshots in it, the newest first."""
@@ -62,6 +64,7 @@ class SnapshotFolder:
         for name, each in tensors.items():
             if each:
                 files[name] = write_file(self.path / name, tensor_parts(each))
+        self._files[number] = files
         whole = {"format": FORMAT, "number": number, **content, "files": files}
         text = json.dumps({**whole, "sha256": _digest(whole)}, allow_nan=False).encode()
         write_file(self.path / f"snapshot-{number:06d}.json", [text])
@@ -148,7 +151,7 @@ class SnapshotFolder:
         files: dict[str, Any] = {}
         for number in numbers:
             with suppress(SnapshotError):
-                files.update(self.content(number)["files"])
+                files.update(self._files.get(number) or self.content(number)["files"])
         return files
 
     def _prune(self) -> None:

@@ -102,7 +102,7 @@ def _explained() -> Iterator[None]:
 
 def _with_given(call: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the call, functions among them as they are given again."""
-    wanted = {name for name, value in call.items() if value == GIVEN_AGAIN}
+    wanted = {name for name, value in call.items() if isinstance(value, dict) and value == GIVEN_AGAIN}
     if wanted != set(given):
         names = ", ".join(sorted(wanted)) or "none"
         raise InvalidOptionError(

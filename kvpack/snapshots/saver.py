@@ -46,7 +46,9 @@ class Saver:
             self.close()
             raise
         self._number = max(self.folder.numbers(), default=0)
+        # Diffusers looks through all modules for either.
         self._models: dict[str, str] | None = None
+        self._device: torch.device | None = None
         #: What is in the files of every other snapshot, so that the two that are kept share none.
         self._written = (Written(), Written())
 
@@ -74,7 +76,7 @@ class Saver:
 
     def _tree(self, run: Run, files: tuple[str, str], written: Written) -> tuple[dict[str, Any], TreeWriter]:
         policies = policies_of(run.stack)
-        device = run.pipeline._execution_device
+        device = self._device = self._device or run.pipeline._execution_device
         writer = TreeWriter(allowed_classes(run.stack, run.adapter), policies, device, files, written)
         moment = captured(run, apart=False)
         call = {name: GIVEN_AGAIN if callable(value) else value for name, value in moment.call.items()}

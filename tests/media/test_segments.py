@@ -10,7 +10,7 @@ from kvpack.media.segments import SegmentedVideo
 
 
 def frames(count, seed=0):
-    return np.random.default_rng(seed).integers(0, 255, (count, 32, 48, 3), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(0, 255, (count, 64, 64, 3), dtype=np.uint8)
 
 
 def written(folder, counts, done=()):

@@ -120,6 +120,15 @@ def test_compressors(compressor, tmp_path):
     )
 
 
+@pytest.mark.parametrize("store", registry().names("codec"))
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
+def test_every_form_and_tier_of_an_archive(store, tier, tmp_path):
+    def call():
+        return {**CALL, "num_frames": 61, "generator": seeded()}
+
+    check_resumed(tmp_path, partial(wan, **SMALL, store=store, tier=tier), call, 5)
+
+
 @pytest.mark.parametrize("given", ["image", "video"])
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_beginning(given, at, tmp_path):
