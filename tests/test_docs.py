@@ -162,7 +162,7 @@ def test_the_guides_name_every_hook_role_and_option_of_a_memory():
     hooked |= {"composite", "in_place", "keeps_rotated", "committed_queries"}
     options = {name for cls in StateMemory.__mro__[:2] for name in vars(cls) if not name.startswith("_")} - hooked
     assert len(hooks) == 3
-    assert len(roles) == 5
+    assert len(roles) == 6
     assert {"veto", "forget", "replay_frames"} <= options
     assert [word for word in [*hooks, *roles, *options] if f"`{word}" not in text and f"{word}(" not in text] == []
 
