@@ -110,21 +110,17 @@ class RollingSink(StateMemory):
 
     def _runs(self, state: RollingState) -> Iterator[Tokens]:
         """Yield the window's tokens, consecutive frames in one."""
-        runs: list[list[int]] = []  # position, index of the first frame among the first or recent ones, frames
+        runs: list[list[int]] = []  # shift, index of the first frame among the first or recent ones, frames
         for place, source in state.window:
             index = source if source < self.walked else self.walked + state.frames.index(source)
-            if (
-                runs
-                and index != self.walked
-                and [runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]] == [place, index]
-            ):
+            if runs and index != self.walked and [runs[-1][0], runs[-1][1] + runs[-1][2]] == [place - source, index]:
                 runs[-1][2] += 1
             else:
-                runs.append([place, index, 1])
-        for place, index, count in runs:
+                runs.append([place - source, index, 1])
+        for shift, index, count in runs:
             held, start = (state.first, index) if index < self.walked else (state.recent, index - self.walked)
             tokens = held[start * state.each : (start + count) * state.each]
-            yield tokens.starting_at(float(place))
+            yield tokens.moved(float(shift))
 
     def source(self, first_frame: int) -> list[int]:
         """Frames of the first window that stand where a chunk from `first_frame` on was.

@@ -67,15 +67,15 @@ class Tokens:
         keys, values = self.keys.gather(1, wide), self.values.gather(1, wide)
         return Tokens(keys, values, coordinates.gather(1, where), self.bias)
 
-    def moved(self, frames: float) -> "Tokens":
-        """Return the same tokens, later."""
+    def moved(self, frames: float | Tensor) -> "Tokens":
+        """Return the same tokens, later; `frames` may be a scalar on the device."""
         coordinates = self.coordinates.clone()
         coordinates[..., 0] += frames
         return replace(self, coordinates=coordinates)
 
     def starting_at(self, frame: float) -> "Tokens":
         """Return the same tokens, the first of them at `frame`."""
-        return self.moved(frame - float(self.coordinates[..., 0].min())) if len(self) else self
+        return self.moved(frame - self.coordinates[..., 0].min()) if len(self) else self
 
 
 def consecutive(parts: Sequence[Tokens], start: float = 0.0) -> tuple[list[Tokens], float]:
