@@ -45,7 +45,7 @@ GUIDED, LAST = {"guidance_scale": 3.0, "negative_prompt": "night"}, {"commit": "
 SIZES: dict[str, Any] = {
     "chunk_frames": CHUNK, "window_frames": 8, "sink_frames": 2, "recent_frames": 2, "budget_frames": 6, "topk": 3,
     "context_frames": 4, "archive_blocks": 6, "train_frames": 9, "max_queries": 7, "most_chosen": 2, "share": 0.4,
-    "previous_chunks": (4, 2), "deviations": 0.5,
+    "previous_chunks": (4, 2), "deviations": 0.5, "compressor": "pool", "selector": "topk",
 }  # fmt: skip
 WAN = {
     "prompt": ROWS[0], "height": 32, "width": 48, "num_frames": 8 * CHUNKS - 3, "num_inference_steps": 2,
@@ -119,9 +119,7 @@ def runs() -> Iterator[Run]:
     selectors += [{"policy": "all"}, {"policy": "random", "topk": 2, "seed": 7}]
     for chosen, how in product(selectors, ("layer", "chunk")):
         data = {"selector": chosen, "share_selection": how == "chunk"}
-        yield Run(
-            f"{[*chosen.values()]} {how}", call=rows, data={"selector": chosen, "share_selection": how == "chunk"}
-        )
+        yield Run(f"{[*chosen.values()]} {how}", call=rows, data=data)
     learnt = [{"policy": name, "project": how} for name, how in product(("lr", "hr", "dual"), ("layers", "direct"))]
     placed = [{"policy": name, "coordinates": how} for name in ("pool", "lr") for how in ("strided", "compact")]
     for middle, commit in product([*learnt, *placed, {"policy": "geometric", "levels": 2}], ("rerun", "last-step")):
