@@ -8,9 +8,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from benchmarks import anyflow, overhead, report, rotation, steady
+from benchmarks import anyflow, keeping, overhead, report, rotation, steady
 
-BENCHMARKS = {"rotation": rotation, "steady": steady, "overhead": overhead, "anyflow": anyflow}
+BENCHMARKS = {"rotation": rotation, "steady": steady, "overhead": overhead, "anyflow": anyflow, "keeping": keeping}
 
 
 def main() -> int:
