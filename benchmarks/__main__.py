@@ -8,13 +8,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from benchmarks import anyflow, faults, flashdreams, overhead, report, resident, rotation, snapshots, steady
+from benchmarks import anyflow, faults, flashdreams, keeping, overhead, report, resident, rotation, snapshots, steady
 
 BENCHMARKS = {
     "rotation": rotation,
     "steady": steady,
     "resident": resident,
     "overhead": overhead,
+    "keeping": keeping,
     "anyflow": anyflow,
     "flashdreams": flashdreams,
     "snapshots": snapshots,

@@ -28,8 +28,9 @@ TOPKS = (0, 1, 2, 4, 8, 16, 32)
 
 
 def _changed(variants: Mapping[str, Mapping[str, Any]]) -> tuple[Memory, ...]:
-    """Packforcing with options."""
-    return tuple(Memory(name, "packforcing", options) for name, options in variants.items())
+    """Packforcing with options, of pooled blocks by their sums of q . k unless these say otherwise."""
+    base = {"compressor": "pool", "selector": "topk"}
+    return tuple(Memory(name, "packforcing", {**base, **options}) for name, options in variants.items())
 
 
 def _each(option: str, values: tuple[Any, ...]) -> tuple[Memory, ...]:

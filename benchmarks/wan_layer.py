@@ -112,7 +112,7 @@ class Plain:
 class Layer:
     """One transformer layer with random weights, a session, and a history long enough for a real choice."""
 
-    def __init__(self, size: Size, dtype: torch.dtype, compressor: str) -> None:
+    def __init__(self, size: Size, dtype: torch.dtype, compressor: str, selector: str = "topk") -> None:
         torch.manual_seed(SEED)
         self.size, self.dtype = size, dtype
         self.block = WanTransformerBlock(size.width, size.ffn, size.heads, cross_attn_norm=True).to(dtype).eval()
@@ -121,6 +121,7 @@ class Layer:
         self.block.attn1.set_processor(self.processor)
         four_roles = packforcing(
             compressor=compressor,
+            selector=selector,
             topk=TOPK,
             sink_frames=SINK,
             recent_frames=RECENT,

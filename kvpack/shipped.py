@@ -14,10 +14,10 @@ from kvpack.plugins.registry import registry
 FPS = 16
 CALL = {"height": 64, "width": 64, "guidance_scale": 1.0, "max_sequence_length": 16}
 TRAINING = {"chunk_frames": 4, "train_frames": 20}
-#: What its folder's kvpack_config.json says.
-SETTINGS = Settings(fps=float(FPS), options=TRAINING, call={**CALL, "num_inference_steps": 6})
 #: Published sizes that do not go with chunks of four frames, or not with a model of twenty.
 STACK_OPTIONS: dict[str, dict[str, Any]] = {
+    # A frame has 16 tokens: 1/32 of a block would be two of them.
+    "packforcing": {"keep_tokens": 16, "topk": 2},
     # It rolls a window of the training length and keeps no sink.
     "self-forcing": {"window_frames": 20, "sink_frames": 0},
     "deep-forcing": {"window_frames": 20},
@@ -29,6 +29,12 @@ STACK_OPTIONS: dict[str, dict[str, Any]] = {
     "rolling-sink": {"window_frames": 20},
     "token-trim": {"window_frames": 20},
 }
+#: What its folder's kvpack_config.json says.
+SETTINGS = Settings(
+    fps=float(FPS),
+    options={**TRAINING, **STACK_OPTIONS["packforcing"]},
+    call={**CALL, "num_inference_steps": 6},
+)
 
 
 def shipped_folder() -> Path:
@@ -63,4 +69,4 @@ def demo_stack(name: str, **given: Any) -> Memory:
         UnknownNameError: if it is not installed.
         InvalidOptionError: if an option is unknown or wrong.
     """
-    return registry().stack(name, {**STACK_OPTIONS.get(name, {}), **given}, registry().taken(name, TRAINING))
+    return registry().stack(name, given, {**registry().taken(name, TRAINING), **STACK_OPTIONS.get(name, {})})

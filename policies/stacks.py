@@ -32,8 +32,8 @@ def packforcing(
     sink_frames: int = 8,
     recent_frames: int = 4,
     chunk_frames: int = 4,
-    compressor: str | Compressor = "pool",
-    selector: str | Selector = "topk",
+    compressor: str | Compressor = "keep-farthest",
+    selector: str | Selector = "softmax-mass",
     reindexer: str | Reindexer = "fit",
     train_frames: int | None = None,
     archive_blocks: int | None = _ARCHIVE_BLOCKS,
@@ -45,7 +45,8 @@ def packforcing(
     """Build a memory of sink, compressed mid and recent (PackForcing, arXiv 2603.25730).
 
     Differs from the paper, whose own configuration is `packforcing-paper`: mid blocks are squeezed into the positions
-    that the model saw in training, and keys and values are pooled, which needs no VAE.
+    that the model saw in training; they are tokens of their own that differ most, which needs no VAE; and those are
+    attended that would take the most attention, not those with the largest sum of q . k.
 
     Args:
         topk: mid blocks attended, for a selector by name that takes it, 16 if None; with 0 none are archived.

@@ -19,7 +19,8 @@ REFERENCES = ("truth", "shuffled", "frozen", "noise")
 HERO = "packforcing"
 # The same with the compressor that was trained for the shipped pipeline.
 TRAINED = "packforcing, trained dual"
-COMPARED = (HERO, TRAINED)
+POOLED = "packforcing, pool"
+COMPARED = (HERO, POOLED, TRAINED)
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,10 @@ RIVALS = (
         {"window_frames": 20, "sink_frames": 4, "reindexer": "contiguous"},
     ),
     Memory("sink 8 + recent 4", "packforcing", {"topk": 0}),
-    Memory("packforcing, lr", "packforcing", {"compressor": "lr"}),
-    Memory(TRAINED, "packforcing", {"compressor": str(shipped_compressor())}),
+    # Blocks of two tokens that are means: 16 of them are the same number of attended tokens.
+    Memory(POOLED, "packforcing", {"compressor": "pool", "selector": "topk"}),
+    Memory("packforcing, lr", "packforcing", {"compressor": "lr", "selector": "topk"}),
+    Memory(TRAINED, "packforcing", {"compressor": str(shipped_compressor()), "selector": "topk"}),
 )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import anyflow, clock, flashdreams, overhead, report, resident, rotation, steady, wan_layer
+from benchmarks import anyflow, clock, flashdreams, keeping, overhead, report, rotation, steady, wan_layer
 from benchmarks.report import Bar, Row, Score
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +80,14 @@ def test_overhead_counts_the_same_attention_on_all_sides(tmp_path) -> None:
         assert overall.metric == "overhead"
         assert sum(part.low for part in parts) <= overall.high * 1.001
         assert sum(part.high for part in parts) >= overall.low * 0.999
+
+
+def test_keeping_measures_every_compressor_that_keeps(tmp_path) -> None:
+    rows = keeping.run(small=True)
+    assert_rows(rows, keeping.BARS, tmp_path)
+    subjects = {row.subject.split(",")[0] for row in rows}
+    assert subjects >= {*keeping.compressors(), "topk", "softmax-mass"}
+    assert {row.subject for row in rows} >= {f"keep-farthest, 4 of 128, {name}" for name in ("fp32", "bf16")}
 
 
 def test_reference_size_is_that_of_the_paper() -> None:
@@ -171,17 +179,13 @@ def test_command_line_writes_rows_and_reports_bars(tmp_path) -> None:
 def test_bench_runs_all_and_fails_if_one_cannot(tmp_path, monkeypatch, capsys) -> None:
     from benchmarks import __main__ as bench
 
+    bars = {name: module.BARS for name, module in bench.BENCHMARKS.items()}
+
     def ran(name: str, small: bool, folder: str) -> bool:
         if name == "overhead":
             return False
-        metrics = {"rotation": "worst pair", "steady": steady.SESSION, "anyflow": anyflow.TOKENS}
-        subjects = {"resident": [bar.subject + "any" for bar in resident.BARS]}.get(name, ["kvpack", "packforcing"])
-        rows = [
-            replace(ROW, metric=metric, subject=each)
-            for metric in ([metrics[name]] if name in metrics else {bar.metric for bar in resident.BARS})
-            for each in subjects
-        ]
-        report.write(name, rows, Path(folder))
+        rows = {(bar.subject, bar.metric): replace(ROW, subject=bar.subject, metric=bar.metric) for bar in bars[name]}
+        report.write(name, list(rows.values()), Path(folder))
         return True
 
     monkeypatch.setattr(flashdreams, "flashdreams_cache", lambda: None)
