@@ -164,6 +164,8 @@ def made(run: Run, pipe: Any, folder: str) -> tuple[torch.Tensor, list[dict[str,
     fits = run.options.get("reindexer", "fit" if run.stack == "packforcing" else "") == "fit"
     if run.stack in ("framepack", "full", "packforcing", "self-forcing") and not fits:
         sizes.pop("train_frames", None)  # of no effect there
+    if run.pipe == "anyflow" and "compressor" not in run.options:
+        sizes.pop("compressor", None)  # the family has its own
     if run.options.get("topk") == 0:
         sizes.pop("archive_blocks", None)
     kvpack.enable(pipe, run.stack, **{**sizes, **run.options})
