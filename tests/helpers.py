@@ -68,8 +68,12 @@ def generated(pipe, seed=0, **call):
 
 
 def enable_small(pipe, **options):
-    """Enable packforcing at sizes at which a few chunks fill every part of the memory."""
-    return kvpack.enable(pipe, "packforcing", chunk_frames=2, sink_frames=1, recent_frames=1, topk=1, **options)
+    """Enable packforcing at sizes at which a few chunks fill every part of the memory.
+
+    Blocks are averages, unless a test wants other ones: a rounding must not keep other tokens.
+    """
+    sizes = {"chunk_frames": 2, "sink_frames": 1, "recent_frames": 1, "topk": 1}
+    return kvpack.enable(pipe, "packforcing", **{**sizes, "compressor": "pool", "selector": "topk", **options})
 
 
 def pool_stack(partitioner=None, name="test", chunk_frames=4, **others):

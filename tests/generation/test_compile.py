@@ -90,6 +90,7 @@ STACKS = [
 @pytest.mark.parametrize(("stack", "options", "guidance_scale", "most"), STACKS)
 def test_few_graphs_and_the_same_bits(stack, options, guidance_scale, most):
     gc.collect()  # what other tests have left in circles
+    before = set(compile_boundary._alive)
     pipe = kvpack.enable(pipeline(), stack, **options)
     frames = generate(pipe, guidance_scale=guidance_scale)
     graphs = compile_blocks(pipe)
@@ -97,7 +98,7 @@ def test_few_graphs_and_the_same_bits(stack, options, guidance_scale, most):
         assert torch.equal(generate(pipe, guidance_scale=guidance_scale), frames)
     assert len(graphs) <= most
     assert not counters["graph_break"]
-    assert not compile_boundary._alive  # nothing outlives its chunk
+    assert set(compile_boundary._alive) <= before  # nothing outlives its chunk
 
 
 @pytest.mark.slow

@@ -218,7 +218,7 @@ def test_an_option_with_effect_is_used():
     )
     assert (stack.selector, stack.reindexer) == (RecencySelector(4), FitReindexer(24))
     assert stack.compressor.coordinates == "strided"
-    plain = packforcing()
+    plain = packforcing(compressor="pool", selector="topk")
     assert (plain.selector.topk, plain.reindexer.train_frames, plain.compressor.coordinates) == (16, 20, "centered")
     assert packforcing(topk=0, archive_blocks=0) == packforcing(topk=0)
     assert registry().stack("self-forcing", {"reindexer": "fit", "train_frames": 24}).reindexer == FitReindexer(24)

@@ -113,7 +113,7 @@ def test_a_slow_policy_is_seen_in_stats():
     spent = run(Acme(topk=1, how="slow")).stats()["policy_seconds"]
     assert spent["Acme"] > 0.03
     assert max(spent, key=lambda name: spent[name]) == "Acme"
-    assert {"SinkMidRecentPartitioner", "PoolCompressor", "FitReindexer"} <= set(spent)
+    assert {"SinkMidRecentPartitioner", "FarthestCompressor", "FitReindexer"} <= set(spent)
 
 
 def test_a_memory_that_raises_is_named():

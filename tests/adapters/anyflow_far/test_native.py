@@ -161,7 +161,7 @@ def test_the_window_is_the_models():
     wide = tiny_anyflow_far_pipeline(compressed_patch_size=(1, 8, 8))
     assert wide.enable_packforcing().packforcing.stack.compressor == NativeCompressor(window=4)
     oblong = tiny_anyflow_far_pipeline(compressed_patch_size=(1, 4, 8))
-    assert oblong.enable_packforcing().packforcing.stack.compressor.name == "pool"
+    assert oblong.enable_packforcing().packforcing.stack.compressor.name == "keep-farthest"
 
 
 def test_upstreams_padding_is_reproduced_on_request_only(pipe):
