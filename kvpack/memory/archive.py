@@ -25,7 +25,8 @@ class Archive:
     """
 
     def __init__(self, slot_tokens: int, codec: Codec = DENSE, tier: Tier = "device") -> None:
-        self.slot_tokens, self.codec, self.tier = slot_tokens, codec, tier
+        self.slot_tokens, self.codec = slot_tokens, codec
+        self.tier: Tier = tier
         #: What the codec makes of keys, and of values, `[rows, slots, ...]`.
         self.keys: Stored = ()
         self.values: Stored = ()
