@@ -315,7 +315,7 @@ def test_exceptions_in_a_callback(error, at, pipe):
         generate(pipe, callback_on_step_end=callback, guidance_scale=3.0)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("call", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2, 3, 7, 8)), 11])
 def test_exceptions_inside_the_model(error, call, pipe, monkeypatch):
     """In denoising or in a commit, of either branch."""
@@ -326,12 +326,12 @@ def test_exceptions_inside_the_model(error, call, pipe, monkeypatch):
         nonlocal calls
         calls += 1
         if calls == call + 1:
-            raise error
+            raise error("of the model")  # a new one: its traceback keeps all that the call holds
         return forward(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(block, "forward", failing)
-        with pytest.raises(type(error)):
+        with pytest.raises(error, match="of the model"):
             generate(pipe, guidance_scale=3.0)
     assert pipe.packforcing.stats()["frames"] == 2 * (call // 6)
 
