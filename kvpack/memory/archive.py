@@ -1,6 +1,7 @@
 """Compressed blocks of a layer, in slots, attended or not."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +14,24 @@ class Mark:
     """What a slot was last written with; another one for each block."""
 
     __slots__ = ("__weakref__",)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A block as a slot holds it.
+
+    Args:
+        keys: what the codec makes of keys before RoPE.
+        values: what it makes of values.
+        key_sums: sum of the keys.
+        coordinates: (t, y, x) of each token, `[rows, tokens, 3]` or `[rows, tokens, heads, 3]`, if they depend on the
+            data.
+    """
+
+    keys: Stored
+    values: Stored
+    key_sums: Float[Tensor, "rows heads head_dim"]
+    coordinates: Tensor | None = None
 
 
 class Archive:
@@ -56,31 +75,26 @@ class Archive:
         placed = 0 if self.coordinates is None else self.coordinates.nbytes
         return sum(each.nbytes for each in (*self.keys, *self.values, self.key_sums)) + placed
 
-    def write(
+    def encoded(
         self,
-        slot: int,
         keys: Float[Tensor, "rows tokens heads head_dim"],
         values: Float[Tensor, "rows tokens heads head_dim"],
         coordinates: Tensor | None = None,
-    ) -> None:
-        """Put a block into a free slot.
-
-        Args:
-            slot: index of the slot, for which there is room after `reserve`.
-            keys: keys before RoPE.
-            values: values.
-            coordinates: (t, y, x) of each token, `[rows, tokens, 3]` or `[rows, tokens, heads, 3]`, if they depend on
-                the data.
-        """
-        self.marks[slot] = Mark()
+    ) -> Encoded:
+        """Return a block as a slot holds it, which may need memory; coordinates as those of `Encoded`."""
         stored = self.codec.encode_keys(self._filled(keys)), self.codec.encode_values(self._filled(values))
-        for rooms, parts in zip((self.keys, self.values), stored, strict=True):
+        return Encoded(*stored, keys.float().sum(dim=1), coordinates)
+
+    def write(self, slot: int, block: Encoded) -> None:
+        """Put a block into a free slot, for which there is room after `reserve`."""
+        self.marks[slot] = Mark()
+        for rooms, parts in ((self.keys, block.keys), (self.values, block.values)):
             for each, part in zip(rooms, parts, strict=True):
                 each[:, slot] = part
-        self.key_sums[:, slot] = keys.float().sum(dim=1)
-        if coordinates is not None:
+        self.key_sums[:, slot] = block.key_sums
+        if block.coordinates is not None:
             assert self.coordinates is not None
-            self.coordinates[:, slot, : keys.shape[1]] = coordinates
+            self.coordinates[:, slot, : block.coordinates.shape[1]] = block.coordinates
 
     def reserve(
         self, slot: int, like: Float[Tensor, "rows tokens heads head_dim"], coordinates: Tensor | None = None
@@ -113,47 +127,32 @@ class Archive:
             # Last, since `slots` goes by it: an interrupt before it leaves room that is made again.
             self.key_sums = sums
 
-    def restore(
-        self,
-        slot: int,
-        slots: int,
-        dtype: torch.dtype,
-        stored: tuple[Stored, Stored],
-        key_sums: Float[Tensor, "rows heads head_dim"],
-        coordinates: Tensor | None,
-    ) -> None:
+    def restore(self, slot: int, slots: int, dtype: torch.dtype, block: Encoded) -> None:
         """Put a block that was stored before into one of `slots` slots.
 
         Args:
             slot: index of the slot.
             slots: how many this archive gets.
             dtype: of keys and values once they are decoded.
-            stored: what the codec had made of the block's keys, and of its values.
-            key_sums: sum of its keys.
-            coordinates: its places, if they depend on the data, filled up to a slot's tokens.
+            block: the block, its places filled up to a slot's tokens.
 
         Raises:
             ValueError: if it is not what the codec makes of a block.
         """
-        rows, heads, head_dim = key_sums.shape
-        block = torch.empty(rows, self.slot_tokens, heads, head_dim, dtype=dtype, device="meta")
-        wanted = self.codec.encode_keys(block), self.codec.encode_values(block)
+        rows, heads, head_dim = block.key_sums.shape
+        like = torch.empty(rows, self.slot_tokens, heads, head_dim, dtype=dtype, device="meta")
+        wanted, stored = (self.codec.encode_keys(like), self.codec.encode_values(like)), (block.keys, block.values)
         shapes = [[(tuple(each.shape), each.dtype) for pair in form for each in pair] for form in (wanted, stored)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"{self.codec.name} stores {shapes[0]}, but the block is {shapes[1]}")
         if not self.slots:
-            self.dtype = dtype
-            self.keys, self.values = (self._grown((), like, slots, key_sums.device) for like in wanted)
-            self.key_sums = key_sums.new_zeros(rows, slots, heads, head_dim)
-        if coordinates is not None and self.coordinates is None:
-            self.coordinates = coordinates.new_zeros(coordinates.shape[0], slots, *coordinates.shape[1:])
-        for rooms, parts in zip((self.keys, self.values), stored, strict=True):
-            for each, part in zip(rooms, parts, strict=True):
-                each[:, slot] = part
-        self.key_sums[:, slot] = key_sums
-        if self.coordinates is not None and coordinates is not None:
-            self.coordinates[:, slot] = coordinates
-        self.marks[slot] = Mark()
+            self.dtype, device = dtype, block.key_sums.device
+            self.keys, self.values = (self._grown((), form, slots, device) for form in wanted)
+            self.key_sums = block.key_sums.new_zeros(rows, slots, heads, head_dim)
+        if block.coordinates is not None and self.coordinates is None:
+            places = block.coordinates
+            self.coordinates = places.new_zeros(places.shape[0], slots, *places.shape[1:])
+        self.write(slot, block)
 
     def block_keys(self, slot: int, tokens: int, rows: slice = slice(None)) -> Tensor:
         """Return keys `[some rows, tokens, heads, head_dim]` of a block, on the model's device."""
@@ -212,7 +211,7 @@ class Archive:
 
     def _own(self) -> None:
         self.keys, self.values = (
-            tuple(room(each.shape, each.dtype, each.device, self.tier).copy_(each) for each in stored)
+            tuple(room(each.shape, each.dtype, self.key_sums.device, self.tier).copy_(each) for each in stored)
             for stored in (self.keys, self.values)
         )
         self.key_sums = self.key_sums.clone()

@@ -157,3 +157,9 @@ def check_block(
             raise PolicyError(
                 f"{name} returned {what} {tensor.dtype} in layer {layer}, but the model's dtype is {like.dtype}"
             )
+    places, rows = block.own_places, (like.shape[0], span.tokens)
+    if places is not None and tuple(places.shape) not in ((*rows, 3), (*rows, like.shape[2], 3)):
+        raise PolicyError(
+            f"{name} returned places {tuple(places.shape)} in layer {layer}, but tokens of its own have {(*rows, 3)}, "
+            f"or {(*rows, like.shape[2], 3)} where heads differ"
+        )

@@ -174,17 +174,20 @@ class Stack(Memory):
             assert chunk.tokens.block is not None
             whole.append(KeptBlock(piece.first_frame * each, chunk.tokens.block.part(cut), chunk.twins.get(piece)))
         pieces = (*plan.ledger.whole, *plan.new_pieces)
-        leaving = [(slot, self._compressed(pieces[i], whole[i], chunk)) for i, slot in plan.step.leaving]
-        for slot, block in leaving:
+        leaving = []
+        for i, slot in plan.step.leaving:
+            block = self._compressed(pieces[i], whole[i], chunk)
             self._check_places(block, state.archive, chunk.layer)
             state.archive.reserve(slot, block.keys, block.own_places)
+            with policy_call(self.store, "encode", plan.ledger.seconds, chunk.layer):
+                leaving.append((slot, state.archive.encoded(block.keys, block.values, block.own_places)))
         tokens = state.tokens + len(chunk.tokens)
         return StackState(tuple(whole[i] for i in plan.step.kept), state.archive, tokens, tuple(leaving))
 
     def written(self, state: StackState) -> StackState:
         """Put blocks into slots, of which nothing of the past before is needed any more."""
         for slot, block in state.leaving:
-            state.archive.write(slot, block.keys, block.values, block.own_places)
+            state.archive.write(slot, block)
         return replace(state, leaving=()) if state.leaving else state
 
     def forget(self, state: StackState, tokens: int) -> StackState:

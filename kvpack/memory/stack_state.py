@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvpack.memory.archive import Archive
+from kvpack.memory.archive import Archive, Encoded
 from kvpack.memory.attribution import policy_call
 from kvpack.memory.base import Attended, Chunk
 from kvpack.memory.blocks import KVBlock, check_block
@@ -50,7 +50,7 @@ class StackState:
     whole: tuple[KeptBlock, ...]
     archive: Archive
     tokens: int = 0
-    leaving: tuple[tuple[int, KVBlock], ...] = ()
+    leaving: tuple[tuple[int, Encoded], ...] = ()
 
 
 def attended_tokens(

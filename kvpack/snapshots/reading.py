@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpack.errors import SnapshotError
-from kvpack.memory.archive import Archive
+from kvpack.memory.archive import Archive, Encoded
 from kvpack.memory.codec import Codec, Tier
 from kvpack.memory.roles import Policy
 from kvpack.memory.store import StoredBlock
@@ -126,9 +126,9 @@ class TreeReader:
                 raise SnapshotError(
                     f"an archive of {slots} slots has {len(node['held'])} blocks, one of them in {slot}"
                 )
-            stored = tuple(map(self._tensor, keys)), tuple(map(self._tensor, values))
             own = None if places is None else self._tensor(places)
-            archive.restore(slot, slots, _DTYPES[node["dtype"]], stored, self._tensor(sums), own)
+            stored = (tuple(map(self._tensor, each)) for each in (keys, values))
+            archive.restore(slot, slots, _DTYPES[node["dtype"]], Encoded(*stored, self._tensor(sums), own))
         return archive
 
     def _data(self, node: dict[str, Any]) -> Any:

@@ -70,3 +70,47 @@ def test_places_of_their_own_for_all_blocks_or_none(before):
     with pytest.raises(PolicyError, match="some blocks of layer 0 places of their own and others"):
         run_session(session, 12)
     assert ledger(session).archive  # whose commit came before
+
+
+@pytest.mark.parametrize("store", ["dense", "int8"])
+@pytest.mark.parametrize("failing", range(TINY.layers))
+def test_a_codec_that_fails_leaves_the_archive_as_it_was(store, failing, monkeypatch):
+    """In whichever layer: a slot whose block leaves is written when all layers' blocks are encoded."""
+    session = Session(registry().stack("packforcing", {"topk": 2, "archive_blocks": 2, "store": store}), TINY)
+    run_session(session, 8)
+    before = [[each.clone() for each in (*archive.keys, *archive.values)] for archive in archives(session)]
+    codec, calls = type(session.stack.store), []
+    encode = codec.encode_values
+
+    def fails(self, values):
+        calls.append(values)
+        if len(calls) > failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(self, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(codec, "encode_values", fails)
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            run_session(session, 1, seed=1)
+    assert f"raised in {codec.__name__}.encode" in error.value.__notes__[0]
+    for archive, stored in zip(archives(session), before, strict=True):
+        assert all(map(torch.equal, (*archive.keys, *archive.values), stored))
+    run_session(session, 3, seed=2)
+
+
+@dataclass(frozen=True)
+class Misplaced(PoolCompressor):
+    """Gives places of its own in another number than tokens."""
+
+    name = "test-misplaced"
+
+    def compress(self, block, grid):
+        made, span = super().compress(block, grid), block.span
+        places = made.span.coordinates.repeat(2, 1)[None].expand(made.keys.shape[0], -1, -1)
+        return KVBlock(made.keys, made.values, Span(span.first_frame, span.frames, places))
+
+
+def test_places_of_another_number_are_refused_before_anything_is_written():
+    session = Session(registry().stack("packforcing", {"compressor": Misplaced()}), TINY)
+    with pytest.raises(PolicyError, match=r"Misplaced.compress returned places \(1, .* in layer 0, but"):
+        run_session(session, 12)
