@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
+from kvpack.errors import InvalidOptionError
 from kvpack.generation.chunks import GeneratedChunk, require_room, rewinding, trimmed, watched
 from kvpack.generation.denoiser import Denoiser
 from kvpack.generation.phase import Phase
 from kvpack.generation.prompts import Prompt, Shot, shots
+from kvpack.generation.threads import require_enabled
 from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import require_length
@@ -261,9 +262,7 @@ class Run(ABC):
     @contextmanager
     def _driving(self) -> Iterator[None]:
         """Put kvpack's processors into the transformer, and silence the pipeline's own bar and freeing, for a chunk."""
-        enabled = vars(self.pipeline).get("_kvpack")
-        if enabled is None:
-            raise UnsupportedPipelineError("packforcing was disabled while a stream was open; close the stream first")
+        enabled = require_enabled(self.pipeline)
         self.adapter.check(self.pipeline)  # again for each chunk: anything may be switched on between two of them
         if self.streaming:
             self.denoiser.forget_prompt()

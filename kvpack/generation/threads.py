@@ -1,11 +1,11 @@
-"""One thread at a time: while a chunk is computed, the transformer has processors that belong to one generation."""
+"""Who may generate: an enabled pipeline, in one thread at a time, since its processors are one generation's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
 
-from kvpack.errors import BusyPipelineError
+from kvpack.errors import BusyPipelineError, UnsupportedPipelineError
 
 _HOLDER = "_kvpack_thread"
 
@@ -48,3 +48,15 @@ def require_thread(thread: int) -> None:
             "another thread is generating with this pipeline, or with one that shares its transformer; one thread at a "
             "time: make a pipeline of its own for each thread"
         )
+
+
+def require_enabled(pipeline: Any) -> Any:
+    """Return what `enable` has left on a pipeline.
+
+    Raises:
+        UnsupportedPipelineError: if that is not there any more.
+    """
+    enabled = vars(pipeline).get("_kvpack")
+    if enabled is None:
+        raise UnsupportedPipelineError("packforcing was disabled while a stream was open; close the stream first")
+    return enabled

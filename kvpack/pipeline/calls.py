@@ -16,7 +16,7 @@ from kvpack.errors import plain
 from kvpack.generation.adapter import Adapter
 from kvpack.generation.chunks import require_generators
 from kvpack.generation.run import Run
-from kvpack.generation.threads import one_thread
+from kvpack.generation.threads import one_thread, require_enabled
 from kvpack.memory.base import Memory
 from kvpack.pipeline.progress import OnChunk, reported
 from kvpack.pipeline.trace import traced
@@ -89,17 +89,22 @@ def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> Run:
 
 
 def alone(pipeline: Any) -> AbstractContextManager[None]:
-    """Keep other threads out of the pipeline's transformer for the length of a block, with `BusyPipelineError`."""
+    """Keep other threads out of the pipeline's transformer for the length of a block, with `BusyPipelineError`.
+
+    Raises:
+        UnsupportedPipelineError: if the pipeline is not enabled any more.
+    """
+    require_enabled(pipeline)
     return one_thread(getattr(pipeline, "transformer", None))
 
 
 @contextmanager
-def running(pipeline: Any, run: Run) -> Iterator[None]:
+def running(pipeline: Any, run: Run) -> Iterator[Enabled]:
     """Make a run the pipeline's generation in progress; at the end free what it holds and keep its stats."""
     enabled = pipeline._kvpack
     enabled.run = run
     try:
-        yield
+        yield enabled
     finally:
         if enabled.run is run:
             enabled.run = None
@@ -109,11 +114,12 @@ def running(pipeline: Any, run: Run) -> Iterator[None]:
 
 def frames(pipeline: Any, run: Run, on_chunk: OnChunk | None = None) -> Generator[Any, None, None]:
     """Yield each chunk's frames in the call's `output_type`."""
-    with running(pipeline, run):
-        for chunk in reported(traced(run, pipeline._kvpack.trace), run, on_chunk):
+    with running(pipeline, run) as enabled:
+        for chunk in reported(traced(run, enabled.trace), run, on_chunk):
             made = chunk.latents if chunk.pixels is None else run.postprocess(chunk.pixels)
             run.between_chunks = not run.interrupted  # what nobody was given must be made again after a save
             yield made
+            enabled.run = run  # another stream may have been drawn from meanwhile
 
 
 def whole(pipeline: Any, run: Run, on_chunk: OnChunk | None = None) -> Any:

@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from kvpack.errors import SnapshotError
 from kvpack.generation.branches import Seed, forked, reseed
+from kvpack.generation.chunks import own_generators, rewinding
 from kvpack.generation.moment import require_between_chunks
 from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
@@ -59,8 +60,9 @@ class SavedStream:
         """
         with alone(self._pipeline):
             require_between_chunks(self._run)
-            if self._saver is None or self._saver.folder.path != Path(folder):
-                saver = Saver(Path(folder), self._generation)
+            path = Path(folder).resolve()  # the same folder has many names, and a relative one may mean another later
+            if self._saver is None or self._saver.folder.path != path:
+                saver = Saver(path, self._generation)
                 self._release()
                 self._saver = saver
             self._saver.save(self._run, note)
@@ -103,8 +105,14 @@ class SavedStream:
         number, folder = behind[index - chunks], self._saver.folder
         functions = {name: value for name, value in self._run.call.items() if callable(value)}
         with alone(self._pipeline):
-            run, _, self.note = resumed(self._pipeline, folder.path, functions, number)
-            _turn(run, seed, prompt, cut)
+            undo = rewinding(own_generators())
+            try:
+                run, _, note = resumed(self._pipeline, folder.path, functions, number)
+                _turn(run, seed, prompt, cut)
+            except BaseException:
+                undo()
+                raise
+        self.note = note
         self._frames.close()
         folder.forget_after(number)
         self._follow(run)

@@ -58,7 +58,8 @@ class Stream(SavedStream, Generator[Any, Prompt | None, None]):
             StopIteration: if all frames are there.
         """
         with alone(self._pipeline):
-            if prompt is not None or cut:
+            ended = self._frames.gi_frame is None  # type: ignore[attr-defined]
+            if not ended and (prompt is not None or cut):
                 self._run.set_prompt(prompt, cut=cut)
             return next(self._frames)
 

@@ -117,10 +117,25 @@ def _require_equal(what: str, saved: Any, here: Any, run: Run) -> None:
     writer = TreeWriter(allowed_classes(run.stack, run.adapter), {}, run.pipeline._execution_device, ("", ""))
     node = writer.node(here, what)
     if node != saved:
+        was, now = map(brief, differing(saved, node))
         raise SnapshotError(
-            f"the {what} of the generation was {brief(saved)}, but here it is {brief(node)}; enable the pipeline as it "
-            "was then"
+            f"the {what} of the generation was {was}, but here it is {now}; enable the pipeline as it was then"
         )
+
+
+def differing(one: Any, other: Any) -> tuple[Any, Any]:
+    """Return two written trees without the entries that both have, for an error.
+
+    >>> pairs = [["topk", 4], ["name", "a"]], [["topk", 5], ["name", "a"]]
+    >>> [each["of"] for each in differing(*({"!": "dict", "of": each} for each in pairs))]
+    [[['topk', 4]], [['topk', 5]]]
+    """
+    if not all(isinstance(each, dict) and each.get(KIND) == "dict" for each in (one, other)):
+        return one, other
+    return tuple(  # type: ignore[return-value]  # there are two
+        {KIND: "dict", "of": [pair for pair in each["of"] if pair not in beside["of"]]}
+        for each, beside in ((one, other), (other, one))
+    )
 
 
 def brief(node: Any) -> str:

@@ -202,6 +202,45 @@ def test_disabled_under_an_open_stream(pipe):
     assert is_stock(pipe)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [next, lambda stream: stream.save("unused"), lambda stream: stream.fork(), lambda stream: stream.rewind(0)],
+    ids=["next", "save", "fork", "rewind"],
+)
+def test_disabled_before_the_first_chunk(use, pipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stream = pipe.packforcing.stream(**arguments())
+    stream.save("kept")
+    pipe.disable_packforcing()
+    with pytest.raises(UnsupportedPipelineError, match="disabled while a stream was open"):
+        use(stream)
+
+
+def test_a_prompt_for_a_closed_stream_changes_nothing(pipe):
+    stream = pipe.packforcing.stream(**arguments())
+    next(stream)
+    stream.close()
+    before = stream._run.denoiser.conditioning
+    with pytest.raises(StopIteration):
+        stream.send("another", cut=True)
+    assert stream._run.denoiser.conditioning is before
+
+
+def test_sessions_are_those_of_the_stream_drawn_from_last(pipe):
+    def look(pipe, step, timestep, tensors):
+        seen.append(pipe.packforcing.sessions["cond"].frames)
+        return tensors
+
+    one, other = (pipe.packforcing.stream(**arguments(callback_on_step_end=look)) for _ in range(2))
+    seen = []
+    for stream in (one, one, other, one):
+        next(stream)
+    assert sorted(set(seen)) == [0, 3, 6]  # the third chunk of the one saw its own past, not the other's
+    other.close()
+    next(one)
+    assert pipe.packforcing.stats()["chunks"] == 4
+
+
 def test_another_stack_under_an_open_stream(pipe):
     """A stream keeps the stack that it was begun with."""
     wanted = pipe(**arguments(num_frames=37, output_type="pt")).frames

@@ -185,3 +185,52 @@ def test_forks_are_saved_apart(tmp_path):
         expected = list(each)
         each.close()
         assert same(list(make().packforcing.resume(tmp_path / name)), expected)
+
+
+def test_a_rewind_that_fails_changes_nothing(tmp_path):
+    """Neither the note nor torch's own generators, from which noise comes here."""
+    stream = make().packforcing.stream(**CALL)
+    for note in (1, 2):
+        next(stream)
+        stream.save(tmp_path, note)
+    state = torch.get_rng_state()
+    for wrong in ({"seed": [1, 2]}, {"prompt": ["one", "two"]}):
+        with pytest.raises(InvalidOptionError):
+            stream.rewind(1, **wrong)
+        assert stream.note is None
+        assert torch.equal(torch.get_rng_state(), state)
+    stream.rewind(1)
+    assert stream.note == 1
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_folder_by_another_name(tmp_path, monkeypatch):
+    stream = make().packforcing.stream(**CALL, generator=seeded())
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for path in ("kept", tmp_path / "here" / "kept", "../here/kept"):
+        next(stream)
+        stream.save(path)
+    monkeypatch.chdir(tmp_path)  # where "kept" is another folder
+    next(stream)
+    stream.save("kept")
+    assert [len(list(each.glob("snapshot-*.json"))) for each in (tmp_path / "here" / "kept", tmp_path / "kept")] == [
+        2,
+        1,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"tier": "host"}, "was {tier: device}, but here it is {tier: host}; enable"),
+        ({"archive_blocks": 4}, "was {archive_blocks: 3}, but here it is {archive_blocks: 4}; enable"),
+    ],
+)
+def test_another_stack_is_refused_by_what_differs(other, said, tmp_path):
+    stream = make().packforcing.stream(**CALL, generator=seeded())
+    next(stream)
+    stream.save(tmp_path)
+    pipe = quiet(tiny_wan_pipeline()).enable_packforcing("packforcing", **{**SMALL, **other})
+    with pytest.raises(SnapshotError, match=said):
+        pipe.packforcing.resume(tmp_path)
