@@ -127,7 +127,7 @@ class TreeReader:
                     f"an archive of {slots} slots has {len(node['held'])} blocks, one of them in {slot}"
                 )
             own = None if places is None else self._tensor(places)
-            stored = (tuple(map(self._tensor, each)) for each in (keys, values))
+            stored = tuple(map(self._tensor, keys)), tuple(map(self._tensor, values))
             archive.restore(slot, slots, _DTYPES[node["dtype"]], Encoded(*stored, self._tensor(sums), own))
         return archive
 

@@ -8,8 +8,10 @@ import torch
 from helpers import ledger
 from kvpack import Session
 from kvpack.errors import PolicyError
+from kvpack.memory import archive as archive_module
 from kvpack.memory.archive import Archive
 from kvpack.memory.blocks import KVBlock, Span
+from kvpack.memory.codec import room
 from kvpack.plugins.registry import registry
 from kvpack.policies.pool import PoolCompressor
 from kvpack.testing import TINY, run_session
@@ -114,3 +116,19 @@ def test_places_of_another_number_are_refused_before_anything_is_written():
     session = Session(registry().stack("packforcing", {"compressor": Misplaced()}), TINY)
     with pytest.raises(PolicyError, match=r"Misplaced.compress returned places \(1, .* in layer 0, but"):
         run_session(session, 12)
+
+
+def test_room_on_another_tier_is_for_the_model_s_device(monkeypatch):
+    """So that it is pinned for CUDA, also where a fork makes it its own."""
+    devices = []
+
+    def noted(shape, dtype, device, tier):
+        devices.append(device.type)
+        return room(shape, dtype, device, tier)
+
+    monkeypatch.setattr(archive_module, "room", noted)
+    archive, like = Archive(4, tier="host"), torch.empty(1, 4, 2, 6, device="meta")
+    archive.reserve(0, like)
+    archive.fork().reserve(0, like)
+    assert archive.keys[0].device.type == "cpu"
+    assert devices == ["meta"] * 4
