@@ -75,7 +75,8 @@ class PackForcing:
     def trace(self, path: str | os.PathLike[str] | None) -> None:
         """Let the generations to come write what their memory does into a file, which `kvpack report` draws.
 
-        Each generation begins the file anew, and adds a line of JSON behind every chunk (see `kvpack.pipeline.trace`).
+        Each generation begins the file anew, one that is forked, rewound or resumed too, and adds a line of JSON behind
+        every chunk (see `kvpack.pipeline.trace`). It is that of the generation that began last.
 
         Args:
             path: the file; None writes none any more.

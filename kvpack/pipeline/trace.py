@@ -43,13 +43,15 @@ def traced(run: Run, path: Path | None) -> Iterator[GeneratedChunk]:
         yield from run.chunks()
         return
     try:
+        if path.is_file() and not path.is_symlink():
+            path.unlink()  # a stream that is still open may go on writing into the old file
         file = path.open("w", encoding="utf-8")
     except OSError as error:
         raise OutputError(
             f"cannot write the trace {path}: {error.strerror}; give a file in a writable directory"
         ) from error
     with file:
-        trace = Trace(run, file)
+        trace = Trace(run, file, _frame=0 if run.position is None else run.position[1])
         run.watch = trace.look
         for chunk in run.chunks():
             trace.write(chunk)
@@ -79,7 +81,7 @@ class Trace:
 
     def write(self, chunk: GeneratedChunk) -> None:
         """Write a line for a chunk that is done."""
-        if not chunk.index:
+        if self._first is None:
             self._line(self._head())
         stats = self.run.stats()
         seconds, self.seconds = self.seconds, stats["seconds"]

@@ -1,5 +1,6 @@
 """A generation written into a folder of snapshots."""
 
+import json
 import uuid
 from contextlib import suppress
 from dataclasses import fields
@@ -60,9 +61,10 @@ class Saver:
             note: what JSON takes, to be handed to whoever resumes.
 
         Raises:
-            SnapshotError: if the generation is in the middle of a chunk, or something of it is no data.
+            SnapshotError: if the generation is in the middle of a chunk, or something of it, or the note, is no data.
             OutputError: if it cannot be written; the snapshots of before are still there.
         """
+        require_json(note)
         number = self._number + 1
         content, writer = self._tree(run, tensor_files(number), self._written[0])
         if worn := self._worn(writer):
@@ -110,6 +112,14 @@ class Saver:
 def new_generation() -> str:
     """Return a name for a generation that no other has."""
     return uuid.uuid4().hex
+
+
+def require_json(note: Any) -> None:
+    """Raise `SnapshotError` unless a note is what JSON takes."""
+    try:
+        json.dumps(note, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SnapshotError(f"note must be what JSON takes: texts, finite numbers, lists, dicts ({error})") from error
 
 
 def versions() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Two futures of one past: each is what it would have been alone."""
 
+import json
 from itertools import islice
 
 import pytest
@@ -234,3 +235,25 @@ def test_another_stack_is_refused_by_what_differs(other, said, tmp_path):
     pipe = quiet(tiny_wan_pipeline()).enable_packforcing("packforcing", **{**SMALL, **other})
     with pytest.raises(SnapshotError, match=said):
         pipe.packforcing.resume(tmp_path)
+
+
+@pytest.mark.parametrize("note", [object(), {"a": float("nan")}, {1j: 2}], ids=["object", "nan", "key"])
+def test_a_note_that_is_no_json(note, tmp_path):
+    stream = make().packforcing.stream(**CALL, generator=seeded())
+    next(stream)
+    with pytest.raises(SnapshotError, match="note must be what JSON takes"):
+        stream.save(tmp_path, note)
+    assert [each.name for each in tmp_path.iterdir()] == ["lock"]
+
+
+def test_the_trace_is_that_of_the_stream_that_began_last(tmp_path):
+    pipe, path = make(), tmp_path / "trace.jsonl"
+    pipe.packforcing.trace(path)
+    stream = pipe.packforcing.stream(**CALL, generator=seeded())
+    taken(stream, 2)
+    other = stream.fork(prompt="something else which is longer")
+    for each in (other, stream, other, stream, stream, other):
+        next(each)
+    head, *lines = map(json.loads, path.read_text().splitlines())
+    assert head["stack"] == "packforcing"
+    assert [(line["chunk"], line["first_frame"]) for line in lines] == [(2, 4), (3, 6), (4, 8)]
