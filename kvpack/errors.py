@@ -114,6 +114,15 @@ def require_bool(name: str, given: object) -> None:
         raise InvalidOptionError(f"{name} must be True or False, got {given!r}")
 
 
+def first_line(error: Exception) -> str:
+    r"""Return the first line of an error's message, or its kind where there is none.
+
+    >>> first_line(ValueError("one\ntwo")), first_line(KeyError())
+    ('one', 'KeyError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def plain(given: Any) -> Any:
     """Return NumPy's numbers, and arrays and tensors without dimensions, as Python's own, also in lists; else as it is.
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kvpack.checkpoints.text import read_text
-from kvpack.errors import InvalidOptionError
+from kvpack.errors import InvalidOptionError, first_line
 
 #: Where a checkpoint keeps the generator's weights: the first of these that is there, again and again.
 NESTINGS = ("generator_ema", "generator", "model", "state_dict")
@@ -166,7 +166,7 @@ def _load_file(path: Path) -> Mapping[str, Any]:
             return load_file(path)
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise InvalidOptionError(f"{path} is not a whole checkpoint: {_first_line(error)}") from error
+        raise InvalidOptionError(f"{path} is not a whole checkpoint: {first_line(error)}") from error
     except Exception as error:  # unpickling refuses in several ways
         if not mapped:
             raise InvalidOptionError(f"{path} is no checkpoint, or not a whole one: no archive of torch") from error
@@ -178,10 +178,6 @@ def _load_file(path: Path) -> Mapping[str, Any]:
     if not isinstance(data, Mapping):
         raise InvalidOptionError(f"{path} must hold weights by name, got a {type(data).__name__}")
     return data
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _listed(names: Iterable[object], most: int = 5) -> str:

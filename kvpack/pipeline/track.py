@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from kvpack.checkpoints.config import require_model_folder
-from kvpack.errors import InvalidOptionError, KVPackError
+from kvpack.errors import InvalidOptionError, KVPackError, first_line
 from kvpack.media.video import Frames
 from kvpack.memory.base import Memory
 from kvpack.pipeline.enable import enable
@@ -85,13 +85,13 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
         place = torch.device(device)
         torch.empty(0, device=place)
     except Exception as error:  # what torch raises depends on the kind of device
-        raise InvalidOptionError(f"no device {device!r} here ({_first_line(error)}); cpu always works") from error
+        raise InvalidOptionError(f"no device {device!r} here ({first_line(error)}); cpu always works") from error
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except Exception as error:  # whatever a broken file raises in diffusers, transformers or safetensors
-        raise InvalidOptionError(f"{folder} does not load as a diffusers pipeline: {_first_line(error)}") from error
+        raise InvalidOptionError(f"{folder} does not load as a diffusers pipeline: {first_line(error)}") from error
     return pipeline.to(place)
 
 
@@ -118,13 +118,9 @@ def started(pipeline: Any, stack: Memory, frames: int, seed: int, arguments: Map
     except KVPackError:
         raise
     except (TypeError, ValueError) as error:
-        raise InvalidOptionError(f"{type(pipeline).__name__} refuses the call: {_first_line(error)}") from error
+        raise InvalidOptionError(f"{type(pipeline).__name__} refuses the call: {first_line(error)}") from error
     latent_frames = (frames - 1) // getattr(pipeline, "vae_scale_factor_temporal", 4) + 1
     try:
         yield Track(pipeline, stack, stream.chunks or -(-latent_frames // stack.chunk_frames), stream)
     finally:
         stream.close()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
