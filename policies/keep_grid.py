@@ -31,12 +31,12 @@ class GridCompressor(KeepCompressor):
 
     def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
         """Return the tokens on the grid."""
-        index = _on_grid(frames, grid, self.count(frames, grid))
+        index = _on_grid(frames, grid, self.count(frames, grid), torch.device("cpu"))
         return Span(first_frame, frames, grid_coordinates(frames, grid)[index])
 
     def choose(self, block: KVBlock, grid: tuple[int, int], count: int) -> Int[Tensor, "batch kept"]:
         """Return the same tokens for every row."""
-        return _on_grid(block.span.frames, grid, count).to(block.keys.device).expand(block.keys.shape[0], -1)
+        return _on_grid(block.span.frames, grid, count, block.keys.device).expand(block.keys.shape[0], -1)
 
     def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
         """Return the tokens on the grid."""
@@ -46,11 +46,11 @@ class GridCompressor(KeepCompressor):
 
 
 @cache
-def _on_grid(frames: int, grid: tuple[int, int], most: int) -> Int[Tensor, " kept"]:
-    """Return indices, ascending, of the largest grid of at most `most` tokens."""
+def _on_grid(frames: int, grid: tuple[int, int], most: int, device: torch.device) -> Int[Tensor, " kept"]:
+    """Return indices, ascending, of the largest grid of at most `most` tokens; copied to a device once."""
     t, y, x = max(_sizes(frames, grid, most), key=lambda each: (prod(each), _evenness(each, frames, grid)))
     times, rows, columns = (_middles(size, kept) for size, kept in ((frames, t), (grid[0], y), (grid[1], x)))
-    return ((times[:, None, None] * grid[0] + rows[:, None]) * grid[1] + columns).flatten()
+    return ((times[:, None, None] * grid[0] + rows[:, None]) * grid[1] + columns).flatten().to(device)
 
 
 def _sizes(frames: int, grid: tuple[int, int], most: int) -> list[tuple[int, int, int]]:

@@ -1,6 +1,7 @@
 """Keep tokens drawn at random; a baseline for every other choice."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -36,5 +37,11 @@ class RandomTokensCompressor(KeepCompressor):
     def choose(self, block: KVBlock, grid: tuple[int, int], count: int) -> Int[Tensor, "batch kept"]:
         """Draw distinct tokens, each set as likely as any other."""
         rows, tokens = block.keys.shape[:2]
-        picks = np.random.default_rng((self.seed, block.span.first_frame)).permutation(tokens)[:count]
-        return torch.from_numpy(picks).to(block.keys.device).expand(rows, -1)
+        return _drawn(self.seed, block.span.first_frame, tokens, count, block.keys.device).expand(rows, -1)
+
+
+@lru_cache(maxsize=8)
+def _drawn(seed: int, first_frame: int, tokens: int, count: int, device: torch.device) -> Int[Tensor, " kept"]:
+    """Draw for a block, once for all layers."""
+    picks = np.random.default_rng((seed, first_frame)).permutation(tokens)[:count]
+    return torch.from_numpy(picks).to(device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpack.errors import require_int
-from kvpack.memory.codec import Codec, Stored
+from kvpack.memory.codec import Codec, Stored, lengthened
 
 _LARGEST = torch.finfo(torch.float16).max
 
@@ -40,9 +40,7 @@ class Int8Codec(Codec):
     def encode_keys(self, keys: Tensor) -> Stored:
         """Return codes `[blocks, groups, tokens, heads, head_dim]`, and least number and step of each group."""
         groups, size = self._groups(keys.shape[1])
-        more = groups * size - keys.shape[1]
-        filled = torch.cat([keys, keys[:, -1:].expand(-1, more, -1, -1)], dim=1)
-        return self._encode(filled.unflatten(1, (groups, size)), dim=2)
+        return self._encode(lengthened(keys, groups * size).unflatten(1, (groups, size)), dim=2)
 
     def decode_keys(self, stored: Sequence[Tensor], tokens: int, dtype: torch.dtype) -> Tensor:
         """Return keys."""

@@ -21,6 +21,19 @@ from kvpack.policies import ContiguousReindexer, PoolCompressor, QueryTopK, Sink
 # Numbers
 
 
+#: A call whose chunks are many and small, and a memory that a few of them fill.
+SMALL_CALL = {
+    "prompt": "a red circle",
+    "height": 16,
+    "width": 32,
+    "num_inference_steps": 2,
+    "guidance_scale": 3.0,
+    "max_sequence_length": 8,
+    "output_type": "pt",
+}
+SMALL = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 2, "archive_blocks": 3}
+
+
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -38,6 +51,11 @@ def distance(given, wanted):
     """The largest difference, as a part of the largest number."""
     assert given.shape == wanted.shape
     return float((given - wanted).abs().max() / wanted.abs().max())
+
+
+def same(parts, others):
+    """Whether two lists of tensors are the same bits."""
+    return len(parts) == len(others) and all(torch.equal(a, b) for a, b in zip(parts, others, strict=True))
 
 
 def attention(queries, keys, values):

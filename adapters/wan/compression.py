@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvpack.adapters.offload import onload, onloaded
 from kvpack.errors import PolicyError
+from kvpack.generation.chunks import pixel_frames
 from kvpack.generation.denoiser import Denoiser
 from kvpack.memory.attribution import policy_call
 from kvpack.memory.base import Memory
@@ -64,7 +65,7 @@ def hidden_tokens(
 
     def pixel_index(frame: int) -> int:
         """Return the first pixel frame of a latent frame; the video's first latent frame is one pixel frame."""
-        return max(0, (frame - first_frame) * scale - (scale - 1 if first_frame == 0 else 0))
+        return pixel_frames(frame - first_frame, first_frame, scale)
 
     def piece_pixels() -> Tensor:
         if pixels is None:
@@ -96,9 +97,8 @@ def hidden_tokens(
 def embed(transformer: Any, latents: Tensor) -> Tensor:
     """Return the model's own patch embedding of latents, hidden tokens `[batch, tokens, width]`."""
     onload(transformer)
-    return (
-        transformer.patch_embedding(latents.to(transformer.dtype)).flatten(2).transpose(1, 2)
-    )  # [batch, tokens, width]
+    embedded = transformer.patch_embedding(latents.to(transformer.dtype))  # [batch, width, frames, rows, columns]
+    return embedded.flatten(2).transpose(1, 2)
 
 
 @contextmanager

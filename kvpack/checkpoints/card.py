@@ -20,20 +20,22 @@ def model_card(recipe: Recipe, source: Path, base: Path, lora: Path | None, name
         lora: LoRA that was merged.
         name: of the converted folder.
     """
+    from huggingface_hub import ModelCardData
+
     settings, on_the_hub = recipe.settings, bool(_HUB_ID.fullmatch(str(base))) and not base.is_dir()
+    about = ModelCardData(
+        base_model=str(base) if on_the_hub else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-video",
+        tags=["kvpack", "text-to-video", "causal-video"],
+    )
     options = ", ".join(f"{option}={value}" for option, value in settings.options.items())
     call = ", ".join(f"{argument}={value}" for argument, value in settings.call.items())
     merged = [f"| LoRA, merged | `{lora.name}` |"] if lora is not None else []
     note = ["", f"Note: {recipe.note}."] if recipe.note else []
     lines = [
         "---",
-        "library_name: diffusers",
-        "pipeline_tag: text-to-video",
-        *([f"base_model: {base}"] if on_the_hub else []),
-        "tags:",
-        "- kvpack",
-        "- text-to-video",
-        "- causal-video",
+        about.to_yaml(),
         "---",
         "",
         f"# {name}",

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpack.cli.support import print_json, print_table, size_text
+from kvpack.cli.support import default_device, print_json, print_table, size_text
 
 #: What a video depends on, and what may be switched on beside it.
 PACKAGES = (
@@ -45,7 +45,7 @@ def environment() -> dict[str, Any]:
     from kvpack.cli.tables import left_out, version
     from kvpack.plugins.registry import registry
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(default_device())
     packages = {name: found for name in PACKAGES if (found := version(name))}
     return {
         "python": platform.python_version(),

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpack.cli.support import print_json, print_table
+from kvpack.cli.support import default_device, print_json, print_table
 from kvpack.errors import InvalidOptionError
 
 
@@ -80,9 +80,7 @@ def _vbench(videos: Sequence[Path], prompts: Path | None, output: Path | None, a
     vbench.require_installed()
     made = vbench.lay_out(videos, vbench.read_prompts(prompts), output)
 
-    import torch
-
-    found = vbench.run(output, "cuda" if torch.cuda.is_available() else "cpu")
+    found = vbench.run(output, default_device())
     if as_json:
         print_json({"videos": [str(path) for path in made], "vbench": _plain(found)})
     else:

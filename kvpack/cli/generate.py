@@ -15,6 +15,7 @@ from kvpack.cli.support import (
     Seconds,
     Seed,
     StackName,
+    default_device,
     parse_dtype,
     parse_options,
     parse_prompt,
@@ -102,8 +103,6 @@ def generate(
     }
     given = _given({name: value for name, value in named.items() if value is not None}, parse_options(call))
 
-    import torch
-
     from kvpack.pipeline.checkpoints import Job, checkpointed
     from kvpack.pipeline.enable import enable
     from kvpack.pipeline.track import load_pipeline, started
@@ -119,7 +118,7 @@ def generate(
     arguments = {**settings.call, **given, **({"fps": fps} if "fps" in defaults else {})}
     _check_guidance(arguments, defaults)
     name = None if begin is None else _check_beginning(begin, picture, arguments, defaults, fps, frames)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     precision = parse_dtype(dtype)
     pipeline = load_pipeline(model, precision, device)

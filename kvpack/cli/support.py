@@ -151,6 +151,13 @@ def require_seed(seed: int) -> int:
     return seed
 
 
+def default_device() -> str:
+    """Return where a model runs unless told otherwise."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def parse_dtype(name: str) -> "torch.dtype":
     """Return a dtype by name.
 

@@ -28,6 +28,15 @@ class GeneratedChunk:
     pixels: Float[Tensor, "batch 3 pixel_frames pixel_height pixel_width"] | None
 
 
+def pixel_frames(frames: int, first: int, scale: int) -> int:
+    """Return the pixel frames of latent frames from `first` on; the video's first latent frame stands for one alone.
+
+    >>> pixel_frames(3, 0, 4), pixel_frames(3, 3, 4), pixel_frames(0, 0, 4)
+    (9, 12, 0)
+    """
+    return max(0, frames * scale - (scale - 1 if first == 0 else 0))
+
+
 def trimmed(chunk: GeneratedChunk, total_frames: int | None, first: int, scale: int) -> GeneratedChunk:
     """Return a chunk without what lies beyond the video's end.
 
@@ -40,7 +49,7 @@ def trimmed(chunk: GeneratedChunk, total_frames: int | None, first: int, scale: 
     keep = chunk.latents.shape[2] if total_frames is None else min(chunk.latents.shape[2], total_frames - first)
     pixels = chunk.pixels
     if pixels is not None:
-        pixels = pixels[:, :, : keep * scale - (scale - 1 if first == 0 else 0)]
+        pixels = pixels[:, :, : pixel_frames(keep, first, scale)]
     return replace(chunk, latents=chunk.latents[:, :, :keep], pixels=pixels)
 
 

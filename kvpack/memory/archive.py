@@ -7,7 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvpack.memory.codec import DENSE, Codec, Stored, Tier, room
+from kvpack.memory.codec import DENSE, Codec, Stored, Tier, lengthened, room
+
+Decode = Callable[[Sequence[Tensor], int, torch.dtype], Tensor]
 
 
 class Mark:
@@ -82,8 +84,9 @@ class Archive:
         coordinates: Tensor | None = None,
     ) -> Encoded:
         """Return a block as a slot holds it, which may need memory; coordinates as those of `Encoded`."""
-        stored = self.codec.encode_keys(self._filled(keys)), self.codec.encode_values(self._filled(values))
-        return Encoded(*stored, keys.float().sum(dim=1), coordinates)
+        stored_keys = self.codec.encode_keys(lengthened(keys, self.slot_tokens))
+        stored_values = self.codec.encode_values(lengthened(values, self.slot_tokens))
+        return Encoded(stored_keys, stored_values, keys.float().sum(dim=1), coordinates)
 
     def write(self, slot: int, block: Encoded) -> None:
         """Put a block into a free slot, for which there is room after `reserve`."""
@@ -156,20 +159,18 @@ class Archive:
 
     def block_keys(self, slot: int, tokens: int, rows: slice = slice(None)) -> Tensor:
         """Return keys `[some rows, tokens, heads, head_dim]` of a block, on the model's device."""
-        stored = [each[rows, slot].to(self.key_sums.device, non_blocking=True) for each in self.keys]
-        return self.codec.decode_keys(stored, self.slot_tokens, self.dtype)[:, :tokens]
+        return self._of_block(self.keys, self.codec.decode_keys, slot, tokens, rows)
 
     def block_values(self, slot: int, tokens: int, rows: slice = slice(None)) -> Tensor:
         """Return values `[some rows, tokens, heads, head_dim]` of a block, on the model's device."""
-        stored = [each[rows, slot].to(self.key_sums.device, non_blocking=True) for each in self.values]
-        return self.codec.decode_values(stored, self.slot_tokens, self.dtype)[:, :tokens]
+        return self._of_block(self.values, self.codec.decode_values, slot, tokens, rows)
 
     def gather(
         self, rows: slice, slots: Int[Tensor, "some chosen"], tokens: int
     ) -> tuple[Float[Tensor, "some all heads head_dim"], Float[Tensor, "some all heads head_dim"]]:
         """Return keys and values of the chosen slots, the first `tokens` of each, joined; each row has its choice."""
 
-        def joined(stored: Stored, decode: Callable[[Sequence[Tensor], int, torch.dtype], Tensor]) -> Tensor:
+        def joined(stored: Stored, decode: Decode) -> Tensor:
             chosen = [self._chosen(each, rows, slots) for each in stored]  # [some * chosen, ...]
             blocks = decode(chosen, self.slot_tokens, self.dtype)[:, :tokens]
             return blocks.unflatten(0, tuple(slots.shape)).flatten(1, 2)  # [some, chosen * tokens, heads, head_dim]
@@ -189,16 +190,15 @@ class Archive:
         self._shared = copy._shared = True
         return copy
 
+    def _of_block(self, stored: Stored, decode: Decode, slot: int, tokens: int, rows: slice) -> Tensor:
+        parts = [each[rows, slot].to(self.key_sums.device, non_blocking=True) for each in stored]
+        return decode(parts, self.slot_tokens, self.dtype)[:, :tokens]
+
     def _chosen(self, stored: Tensor, rows: slice, slots: Int[Tensor, "some chosen"]) -> Tensor:
         # On another tier than the model's the host must know what is chosen: the one wait of a chunk and layer.
         where = slots.to(stored.device)
         index = torch.arange(where.shape[0], device=stored.device)[:, None]
         return stored[rows][index, where].flatten(0, 1).to(slots.device, non_blocking=True)
-
-    def _filled(self, block: Tensor) -> Tensor:
-        """Return a block that fills a slot, its last token repeated: what a codec measures of it stays the same."""
-        more = self.slot_tokens - block.shape[1]
-        return torch.cat([block, block[:, -1:].expand(-1, more, -1, -1)], dim=1) if more else block
 
     def _grown(self, old: Stored, like: Stored, slots: int, device: torch.device) -> Stored:
         new = []

@@ -86,6 +86,14 @@ def stored_bytes(codec: Codec, tokens: int, heads: int, head_dim: int, dtype: to
     return sum(part.nbytes for part in (*codec.encode_keys(block), *codec.encode_values(block)))
 
 
+def lengthened(
+    block: Float[Tensor, "blocks tokens heads head_dim"], tokens: int
+) -> Float[Tensor, "blocks more heads head_dim"]:
+    """Return a block of so many tokens, its last one repeated: the least and the greatest numbers in it stay."""
+    more = tokens - block.shape[1]
+    return torch.cat([block, block[:, -1:].expand(-1, more, -1, -1)], dim=1) if more else block
+
+
 def room(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tier: Tier) -> Tensor:
     """Return zeros on a tier.
 

@@ -18,6 +18,7 @@ from kvpack.pipeline.stream import Stream
 from kvpack.pipeline.track import Track, load_pipeline
 from kvpack.plugins.resolve import resolve_stack
 from kvpack.snapshots.folder import SnapshotFolder
+from kvpack.snapshots.lock import LOCK
 from kvpack.snapshots.resuming import saved_stack
 
 _JOB, _SEGMENTS = "generate.json", "segments"
@@ -155,9 +156,9 @@ def reopened(folder: Path, job: Job, dtype: torch.dtype, device: str) -> Iterato
 def _remove(folder: Path) -> None:
     """Remove the files of a finished generation, and the folder if nothing else is in it."""
     shutil.rmtree(folder / _SEGMENTS, ignore_errors=True)
-    for pattern in (_JOB, "lock", "snapshot-*.json", "blocks-*.safetensors", "tensors-*.safetensors"):
-        for path in folder.glob(pattern):
-            with suppress(OSError):
-                path.unlink()
+    SnapshotFolder(folder).clear()
+    for name in (_JOB, LOCK):
+        with suppress(OSError):
+            (folder / name).unlink()
     with suppress(OSError):
         folder.rmdir()

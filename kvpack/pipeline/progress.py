@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvpack.errors import InvalidOptionError
-from kvpack.generation.chunks import GeneratedChunk
+from kvpack.generation.chunks import GeneratedChunk, pixel_frames
 from kvpack.generation.run import Run
 from kvpack.logging import get_logger
 
@@ -63,7 +63,7 @@ def require_callback(on_chunk: Any) -> OnChunk | None:
 
 def reported(chunks: Iterator[GeneratedChunk], run: Run, on_chunk: OnChunk | None) -> Iterator[GeneratedChunk]:
     """Yield a run's chunks, each logged and told to `on_chunk` before it is handed out; say if it was interrupted."""
-    before = 0 if run.position is None else run.position[1] * run.scale - (run.scale - 1)
+    before = 0 if run.position is None else pixel_frames(run.position[1], 0, run.scale)
     frames, start = before, time.perf_counter()
     for chunk in chunks:
         seconds, made = time.perf_counter() - start, _pixel_frames(run, chunk)
@@ -88,4 +88,4 @@ def _progress(run: Run, index: int, frames: int, made: int, seconds: float) -> P
 def _pixel_frames(run: Run, chunk: GeneratedChunk) -> int:
     if chunk.pixels is not None:
         return int(chunk.pixels.shape[2])
-    return int(chunk.latents.shape[2]) * run.scale - (run.scale - 1 if chunk.index == 0 else 0)
+    return pixel_frames(int(chunk.latents.shape[2]), chunk.index, run.scale)

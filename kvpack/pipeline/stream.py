@@ -1,16 +1,23 @@
-"""A generation that is handed out chunk by chunk, and that ends with whoever holds it."""
+"""A generation that is handed out chunk by chunk, saved and forked between two, and ends with whoever holds it."""
 
 import weakref
 from collections.abc import Generator
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
+from kvpack.errors import SnapshotError
+from kvpack.generation.branches import Seed, forked, reseed
+from kvpack.generation.chunks import own_generators, rewinding
+from kvpack.generation.moment import require_between_chunks
 from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
-from kvpack.pipeline.calls import alone
-from kvpack.pipeline.saved import SavedStream
+from kvpack.pipeline.calls import alone, frames
+from kvpack.pipeline.progress import OnChunk
+from kvpack.snapshots.resuming import resumed
+from kvpack.snapshots.saver import Saver, new_generation
 
 
-class Stream(SavedStream, Generator[Any, Prompt | None, None]):
+class Stream(Generator[Any, Prompt | None, None]):
     """Frames of a generation, chunk by chunk.
 
     It is closed by `close`, at the end of a `with` block, when nobody holds it any more, and at the latest when the
@@ -26,8 +33,24 @@ class Stream(SavedStream, Generator[Any, Prompt | None, None]):
 
     _end: Any = None
 
+    def __init__(
+        self,
+        pipeline: Any,
+        run: Run,
+        on_chunk: OnChunk | None = None,
+        generation: str | None = None,
+        note: Any = None,
+    ) -> None:
+        self._pipeline, self._on_chunk = pipeline, on_chunk
+        self._generation = generation or new_generation()
+        self._saver: Saver | None = None
+        #: What `save` was given, in a stream that was resumed.
+        self.note = note
+        self._follow(run)
+
     def _follow(self, run: Run) -> None:
-        super()._follow(run)
+        """Hand out the frames of a run from here on."""
+        self._run, self._frames = run, frames(self._pipeline, run, self._on_chunk)
         if self._end is not None:
             self._end.detach()
         # Before modules are torn down, which closing needs; a generator that is left to the interpreter comes after.
@@ -63,6 +86,78 @@ class Stream(SavedStream, Generator[Any, Prompt | None, None]):
                 self._run.set_prompt(prompt, cut=cut)
             return next(self._frames)
 
+    def save(self, folder: str | Path, note: Any = None) -> None:
+        """Write all that the generation remembers into a folder, from which `resume` goes on.
+
+        Between two chunks. The last two snapshots are kept; a write that fails leaves them as they are.
+
+        Args:
+            folder: holds the snapshots of this generation and nothing else; made if it is not there.
+            note: what JSON takes; `note` of the stream that goes on.
+
+        Raises:
+            SnapshotError: if a chunk is half made, or something in the call is no data.
+            OutputError: if it cannot be written.
+        """
+        with alone(self._pipeline):
+            require_between_chunks(self._run)
+            path = Path(folder).resolve()  # the same folder has many names, and a relative one may mean another later
+            if self._saver is None or self._saver.folder.path != path:
+                saver = Saver(path, self._generation)
+                self._release()
+                self._saver = saver
+            self._saver.save(self._run, note)
+
+    def fork(self, *, seed: Seed | None = None, prompt: Prompt | None = None, cut: bool = False) -> Self:
+        """Return another future of the same past, which shares its blocks; the two may be drawn from in any order.
+
+        Args:
+            seed: of the other one's noise, one for each generator of the call; None draws the same noise in both.
+            prompt: what the other one goes on with, as in `send`.
+            cut: whether another scene begins there.
+
+        Raises:
+            SnapshotError: if a chunk is half made.
+            InvalidOptionError: if seeds or prompts are not as many as they were.
+        """
+        with alone(self._pipeline):
+            run = forked(self._run)
+            _turn(run, seed, prompt, cut)
+        return type(self)(self._pipeline, run, self._on_chunk)
+
+    def rewind(self, chunks: int, *, seed: Seed | None = None, prompt: Prompt | None = None, cut: bool = False) -> None:
+        """Go back to a snapshot that `save` has kept, and forget those behind it.
+
+        Args:
+            chunks: how many, back from here.
+            seed: of the noise from there on, one for each generator of the call; None draws the same as before.
+            prompt: what it goes on with, as in `send`.
+            cut: whether another scene begins there.
+
+        Raises:
+            SnapshotError: if no snapshot is kept there, or it is damaged.
+            InvalidOptionError: if seeds or prompts are not as many as they were.
+        """
+        index, _ = self._run.position or (0, 0)
+        behind = {} if self._saver is None else self._saver.folder.chunks()
+        if self._saver is None or index - chunks not in behind:
+            kept = ", ".join(f"rewind({index - each})" for each in behind) or "none; save() keeps the last two"
+            raise SnapshotError(f"no snapshot is kept {chunks} chunks back; those that are: {kept}")
+        number, folder = behind[index - chunks], self._saver.folder
+        functions = {name: value for name, value in self._run.call.items() if callable(value)}
+        with alone(self._pipeline):
+            undo = rewinding(own_generators())
+            try:
+                run, _, note = resumed(self._pipeline, folder.path, functions, number)
+                _turn(run, seed, prompt, cut)
+            except BaseException:
+                undo()
+                raise
+        self.note = note
+        self._frames.close()
+        folder.forget_after(number)
+        self._follow(run)
+
     def throw(self, *error: Any) -> Any:
         """End the generation with an error."""
         return self._frames.throw(*error)
@@ -71,6 +166,18 @@ class Stream(SavedStream, Generator[Any, Prompt | None, None]):
         """End the generation."""
         self._frames.close()
         self._release()
+
+    def _release(self) -> None:
+        if self._saver is not None:
+            self._saver.close()
+            self._saver = None
+
+
+def _turn(run: Run, seed: Seed | None, prompt: Prompt | None, cut: bool) -> None:
+    """Go on otherwise than before."""
+    reseed(run, seed)
+    if prompt is not None or cut:
+        run.set_prompt(prompt, cut=cut)
 
 
 def _close(frames: Generator[Any, None, None]) -> None:

@@ -146,6 +146,12 @@ class SnapshotFolder:
             if each > number:
                 _remove(self.path / _name(each))
 
+    def clear(self) -> None:
+        """Remove all snapshots, and nothing else."""
+        for number in self.numbers():
+            _remove(self.path / _name(number))
+        self._prune()
+
     def _listed(self, numbers: Iterable[int]) -> dict[str, Any]:
         """Return the tensor files that some snapshots list; damaged ones list nothing."""
         files: dict[str, Any] = {}

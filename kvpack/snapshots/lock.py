@@ -6,6 +6,9 @@ from pathlib import Path
 
 from kvpack.errors import OutputError
 
+#: Name of the file that is locked.
+LOCK = "lock"
+
 
 class FolderLock:
     """A lock that the system lets go where its process ends, however it does.
@@ -18,7 +21,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / "lock"
+        path = folder / LOCK
         try:
             self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:

@@ -28,7 +28,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_PIECE, _MOST_HEADER = 1 << 20, 1 << 24
+_MOST_HEADER = 1 << 24
 
 
 def write_file(path: Path, parts: Any) -> dict[str, Any]:
@@ -62,7 +62,10 @@ def write_file(path: Path, parts: Any) -> dict[str, Any]:
 
 
 def tensor_parts(tensors: Mapping[str, Tensor]) -> Any:
-    """Yield the bytes of a safetensors file: its header, and one tensor after the other."""
+    """Yield the bytes of a safetensors file: its header, and one tensor after the other.
+
+    `safetensors.torch.save_file` holds all tensors a second time, and refuses views of one arena.
+    """
     header, offset = {}, 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
@@ -119,7 +122,6 @@ class TensorFiles:
 
 def compare(path: Path, listed: Mapping[str, Any]) -> None:
     """Raise `SnapshotError` if a file is missing, or not of the size and checksum that are listed for it."""
-    digest = hashlib.sha256()
     try:
         if path.is_symlink() or not path.is_file():
             raise SnapshotError(f"{path} is missing")
@@ -130,8 +132,7 @@ def compare(path: Path, listed: Mapping[str, Any]) -> None:
             if int.from_bytes(file.read(8), "little") > min(_MOST_HEADER, size):
                 raise SnapshotError(f"{path} announces a header that is larger than any snapshot's")
             file.seek(0)
-            while piece := file.read(_PIECE):
-                digest.update(piece)
+            digest = hashlib.file_digest(file, "sha256")
     except OSError as error:
         raise SnapshotError(f"{path} cannot be read: {error.strerror or error}") from error
     if digest.hexdigest() != listed.get("sha256"):

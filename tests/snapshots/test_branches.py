@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
-from helpers import quiet, row_seeds, seeded
+from helpers import SMALL, SMALL_CALL, quiet, row_seeds, same, seeded
 from kvpack.errors import InvalidOptionError, SnapshotError
 from kvpack.plugins.registry import registry
 from kvpack.shipped import demo_stack
@@ -17,25 +17,11 @@ from kvpack.testing import (
     tiny_wan_pipeline,
 )
 
-CALL = {
-    "prompt": "a red circle",
-    "height": 16,
-    "width": 32,
-    "num_frames": 61,
-    "num_inference_steps": 2,
-    "guidance_scale": 3.0,
-    "max_sequence_length": 8,
-    "output_type": "pt",
-}
-SMALL = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 2, "archive_blocks": 3}
+CALL = {**SMALL_CALL, "num_frames": 61}
 
 
 def make(pipe=None):
     return quiet(pipe or tiny_wan_pipeline()).enable_packforcing("packforcing", **SMALL)
-
-
-def same(parts, others):
-    return len(parts) == len(others) and all(torch.equal(a, b) for a, b in zip(parts, others, strict=True))
 
 
 def taken(stream, count):

@@ -133,20 +133,19 @@ def test_two_damaged_ones_are_refused_by_name(name, pipe, snapshots):
     assert sum(str(path) in message for path in paths) == 2  # one of each snapshot
 
 
-def test_swapped_files(pipe, snapshots):
-    first, second = sorted(snapshots.glob("tensors-*"))
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("tensors", "bytes, but was written with|its checksum differs"),
+        ("snapshot", "was written as snapshot"),
+    ],
+)
+def test_swapped_files(kind, words, pipe, snapshots):
+    first, second = sorted(snapshots.glob(f"{kind}-*"))
     first.rename(snapshots / "aside")
     second.rename(first)
     (snapshots / "aside").rename(second)
-    refused(pipe, snapshots, "bytes, but was written with|its checksum differs")
-
-
-def test_swapped_snapshots(pipe, snapshots):
-    first, second = sorted(snapshots.glob("snapshot-*"))
-    first.rename(snapshots / "aside")
-    second.rename(first)
-    (snapshots / "aside").rename(second)
-    refused(pipe, snapshots, "was written as snapshot")
+    refused(pipe, snapshots, words)
 
 
 def test_an_empty_folder_and_none(pipe, tmp_path):

@@ -15,7 +15,7 @@ from diffusers import (
 from peft import LoraConfig
 
 import helpers
-from helpers import quiet, row_seeds, seeded
+from helpers import SMALL, SMALL_CALL, quiet, row_seeds, same, seeded
 from kvpack.plugins.registry import registry
 from kvpack.scheduler import FlowMatchFewStepScheduler
 from kvpack.shipped import demo_stack
@@ -26,21 +26,8 @@ from kvpack.testing import (
     tiny_wan_pipeline,
 )
 
-CALL = {
-    "prompt": "a red circle",
-    "height": 16,
-    "width": 32,
-    "num_inference_steps": 2,
-    "guidance_scale": 3.0,
-    "max_sequence_length": 8,
-    "output_type": "pt",
-}
-SMALL = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 2, "archive_blocks": 3}
+CALL = SMALL_CALL
 picture, clip = partial(helpers.picture, 32), partial(helpers.clip, size=32)
-
-
-def same(parts, others):
-    return len(parts) == len(others) and all(torch.equal(a, b) for a, b in zip(parts, others, strict=True))
 
 
 def check_resumed(folder, make, call, at, before=None, options=None):

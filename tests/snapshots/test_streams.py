@@ -5,10 +5,9 @@ from itertools import islice
 from threading import Thread
 
 import pytest
-import torch
 from torch import Tensor
 
-from helpers import quiet, seeded
+from helpers import quiet, same, seeded
 from kvpack.errors import BusyPipelineError, SnapshotError
 from kvpack.memory import Attended, StateMemory, Tokens
 from kvpack.testing import tiny_wan_pipeline
@@ -28,10 +27,6 @@ CALL = {
 def make(stack="packforcing"):
     options = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 2} if stack == "packforcing" else {}
     return quiet(tiny_wan_pipeline()).enable_packforcing(stack, **options)
-
-
-def same(parts, others):
-    return len(parts) == len(others) and all(torch.equal(a, b) for a, b in zip(parts, others, strict=True))
 
 
 def test_progress_goes_on(tmp_path):
