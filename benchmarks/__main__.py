@@ -8,7 +8,19 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from benchmarks import anyflow, faults, flashdreams, keeping, overhead, report, resident, rotation, snapshots, steady
+from benchmarks import (
+    anyflow,
+    choices,
+    faults,
+    flashdreams,
+    keeping,
+    overhead,
+    report,
+    resident,
+    rotation,
+    snapshots,
+    steady,
+)
 
 BENCHMARKS = {
     "rotation": rotation,
@@ -16,6 +28,7 @@ BENCHMARKS = {
     "resident": resident,
     "overhead": overhead,
     "keeping": keeping,
+    "choices": choices,
     "anyflow": anyflow,
     "flashdreams": flashdreams,
     "snapshots": snapshots,

@@ -17,7 +17,7 @@ TRAINING = {"chunk_frames": 4, "train_frames": 20}
 #: Published sizes that do not go with chunks of four frames, or not with a model of twenty.
 STACK_OPTIONS: dict[str, dict[str, Any]] = {
     # A frame has 16 tokens: 1/32 of a block would be two of them.
-    "packforcing": {"keep_tokens": 16, "topk": 2},
+    "packforcing": {"keep_tokens": 8, "topk": 4},
     # It rolls a window of the training length and keeps no sink.
     "self-forcing": {"window_frames": 20, "sink_frames": 0},
     "deep-forcing": {"window_frames": 20},

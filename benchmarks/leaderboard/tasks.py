@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from kvpack.checkpoints import config
 from kvpack.memory import Memory
 from kvpack.version import __version__
 
@@ -116,12 +117,13 @@ def _collect(module: ModuleType, found: dict[str, ModuleType]) -> None:
 
 
 def fingerprint(pipeline: Path) -> str:
-    """Return a hash of a pipeline's weights and configs.
+    """Return a hash of a pipeline's weights and configs, but for the memory that it recommends: a task names its own.
 
     Raises:
         FileNotFoundError: if the folder holds none.
     """
-    files = sorted(path for path in pipeline.rglob("*") if path.suffix in (".safetensors", ".json"))
+    kept = (path for path in pipeline.rglob("*") if path.suffix in (".safetensors", ".json"))
+    files = sorted(path for path in kept if path.name != config.FILE)
     if not files:
         raise FileNotFoundError(f"no pipeline in {pipeline}")
     made = hashlib.sha256()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import anyflow, clock, flashdreams, keeping, overhead, report, rotation, steady, wan_layer
+from benchmarks import anyflow, choices, clock, flashdreams, keeping, overhead, report, rotation, steady, wan_layer
 from benchmarks.report import Bar, Row, Score
 
 ROOT = Path(__file__).parents[2]
@@ -207,3 +208,17 @@ def test_small_runs_never_replace_kept_results() -> None:
     assert report.folder(options([])) == report.RESULTS
     assert report.folder(options(["--small"])) == report.SMALL_RESULTS
     assert report.folder(options(["--small", "--out", "here"])) == Path("here")
+
+
+def test_choices_are_read_from_a_trace() -> None:
+    ranges = [(0, 8, "sink"), (8, 4, "mid"), (20, 8, "mid"), (72, 4, "mid"), (76, 4, "recent")]
+    few = {"first_frame": 12 + 4 * 15, "attended": [{"layer": 3, "frames": ranges}]}
+    many = {**few, "first_frame": 12 + 4 * 17}
+    chosen = choices.choices([few, many])  # with fewer than 16 blocks nothing is said
+    assert chosen == {3: [choices.Choice(frozenset({0, 3, 4, 16}), of=17)]}
+    assert chosen[3][0].newest() == 0.25
+    drawn = choices.at_random(chosen, random.Random(0))[3][0]
+    assert len(drawn.blocks) == 4
+    assert drawn.of == 17
+    assert max(drawn.blocks) < 17
+    assert choices.distance(chosen[3][0], chosen[3][0]) == 0.0
