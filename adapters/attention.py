@@ -10,10 +10,12 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
+from kvpack.adapters.parallel import attended_by_heads
 from kvpack.errors import UnsupportedPipelineError
 from kvpack.generation.compile_boundary import OpaqueAttention, attend
 from kvpack.generation.threads import one_thread, require_thread
 from kvpack.memory.layer import AttendingLayer
+from kvpack.memory.shard import Shard
 
 
 class ForwardLayers:
@@ -53,14 +55,15 @@ class PackedAttnProcessor(OpaqueAttention):
         backend: diffusers' attention backend; None is the active one.
         layers: hands out the memory of each layer.
         index: of this layer.
+        shard: the process, where several hold a layer's heads.
     """
 
     _attention_backend: Any = None
     _parallel_config: Any = None
 
-    def __init__(self, backend: Any, layers: ForwardLayers, index: int) -> None:
+    def __init__(self, backend: Any, layers: ForwardLayers, index: int, shard: Shard | None = None) -> None:
         super().__init__()
-        self._attention_backend, self.layers, self.index = backend, layers, index
+        self._attention_backend, self.layers, self.index, self.shard = backend, layers, index, shard
         self.attention = partial(dispatch_attention_fn, backend=backend)
 
     @classmethod
@@ -74,13 +77,16 @@ class PackedAttnProcessor(OpaqueAttention):
         if torch.compiler.is_compiling():
             attended = attend(self, queries, [keys, values])
         else:
-            attended = self.layers.take(self.index).attend(queries, keys, values, self.attention)
+            attended = self.attended(queries, [keys, values])
         return self.output(attn, hidden_states, attended.type_as(queries))
 
     def attended(self, queries: Tensor, others: list[Tensor]) -> Tensor:
         """Return attention to the memory and to the chunk itself, out of sight of a compiler."""
         keys, values = others
-        return self.layers.take(self.index).attend(queries, keys, values, self.attention)
+        layer = self.layers.take(self.index)
+        if self.shard is not None:
+            return attended_by_heads(self.shard, layer, queries, keys, values, self.attention)
+        return layer.attend(queries, keys, values, self.attention)
 
     def project(self, attn: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return normed queries, normed keys before RoPE, and values, `[batch, tokens, heads, head_dim]` each."""
@@ -109,6 +115,7 @@ def attached(
     layers_for: Callable[[tuple[Any, ...], dict[str, Any]], Sequence[AttendingLayer]],
     processor: type[PackedAttnProcessor] = PackedAttnProcessor,
     others: Mapping[Any, Any] | None = None,
+    shard: Shard | None = None,
 ) -> Iterator[None]:
     """Run a transformer's self-attention over kvpack's memory, and leave a stock transformer behind.
 
@@ -118,13 +125,14 @@ def attached(
         layers_for: called before every forward with its arguments; returns the memory of each layer.
         processor: what attends in each layer.
         others: processors for other attention modules, installed for as long.
+        shard: the process, where several hold a layer's heads.
 
     Raises:
         UnsupportedPipelineError: if a forward leaves a layer's attention out, or runs it twice.
         BusyPipelineError: if it is in another thread, which may be that of a stock pipeline over the same transformer.
     """
     layers = ForwardLayers()
-    processors = {each: processor(processor.backend_of(each), layers, i) for i, each in enumerate(attentions)}
+    processors = {each: processor(processor.backend_of(each), layers, i, shard) for i, each in enumerate(attentions)}
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         require_thread(layers.thread)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 
+from kvpack.adapters.parallel import check_parallel
 from kvpack.errors import UnsupportedPipelineError
 
 #: Diffusers' hooks that leave layers out or give their old output; a commit through them would leave stale keys.
@@ -22,7 +23,9 @@ _SKIPPING = {
 }
 
 
-def check_placement(transformer: Any, attentions: Iterable[Any], device: torch.device, head_dim: int) -> None:
+def check_placement(
+    transformer: Any, attentions: Iterable[Any], device: torch.device, head_dim: int, *, shards: bool = False
+) -> None:
     """Refuse what would silently give wrong keys, or fail in the middle of a forward.
 
     Args:
@@ -30,6 +33,7 @@ def check_placement(transformer: Any, attentions: Iterable[Any], device: torch.d
         attentions: its attention modules.
         device: where it is run.
         head_dim: channels of a head.
+        shards: whether its adapter follows Ulysses context parallelism.
 
     Raises:
         UnsupportedPipelineError: naming what is switched on, and how it is switched off.
@@ -37,11 +41,7 @@ def check_placement(transformer: Any, attentions: Iterable[Any], device: torch.d
     transformer = compiled_from(transformer)
     processors = [attention.processor for attention in attentions]
     _check_caches(transformer)
-    if any(getattr(each, "_parallel_config", None) is not None for each in (transformer, *processors)):
-        raise UnsupportedPipelineError(
-            "context parallelism or tensor parallelism is enabled, under which a rank sees a part of the tokens or "
-            "heads only; load the pipeline without enable_parallelism() and parallel_config"
-        )
+    check_parallel(transformer, processors, supported=shards)
     if getattr(transformer, "gradient_checkpointing", False):
         raise UnsupportedPipelineError(
             "gradient checkpointing is enabled, which runs layers twice; "

@@ -50,6 +50,10 @@ class GradientError(KVPackError, RuntimeError):
     """Generation ran with gradients enabled; recomputation would commit a chunk twice."""
 
 
+class ParallelError(KVPackError, RuntimeError):
+    """The processes that share a generation do not do the same, or one of them is gone."""
+
+
 class BusyPipelineError(KVPackError, RuntimeError):
     """Two threads use one pipeline at a time."""
 

@@ -17,6 +17,7 @@ class AllSelector(Selector):
     """
 
     name = "all"
+    by_head = True
 
     def limit(self, candidates: int) -> int:
         """Return the number of all blocks."""

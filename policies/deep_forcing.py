@@ -54,6 +54,7 @@ class DeepForcing(StateMemory):
     recent_frames: int = 4
     most_chosen: int = 7
     name = "deep-forcing"
+    by_head = True
     needs_queries = True
 
     def __post_init__(self) -> None:
@@ -134,7 +135,7 @@ class DeepForcing(StateMemory):
         recent = held + len(chunk.tokens) - self.recent_frames * each  # index of the first recent token
         keys = state.tokens[sink:recent].rotated_keys(chunk.geometry).float()
         queries = self._last_queries(state, chunk).sum(dim=1)
-        scores = torch.einsum("bhd,bnhd->bn", queries, keys)
+        scores = chunk.sum_heads(torch.einsum("bhd,bnhd->bn", queries, keys))
         scores = scores.masked_fill(state.chosen[:, sink:recent] >= self.most_chosen, -torch.inf)
         top = scores.topk((self.budget_frames - self.sink_frames - self.recent_frames) * each, dim=1).indices + sink
         counts = state.chosen.scatter_add(1, top, torch.ones_like(top))

@@ -38,6 +38,7 @@ class FlowCache(StateMemory):
     mix: float = 0.07
     max_queries: int = 256
     name = "flowcache"
+    by_head = True
 
     def __post_init__(self) -> None:
         for option in ("chunk_frames", "budget_frames", "max_queries"):

@@ -47,6 +47,7 @@ class GeometricCompressor(Compressor):
     newest_blocks: int = 1
     levels: int = 1
     name = "geometric"
+    by_head = True
 
     def __post_init__(self) -> None:
         require_int("newest_blocks", self.newest_blocks, minimum=1)

@@ -38,6 +38,7 @@ class HeavyHitters(StateMemory):
     recent_frames: int = 6
     max_queries: int = 256
     name = "h2o"
+    by_head = True
 
     def __post_init__(self) -> None:
         for option in ("chunk_frames", "budget_frames", "recent_frames", "max_queries"):

@@ -15,6 +15,7 @@ class IdentityCompressor(Compressor):
     """
 
     name = "identity"
+    by_head = True
 
     def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
         """Return all tokens at their own places."""

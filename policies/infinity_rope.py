@@ -41,6 +41,7 @@ class InfinityRoPE(StateMemory):
     flushed_frames: int = 2
     cut_position: int = 45
     name = "infinity-rope"
+    by_head = True
 
     def __post_init__(self) -> None:
         require_int("chunk_frames", self.chunk_frames, minimum=1)

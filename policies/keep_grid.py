@@ -27,6 +27,7 @@ class GridCompressor(KeepCompressor):
     """
 
     name = "keep-grid"
+    by_head = True
     places: ClassVar[Places] = "span"
 
     def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:

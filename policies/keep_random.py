@@ -29,6 +29,7 @@ class RandomTokensCompressor(KeepCompressor):
 
     seed: int = 0
     name = "keep-random"
+    by_head = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

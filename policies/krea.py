@@ -31,6 +31,7 @@ class Krea(StateMemory):
     context_frames: int = 3
     past_bias: float = 0.0
     name = "krea"
+    by_head = True
     replays_always = True
     reencodes = True
 

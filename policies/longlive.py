@@ -41,6 +41,7 @@ class LongLive(StateMemory):
     sink_frames: int = 3
     global_sink: bool = True
     name = "longlive"
+    by_head = True
     replays_jointly = True
 
     def __post_init__(self) -> None:

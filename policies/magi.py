@@ -27,6 +27,7 @@ class Magi(StateMemory):
     previous_chunks: tuple[int, ...] | list[int] = (5, 4, 3, 2)
     clean_chunks: int = 1
     name = "magi"
+    by_head = True
     every_step = True
 
     def __post_init__(self) -> None:

@@ -62,6 +62,7 @@ class MemRoPE(StateMemory):
     fast: float = 0.1
     per_position: bool = True
     name = "memrope"
+    by_head = True
 
     def __post_init__(self) -> None:
         for option in ("chunk_frames", "recent_frames"):

@@ -58,6 +58,7 @@ class PoolCompressor(Compressor):
 
     coordinates: Coordinates = field(default="centered", kw_only=True)
     name = "pool"
+    by_head = True
 
     def __post_init__(self) -> None:
         require_choice("coordinates", self.coordinates, get_args(Coordinates))

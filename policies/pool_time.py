@@ -27,6 +27,7 @@ class TimePoolCompressor(Compressor):
     keep_frames: int = 1
     coordinates: Coordinates = field(default="centered", kw_only=True)
     name = "pool-time"
+    by_head = True
 
     def __post_init__(self) -> None:
         require_int("keep_frames", self.keep_frames, minimum=1)

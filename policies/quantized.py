@@ -32,6 +32,7 @@ class Int8Codec(Codec):
 
     group_tokens: int = 64
     name = "int8"
+    by_head = True
     bits: ClassVar[int] = 8
 
     def __post_init__(self) -> None:
@@ -93,6 +94,7 @@ class Int4Codec(Int8Codec):
     """
 
     name = "int4"
+    by_head = True
     bits: ClassVar[int] = 4
 
     def _packed(self, codes: Tensor) -> Tensor:
@@ -110,6 +112,7 @@ class Float8Codec(Codec):
     """
 
     name = "fp8"
+    by_head = True
 
     def encode_keys(self, keys: Tensor) -> Stored:
         """Return float8 numbers as bytes, and a scale for each channel."""

@@ -31,6 +31,7 @@ class RandomSelector(Selector):
     topk: int = 16
     seed: int = 0
     name = "random"
+    by_head = True
 
     def __post_init__(self) -> None:
         require_int("topk", self.topk)

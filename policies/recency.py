@@ -22,6 +22,7 @@ class RecencySelector(Selector):
 
     topk: int = 16
     name = "recency"
+    by_head = True
 
     def __post_init__(self) -> None:
         require_int("topk", self.topk)

@@ -60,6 +60,7 @@ class RollingSink(StateMemory):
     chunk_frames: int = 3
     window_frames: int = 21
     name = "rolling-sink"
+    by_head = True
 
     def __post_init__(self) -> None:
         require_int("chunk_frames", self.chunk_frames, minimum=1)

@@ -53,7 +53,8 @@ class SoftmaxMassSelector(QueryTopK):
             products = torch.einsum("bihd,bmjhd->bmhij", some, torch.stack(blocks, dim=1).float())
             return products.logsumexp(dim=4).mean(dim=(2, 3))
 
-        return torch.cat([masses(each) for each in _alike([keys(block) for block in range(candidates.count)])], dim=1)
+        blocks = [keys(block) for block in range(candidates.count)]
+        return query.mean_heads(torch.cat([masses(each) for each in _alike(blocks)], dim=1))
 
 
 def _alike(blocks: list[Tensor]) -> list[list[Tensor]]:

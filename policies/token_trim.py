@@ -53,6 +53,7 @@ class TokenTrim(StateMemory):
     deviations: float = 2.0
     max_retries: int = 1  # type: ignore[misc]
     name = "token-trim"
+    by_head = True
     warm = 3  # severities that a deviation needs
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ class QueryTopK(Selector):
     topk: int = 16
     after_rope: bool = field(default=False, kw_only=True)
     name = "topk"
+    by_head = True
 
     def __post_init__(self) -> None:
         require_int("topk", self.topk)
@@ -49,7 +50,7 @@ class QueryTopK(Selector):
         sums = self._rotated_sums(candidates) if self.after_rope else candidates.key_sums
         keys = (sums / candidates.tokens[None, :, None, None]).to(queries)  # (b, m, h, d)
         heads, head_dim = queries.shape[1:]
-        return torch.einsum("bhd,bmhd->bm", queries, keys) / (heads * head_dim**0.5)
+        return query.mean_heads(torch.einsum("bhd,bmhd->bm", queries, keys) / (heads * head_dim**0.5))
 
     @staticmethod
     def _rotated_sums(candidates: Candidates) -> Float[Tensor, "batch blocks heads head_dim"]:

@@ -26,6 +26,7 @@ class UniformSelector(Selector):
 
     topk: int = 16
     name = "uniform"
+    by_head = True
 
     def __post_init__(self) -> None:
         require_int("topk", self.topk)

@@ -20,6 +20,7 @@ class AnyFlowFARAdapter(WanAdapter):
     """
 
     name = "anyflow-far"
+    shards = False
     pipelines = (AnyFlowFARPipeline,)  # the bidirectional `AnyFlowPipeline` has no history
     run_class = AnyFlowFARRun
     extra_arguments = {"upstream_padding": False}

@@ -18,6 +18,7 @@ class SkyReelsV2Adapter(WanAdapter):
     """
 
     name = "skyreels-v2"
+    shards = False
     pipelines = (  # the other two of the family are bidirectional
         SkyReelsV2DiffusionForcingPipeline,
         SkyReelsV2DiffusionForcingImageToVideoPipeline,

@@ -32,6 +32,8 @@ class WanAdapter(Adapter):
     pipelines: ClassVar[tuple[type, ...]] = (WanPipeline,)  # image-to-video and VACE are pipelines of their own
     run_class: ClassVar[type[Run]] = WanRun
     extra_arguments = {"image": None, "video": None}
+    #: Whether it follows Ulysses context parallelism.
+    shards: ClassVar[bool] = True
     trainee_class: ClassVar[Callable[..., Trainee] | None] = WanTrainee
 
     def check(self, pipeline: Any) -> None:
@@ -40,7 +42,7 @@ class WanAdapter(Adapter):
         require_one_transformer("this pipeline", {**pipeline.config, **pipeline.components})
         attentions = [each for block in model.blocks for each in (block.attn1, block.attn2)]
         head_dim = model.config.attention_head_dim
-        check_placement(model, attentions, pipeline._execution_device, head_dim)
+        check_placement(model, attentions, pipeline._execution_device, head_dim, shards=self.shards)
         if model.config.patch_size[0] != 1:
             raise UnsupportedPipelineError(
                 f"kvpack needs one token grid a latent frame, but patch_size is {tuple(model.config.patch_size)}"

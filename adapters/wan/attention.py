@@ -10,6 +10,7 @@ from kvpack.adapters import attention
 from kvpack.adapters.compatibility import compiled_from
 from kvpack.adapters.wan.prompt_cache import PromptedLayers
 from kvpack.memory.layer import AttendingLayer
+from kvpack.memory.shard import Shard
 
 _HOOK_NAME = "kvpack_branch"
 
@@ -19,6 +20,7 @@ def attached(
     transformer: Any,
     layers_for: Callable[[str, int | None], Sequence[AttendingLayer]],
     prompted: PromptedLayers,
+    shard: Shard | None = None,
 ) -> Iterator[None]:
     """Run the transformer's self-attention over kvpack's memory, and leave a stock transformer behind.
 
@@ -26,6 +28,7 @@ def attached(
         transformer: a `WanTransformer3DModel`.
         layers_for: called before every forward with the pipeline's branch and step; returns the memory of each layer.
         prompted: cross-attentions whose prompt is computed once.
+        shard: the process, where several hold a layer's heads.
     """
     transformer = compiled_from(transformer)
     with _branch_hook(transformer) as context:
@@ -36,7 +39,7 @@ def attached(
             return layers_for(branch.name, branch.step_index)
 
         attentions = [block.attn1 for block in transformer.blocks]
-        with attention.attached(transformer, attentions, before_forward, others=prompted.processors):
+        with attention.attached(transformer, attentions, before_forward, others=prompted.processors, shard=shard):
             yield
 
 

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvpack.adapters.compatibility import compiled_from
+from kvpack.adapters.parallel import same_shard, shard_of
 from kvpack.adapters.wan.attention import attached
 from kvpack.adapters.wan.compression import (
     appended_tokens,
@@ -20,12 +22,15 @@ from kvpack.adapters.wan.compression import (
 )
 from kvpack.adapters.wan.prompt_cache import PromptCache, PromptedLayers
 from kvpack.adapters.wan.vae import encode
+from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.generation.denoiser import Denoiser
 from kvpack.generation.phase import Phase
 from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.layer import LayerCache
 from kvpack.memory.ledger import BlockEntry
+from kvpack.memory.shard import Shard
+from kvpack.memory.sharded import require_by_head
 
 
 class WanDenoiser(Denoiser):
@@ -60,10 +65,30 @@ class WanDenoiser(Denoiser):
         check_compressor(pipeline.transformer, stack)
         super().__init__(pipeline, stack, geometry, conditioning, buffer)
         self.attention_kwargs, self.compressor, self.prompt = attention_kwargs, stack.latent_compressor, prompt
+        self.shard = self._shard()
+        if self.shard is not None:
+            require_by_head(stack)
+            if buffer.differentiable:
+                raise UnsupportedPipelineError("training runs in one process; take enable_parallelism() away")
+
+    def _shard(self) -> Shard | None:
+        return shard_of(compiled_from(self.transformer))
 
     def seam(self) -> AbstractContextManager[None]:
         """Put kvpack's processors into the transformer for the block."""
-        return attached(self.transformer, self.layers_for, self._prompted())
+        if not same_shard(self.shard, self._shard()):
+            raise UnsupportedPipelineError("enable_parallelism() was called inside a generation; begin another one")
+        return attached(self.transformer, self.layers_for, self._prompted(), self.shard)
+
+    def expect(self, frames: int) -> None:
+        """Announce the length of the coming chunk, of which each process has as many tokens."""
+        tokens = frames * self.geometry.tokens_per_frame
+        if self.shard is not None and self.shard.missing(tokens):
+            raise InvalidOptionError(
+                f"a chunk of {frames} latent frames with {self.geometry.tokens_per_frame} tokens each cannot be split "
+                f"over {self.shard.ranks} ranks; give a height and width, or chunk_frames, so that it can"
+            )
+        super().expect(frames)
 
     def _prompted(self) -> PromptedLayers:
         return PromptedLayers(compiled_from(self.transformer), self.prompt, self.cross_processor)
@@ -121,20 +146,25 @@ class WanDenoiser(Denoiser):
                     self._commit_tokens(branch, piece, each)
 
     def _appended(self, tokens: list[Tensor]) -> AbstractContextManager[None]:
-        return appended_tokens(self.transformer, torch.cat(tokens, dim=1)) if tokens else nullcontext()
+        return appended_tokens(self.transformer, self._filled(torch.cat(tokens, dim=1))) if tokens else nullcontext()
+
+    def _filled(self, tokens: Tensor) -> Tensor:
+        """Return hidden tokens, and behind them as many zeros as give each process as many."""
+        return tokens if self.shard is None else pad(tokens, (0, 0, 0, self.shard.missing(tokens.shape[1])))
 
     def _commit_tokens(self, branch: str, piece: BlockEntry, tokens: Tensor) -> None:
         """Keep keys and values of a piece's hidden tokens: through all layers, or of each layer's projections alone."""
         assert self.compressor is not None
         if self.compressor.project == "layers":
             with self.during(Phase("compress", pieces=(piece,))):
-                forward_tokens(self.transformer, tokens, lambda dummy: self.forward_clean(branch, dummy))
+                forward_tokens(self.transformer, self._filled(tokens), lambda dummy: self.forward_clean(branch, dummy))
             return
         layers = self.session(branch).compress(piece)
         modulation = partial(self.modulation, branch, self._clean_times(tokens))
         projected = project_tokens(self.transformer, tokens, modulation, attention_kwargs=self.attention_kwargs)
+        own = self.own_geometry.own_heads
         for layer, (keys, values) in zip(layers, projected, strict=True):
-            layer.capture(keys, values)
+            layer.capture(own(keys), own(values))
 
     def modulation(self, branch: str, times: Tensor) -> Tensor:
         """Return shifts and scales of a layer's input at these times, `[batch, 6, width]`."""

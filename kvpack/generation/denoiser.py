@@ -14,10 +14,11 @@ from kvpack.errors import GradientError, NonFiniteLatentsError
 from kvpack.generation.phase import Phase
 from kvpack.generation.replay import CleanFrames
 from kvpack.memory.base import Memory
-from kvpack.memory.geometry import Geometry
+from kvpack.memory.geometry import Geometry, ShardedGeometry
 from kvpack.memory.layer import AttendingLayer, LayerCache
 from kvpack.memory.ledger import BlockEntry
 from kvpack.memory.session import Session, finish_commits
+from kvpack.memory.shard import Shard
 
 
 class Denoiser(ABC):
@@ -49,6 +50,9 @@ class Denoiser(ABC):
         self.phase: Phase | None = None
         self._clean = CleanFrames(0 if buffer.differentiable else stack.replay_frames)
 
+    #: The process that holds some heads of every layer; None where one process holds all.
+    shard: Shard | None = None
+
     @abstractmethod
     def seam(self) -> AbstractContextManager[None]:
         """Let the transformer's layers attend what `layers_for` returns, in all forwards of the block."""
@@ -73,6 +77,11 @@ class Denoiser(ABC):
         """Compute anew what is kept of the prompt: somebody else's code has run, which may have changed weights."""
 
     @property
+    def own_geometry(self) -> Geometry:
+        """The geometry of the heads that this process holds."""
+        return self.geometry if self.shard is None else ShardedGeometry.of(self.geometry, self.shard)
+
+    @property
     def branches(self) -> tuple[str, ...]:
         """Guidance branches that have a session of their own."""
         return tuple(self.conditioning)
@@ -94,7 +103,7 @@ class Denoiser(ABC):
     def session(self, branch: str) -> Session:
         """Return the memory of one branch, new at its first mention."""
         if branch not in self.sessions:
-            self.sessions[branch] = Session(self.stack, self.geometry, layer=self.buffer)
+            self.sessions[branch] = Session(self.stack, self.own_geometry, layer=self.buffer)
         return self.sessions[branch]
 
     def expect(self, frames: int) -> None:
@@ -143,6 +152,8 @@ class Denoiser(ABC):
     def stats(self) -> dict[str, Any]:
         """Return tokens of one branch, bytes of all, and seconds of each part of the work."""
         each, shared = [session.stats() for session in self.sessions.values()], {"seconds": dict(self.seconds)}
+        if self.shard is not None:
+            shared["sent_bytes"] = dict(self.shard.sent)
         if not each:
             return {"stack": self.stack.name, "chunks": 0, "branches": [], **shared, "policy_seconds": {}}
         total = {key: sum(stats[key] for stats in each) for key in each[0] if key.endswith("_bytes")}
@@ -154,6 +165,10 @@ class Denoiser(ABC):
         """Return the transformer's output at a denoising step."""
         with self.during(Phase(steps=Counter({branch: step}))):
             return self.forward(branch, latents, timesteps)
+
+    def agreed(self, latents: Tensor) -> Tensor:
+        """Return a chunk's latents as the first process has them, which are those of all; see `Shard.same`."""
+        return latents if self.shard is None else self.shard.same(latents)
 
     def check_finite(self, latents: Tensor, index: int) -> None:
         """Raise `NonFiniteLatentsError`, or the `PolicyError` that is its cause, if a chunk holds NaN or infinity."""

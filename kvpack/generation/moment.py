@@ -112,7 +112,7 @@ def go_on(run: Run, moment: Moment) -> Run:
         decoder.restore(moment.decoder)
     run._decode = decoder
     denoiser = run.denoiser = run.new_denoiser(run.new_geometry(height, width), dict(moment.conditioning))
-    denoiser.sessions = {name: Session(run.stack, denoiser.geometry, past) for name, past in moment.pasts.items()}
+    denoiser.sessions = {name: Session(run.stack, denoiser.own_geometry, past) for name, past in moment.pasts.items()}
     denoiser._clean = moment.clean
     return run
 

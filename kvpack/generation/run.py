@@ -207,6 +207,7 @@ class Run(ABC):
         """Commit latents that were not denoised, and return their pixels if these are wanted as they come."""
         self.denoiser.expect(latents.shape[2])
         with self._driving():
+            latents = self.denoiser.agreed(latents)
             pixels = self.decode(latents) if self._decodes_in_loop else None
             self.denoiser.commit(latents, pixels, given=True)
         return None if self.output_type == "latent" else pixels
@@ -235,7 +236,7 @@ class Run(ABC):
             rewind()
         with self.denoiser.timed("denoise"), self.stock() as call, self.denoiser.during(self.phase(first)):
             made = call(**self.stock_call(noise))
-        latents: Tensor = made if isinstance(made, Tensor) else made[0]
+        latents = self.denoiser.agreed(made if isinstance(made, Tensor) else made[0])
         self.denoiser.check_finite(latents, index)
         return latents
 

@@ -69,6 +69,10 @@ class Chunk:
     shared: Any = None
     twins: Mapping[BlockEntry, KeysValues] = field(default_factory=dict)
 
+    def sum_heads(self, mine: Tensor) -> Tensor:
+        """Return what is summed over this chunk's heads, summed over those that other processes hold too."""
+        return self.geometry.sum_heads(mine)
+
     def rotated(self, queries: Tensor) -> Tensor:
         """Return queries of this chunk after RoPE at their places in the video."""
         return rotate(queries, rotations(self.tokens.coordinates, self.geometry))

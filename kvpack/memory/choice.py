@@ -24,29 +24,41 @@ def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) 
     """
     if plan.takes_all:
         return None
-    queries, device = chunk.queries, chunk.queries.device
+    device, geometry = chunk.queries.device, plan.geometry
     if chunk.shared is not None:
         return chunk.shared.to(device)
     slots, tokens = plan.on(device)
 
+    def seen(mine: Tensor) -> Tensor:
+        return mine if selector.by_head else geometry.all_heads(mine)
+
+    queries = seen(chunk.queries)
+
     def keys(block: int) -> Tensor:
-        return archive.block_keys(plan.mid[block].slot, plan.tokens[block])
+        return seen(archive.block_keys(plan.mid[block].slot, plan.tokens[block]))
 
     def turned(vectors: Callable[[], Tensor], block: int | None) -> Tensor:
         own = None
         if block is not None and archive.coordinates is not None:
             own = archive.coordinates[:, plan.mid[block].slot, : plan.tokens[block]]
+            own = seen(own) if own.ndim == 4 else own
         return rotate(vectors(), plan.absolute_rotations(block, device, own))
 
     candidates = Candidates(
         first_frames=tuple(piece.first_frame for piece in plan.mid),
         frames=tuple(piece.frames for piece in plan.mid),
         tokens=tokens,
-        key_sums=archive.key_sums.index_select(1, slots),
+        key_sums=seen(archive.key_sums.index_select(1, slots)),
         keys=keys,
         rotated_keys=lambda block: turned(lambda: keys(block), block),
     )
-    query = Query(queries, chunk.layer, chunk.index, rotated=lambda: turned(lambda: queries, None))
+    query = Query(
+        queries,
+        chunk.layer,
+        chunk.index,
+        rotated=lambda: turned(lambda: queries, None),
+        mean_heads=geometry.mean_heads if selector.by_head else lambda mean: mean,
+    )
     with policy_call(selector, "select", plan.ledger.seconds, chunk.layer):
         chosen: Any = selector.select(query, candidates)
     name, wanted = f"{type(selector).__name__}.select", (queries.shape[0], plan.chosen)

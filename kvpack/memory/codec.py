@@ -55,6 +55,7 @@ class DenseCodec(Codec):
     """Stores keys and values as they are."""
 
     name = "dense"
+    by_head = True
 
     def encode_keys(self, keys: Tensor) -> Stored:
         """Return the keys."""

@@ -1,12 +1,13 @@
 """What an adapter says of its model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, require_int
+from kvpack.memory.shard import Shard
 
 
 class Rotary(Protocol):
@@ -64,6 +65,27 @@ class Geometry:
             )
 
     @property
+    def shard(self) -> Shard | None:
+        """The process that holds these heads; None where one process holds all of a layer's."""
+        return None
+
+    def sum_heads(self, mine: Tensor) -> Tensor:
+        """Return the sum over processes of what is a sum over the heads of one."""
+        return mine if self.shard is None else self.shard.sum(mine)
+
+    def mean_heads(self, mine: Tensor) -> Tensor:
+        """Return the mean over processes of what is a mean over the heads of one."""
+        return mine if self.shard is None else self.shard.sum(mine) / self.shard.ranks
+
+    def all_heads(self, mine: Tensor, dim: int = 2) -> Tensor:
+        """Return a tensor with the heads of all processes along an axis."""
+        return mine if self.shard is None else self.shard.gather(mine, dim)
+
+    def own_heads(self, every: Tensor, dim: int = 2) -> Tensor:
+        """Return this process's heads of a tensor that has all of them along an axis."""
+        return every if self.shard is None else self.shard.own(every, dim)
+
+    @property
     def width(self) -> int:
         """Channels of a hidden token."""
         return self.heads * self.head_dim
@@ -77,3 +99,20 @@ class Geometry:
     def kv_bytes_per_token(self) -> int:
         """Bytes of one token's keys and values over all layers."""
         return 2 * self.layers * self.heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ShardedGeometry(Geometry):
+    """A model's geometry as one of several processes sees it, with the heads that it holds.
+
+    Args:
+        shard: the process.
+    """
+
+    shard: Shard | None = None  # type: ignore[misc]  # a property of the whole model's
+
+    @classmethod
+    def of(cls, whole: Geometry, shard: Shard) -> "ShardedGeometry":
+        """Return the geometry of a process."""
+        own = {each.name: getattr(whole, each.name) for each in fields(whole)}
+        return cls(**{**own, "heads": whole.heads // shard.ranks}, shard=shard)

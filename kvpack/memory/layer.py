@@ -54,6 +54,12 @@ class Forward:
     places: tuple[Tensor, ...] = ()
     latents: Tensor | None = None
 
+    @property
+    def tokens(self) -> int:
+        """All tokens of it."""
+        chunk = self.plan.coming * self.plan.geometry.tokens_per_frame if self.with_chunk else 0
+        return chunk + sum(each.shape[0] for each in self.places)
+
 
 @dataclass
 class LayerCache:
@@ -240,6 +246,11 @@ class ForwardLayer:
     cache: LayerCache
     first: LayerCache
     forward: Forward
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the forward, on all processes."""
+        return self.forward.tokens
 
     def attend(
         self,

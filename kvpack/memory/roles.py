@@ -25,6 +25,10 @@ class Policy:
 
     role: ClassVar[str]
     name: ClassVar[str]
+    #: Whether it works on some heads of a layer as on all, summing over heads with `sum_heads` or `mean_heads` only.
+    #: Where heads are on several processes, other selectors and compressors are given those of all; what else is not by
+    #: head is refused.
+    by_head: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,11 @@ def _without_positions(*_: object) -> Tensor:
     raise TypeError("this Query or Candidates was made without positions; give it `rotated` or `rotated_keys`")
 
 
+def _itself(mean: Tensor) -> Tensor:
+    """Return what is a mean over all heads already."""
+    return mean
+
+
 @dataclass(frozen=True, eq=False)
 class Query:
     """What a selector may see of the chunk that is being generated, at its first denoising step.
@@ -132,12 +141,14 @@ class Query:
         layer: index of the layer.
         chunk: index of the chunk.
         rotated: returns the queries after RoPE at their positions in the video; costs nothing unless called.
+        mean_heads: returns the mean over processes of what is a mean over the heads of one.
     """
 
     queries: Float[Tensor, "batch tokens heads head_dim"]
     layer: int
     chunk: int
     rotated: Callable[[], Tensor] = _without_positions
+    mean_heads: Callable[[Tensor], Tensor] = _itself
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """All memory of one generation and guidance branch: the only mutable thing."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
@@ -18,6 +19,7 @@ from kvpack.memory.layer import Forward, ForwardLayer, LayerCache, check_layers
 from kvpack.memory.ledger import BlockEntry, require_length
 from kvpack.memory.plan import Plan
 from kvpack.memory.roles import LatentCompressor
+from kvpack.memory.shard import agreed
 from kvpack.memory.stack_plan import StackPlan
 from kvpack.memory.store import KeysValues, Workspace
 
@@ -145,9 +147,11 @@ class Session:
 
     def check_policies(self) -> None:
         """Raise `PolicyError` if a policy broke its contract in the chunk in progress; waits for the device."""
-        for cache in self.caches:
-            if cache.attended is not None and self.plan is not None:
-                self.stack.explain(cache.attended, self.plan, cache.index)
+        shard = self.geometry.shard
+        with nullcontext() if shard is None else shard.together():
+            for cache in self.caches:
+                if cache.attended is not None and self.plan is not None:
+                    self.stack.explain(cache.attended, self.plan, cache.index)
 
     def finish_commit(self) -> None:
         """Write the committed chunk into history, and compress what leaves the recent frames.
@@ -159,7 +163,7 @@ class Session:
 
     def prepared(self) -> Past:
         """Return the past with the committed chunk in it; touches nothing that the present one uses."""
-        if not check_layers(self.caches):
+        if not agreed(self.geometry.shard, check_layers(self.caches), [cache.selected for cache in self.caches]):
             self.check_policies()
         seconds = self.policy_seconds
         states = tuple(cache.remembered(seconds) for cache in self.caches)

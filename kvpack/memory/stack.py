@@ -25,6 +25,7 @@ from kvpack.memory.roles import (
     Reindexer,
     Selector,
 )
+from kvpack.memory.sharded import with_all_heads, with_own_heads
 from kvpack.memory.stack_plan import StackBook, StackPlan
 from kvpack.memory.stack_state import KeptBlock, StackState, attended_tokens
 
@@ -229,9 +230,12 @@ class Stack(Memory):
         else:
             whole = Span(first_frame, frames, grid_coordinates(frames, grid))
             assert isinstance(chunk.plan, StackPlan)
+            queries = chunk.queries if compressor.max_queries else None
+            seen = with_all_heads(compressor, chunk.geometry, KVBlock(keys, values, whole, queries))
             with policy_call(compressor, "compress", chunk.plan.ledger.seconds, chunk.layer):
-                queries = chunk.queries if compressor.max_queries else None
-                block = compressor.compress(KVBlock(keys, values, whole, queries), grid)
+                block = compressor.compress(seen, grid)
+            check_block(compressor, block, span, seen.keys, chunk.layer)
+            return with_own_heads(compressor, chunk.geometry, block)
         check_block(compressor, block, span, keys, chunk.layer)
         return block
 

@@ -13,6 +13,7 @@ from kvpack.memory.blocks import KVBlock, check_block
 from kvpack.memory.choice import doubtful
 from kvpack.memory.plan import at
 from kvpack.memory.rope import joined_places, rotations
+from kvpack.memory.sharded import with_all_heads, with_own_heads
 from kvpack.memory.stack_plan import Placed, StackPlan
 from kvpack.memory.store import KeysValues, StoredBlock
 from kvpack.memory.tokens import Tokens
@@ -156,9 +157,9 @@ def _archived(stack: "Stack", archive: Archive, plan: StackPlan, rows: slice, bl
     keys, values = archive.block_keys(piece.slot, tokens, rows), archive.block_values(piece.slot, tokens, rows)
     if not level:
         return keys, values
+    seen = with_all_heads(stack.compressor, plan.geometry, KVBlock(keys, values, plan.spans[piece.frames]))
     with policy_call(stack.compressor, "shrunk", plan.ledger.seconds, chunk.layer):
-        shrunk: Any = stack.compressor.shrunk(
-            KVBlock(keys, values, plan.spans[piece.frames]), plan.geometry.grid, level
-        )
-    check_block(stack.compressor, shrunk, plan.attended[block], keys, chunk.layer, "shrunk")
-    return shrunk.keys, shrunk.values
+        shrunk: Any = stack.compressor.shrunk(seen, plan.geometry.grid, level)
+    check_block(stack.compressor, shrunk, plan.attended[block], seen.keys, chunk.layer, "shrunk")
+    own = with_own_heads(stack.compressor, plan.geometry, shrunk)
+    return own.keys, own.values
