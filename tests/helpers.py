@@ -100,11 +100,11 @@ def pool_stack(partitioner=None, name="test", chunk_frames=4, **others):
     return Stack(name=name, partitioner=partitioner, chunk_frames=chunk_frames, **{**roles, **others})
 
 
-def random_branch():
+def random_branch(width=24):
     """A learned branch that fits the tiny models, and whose tokens are not zero."""
-    branch = HighResolutionBranch(channels=16, width=24, patch=(2, 2), hidden=8, base_model="tiny")
+    branch = HighResolutionBranch(channels=16, width=width, patch=(2, 2), hidden=8, base_model="tiny")
     with torch.no_grad():
-        branch.projection.weight.copy_(torch.randn(24, 8, generator=seeded()))
+        branch.projection.weight.copy_(torch.randn(width, 8, generator=seeded()))
     return branch
 
 

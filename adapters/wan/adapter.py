@@ -7,7 +7,8 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvpack.adapters.compatibility import check_placement
+from kvpack.adapters.compatibility import check_placement, compiled_from
+from kvpack.adapters.parallel import shard_of
 from kvpack.adapters.wan.checkpoint import diffusers_names, transformer
 from kvpack.adapters.wan.compression import check_compressor, native_window, patch_of
 from kvpack.adapters.wan.run import WanRun
@@ -20,6 +21,7 @@ from kvpack.generation.trainee import Trainee
 from kvpack.memory.base import Memory
 from kvpack.memory.costs import LatentShape, ModelCost
 from kvpack.memory.geometry import Geometry
+from kvpack.memory.shard import Shard
 
 _TEXT_TOKENS = 512
 _SCALES = ("temporal", "spatial")
@@ -47,6 +49,10 @@ class WanAdapter(Adapter):
             raise UnsupportedPipelineError(
                 f"kvpack needs one token grid a latent frame, but patch_size is {tuple(model.config.patch_size)}"
             )
+
+    def shard(self, pipeline: Any) -> Shard | None:
+        """Return the process's part, if context parallelism is enabled."""
+        return shard_of(compiled_from(pipeline.transformer))
 
     @staticmethod
     def configs(pipeline: Any) -> dict[str, Mapping[str, Any]]:

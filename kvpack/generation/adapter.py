@@ -12,6 +12,7 @@ from kvpack.generation.trainee import Trainee
 from kvpack.memory.base import Memory
 from kvpack.memory.costs import LatentShape, ModelCost
 from kvpack.memory.geometry import Geometry
+from kvpack.memory.shard import Shard
 
 
 class Adapter(ABC):
@@ -69,6 +70,10 @@ class Adapter(ABC):
 
     def model_cost(self, configs: Mapping[str, Mapping[str, Any]], height: int, width: int) -> ModelCost | None:
         """Return what planning a training on videos of `height` x `width` depends on; None if nobody counts it."""
+        return None
+
+    def shard(self, pipeline: Any) -> Shard | None:
+        """Return the process's part of the model's heads; None where it has all."""
         return None
 
     def run(self, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool) -> Run:

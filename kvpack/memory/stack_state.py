@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from kvpack.memory.archive import Archive, Encoded
@@ -34,7 +35,7 @@ class KeptBlock:
 
     first_token: int
     block: StoredBlock
-    twin: KeysValues | None = None
+    twin: tuple[Float[Tensor, "rows tokens heads head_dim"], Float[Tensor, "rows tokens heads head_dim"]] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -103,7 +103,7 @@ class Stream(Generator[Any, Prompt | None, None]):
             require_between_chunks(self._run)
             path = Path(folder).resolve()  # the same folder has many names, and a relative one may mean another later
             if self._saver is None or self._saver.folder.path != path:
-                saver = Saver(path, self._generation)
+                saver = Saver(path, self._generation, self._run.denoiser.shard)
                 self._release()
                 self._saver = saver
             self._saver.save(self._run, note)

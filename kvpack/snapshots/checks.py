@@ -70,7 +70,7 @@ def check_moment(moment: Moment) -> None:
 
 def check_sessions(run: Run) -> None:
     """Raise `SnapshotError` if what a generation remembers does not fit its model, or one part of it another."""
-    sessions, geometry = run.sessions, run.denoiser.geometry
+    sessions, geometry = run.sessions, run.denoiser.own_geometry
     if sessions and set(sessions) != set(run.denoiser.branches):
         raise SnapshotError(
             f"it has memories of {sorted(sessions)}, but the branches are {sorted(run.denoiser.branches)}"

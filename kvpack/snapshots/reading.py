@@ -12,6 +12,7 @@ from kvpack.memory.archive import Archive, Encoded
 from kvpack.memory.codec import Codec, Tier
 from kvpack.memory.roles import Policy
 from kvpack.memory.store import StoredBlock
+from kvpack.snapshots.heads import Change, field_with_heads
 from kvpack.snapshots.types import fits
 from kvpack.snapshots.writing import KIND, Node
 
@@ -34,13 +35,19 @@ class TreeReader:
         policies: those of the stack by role.
         device: where the model runs.
         tensors: reads tensors.
+        heads: takes this process's heads; None where it has all.
     """
 
     def __init__(
-        self, classes: Mapping[str, type], policies: Mapping[str, Policy], device: torch.device, tensors: Tensors
+        self,
+        classes: Mapping[str, type],
+        policies: Mapping[str, Policy],
+        device: torch.device,
+        tensors: Tensors,
+        heads: Change | None = None,
     ) -> None:
         self._classes, self._policies, self._device, self._read = classes, policies, device, tensors
-        self._tensors: dict[tuple[str, str, bool], Tensor] = {}
+        self._heads, self._tensors = heads, dict[tuple[str, str, bool], Tensor]()
         self._made: dict[tuple[str, int], Any] = {}
         self._kinds = self._readers()
 
@@ -91,6 +98,9 @@ class TreeReader:
             self._tensors[key] = tensor.to(self._device) if key[2] else tensor
         return self._tensors[key]
 
+    def _own(self, tensor: Tensor, axis: int) -> Tensor:
+        return tensor if self._heads is None else self._heads(tensor, axis)
+
     def _once(self, kind: str, first: Tensor, make: Callable[[], Any]) -> Any:
         """Return the one thing that is made of a tensor."""
         key = kind, id(first)  # the tensor is kept, so that its id stays its own
@@ -102,7 +112,7 @@ class TreeReader:
         keys, values = self._tensor(node["keys"]), self._tensor(node["values"])
         if keys.ndim != 4 or keys.shape != values.shape or keys.dtype != values.dtype:
             raise SnapshotError(f"a block has keys {tuple(keys.shape)} and values {tuple(values.shape)}")
-        return self._once("block", keys, lambda: StoredBlock(keys.shape[1], (keys, values)))
+        return self._once("block", keys, lambda: StoredBlock(keys.shape[1], (self._own(keys, 2), self._own(values, 2))))
 
     def _generator(self, node: dict[str, Any]) -> torch.Generator:
         state = self._tensor({**node["state"], "here": False})
@@ -127,8 +137,12 @@ class TreeReader:
                     f"an archive of {slots} slots has {len(node['held'])} blocks, one of them in {slot}"
                 )
             own = None if places is None else self._tensor(places)
-            stored = tuple(map(self._tensor, keys)), tuple(map(self._tensor, values))
-            archive.restore(slot, slots, _DTYPES[node["dtype"]], Encoded(*stored, self._tensor(sums), own))
+            if own is not None and own.ndim == 4:
+                own = self._own(own, 2)
+            read = [[self._tensor(each) for each in stored] for stored in (keys, values)]
+            stored = [tuple(self._own(each, each.ndim - 2) for each in form) for form in read]
+            block = Encoded(stored[0], stored[1], self._own(self._tensor(sums), 1), own)
+            archive.restore(slot, slots, _DTYPES[node["dtype"]], block)
         return archive
 
     def _data(self, node: dict[str, Any]) -> Any:
@@ -143,6 +157,8 @@ class TreeReader:
             raise SnapshotError(
                 f"{name} of a {cls.__name__} in it is {type(values[name]).__name__}, but must be {hint}"
             )
+        if self._heads is not None:
+            values = {name: field_with_heads(cls, name, value, self._heads) for name, value in values.items()}
         return cls(**values)
 
 

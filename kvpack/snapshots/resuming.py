@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,9 @@ def resumed(pipeline: Any, folder: Path, given: Mapping[str, Any], number: int |
         with _explained():
             return _resumed(pipeline, content, files, given)
 
-    return SnapshotFolder(folder).read(use, number)
+    shard = pipeline._kvpack.adapter.shard(pipeline)
+    with nullcontext() if shard is None else shard.together(SnapshotError):
+        return SnapshotFolder(folder).read(use, number)
 
 
 def _resumed(
@@ -73,12 +75,16 @@ def _resumed(
     require_same(content, fingerprints(pipeline, model_digests(pipeline)), pipeline._kvpack_base.__name__)
     adapter.check(pipeline)
     device, state = pipeline._execution_device, content["state"]
-    reader = TreeReader(allowed_classes(stack, adapter), policies_of(stack), device, files)
+    classes = allowed_classes(stack, adapter)
+    reader = TreeReader(classes, policies_of(stack), device, files)
     attributes = check_attributes(adapter.run_class, reader.value(state["run"]))
     attributes["call"] = _with_given(attributes["call"], given)
     run = begun(adapter, pipeline, attributes, stack)
     _require_equal("stack", content["stack"], run.stack.to_dict(), run)
-    moment = Moment(run=attributes, **{name: reader.value(each) for name, each in state.items() if name != "run"})
+    shard = adapter.shard(pipeline)
+    own = TreeReader(classes, policies_of(stack), device, files, None if shard is None else shard.own)
+    readers = {name: own if name == "pasts" else reader for name in state if name != "run"}
+    moment = Moment(run=attributes, **{name: each.value(state[name]) for name, each in readers.items()})
     check_moment(moment)
     go_on(run, moment)
     _require_equal("geometry", content["geometry"], run.denoiser.geometry, run)

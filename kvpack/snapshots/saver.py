@@ -2,7 +2,7 @@
 
 import json
 import uuid
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,14 @@ from typing import Any
 import diffusers
 import torch
 
-from kvpack.errors import KVPackError, SnapshotError
+from kvpack.errors import KVPackError, OutputError, SnapshotError
 from kvpack.generation.moment import captured
 from kvpack.generation.run import Run
 from kvpack.media.video import make_folder
+from kvpack.memory.shard import Shard
 from kvpack.snapshots.fingerprint import fingerprints, model_digests
 from kvpack.snapshots.folder import SnapshotFolder, require_apart, tensor_files
+from kvpack.snapshots.heads import gathering
 from kvpack.snapshots.lock import FolderLock
 from kvpack.snapshots.types import allowed_classes, policies_of
 from kvpack.snapshots.writing import TreeWriter, Written
@@ -33,19 +35,18 @@ class Saver:
     Args:
         path: the folder.
         generation: says which generation it is; another one's snapshots are not overwritten.
+        shard: the process, where several hold a layer's heads; the first of them writes those of all.
 
     Raises:
         OutputError: if the folder cannot be made, holds another generation, or is being written by another process.
     """
 
-    def __init__(self, path: Path, generation: str) -> None:
-        self.folder, self.generation = SnapshotFolder(make_folder(path)), generation
-        self._lock = FolderLock(path)
-        try:
-            require_apart(path, generation, _generation_in(self.folder))
-        except KVPackError:
-            self.close()
-            raise
+    def __init__(self, path: Path, generation: str, shard: Shard | None = None) -> None:
+        self.folder, self.generation, self._shard = SnapshotFolder(path), generation, shard
+        self._lock: FolderLock | None = None
+        with self._together():
+            if self._writes:
+                self._open(path)
         self._number = max(self.folder.numbers(), default=0)
         # Diffusers looks through all modules for either.
         self._models: dict[str, str] | None = None
@@ -69,17 +70,38 @@ class Saver:
         content, writer = self._tree(run, tensor_files(number), self._written[0])
         if worn := self._worn(writer):
             content, writer = self._tree(run, tensor_files(number), self._written[0].without(worn))
-        self.folder.write(number, {**content, "note": note}, writer.tensors, writer.used)
-        self._number, self._written = number, (self._written[1], writer.kept)
+        with self._together():
+            if self._writes:
+                self.folder.write(number, {**content, "note": note}, writer.tensors, writer.used)
+        self._number = number
+        if self._shard is None:  # what is in files already is known to the process alone that wrote them
+            self._written = self._written[1], writer.kept
 
     def close(self) -> None:
         """Let others write into the folder."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def _writes(self) -> bool:
+        return self._shard is None or self._shard.rank == 0
+
+    def _together(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._shard is None else self._shard.together(OutputError)
+
+    def _open(self, path: Path) -> None:
+        self._lock = FolderLock(make_folder(path))
+        try:
+            require_apart(path, self.generation, _generation_in(self.folder))
+        except KVPackError:
+            self.close()
+            raise
 
     def _tree(self, run: Run, files: tuple[str, str], written: Written) -> tuple[dict[str, Any], TreeWriter]:
         policies = policies_of(run.stack)
         device = self._device = self._device or run.pipeline._execution_device
-        writer = TreeWriter(allowed_classes(run.stack, run.adapter), policies, device, files, written)
+        heads = None if self._shard is None else gathering(self._shard)
+        writer = TreeWriter(allowed_classes(run.stack, run.adapter), policies, device, files, written, heads)
         moment = captured(run, apart=False)
         call = {name: GIVEN_AGAIN if callable(value) else value for name, value in moment.call.items()}
         parts = {each.name: getattr(moment, each.name) for each in fields(moment)}

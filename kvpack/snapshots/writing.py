@@ -15,6 +15,7 @@ from kvpack.errors import SnapshotError
 from kvpack.memory.archive import Archive
 from kvpack.memory.roles import Policy
 from kvpack.memory.store import StoredBlock
+from kvpack.snapshots.heads import Change, field_with_heads
 
 #: The key that tells what a JSON object stands for; plain dicts are written as lists of pairs.
 KIND = "!"
@@ -47,6 +48,7 @@ class TreeWriter:
         device: where the model runs.
         files: names of two files: for new blocks, which never change, and for all other tensors.
         written: what is in files already; what is used of it or new is in `kept` afterwards.
+        heads: gathers the heads of other processes; None where this one has all.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class TreeWriter:
         device: torch.device,
         files: tuple[str, str],
         written: Written | None = None,
+        heads: Change | None = None,
     ) -> None:
         self._names = {cls: name for name, cls in classes.items()}
         self._policies, self._device = policies, device
         self._blocks, self._file = files
         self._written, self.kept = written or Written(), Written()
+        self._heads = heads
         #: New tensors of each file by name, and the bytes that are referred to in each.
         self.tensors: dict[str, dict[str, Tensor]] = {file: {} for file in files}
         self.used: dict[str, int] = {}
@@ -101,7 +105,8 @@ class TreeWriter:
                 return write(value, where)
         if type(value) in self._names:
             content = {
-                each.name: self.node(getattr(value, each.name), f"{where}.{each.name}") for each in fields(value)
+                each.name: self.node(self._field(value, each.name, where), f"{where}.{each.name}")
+                for each in fields(value)
             }
             return {KIND: "data", "class": self._names[type(value)], "fields": content}
         raise SnapshotError(f"{where.lstrip('.')} is a {type(value).__name__}, which is no data to save")
@@ -122,14 +127,22 @@ class TreeWriter:
             np.ndarray: lambda value, _: {KIND: "array", "of": self._tensor(torch.from_numpy(value))},
         }
 
-    def _tensor(self, tensor: Tensor) -> Node:
+    def _field(self, value: Any, name: str, where: str) -> Any:
+        held = getattr(value, name)
+        remembered = self._heads is not None and where.startswith("pasts")
+        return field_with_heads(type(value), name, held, self._heads) if remembered and self._heads else held
+
+    def _tensor(self, tensor: Tensor, axis: int | None = None) -> Node:
         name = f"t{len(self.tensors[self._file])}"
+        here = tensor.device.type == self._device.type
+        if self._heads is not None and axis is not None:
+            tensor = self._heads(tensor, axis)
         self.tensors[self._file][name] = tensor
         self._use({self._file: tensor.nbytes})
-        return {KIND: "tensor", "file": self._file, "name": name, "here": tensor.device.type == self._device.type}
+        return {KIND: "tensor", "file": self._file, "name": name, "here": here}
 
     def _block(self, block: StoredBlock) -> Node:
-        return {KIND: "block", "keys": self._tensor(block.keys), "values": self._tensor(block.values)}
+        return {KIND: "block", "keys": self._tensor(block.keys, 2), "values": self._tensor(block.values, 2)}
 
     def _archive(self, archive: Archive) -> Node:
         held = [[slot, self._once(mark, partial(self._slot, archive, slot))] for slot, mark in archive.marks.items()]
@@ -146,9 +159,14 @@ class TreeWriter:
     def _slot(self, archive: Archive, slot: int) -> Node:
         places = archive.coordinates
         placed = places is not None and slot < places.shape[1]
-        keys, values = ([self._tensor(each[:, slot]) for each in stored] for stored in (archive.keys, archive.values))
-        own = self._tensor(places[:, slot]) if placed and places is not None else None
-        return [keys, values, self._tensor(archive.key_sums[:, slot]), own]
+        # The last axis but one of all that a codec stores by head is that of heads.
+        keys, values = (
+            [self._tensor(each[:, slot], each.ndim - 3) for each in stored] for stored in (archive.keys, archive.values)
+        )
+        own = None
+        if placed and places is not None:
+            own = self._tensor(places[:, slot], 2 if places.ndim == 5 else None)
+        return [keys, values, self._tensor(archive.key_sums[:, slot], 1), own]
 
     def _policy(self, policy: Policy, where: str) -> Node:
         for role, own in self._policies.items():

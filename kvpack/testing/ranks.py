@@ -1,0 +1,111 @@
+"""Several processes on one machine's CPU, for what is tested of them: a fork each, and gloo between them."""
+
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+#: How long the others may go on once one has failed.
+_GRACE = 15.0
+
+
+class RanksFailed(RuntimeError):
+    """Some processes raised or ended.
+
+    Args:
+        errors: what was raised, by rank; "" of one that ended without a word.
+    """
+
+    def __init__(self, errors: dict[int, str]) -> None:
+        super().__init__("\n".join(f"rank {rank}: {error or 'ended without a word'}" for rank, error in errors.items()))
+        self.errors = errors
+
+
+def run_ranks(ranks: int, work: Callable[[int], Any], *, seconds: float = 120.0) -> list[Any]:
+    """Return what `work(rank)` gives in each of several forks of this process, between which there is a gloo group.
+
+    Args:
+        ranks: how many.
+        work: returns plain data and tensors.
+        seconds: after which all are ended.
+
+    Raises:
+        RanksFailed: if any of them raises, ends, or is not done in time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        children = {rank: _forked(rank, ranks, work, Path(folder), seconds) for rank in range(ranks)}
+        _wait(children, time.monotonic() + seconds)
+        errors = {rank: _text(Path(folder) / f"{rank}.txt") for rank in range(ranks)}
+        done = [(Path(folder) / f"{rank}.pt").exists() for rank in range(ranks)]
+        if not all(done):
+            raise RanksFailed({rank: errors[rank] for rank in range(ranks) if not done[rank]})
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def enable_ulysses(transformer: Any, ranks: int) -> None:
+    """Split a transformer's tokens over all ranks of a gloo group, which diffusers does on accelerators only."""
+    from diffusers import ContextParallelConfig
+
+    there = torch.accelerator.device_count
+    torch.accelerator.device_count = lambda: 1
+    try:
+        transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
+    finally:
+        torch.accelerator.device_count = there
+
+
+def _forked(rank: int, ranks: int, work: Callable[[int], Any], folder: Path, seconds: float) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        torch.set_num_threads(1)  # the threads of before are not there in a fork
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/group",
+            rank=rank,
+            world_size=ranks,
+            timeout=timedelta(seconds=seconds),
+        )
+        made = work(rank)
+        torch.save(made, folder / f"{rank}.part")
+        os.replace(folder / f"{rank}.part", folder / f"{rank}.pt")
+        dist.barrier()
+        status = 0
+    except BaseException:
+        (folder / f"{rank}.txt").write_text(traceback.format_exc())
+    finally:
+        os._exit(status)  # nothing of the parent's is torn down here
+    return status
+
+
+def _wait(children: dict[int, int], deadline: float) -> None:
+    running = dict(children)
+    while running:
+        for rank, child in list(running.items()):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                del running[rank]
+                if status:
+                    deadline = min(deadline, time.monotonic() + _GRACE)
+        if running and time.monotonic() > deadline:
+            for child in running.values():
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            deadline = float("inf")
+        time.sleep(0.01)
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
