@@ -15,6 +15,7 @@ from benchmarks import (
     flashdreams,
     keeping,
     overhead,
+    parallel,
     report,
     resident,
     rotation,
@@ -33,6 +34,7 @@ BENCHMARKS = {
     "flashdreams": flashdreams,
     "snapshots": snapshots,
     "faults": faults,
+    "parallel": parallel,
 }
 
 
