@@ -18,6 +18,7 @@ from kvpack.generation.chunks import require_generators
 from kvpack.generation.run import Run
 from kvpack.generation.threads import one_thread, require_enabled
 from kvpack.memory.base import Memory
+from kvpack.pipeline.beside import decoded_beside
 from kvpack.pipeline.progress import OnChunk, reported
 from kvpack.pipeline.trace import traced
 
@@ -112,10 +113,13 @@ def running(pipeline: Any, run: Run) -> Iterator[Enabled]:
         enabled.last = run.stats()
 
 
-def frames(pipeline: Any, run: Run, on_chunk: OnChunk | None = None) -> Generator[Any, None, None]:
-    """Yield each chunk's frames in the call's `output_type`."""
+def frames(
+    pipeline: Any, run: Run, on_chunk: OnChunk | None = None, beside: torch.device | None = None
+) -> Generator[Any, None, None]:
+    """Yield each chunk's frames in the call's `output_type`; they are decoded on a device `beside`, if one is given."""
     with running(pipeline, run) as enabled:
-        for chunk in reported(traced(run, enabled.trace), run, on_chunk):
+        chunks = reported(traced(run, enabled.trace), run, on_chunk)
+        for chunk in chunks if beside is None else decoded_beside(chunks, run, beside):
             made = chunk.latents if chunk.pixels is None else run.postprocess(chunk.pixels)
             run.between_chunks = not run.interrupted  # what nobody was given must be made again after a save
             yield made

@@ -7,6 +7,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, plain
@@ -14,6 +15,7 @@ from kvpack.generation.adapter import Adapter
 from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
 from kvpack.memory.session import Session
+from kvpack.pipeline.beside import decode_beside
 from kvpack.pipeline.calls import Enabled, alone, bound, start, whole
 from kvpack.pipeline.progress import OnChunk, require_callback
 from kvpack.pipeline.stream import Stream
@@ -83,7 +85,13 @@ class PackForcing:
         """
         self._pipeline._kvpack.trace = None if path is None else Path(path)
 
-    def stream(self, *args: Any, on_chunk: OnChunk | None = None, **kwargs: Any) -> Stream:
+    def stream(
+        self,
+        *args: Any,
+        on_chunk: OnChunk | None = None,
+        decode_device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> Stream:
         """Generate without end, or `num_frames`, and yields each chunk's frames as soon as they are decoded.
 
         Takes the arguments of the pipeline's call. Between two chunks the pipeline is the stock one, and memory does
@@ -92,6 +100,9 @@ class PackForcing:
         Args:
             args: of the pipeline's call.
             on_chunk: called with a `Progress` behind each chunk, as the pipeline's own call does with its `on_chunk`.
+            decode_device: where a chunk's frames are decoded, by a thread and a VAE of their own, while the next chunk
+                is denoised. The same frames come a chunk later, and a prompt that is sent holds from the chunk behind
+                that one on; such a stream cannot be saved or forked. None decodes before the next chunk.
             kwargs: of the pipeline's call.
 
         Returns:
@@ -103,7 +114,9 @@ class PackForcing:
         arguments = bound(self._pipeline, args, {**endless, **kwargs})
         require_callback(on_chunk)
         with alone(self._pipeline):
-            return Stream(self._pipeline, start(self._pipeline, arguments, streaming=True), on_chunk)
+            run = start(self._pipeline, arguments, streaming=True)
+            beside = None if decode_device is None else decode_beside(run, decode_device)
+            return Stream(self._pipeline, run, on_chunk, beside=beside)
 
     def resume(self, folder: str | Path, on_chunk: OnChunk | None = None, **given: Any) -> "Stream":
         """Go on with the generation that was saved in a folder, bit for bit as if it had never been stopped.

@@ -5,6 +5,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from kvpack.errors import SnapshotError
 from kvpack.generation.branches import Seed, forked, reseed
 from kvpack.generation.chunks import own_generators, rewinding
@@ -29,6 +31,7 @@ class Stream(Generator[Any, Prompt | None, None]):
         on_chunk: called with a `Progress` behind each chunk.
         generation: its name, if it was saved before.
         note: what was saved with it.
+        beside: device of a decoder that works while the next chunk is denoised; None decodes in between.
     """
 
     _end: Any = None
@@ -40,8 +43,9 @@ class Stream(Generator[Any, Prompt | None, None]):
         on_chunk: OnChunk | None = None,
         generation: str | None = None,
         note: Any = None,
+        beside: torch.device | None = None,
     ) -> None:
-        self._pipeline, self._on_chunk = pipeline, on_chunk
+        self._pipeline, self._on_chunk, self._beside = pipeline, on_chunk, beside
         self._generation = generation or new_generation()
         self._saver: Saver | None = None
         #: What `save` was given, in a stream that was resumed.
@@ -50,7 +54,7 @@ class Stream(Generator[Any, Prompt | None, None]):
 
     def _follow(self, run: Run) -> None:
         """Hand out the frames of a run from here on."""
-        self._run, self._frames = run, frames(self._pipeline, run, self._on_chunk)
+        self._run, self._frames = run, frames(self._pipeline, run, self._on_chunk, self._beside)
         if self._end is not None:
             self._end.detach()
         # Before modules are torn down, which closing needs; a generator that is left to the interpreter comes after.
@@ -100,6 +104,7 @@ class Stream(Generator[Any, Prompt | None, None]):
             OutputError: if it cannot be written.
         """
         with alone(self._pipeline):
+            self._require_not_ahead()
             require_between_chunks(self._run)
             path = Path(folder).resolve()  # the same folder has many names, and a relative one may mean another later
             if self._saver is None or self._saver.folder.path != path:
@@ -121,6 +126,7 @@ class Stream(Generator[Any, Prompt | None, None]):
             InvalidOptionError: if seeds or prompts are not as many as they were.
         """
         with alone(self._pipeline):
+            self._require_not_ahead()
             run = forked(self._run)
             _turn(run, seed, prompt, cut)
         return type(self)(self._pipeline, run, self._on_chunk)
@@ -157,6 +163,13 @@ class Stream(Generator[Any, Prompt | None, None]):
         self._frames.close()
         folder.forget_after(number)
         self._follow(run)
+
+    def _require_not_ahead(self) -> None:
+        if self._beside is not None:
+            raise SnapshotError(
+                "a stream with decode_device is a chunk ahead of the frames that it has handed out, and cannot be "
+                "saved or forked; leave decode_device out"
+            )
 
     def throw(self, *error: Any) -> Any:
         """End the generation with an error."""
