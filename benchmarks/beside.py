@@ -1,12 +1,15 @@
 """Decoding beside denoising: the first frames and a chunk's time of a stream, with `decode_device` and without.
 
-A Wan pipeline with random weights, whose layers are sized so that denoising a chunk takes about as long as decoding it.
-Both kinds of stream are drawn from in turn, each with one thread of torch's an operation; the machine has to have two
-idle cores for the figures to mean anything, and one with an accelerator for the VAE gains as `on paper` says.
+Wan pipelines with random weights; both kinds of stream are drawn from in turn.
+
+on two cores      layers are sized so that denoising a chunk takes about as long as decoding it; one thread of torch's;
+                  two idle cores are needed for the figures to mean anything
+parts that wait   a step and a decoding of the tiny pipeline, each with a wait in it, as for a device that has its own
+                  work: what the order of the work alone is good for, on a busy machine too
 
 first frames      seconds until the first chunk's frames are there, which is a chunk later beside
 a chunk           seconds between two chunks' frames behind the first
-a chunk, ratio    beside over in between, with its bootstrap interval
+ratio of a chunk  beside over in between, with its bootstrap interval
 on paper          longer part / both parts, of the seconds that `stats()` says of a stream without `decode_device`
 other frames      frames that are not the same bits
 
@@ -23,17 +26,39 @@ import torch
 from benchmarks.report import SEED, Bar, Row, median_ratio, samples, say, script
 from kvpack.testing import tiny_wan_pipeline
 
-BARS = (Bar("the same frames", "", "other frames", 0, timed=False),)
+BARS = (
+    Bar("the same frames", "", "other frames", 0, timed=False),
+    Bar("a chunk takes its longer part, where both wait", "parts that wait, decoded beside", "ratio of", 0.75),
+)
 SIZES = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 2, "archive_blocks": 4}
 
 
-def drawn(pipe: Any, frames: int, **options: Any) -> tuple[list[Any], list[float]]:
+class Waiting:
+    """Waits, and does what it is wrapped around."""
+
+    def __init__(self, call: Any, seconds: float) -> None:
+        self.call, self.seconds = call, seconds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.call, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the wrapped returns, later."""
+        time.sleep(self.seconds)
+        return self.call(*args, **kwargs)
+
+
+def drawn(pipe: Any, frames: int, size: int, wait: float, **options: Any) -> tuple[list[Any], list[float]]:
     """Return a stream's chunks, and the seconds that each took."""
-    call = {"height": 96, "width": 96, "num_frames": frames, "num_inference_steps": 2, "guidance_scale": 1.0}
+    call = {"height": size, "width": size, "num_frames": frames, "num_inference_steps": 2, "guidance_scale": 1.0}
+    if wait:
+        call["callback_on_step_end"] = Waiting(lambda _, __, ___, kwargs: kwargs, wait / 2)
     generator, parts, seconds = torch.Generator().manual_seed(SEED), [], []
     stream = pipe.packforcing.stream(
         "a red circle", **call, max_sequence_length=8, output_type="pt", generator=generator, **options
     )
+    if wait:
+        stream._run._decode = Waiting(stream._run._decode, wait)
     with stream:
         start = time.perf_counter()
         for part in stream:
@@ -43,34 +68,43 @@ def drawn(pipe: Any, frames: int, **options: Any) -> tuple[list[Any], list[float
     return parts, seconds
 
 
-def run(small: bool = False) -> list[Row]:
+def compared(subject: str, pipe: Any, rounds: int, frames: int, size: int, wait: float = 0.0) -> list[Row]:
     """Draw from both kinds of stream in turn."""
-    torch.set_num_threads(1)
-    pipe = tiny_wan_pipeline(num_attention_heads=8, attention_head_dim=64, num_layers=2 if small else 6, ffn_dim=1024)
     pipe.set_progress_bar_config(disable=True)
     pipe.enable_packforcing("packforcing", **SIZES)
-    frames, firsts, chunks, other, parts = (29 if small else 93), ([], []), ([], []), 0, []
-    for index in range(2 if small else 6):
-        say(f"beside: round {index}")
-        between, seconds = drawn(pipe, frames)
+    firsts, chunks, other, parts = ([], []), ([], []), 0, []
+    for index in range(rounds):
+        say(f"beside: {subject}, round {index}")
+        between, seconds = drawn(pipe, frames, size, wait)
         spent = pipe.packforcing.stats()["seconds"]
         parts.append((spent["decode"], spent["denoise"] + spent["commit"]))
-        beside, ahead = drawn(pipe, frames, decode_device="cpu")
+        beside, ahead = drawn(pipe, frames, size, wait, decode_device="cpu")
         other += sum(not torch.equal(a, b) for a, b in zip(between, beside, strict=True))
         if index:  # the first round warms up
             for at, each in enumerate((seconds, ahead)):
                 firsts[at].append(each[0])
                 chunks[at].extend(each[1:-1])  # behind the last chunk beside there is nothing to denoise
-    paper = [max(each) / sum(each) for each in parts[1:] or parts]
+    paper = [max(each) / sum(each) for each in parts[1:]]
+    before, behind = f"{subject}, decoded in between", f"{subject}, decoded beside"
     return [
-        samples("decoded in between", "first frames", firsts[0], "seconds"),
-        samples("decoded in between", "a chunk", chunks[0], "seconds"),
-        samples("decoded beside", "first frames", firsts[1], "seconds"),
-        samples("decoded beside", "a chunk", chunks[1], "seconds"),
-        median_ratio("decoded beside", "a chunk, ratio", chunks[1], chunks[0]),
-        samples("decoded beside", "on paper", paper, "ratio"),
-        Row("decoded beside", "other frames", other, other, other, "chunks", 1),
+        samples(before, "first frames", firsts[0], "seconds"),
+        samples(before, "a chunk", chunks[0], "seconds"),
+        samples(behind, "first frames", firsts[1], "seconds"),
+        samples(behind, "a chunk", chunks[1], "seconds"),
+        median_ratio(behind, "ratio of a chunk", chunks[1], chunks[0]),
+        samples(behind, "on paper", paper, "ratio"),
+        Row(behind, "other frames", other, other, other, "chunks", 1),
     ]
+
+
+def run(small: bool = False) -> list[Row]:
+    """Compare both kinds of stream, with work and with waits."""
+    torch.set_num_threads(1)
+    layers, rounds, frames = (2, 2, 29) if small else (6, 6, 93)
+    large = tiny_wan_pipeline(num_attention_heads=8, attention_head_dim=64, num_layers=layers, ffn_dim=1024)
+    rows = compared("on two cores", large, rounds, frames, 96)
+    wait = 0.1 if small else 0.5
+    return rows + compared("parts that wait", tiny_wan_pipeline(), 2 if small else 3, frames, 32, wait)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A Wan pipeline of two layers, four heads of 128 channels and random weights gene
 nothing here says how fast anything is.
 
 difference          largest difference of the latents from those of one process, as a part of the largest number
+choices             chunks for which blocks were chosen
 other choices       chunks whose attended blocks are others than those of one process
 held / share        resident_bytes of the rank that holds most, over an n-th of those of one process
 sent a chunk        bytes that the rank which sends most has sent to others for the last chunk, diffusers' own gather of
@@ -66,6 +67,22 @@ class Made:
     sent: int
 
 
+def attention_bytes(layers: int, width: int, tokens: int, ranks: int, itemsize: int) -> int:
+    """Return the bytes that a rank sends for attention: of four tensors in every layer, what is another's of its share.
+
+    Args:
+        layers: of the model.
+        width: channels of a token, heads times their size.
+        tokens: of all forwards, each filled up to equal shares.
+        ranks: among which heads are split.
+        itemsize: bytes of a number.
+
+    >>> attention_bytes(30, 1536, 5 * 6240, 4, 2)
+    2156544000
+    """
+    return 4 * layers * tokens // ranks * width * itemsize * (ranks - 1) // ranks
+
+
 def on_paper(name: str, ranks: int) -> int:
     """Return the bytes that the first rank sends for a chunk once its memory is full.
 
@@ -79,7 +96,7 @@ def on_paper(name: str, ranks: int) -> int:
     # Twins ride in the commit, and fill its shares.
     twins = -(-(CHUNK // 2 * max(1, GRID[0] // 4) * max(1, GRID[1] // 4)) // ranks) * ranks
     riding = twins if options.get("compressor") == "dual" else 0
-    tokens = 4 * LAYERS * (forwards * chunk + riding) // ranks * width * ITEM * others // ranks
+    tokens = attention_bytes(LAYERS, width, forwards * chunk + riding, ranks, ITEM)
     output = (forwards * chunk + riding) // ranks * PATCH * CHANNELS * ITEM * others
     latents = CHUNK * CHANNELS * frame * PATCH * ITEM * others
     looks = name == "packforcing"  # keep-farthest: keys and values of the block
@@ -137,6 +154,7 @@ def compared(name: str, ranks: int, alone: Made, each: list[Made]) -> list[Row]:
     pairs = [(made.choices, alone.choices) for made in each]
     figures = {
         "difference": (max(float((made.latents - alone.latents).abs().max()) for made in each) / scale, "ratio"),
+        "choices": (sum(map(bool, alone.choices)), "chunks"),
         "other choices": (sum(a != b for mine, one in pairs for a, b in zip(mine, one, strict=True)), "chunks"),
         "held / share": (max(made.held for made in each) * ranks / alone.held, "ratio"),
         "sent a chunk": (sent, "bytes"),
