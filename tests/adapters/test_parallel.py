@@ -52,12 +52,14 @@ MEMORIES = {
 
 
 def pipeline(ranks=1, memory="packforcing"):
-    pipe = quiet(tiny_wan_pipeline(num_attention_heads=4))
+    """Parallelism may be enabled before the memory or after it."""
+    pipe, made = quiet(tiny_wan_pipeline(num_attention_heads=4)), MEMORIES[memory]()
+    name, options = made if isinstance(made, tuple) else (made, {})
+    if memory == "h2o":
+        kvpack.enable(pipe, name, **options)
     if ranks > 1:
         enable_ulysses(pipe.transformer, ranks)
-    made = MEMORIES[memory]()
-    name, options = made if isinstance(made, tuple) else (made, {})
-    return kvpack.enable(pipe, name, **options)
+    return pipe if memory == "h2o" else kvpack.enable(pipe, name, **options)
 
 
 def generated(memory, ranks=1):
@@ -115,6 +117,22 @@ def test_a_snapshot_is_read_by_any_number_of_processes(memory, alone, tmp_path):
 
     for made in (*run_ranks(4, work)[3], resumed(1, memory, tmp_path / "two")):
         assert distance(made, rest) < 1e-5
+
+
+def test_a_fork_and_a_rewind_go_on_in_all_processes(alone, tmp_path):
+    def work(_):
+        stream = pipeline(2, "int8").packforcing.stream(generator=seeded(), **CALL)
+        parts = list(itertools.islice(stream, 4))
+        stream.save(tmp_path)
+        other = stream.fork()
+        parts += list(stream)
+        with other:
+            again = [*parts[:4], *other]
+        stream.rewind(len(parts) - 4)
+        return [torch.cat(each, dim=2) for each in (parts, again, [*parts[:4], *stream])]
+
+    wanted = alone["int8"]["latents"]
+    assert all(distance(made, wanted) < 1e-5 for each in run_ranks(2, work) for made in each)
 
 
 def test_a_snapshot_is_the_same_bytes_of_any_number_of_processes(tmp_path):
