@@ -11,9 +11,9 @@ from kvpack.adapters.compatibility import check_placement, compiled_from
 from kvpack.adapters.parallel import shard_of
 from kvpack.adapters.wan.checkpoint import diffusers_names, transformer
 from kvpack.adapters.wan.compression import check_compressor, native_window, patch_of
+from kvpack.adapters.wan.experts import experts_of
 from kvpack.adapters.wan.run import WanRun
 from kvpack.adapters.wan.training import WanTrainee
-from kvpack.checkpoints.experts import require_one_transformer
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.generation.adapter import Adapter
 from kvpack.generation.run import Run
@@ -40,11 +40,10 @@ class WanAdapter(Adapter):
 
     def check(self, pipeline: Any) -> None:
         """Refuse what would silently give wrong keys."""
-        model = pipeline.transformer
-        require_one_transformer("this pipeline", {**pipeline.config, **pipeline.components})
-        attentions = [each for block in model.blocks for each in (block.attn1, block.attn2)]
-        head_dim = model.config.attention_head_dim
-        check_placement(model, attentions, pipeline._execution_device, head_dim, shards=self.shards)
+        for model in experts_of(pipeline):
+            attentions = [each for block in model.blocks for each in (block.attn1, block.attn2)]
+            head_dim = model.config.attention_head_dim
+            check_placement(model, attentions, pipeline._execution_device, head_dim, shards=self.shards)
         if model.config.patch_size[0] != 1:
             raise UnsupportedPipelineError(
                 f"kvpack needs one token grid a latent frame, but patch_size is {tuple(model.config.patch_size)}"

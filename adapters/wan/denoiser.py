@@ -100,15 +100,20 @@ class WanDenoiser(Denoiser):
 
     def forward(self, branch: str, latents: Tensor, timesteps: Tensor) -> Tensor:
         """Return the transformer's output for latents of one branch."""
-        with self.transformer.cache_context(branch):
-            (output,) = self.transformer(
+        model, name = self.model_of(branch)
+        with model.cache_context(name):
+            (output,) = model(
                 hidden_states=latents,
                 timestep=timesteps,
-                encoder_hidden_states=self.conditioning[branch],
+                encoder_hidden_states=self.conditioning[name],
                 attention_kwargs=self.attention_kwargs,
                 return_dict=False,
             )
         return output
+
+    def model_of(self, branch: str) -> tuple[Any, str]:
+        """Return the transformer whose session has this name, and its guidance branch."""
+        return self.transformer, branch
 
     def forward_clean(self, branch: str, latents: Tensor) -> None:
         """Run a clean chunk at t = 0."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvpack.adapters.wan.conditioning import check_conditioning, conditioning_latents
 from kvpack.adapters.wan.denoiser import WanDenoiser
+from kvpack.adapters.wan.experts import ExpertsDenoiser
 from kvpack.adapters.wan.prompt_cache import PromptCache
 from kvpack.adapters.wan.vae import StreamingDecoder, WholeDecoder, is_own, require_vae
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, require_choice, require_int
@@ -135,7 +136,7 @@ class WanRun(Run):
 
     def denoiser_class(self) -> Callable[..., WanDenoiser]:
         """Return what makes the denoiser, given the arguments of `WanDenoiser`."""
-        return WanDenoiser
+        return ExpertsDenoiser if getattr(self.pipeline, "transformer_2", None) is not None else WanDenoiser
 
     def beginning(self) -> Tensor | None:
         """Return the latents of the image or clip that the video begins with."""

@@ -1,0 +1,104 @@
+"""Two experts that share the steps: the stock video in one chunk, a memory each, and what cannot be shared."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from helpers import distance, generated, quiet, seeded
+from kvpack.errors import UnsupportedPipelineError
+from kvpack.planning import presets
+from kvpack.testing import tiny_wan_pipeline, tiny_wan_transformer
+
+CALL = {
+    "prompt": "a red circle",
+    "height": 32,
+    "width": 32,
+    "num_inference_steps": 4,
+    "guidance_scale": 3.0,
+    "max_sequence_length": 8,
+    "output_type": "latent",
+}
+SIZES = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 2, "archive_blocks": 3}
+
+
+def experts(second=None, boundary=0.875):
+    """A pipeline whose first two steps of four are the first expert's."""
+    pipe = tiny_wan_pipeline()
+    second = tiny_wan_transformer(1) if second is None else second
+    return quiet(WanPipeline(**{**pipe.components, "transformer_2": second}, boundary_ratio=boundary))
+
+
+def video(pipe, frames, **changed):
+    return generated(pipe, **{**CALL, "num_frames": frames, "generator": seeded(), **changed})
+
+
+def test_a_chunk_is_the_stock_video():
+    pipe = experts()
+    wanted = video(pipe, 13, guidance_scale_2=2.0)
+    assert distance(video(quiet(tiny_wan_pipeline()), 13), wanted) > 0.01  # the second one counts
+    pipe.enable_packforcing("full", chunk_frames=4)
+    assert distance(video(pipe, 13, guidance_scale_2=2.0), wanted) < 1e-5
+    pipe.disable_packforcing()
+    assert torch.equal(video(pipe, 13, guidance_scale_2=2.0), wanted)
+
+
+# Blocks that are chosen by queries are chosen by each expert's own, at its first step.
+STACKS = {
+    "packforcing": {**SIZES, "selector": "recency"},
+    "h2o": {"chunk_frames": 2, "budget_frames": 6, "recent_frames": 2},
+}
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_the_same_expert_twice_is_one_model(stack):
+    """Both see all of the past: either one's memory is that of a model that makes all steps."""
+    alone = quiet(tiny_wan_pipeline())
+    pipe = experts(copy.deepcopy(alone.transformer))
+    for each in (alone, pipe):
+        each.enable_packforcing(stack, **STACKS[stack])
+    assert torch.equal(video(pipe, 53), video(alone, 53))
+    one, two = alone.packforcing.stats(), pipe.packforcing.stats()
+    assert two["branches"] == ["cond", "uncond", "cond transformer_2", "uncond transformer_2"]
+    assert two["resident_bytes"] == 2 * one["resident_bytes"]
+
+
+def test_other_experts_have_other_keys_of_the_same_past(tmp_path):
+    pipe = experts().enable_packforcing("packforcing", **SIZES)
+    wanted = video(pipe, 53)
+    with pipe.packforcing.stream(**{**CALL, "num_frames": 53}, generator=seeded()) as stream:
+        parts = [next(stream) for _ in range(4)]
+        first, second = (pipe.packforcing.sessions[name].past for name in ("cond", "cond transformer_2"))
+        keys = [past.states[0].whole[0].block.keys for past in (first, second)]
+        assert first.book.frames == second.book.frames == 8
+        assert distance(*keys) > 0.01
+        stream.save(tmp_path)
+    rest = experts().enable_packforcing("packforcing", **SIZES).packforcing.resume(tmp_path)
+    assert torch.equal(torch.cat([*parts, *rest], dim=2), wanted)
+
+
+def test_one_of_the_two_may_make_all_steps():
+    for boundary, which in ((0.0, 0), (1.1, 1)):
+        pipe, alone = experts(boundary=boundary), quiet(tiny_wan_pipeline(seed=0))
+        if which:
+            alone.register_modules(transformer=tiny_wan_transformer(1))
+        for each in (pipe, alone):
+            each.enable_packforcing("packforcing", **SIZES)
+        assert torch.equal(video(pipe, 29), video(alone, 29))
+
+
+def test_what_is_refused(tmp_path):
+    pipe = experts(tiny_wan_transformer(1, num_attention_heads=4))
+    with pytest.raises(UnsupportedPipelineError, match="num_attention_heads is 2 in transformer and 4"):
+        pipe.enable_packforcing("full")
+    for options, why in (
+        ({"compressor": "lr"}, "makes tokens for one"),
+        ({"commit": "last-step"}, "last denoising step"),
+    ):
+        pipe = experts().enable_packforcing("packforcing", **SIZES, **options)
+        with pytest.raises(UnsupportedPipelineError, match=why):
+            video(pipe, 13)
+    experts().save_config(tmp_path)
+    with pytest.raises(UnsupportedPipelineError, match=r"has boundary_ratio=0.875"):
+        presets.from_folder(tmp_path)
