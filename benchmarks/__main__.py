@@ -10,6 +10,7 @@ import sys
 
 from benchmarks import (
     anyflow,
+    beside,
     choices,
     faults,
     flashdreams,
@@ -35,6 +36,7 @@ BENCHMARKS = {
     "snapshots": snapshots,
     "faults": faults,
     "parallel": parallel,
+    "beside": beside,
 }
 
 
