@@ -161,6 +161,15 @@ class Archive:
         """Return keys `[some rows, tokens, heads, head_dim]` of a block, on the model's device."""
         return self._of_block(self.keys, self.codec.decode_keys, slot, tokens, rows)
 
+    def blocks_keys(self, slots: Sequence[int]) -> Float[Tensor, "rows blocks tokens heads head_dim"]:
+        """Return keys of several blocks, each as long as a slot, decoded at once, on the model's device."""
+        device = self.key_sums.device
+        parts = [
+            torch.stack([each[:, slot].to(device, non_blocking=True) for slot in slots], dim=1) for each in self.keys
+        ]
+        decoded = self.codec.decode_keys([each.flatten(0, 1) for each in parts], self.slot_tokens, self.dtype)
+        return decoded.unflatten(0, (-1, len(slots)))
+
     def block_values(self, slot: int, tokens: int, rows: slice = slice(None)) -> Tensor:
         """Return values `[some rows, tokens, heads, head_dim]` of a block, on the model's device."""
         return self._of_block(self.values, self.codec.decode_values, slot, tokens, rows)
