@@ -18,6 +18,7 @@ from benchmarks import (
     overhead,
     report,
     resident,
+    rivals,
     rotation,
     snapshots,
     steady,
@@ -33,6 +34,7 @@ BENCHMARKS = {
     "choices": choices,
     "anyflow": anyflow,
     "flashdreams": flashdreams,
+    "rivals": rivals,
     "snapshots": snapshots,
     "faults": faults,
 }
