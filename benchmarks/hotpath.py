@@ -8,6 +8,7 @@ later step        a denoising forward behind a chunk's first one, in which anoth
                   3 of 4 forwards are
 first step        a chunk's first forward: blocks are chosen, placed and gathered
 commit            the clean chunk's forward, and what then becomes of it
+whole chunk       a first step, three later ones and the commit
 
 operators         kernels launched a layer; views launch none
 allocations       new tensors a layer
@@ -49,7 +50,7 @@ MEMORIES: dict[str, tuple[str, dict[str, Any]]] = {
     "streaming-llm": ("streaming-llm", {}),
     "deep-forcing": ("deep-forcing", {}),
 }
-LATER, FIRST, COMMIT = "later step", "first step", "commit"
+LATER, FIRST, COMMIT, CHUNK = "later step", "first step", "commit", "whole chunk"
 OPERATORS, ALLOCATIONS, MOVED, NEEDED = "operators", "allocations", "moved", "moved / needed"
 SENT = "copies to the device"
 BARS = (
@@ -197,6 +198,11 @@ def rows_of(name: str, shape: Geometry, chunks: int) -> list[Row]:
             samples(name, f"{kind}: {each}", [float(value)], units.get(each, "count"))
             for each, value in figures.items()
         ]
+    chunk = [found[FIRST], *[found[LATER]] * 3, found[COMMIT]]
+    rows += [
+        samples(name, f"{CHUNK}: {OPERATORS}", [float(sum(len(each.names) for each in chunk))], "count"),
+        samples(name, f"{CHUNK}: {MOVED}", [float(sum(each.moved for each in chunk))], "bytes"),
+    ]
     ratio = found[LATER].moved / needed(memory, options, shape, chunks)
     return [*rows, samples(name, f"{LATER}: {NEEDED}", [ratio], "ratio")]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.hotpath import ALLOCATIONS, FIRST, LATER, NEEDED, OPERATORS
+from benchmarks.hotpath import ALLOCATIONS, CHUNK, FIRST, LATER, MOVED, NEEDED, OPERATORS
 from benchmarks.report import RESULTS, figure, read
 from kvpack.planning.planner import Plan, plan
 from kvpack.planning.presets import PRESETS, adapter_for
@@ -173,6 +173,8 @@ CONSTANTS = (
     ("the same in its first step, `int8`", "hotpath", "packforcing, int8", f"{FIRST}: {OPERATORS}"),
     ("tensors allocated in a later step", "hotpath", "packforcing", f"{LATER}: {ALLOCATIONS}"),
     ("bytes moved in a layer and later step / needed", "hotpath", "packforcing", f"{LATER}: {NEEDED}"),
+    ("kernels of a whole chunk, a layer", "hotpath", "packforcing", f"{CHUNK}: {OPERATORS}"),
+    ("bytes of a whole chunk, a layer", "hotpath", "packforcing", f"{CHUNK}: {MOVED}"),
     ("held / attended, own and archived tokens", "resident", "four-role stack, packforcing", "ratio"),
     ("time of a window's handling / FlashDreams'", "flashdreams", "kvpack, on read, bf16", "chunk / FlashDreams"),
     ("time of handling / PackForcing-Unofficial's way", "rivals", "kvpack, concatenate, bf16", "chunk / rival"),
