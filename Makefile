@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 PROCESSES ?= 2
 
-.PHONY: install demo test check docs pictures bench leaderboard ablations toyworld compressor clean
+.PHONY: install demo test check docs pictures bench gpu leaderboard ablations toyworld compressor clean
 
 install: $(STAMP)
 
@@ -34,6 +34,10 @@ pictures: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+# At most eight minutes on a card; writes runs/gpu.json to send back. Without a card: python -m benchmarks.gpu --tiny
+gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu
 
 leaderboard: $(STAMP)
 	$(BIN)/python -m benchmarks.leaderboard $(if $(SMOKE),--smoke,--processes $(PROCESSES))

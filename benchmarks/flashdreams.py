@@ -41,6 +41,7 @@ from kvpack.memory.rope import rotate, rotations
 from kvpack.policies.stacks import self_forcing
 
 WINDOW, CHUNK, STEPS = 21, 3, 4
+CPU = torch.device("cpu")
 ABSENT = "it is not installed (pip install --no-deps flashdreams==0.1.0)"
 TIME, MOVED, RESIDENT = "chunk / FlashDreams", "moved / FlashDreams", "resident / FlashDreams"
 BARS = (
@@ -96,11 +97,11 @@ def geometry(small: bool, dtype: torch.dtype) -> Geometry:
     return Geometry(1, 12, 128, (30, 52), (44, 42, 42), dtype=dtype)
 
 
-def projections(shape: Geometry, chunk: int) -> Projections:
+def projections(shape: Geometry, chunk: int, device: torch.device = CPU) -> Projections:
     """Return queries of no size, and the keys and values of a chunk, the same on both sides."""
     generator = torch.Generator().manual_seed(SEED + chunk)
     size = (1, CHUNK * shape.tokens_per_frame, shape.heads, shape.head_dim)
-    keys, values = (torch.randn(size, generator=generator).to(shape.dtype) for _ in range(2))
+    keys, values = (torch.randn(size, generator=generator).to(device, shape.dtype) for _ in range(2))
     return keys, keys, values
 
 
@@ -136,11 +137,13 @@ class Kvpack:
 class FlashDreams:
     """FlashDreams' cache, used as its attention modules use it."""
 
-    def __init__(self, shape: Geometry, module: ModuleType, on_read: bool, clones: bool = True) -> None:
-        self.shape, self.on_read, self.clones, self.index = shape, on_read, clones, 0
+    def __init__(
+        self, shape: Geometry, module: ModuleType, on_read: bool, clones: bool = True, device: torch.device = CPU
+    ) -> None:
+        self.shape, self.on_read, self.clones, self.index, self.device = shape, on_read, clones, 0, device
         tokens, size = shape.tokens_per_frame, (1, WINDOW * shape.tokens_per_frame, shape.heads, shape.head_dim)
         self.cache = module.BlockKVCache(
-            size, size, 1, CHUNK * tokens, WINDOW * tokens, device=torch.device("cpu"), dtype=shape.dtype
+            size, size, 1, CHUNK * tokens, WINDOW * tokens, device=device, dtype=shape.dtype
         )
         self.turns = self.angles(0, WINDOW)
         self.attended: tuple[Tensor, Tensor] | None = None
@@ -148,7 +151,7 @@ class FlashDreams:
     def angles(self, first: int, frames: int) -> Tensor:
         """Return rotations to consecutive places."""
         places = grid_coordinates(frames, self.shape.grid).double() + torch.tensor([first, 0, 0])
-        return rotations(places[None], self.shape)
+        return rotations(places[None].to(self.device), self.shape)
 
     def prepare(self) -> None:
         """Make the coming chunk's angles."""

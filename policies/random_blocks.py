@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpack.errors import require_int
 from kvpack.memory.roles import Candidates, Query, Selector
+from kvpack.memory.sending import sent
 
 
 @dataclass(frozen=True)
@@ -45,4 +46,4 @@ class RandomSelector(Selector):
         """Draw distinct indices, each set as likely as any other."""
         generator = np.random.default_rng((self.seed, query.chunk, query.layer))
         picks = generator.permutation(candidates.count)[: self.topk].tolist()
-        return torch.tensor(picks, dtype=torch.long, device=query.queries.device).expand(query.queries.shape[0], -1)
+        return sent(torch.tensor(picks, dtype=torch.long), query.queries.device).expand(query.queries.shape[0], -1)

@@ -1,7 +1,7 @@
 """Attend the archived blocks that would take the most attention (after PackForcing, arXiv 2603.25730, section 5)."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from jaxtyping import Float
@@ -53,11 +53,17 @@ class SoftmaxMassSelector(QueryTopK):
             products = torch.einsum("bihd,bmjhd->bmhij", some, torch.stack(blocks, dim=1).float())
             return products.logsumexp(dim=4).mean(dim=(2, 3))
 
-        blocks = [keys(block) for block in range(candidates.count)]
-        return query.mean_heads(torch.cat([masses(each) for each in _alike(blocks)], dim=1))
+        every = (keys(block) for block in range(candidates.count))
+        return query.mean_heads(torch.cat([masses(each) for each in _alike(every)], dim=1))
 
 
-def _alike(blocks: list[Tensor]) -> list[list[Tensor]]:
-    """Return consecutive blocks of one size together, a few at a time, so that products of all are never held."""
-    runs = (list(run) for _, run in groupby(blocks, key=lambda each: each.shape[1]))
-    return [run[first : first + _TOGETHER] for run in runs for first in range(0, len(run), _TOGETHER)]
+def _alike(blocks: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield consecutive blocks of one size together, a few at a time: products, or keys, of all are never held."""
+    together: list[Tensor] = []
+    for block in blocks:
+        if together and (len(together) == _TOGETHER or block.shape[1] != together[0].shape[1]):
+            yield together
+            together = []
+        together.append(block)
+    if together:
+        yield together

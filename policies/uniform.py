@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvpack.errors import require_int
 from kvpack.memory.roles import Candidates, Query, Selector
+from kvpack.memory.sending import sent
 
 
 @dataclass(frozen=True)
@@ -41,4 +42,4 @@ class UniformSelector(Selector):
         last, gaps = candidates.count - 1, chosen - 1
         # In whole numbers: no two can be equal, and no device rounds otherwise.
         picks = [(2 * i * last + gaps) // (2 * gaps) for i in range(chosen)] if gaps else [(last + 1) // 2]
-        return torch.tensor(picks, dtype=torch.long, device=query.queries.device).expand(query.queries.shape[0], -1)
+        return sent(torch.tensor(picks, dtype=torch.long), query.queries.device).expand(query.queries.shape[0], -1)

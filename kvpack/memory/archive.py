@@ -161,6 +161,15 @@ class Archive:
         """Return keys `[some rows, tokens, heads, head_dim]` of a block, on the model's device."""
         return self._of_block(self.keys, self.codec.decode_keys, slot, tokens, rows)
 
+    def blocks_keys(self, slots: Sequence[int]) -> Float[Tensor, "rows blocks tokens heads head_dim"]:
+        """Return keys of several blocks, each as long as a slot, decoded at once, on the model's device."""
+        device = self.key_sums.device
+        parts = [
+            torch.stack([each[:, slot].to(device, non_blocking=True) for slot in slots], dim=1) for each in self.keys
+        ]
+        decoded = self.codec.decode_keys([each.flatten(0, 1) for each in parts], self.slot_tokens, self.dtype)
+        return decoded.unflatten(0, (-1, len(slots)))
+
     def block_values(self, slot: int, tokens: int, rows: slice = slice(None)) -> Tensor:
         """Return values `[some rows, tokens, heads, head_dim]` of a block, on the model's device."""
         return self._of_block(self.values, self.codec.decode_values, slot, tokens, rows)
@@ -169,9 +178,11 @@ class Archive:
         self, rows: slice, slots: Int[Tensor, "some chosen"], tokens: int
     ) -> tuple[Float[Tensor, "some all heads head_dim"], Float[Tensor, "some all heads head_dim"]]:
         """Return keys and values of the chosen slots, the first `tokens` of each, joined; each row has its choice."""
+        # On another tier than the model's the host must know what is chosen: the one wait of a chunk and layer.
+        known = None if self.tier == "device" else slots.tolist()
 
         def joined(stored: Stored, decode: Decode) -> Tensor:
-            chosen = [self._chosen(each, rows, slots) for each in stored]  # [some * chosen, ...]
+            chosen = [_chosen(each[rows], slots, known) for each in stored]  # [some * chosen, ...]
             blocks = decode(chosen, self.slot_tokens, self.dtype)[:, :tokens]
             return blocks.unflatten(0, tuple(slots.shape)).flatten(1, 2)  # [some, chosen * tokens, heads, head_dim]
 
@@ -194,12 +205,6 @@ class Archive:
         parts = [each[rows, slot].to(self.key_sums.device, non_blocking=True) for each in stored]
         return decode(parts, self.slot_tokens, self.dtype)[:, :tokens]
 
-    def _chosen(self, stored: Tensor, rows: slice, slots: Int[Tensor, "some chosen"]) -> Tensor:
-        # On another tier than the model's the host must know what is chosen: the one wait of a chunk and layer.
-        where = slots.to(stored.device)
-        index = torch.arange(where.shape[0], device=stored.device)[:, None]
-        return stored[rows][index, where].flatten(0, 1).to(slots.device, non_blocking=True)
-
     def _grown(self, old: Stored, like: Stored, slots: int, device: torch.device) -> Stored:
         new = []
         for number, each in enumerate(like):
@@ -217,6 +222,24 @@ class Archive:
         self.key_sums = self.key_sums.clone()
         self.coordinates = None if self.coordinates is None else self.coordinates.clone()
         self._shared = False
+
+
+def _chosen(stored: Tensor, slots: Int[Tensor, "rows chosen"], known: list[list[int]] | None) -> Tensor:
+    """Return slots of each row, one behind the other, on the device of `slots`.
+
+    Args:
+        stored: `[rows, slots, ...]`.
+        slots: those that each row has chosen.
+        known: the same in numbers, if `stored` is elsewhere: each slot is copied from where it lies, which is pinned
+            memory beside CUDA, and nobody waits for it.
+    """
+    if known is None:
+        return stored[torch.arange(slots.shape[0], device=slots.device)[:, None], slots].flatten(0, 1)
+    fetched = torch.empty(slots.numel(), *stored.shape[2:], dtype=stored.dtype, device=slots.device)
+    places = ((row, slot) for row, some in enumerate(known) for slot in some)
+    for number, (row, slot) in enumerate(places):
+        fetched[number].copy_(stored[row, slot], non_blocking=True)
+    return fetched
 
 
 def grown_slots(slots: int, slot: int) -> int:

@@ -11,9 +11,12 @@ from kvpack.errors import PolicyError
 from kvpack.memory.archive import Archive
 from kvpack.memory.attribution import policy_call
 from kvpack.memory.base import Chunk
+from kvpack.memory.codec import DENSE
 from kvpack.memory.roles import Candidates, Query, Selector
 from kvpack.memory.rope import rotate
 from kvpack.memory.stack_plan import StackPlan
+
+_AHEAD = 16  # blocks: at 832x480, 9 MB of keys in bfloat16
 
 
 def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) -> Int[Tensor, "rows chosen"] | None:
@@ -28,6 +31,7 @@ def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) 
     if chunk.shared is not None:
         return chunk.shared.to(device)
     slots, tokens = plan.on(device)
+    stored = _keys(archive, plan)
 
     def seen(mine: Tensor) -> Tensor:
         return mine if selector.by_head else geometry.all_heads(mine)
@@ -35,7 +39,7 @@ def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) 
     queries = seen(chunk.queries)
 
     def keys(block: int) -> Tensor:
-        return seen(archive.block_keys(plan.mid[block].slot, plan.tokens[block]))
+        return seen(stored(block))
 
     def turned(vectors: Callable[[], Tensor], block: int | None) -> Tensor:
         own = None
@@ -70,6 +74,24 @@ def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) 
             f"{name} returned shape {tuple(chosen.shape)} in layer {chunk.layer}, but it must be {wanted}"
         )
     return chosen.long().sort(dim=1).values
+
+
+def _keys(archive: Archive, plan: StackPlan) -> Callable[[int], Tensor]:
+    """Return what gives one mid block's keys; a codec that computes decodes those behind it too, for who asks next."""
+    if archive.codec == DENSE:
+        return lambda block: archive.block_keys(plan.mid[block].slot, plan.tokens[block])
+    ahead: dict[int, Tensor] = {}
+
+    def keys(block: int) -> Tensor:
+        if block not in ahead:
+            in_order = block - 1 in ahead or block == 0
+            run = range(block, min(block + (_AHEAD if in_order else 1), len(plan.mid)))
+            ahead.clear()
+            blocks = archive.blocks_keys([plan.mid[each].slot for each in run])
+            ahead.update(zip(run, blocks.unbind(1), strict=True))
+        return ahead[block][:, : plan.tokens[block]]
+
+    return keys
 
 
 def doubtful(chosen: Tensor | None, count: int) -> Tensor | bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from kvpack.memory.blocks import grid_coordinates
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.rope import rotations, wide_dtype
+from kvpack.memory.sending import sent
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Plan:
     def coordinates(self, device: torch.device) -> Float[Tensor, "1 tokens 3"]:
         """Return (t, y, x) of the chunk's tokens in the video, the same tensor for all layers."""
         if device not in self._coordinates:
-            grid = grid_coordinates(self.coming, self.geometry.grid).to(device, wide_dtype(device)).clone()
+            grid = sent(grid_coordinates(self.coming, self.geometry.grid), device).to(wide_dtype(device), copy=True)
             grid[:, 0] += self.book.frames
             self._coordinates[device] = grid[None]
         return self._coordinates[device]
@@ -85,7 +86,7 @@ def at(
         start: position of a row's block, or of the block of each token.
         ratio: positions that a frame of the block spans, alike.
     """
-    coordinates = coordinates.to(start.device)
+    coordinates = sent(coordinates, start.device)
     begins, squeezed = (each[:, None] if each.ndim == 1 else each for each in (start, ratio))
     if coordinates.ndim == 4:
         begins, squeezed = begins[..., None], squeezed[..., None]

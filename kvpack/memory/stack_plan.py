@@ -17,6 +17,7 @@ from kvpack.memory.ledger import BlockEntry, Ledger, Step
 from kvpack.memory.plan import Book, Plan, at
 from kvpack.memory.roles import Layout, Part, Placement
 from kvpack.memory.rope import rotations, wide_dtype
+from kvpack.memory.sending import sent
 
 if TYPE_CHECKING:
     from kvpack.memory.stack import Stack
@@ -135,7 +136,7 @@ class StackPlan(Plan):
         """Return slot and token count of every mid block; copied to the device once for all layers."""
         if device not in self._on:
             slots = [piece.slot for piece in self.mid]
-            self._on[device] = torch.tensor(slots, device=device), torch.tensor(self.tokens, device=device)
+            self._on[device] = sent(torch.tensor(slots), device), sent(torch.tensor(self.tokens), device)
         return self._on[device]
 
     def place(self, chosen: Tensor | list[int] | None, device: torch.device) -> Placed:
@@ -182,7 +183,7 @@ class StackPlan(Plan):
             *(grid_coordinates(frames, grid) for frames in recent),
         ]
         edges = tuple(accumulate(map(len, coordinates)))
-        counts = torch.tensor([len(each) for each in coordinates[1:]], dtype=torch.long, device=device)
+        counts = sent(torch.tensor([len(each) for each in coordinates[1:]], dtype=torch.long), device)
         starts, lengths = (
             each.repeat_interleave(counts, dim=1, output_size=edges[-1]) for each in (placement.starts, ratios)
         )
@@ -190,13 +191,13 @@ class StackPlan(Plan):
 
     def _layout(self, chosen: Tensor | list[int], device: torch.device) -> Layout:
         """Return the attended blocks; rows differ only where a tensor has chosen."""
-        index = chosen if isinstance(chosen, Tensor) else torch.tensor([chosen], dtype=torch.long, device=device)
+        index = chosen if isinstance(chosen, Tensor) else sent(torch.tensor([chosen], dtype=torch.long), device)
         # A wrong index is reported at the end of the chunk; until then it must not crash the device.
         index = index.clamp(0, max(0, len(self.mid) - 1))
 
         def column(sink: list[int], mid: list[int], recent: list[int]) -> Float[Tensor, "rows blocks"]:
             def row(values: list[int]) -> Tensor:
-                return torch.tensor(values, dtype=wide_dtype(device), device=device)
+                return sent(torch.tensor(values, dtype=wide_dtype(device)), device)
 
             rows = index.shape[0]
             return torch.cat([row(sink).expand(rows, -1), row(mid)[index], row(recent).expand(rows, -1)], dim=1)

@@ -132,3 +132,21 @@ def test_room_on_another_tier_is_for_the_model_s_device(monkeypatch):
     archive.fork().reserve(0, like)
     assert archive.keys[0].device.type == "cpu"
     assert devices == ["meta"] * 4
+
+
+@pytest.mark.parametrize("store", ["int8", "int4", "fp8"])
+def test_keys_of_several_blocks_are_those_of_each(store, monkeypatch):
+    """What a selector sees is the same whether blocks are decoded together or one by one, and in any order."""
+    from kvpack.memory import choice
+
+    session = Session(registry().stack("packforcing", {"topk": 2, "store": store}), TINY)
+    run_session(session, 8, batch=2)
+    archive, plan = session.past.states[0].archive, session.stack.plan(session.past.book, 4, TINY)
+    alone = [archive.block_keys(piece.slot, tokens) for piece, tokens in zip(plan.mid, plan.tokens, strict=True)]
+    decoded, several = [], archive.blocks_keys
+    monkeypatch.setattr(archive, "blocks_keys", lambda slots: decoded.append(len(slots)) or several(slots))
+    for order in (range(len(alone)), reversed(range(len(alone)))):
+        keys = choice._keys(archive, plan)
+        assert all(torch.equal(keys(block), alone[block]) for block in order)
+    assert len(alone) > 3
+    assert decoded[:2] == [len(alone), 1]  # in order all at once, backwards one by one

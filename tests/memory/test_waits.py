@@ -50,6 +50,13 @@ def test_nor_do_its_options_wait(options, monkeypatch):
     assert waited(session, monkeypatch, 12)[-1] == (0, 1)
 
 
+@pytest.mark.parametrize("options", [{}, {"store": "int8"}], ids=str)
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_elsewhere_a_layer_waits_once_for_what_was_chosen(options, tier, monkeypatch):
+    session = Session(registry().stack("packforcing", {"topk": 2, "tier": tier, **options}), TINY)
+    assert waited(session, monkeypatch, 12)[-1] == (TINY.layers, 1)
+
+
 def test_waits_are_seen(monkeypatch):
     denoise = Session.denoise
 

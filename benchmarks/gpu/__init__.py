@@ -1,0 +1,1 @@
+"""What one card says about kvpack: `make gpu`, at most eight minutes."""

@@ -1,0 +1,42 @@
+"""kvpack's window beside FlashDreams' on the card, as `benchmarks.flashdreams` does on a CPU."""
+
+from __future__ import annotations
+
+from functools import partial
+from statistics import median
+from unittest.mock import patch
+
+import torch
+
+from benchmarks import flashdreams
+from benchmarks.gpu.bench import one
+from benchmarks.gpu.machine import Machine, milliseconds
+from benchmarks.report import Row, samples
+from kvpack.memory import attended
+
+
+def beside_flashdreams(machine: Machine, rows: list[Row], small: bool) -> str | None:
+    """Append milliseconds of a chunk's handling on both sides, and their ratio."""
+    module = flashdreams.flashdreams_cache()
+    if module is None:
+        return f"not measured, {flashdreams.ABSENT}"
+    shape, device = flashdreams.geometry(small, torch.bfloat16), machine.device
+    steady = flashdreams.WINDOW // flashdreams.CHUNK + 1
+    with torch.no_grad(), patch.object(attended, "rotate", flashdreams.no_queries):
+        for on_read in (False, True):
+            way = "on read" if on_read else "absolute"
+            mine = flashdreams.Kvpack(shape, on_read)
+            theirs = flashdreams.FlashDreams(shape, module, on_read, device=device)
+            spent: dict[str, list[float]] = {"kvpack": [], "FlashDreams": []}
+            for chunk in range(steady + 5):
+                given = flashdreams.projections(shape, chunk, device)
+                theirs.prepare()
+                for name, side in (("kvpack", mine), ("FlashDreams", theirs)):
+                    seconds = machine.seconds(partial(side.chunk, given))
+                    if chunk >= steady:
+                        spent[name].append(seconds)
+            flashdreams.assert_same(mine, theirs, shape)
+            rows += [samples(f"{name}, {way}", "chunk", milliseconds(each), "ms") for name, each in spent.items()]
+            ratio = median(spent["kvpack"]) / median(spent["FlashDreams"])
+            rows.append(one(f"kvpack, {way}", flashdreams.TIME, ratio, "ratio"))
+    return None
