@@ -1,12 +1,13 @@
 """A batch over workers of Ray, each of which may end at any time.
 
-A worker is an actor that Ray starts again where its process or machine ends. Its video then goes on from the last
+A worker is an actor. Where its process or machine ends another one is started, and its video goes on from the last
 checkpoint, on whichever worker is free first.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from kvpack.batch.cluster import Actor, cores
@@ -84,11 +85,13 @@ class Pool:
         gpu = settings.device.partition(":")[0] == "cuda"
         # Ray gives a process as many threads as it has cores here, unless OMP_NUM_THREADS says otherwise.
         needs = {"num_cpus": 1, "num_gpus": 1} if gpu else {"num_cpus": max(1, cores() // max(workers, 1))}
-        actor = ray.remote(max_restarts=-1, max_task_retries=0, **needs)(Actor)
-        #: The workers: handles, kept so that Ray does not end them.
-        self.workers = [actor.remote(asdict(settings), str(folder.path)) for _ in range(workers)]
-        #: What is waited for: workers that load the pipeline, and how often they were lost at it; videos in work.
-        self.starting = {each.start.remote(): (each, 0) for each in self.workers}
+        # Another actor takes the place of one that is lost: Ray refuses calls of one that it restarts itself.
+        actor = ray.remote(max_restarts=0, max_task_retries=0, **needs)(Actor)
+        self.spawn = partial(actor.remote, asdict(settings), str(folder.path))
+        #: What is waited for: workers that load the pipeline, and how many were lost at it in a row; videos in work.
+        self.starting: dict[Any, tuple[Any, int]] = {}
+        for _ in range(workers):
+            self._start()
         self.making: dict[Any, tuple[Any, int, Attempt]] = {}
 
     def run(self) -> None:
@@ -103,13 +106,17 @@ class Pool:
             for ready in self.ray.wait([*self.starting, *self.making])[0]:
                 self._started(ready) if ready in self.starting else self._heard(ready)
 
+    def _start(self, lost: int = 0) -> None:
+        worker = self.spawn()
+        self.starting[worker.start.remote()] = worker, lost
+
     def _started(self, ready: Any) -> None:
         worker, lost = self.starting.pop(ready)
         try:
             process, wrong = self.ray.get(ready)
         except self.ray.exceptions.RayError:
             if lost < self.retries:
-                self.starting[worker.start.remote()] = worker, lost + 1
+                self._start(lost + 1)
             return
         if wrong is not None:
             raise InvalidOptionError(wrong)
@@ -139,12 +146,12 @@ class Pool:
         self.on_event(Event("frames", attempt.video, process, said["frames"]))
 
     def _lost(self, stream: Any, error: Exception) -> None:
-        """Go on with the video elsewhere, and start the worker again."""
+        """Go on with the video elsewhere, and start another worker."""
         worker, process, attempt = self.making.pop(stream)
         why = first_line(getattr(error, "cause", None) or error)
         if isinstance(error, self.ray.exceptions.RayTaskError):  # its process lives, but may have spoiled its GPU
-            self.ray.kill(worker, no_restart=False)
-        self.starting[worker.start.remote()] = worker, 0
+            self.ray.kill(worker)
+        self._start()
         attempt.lost = 0 if attempt.chunks >= self.every else attempt.lost + 1
         if attempt.lost > self.retries:
             why = f"its worker ended {attempt.lost} times behind one and the same checkpoint, at last: {why}"
