@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from importlib.util import find_spec
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -54,14 +53,10 @@ def test_killed_workers_cost_no_frame(model, tmp_path):
 
     with cluster(None, 2) as ray:
         Pool(ray, settings, folder, VIDEOS, 2, 3, killing).run()
-    lost = next(each for each in events if each.kind == "lost")
-    began = [each.frames for each in events if each.kind == "frames" and each.video == lost.video]
-    assert began[0] == 0
-    assert 0 < next(each for before, each in pairwise(began) if each <= before) <= max(began)
-    assert files(folder.path) == singly(model, tmp_path)
     made = folder.made()
     assert sorted(made) == ["blue", "green", "red"]
-    assert made[lost.video.name]["begun"] > 1
+    assert sum(entry["begun"] - 1 for entry in made.values()) == sum(event.kind == "lost" for event in events) > 0
+    assert files(folder.path) == singly(model, tmp_path)
 
 
 def accelerate(*words):
