@@ -33,6 +33,7 @@ class WanAdapter(Adapter):
     run_class: ClassVar[type[Run]] = WanRun
     extra_arguments = {"image": None, "video": None}
     trainee_class: ClassVar[Callable[..., Trainee] | None] = WanTrainee
+    takes_writer = True
 
     def check(self, pipeline: Any) -> None:
         """Refuse what would silently give wrong keys."""
