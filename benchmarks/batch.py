@@ -71,7 +71,7 @@ def videos(count: int, seconds: float) -> list[Video]:
 
 def run(small: bool = False) -> list[Row]:
     """Videos of a batch that loses workers, beside those of single runs."""
-    count, seconds, workers, period = (4, 8.0, 2, 1.0) if small else (40, 16.0, WORKERS, PERIOD)
+    count, seconds, workers, period = (4, 8.0, 2, 1.0) if small else (40, 4.0, WORKERS, PERIOD)
     wanted = videos(count, seconds)
     call = {**CALL, "num_inference_steps": STEPS}
     options = {**TRAINING, **STACK_OPTIONS["packforcing"]}
