@@ -57,7 +57,7 @@ def cluster(address: str | None, workers: int | None) -> Iterator[Any]:
     # Nobody is told of it: whoever wants to says so in this variable.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]  # it may be missing
     except ImportError as error:
         raise InvalidOptionError('a batch needs Ray; pip install "kvpack[ray]"') from error
     here: dict[str, Any] = {"include_dashboard": False, "num_cpus": max(workers or 1, cores())}

@@ -29,7 +29,7 @@ def copied(pipe, change=0.0):
 def history(pipe, **call):
     """Keys that each layer has behind two chunks that are given, and whether the transformer is stock again."""
     stream = pipe.packforcing.stream(**{**CALL, **call, "video": clip(13, 16)[..., :16].repeat(1, 1, 1, 1, 2)})
-    next(stream), next(stream)
+    _ = next(stream), next(stream)
     (session, *_) = pipe.packforcing.sessions.values()
     return [torch.cat([each.block.keys for each in state.whole], dim=1).clone() for state in session.past.states]
 
@@ -69,7 +69,7 @@ def test_both_transformers_are_stock_between_chunks():
     pipe.packforcing.writer = writer = copied(pipe, 0.1)
     processors = [type(each) for each in writer.attn_processors.values()]
     stream = pipe.packforcing.stream(**CALL)
-    next(stream), next(stream)
+    _ = next(stream), next(stream)
     assert [type(each) for each in writer.attn_processors.values()] == processors
     assert [type(each) for each in pipe.transformer.attn_processors.values()] == processors
 
