@@ -45,6 +45,7 @@ GUIDED, LAST = {"guidance_scale": 3.0, "negative_prompt": "night"}, {"commit": "
 SIZES: dict[str, Any] = {
     "chunk_frames": CHUNK, "window_frames": 8, "sink_frames": 2, "recent_frames": 2, "budget_frames": 6, "topk": 3,
     "context_frames": 4, "archive_blocks": 6, "train_frames": 9, "max_queries": 7, "most_chosen": 2, "share": 0.4,
+    "retrieved_frames": 2, "slots": 5,
     "previous_chunks": (4, 2), "deviations": 0.5, "compressor": "pool", "selector": "topk",
 }  # fmt: skip
 WAN = {

@@ -34,6 +34,8 @@ from kvpack.plugins.registry import registry
 
 LAYERS, HEADS, CHUNKS, LATENT_CHANNELS = 30, 12, 120, 16
 RATIO_STACK, RATIO_OTHER = "four-role stack, ", "other memory, "
+#: What holds whole frames, of which a chunk attends a few: its ratio has no bar.
+RATIO_SEARCHED = "searched memory, "
 BARS = (
     Bar("four-role stacks hold what is attended and archived", RATIO_STACK, "ratio", 1.05),
     Bar("every other memory holds what is attended", RATIO_OTHER, "ratio", 1.10),
@@ -160,7 +162,8 @@ def measured(name: str, heads: int | None, small: bool) -> list[Row]:
     else:
         layer = held(memory, geometry(heads, small), chunks)
     say(f"resident: {name}, {layer}")
-    kind = RATIO_STACK if isinstance(memory, Stack) else RATIO_OTHER
+    searched = RATIO_SEARCHED if hasattr(memory, "archive_frames") else RATIO_OTHER
+    kind = RATIO_STACK if isinstance(memory, Stack) else searched
     return kept_rows(kind + name, layer, LAYERS)
 
 

@@ -25,6 +25,7 @@ STACK_OPTIONS: dict[str, dict[str, Any]] = {
     "infinite-forcing": {"window_frames": 8},
     "infinity-rope": {"window_frames": 8},
     "krea": {"context_frames": 4},
+    "longlive-rag": {"window_frames": 13},
     "magi": {"previous_chunks": (4, 3, 2, 1)},
     "rolling-sink": {"window_frames": 20},
     "token-trim": {"window_frames": 20},

@@ -10,6 +10,7 @@ from kvpack.policies.all_blocks import AllSelector
 from kvpack.policies.contiguous import ContiguousReindexer
 from kvpack.policies.deep_forcing import DeepForcing
 from kvpack.policies.dual import DualCompressor
+from kvpack.policies.fademem import FadeMem
 from kvpack.policies.fit import FitReindexer
 from kvpack.policies.flowcache import FlowCache
 from kvpack.policies.framepack import GeometricCompressor, framepack
@@ -27,10 +28,12 @@ from kvpack.policies.keep_merge import MergeCompressor
 from kvpack.policies.keep_random import RandomTokensCompressor
 from kvpack.policies.krea import Krea
 from kvpack.policies.longlive import LongLive
+from kvpack.policies.longlive_rag import LongLiveRAG
 from kvpack.policies.lr import LowResolutionCompressor
 from kvpack.policies.magi import Magi
 from kvpack.policies.memrope import MemRoPE
 from kvpack.policies.native import NativeCompressor
+from kvpack.policies.packed import PackedReindexer
 from kvpack.policies.pool import PoolCompressor
 from kvpack.policies.pool_time import TimePoolCompressor
 from kvpack.policies.quantized import Float8Codec, Int4Codec, Int8Codec
@@ -79,6 +82,7 @@ def kvpack_register_policies(register: Callable[[Any], None]) -> None:
         AbsoluteReindexer,
         ContiguousReindexer,
         FitReindexer,
+        PackedReindexer,
         SinkShiftReindexer,
         DenseCodec,
         Int8Codec,
@@ -88,6 +92,8 @@ def kvpack_register_policies(register: Callable[[Any], None]) -> None:
         MemRoPE,
         RollingSink,
         LongLive,
+        LongLiveRAG,
+        FadeMem,
         InfinityRoPE,
         Krea,
         TokenTrim,

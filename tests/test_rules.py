@@ -126,7 +126,7 @@ def test_every_hook_is_in_the_docs():
 def test_every_policy_cites_its_paper_or_is_ours():
     """A policy file says in its first lines where it comes from, or is one of the few that need no source."""
     ours = {"__init__", "all_blocks", "fit", "identity", "pool", "recency", "stacks"}
-    ours |= {"keep", "keep_grid", "keep_random", "pool_time"}
+    ours |= {"keep", "keep_grid", "keep_random", "packed", "pool_time"}
     for path in (ROOT / "policies").glob("*.py"):
         assert path.stem in ours or any(each in path.read_text().split('"""')[1] for each in ("arXiv", "github.com")), (
             path

@@ -25,6 +25,7 @@ class AnyFlowFARAdapter(WanAdapter):
     run_class = AnyFlowFARRun
     extra_arguments = {"upstream_padding": False}
     trainee_class = None  # its forwards have two times, which training does not know yet
+    takes_writer = False
 
     def default_options(self, configs: Mapping[str, Mapping[str, Any]], stack: str) -> dict[str, Any]:
         """Return chunks as the model was trained; `packforcing` in its sizes, with its own embedding as the compressor.

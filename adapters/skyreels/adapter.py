@@ -27,3 +27,4 @@ class SkyReelsV2Adapter(WanAdapter):
     run_class = SkyReelsRun
     extra_arguments = {}
     trainee_class = None
+    takes_writer = False

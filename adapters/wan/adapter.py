@@ -37,6 +37,7 @@ class WanAdapter(Adapter):
     #: Whether it follows Ulysses context parallelism.
     shards: ClassVar[bool] = True
     trainee_class: ClassVar[Callable[..., Trainee] | None] = WanTrainee
+    takes_writer = True
 
     def check(self, pipeline: Any) -> None:
         """Refuse what would silently give wrong keys."""

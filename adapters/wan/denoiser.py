@@ -1,7 +1,7 @@
 """A Wan transformer over kvpack's memory, with the tokens of a latent-space compressor in its commits."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from kvpack.adapters.wan.compression import (
 )
 from kvpack.adapters.wan.prompt_cache import PromptCache, PromptedLayers
 from kvpack.adapters.wan.vae import encode
-from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
+from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, UnusedOptionError
 from kvpack.generation.denoiser import Denoiser
 from kvpack.generation.phase import Phase
 from kvpack.memory.base import Memory
@@ -70,6 +70,32 @@ class WanDenoiser(Denoiser):
             require_by_head(stack)
             if buffer.differentiable:
                 raise UnsupportedPipelineError("training runs in one process; take enable_parallelism() away")
+            if self.writer not in (None, self.transformer):
+                raise UnsupportedPipelineError(
+                    "a writer commits in one process; set packforcing.writer to None, or take enable_parallelism() away"
+                )
+        self._writers_prompt = None if prompt is None else PromptCache()
+        if self.writer is not None and stack.commit != "rerun":
+            raise UnusedOptionError("writer", f"{stack.name} keeps what the last denoising step computed, not a commit")
+
+    @property
+    def writer(self) -> Any:
+        """The transformer that commits in the place of the pipeline's own; None if there is none."""
+        return getattr(vars(self.pipeline).get("_kvpack"), "writer", None)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Let the writer, if there is one, stand in for the transformer, with a prompt's keys and values of its own."""
+        if self.writer is None or self.writer is self.transformer:
+            yield
+            return
+        before = self.transformer, self.prompt
+        self.transformer, self.prompt = self.writer, self._writers_prompt
+        try:
+            with self.seam():
+                yield
+        finally:
+            self.transformer, self.prompt = before
 
     def _shard(self) -> Shard | None:
         return shard_of(compiled_from(self.transformer))
@@ -95,8 +121,9 @@ class WanDenoiser(Denoiser):
 
     def forget_prompt(self) -> None:
         """Compute the prompt's keys and values anew when they are needed next."""
-        if self.prompt is not None:
-            self.prompt.forget()
+        for each in (self.prompt, self._writers_prompt):
+            if each is not None:
+                each.forget()
 
     def forward(self, branch: str, latents: Tensor, timesteps: Tensor) -> Tensor:
         """Return the transformer's output for latents of one branch."""

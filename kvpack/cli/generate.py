@@ -1,15 +1,28 @@
 """`kvpack generate`: a video of any length with a model of one's own."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from kvpack.cli.call import (
+    Call,
+    Device,
+    Dtype,
+    Fps,
+    GuidanceScale,
+    Height,
+    Model,
+    NegativePrompt,
+    Steps,
+    Width,
+    call_defaults,
+    check_guidance,
+    given_arguments,
+)
 from kvpack.cli.resume import checkpoint_folder
 from kvpack.cli.support import (
-    DTYPES,
     Json,
     Options,
     Seconds,
@@ -25,47 +38,32 @@ from kvpack.cli.support import (
 )
 from kvpack.errors import InvalidOptionError
 
-#: Arguments of a pipeline's call that the command gives itself.
-RESERVED = {
-    "num_frames": "--seconds says how long the video is",
-    "generator": "--seed says what noise is drawn",
-    "output_type": "frames are written to --output",
-    "return_dict": "frames are written to --output",
-    "num_videos_per_prompt": "one video is written",
-    "image": "--begin says what the video begins with",
-    "video": "--begin says what the video begins with",
-}
-
 
 def generate(
-    model: Annotated[Path, typer.Option(help="Folder of a diffusers pipeline, or its Hub id.")],
-    prompt: Annotated[
-        str, typer.Option(help="""What the video shows, or a schedule '[(0, "a"), (20, "b"), (40, "c", "cut")]'.""")
-    ],
+    model: Model,
     seconds: Seconds,
-    output: Annotated[Path, typer.Option(help="The mp4 to write.")],
+    output: Annotated[Path, typer.Option(help="The mp4 to write; the folder of all, with --prompts.")],
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="""What the video shows, or a schedule '[(0, "a"), (20, "b"), (40, "c", "cut")]'."""),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="File of prompts, as 'kvpack batch' takes it, over the processes of 'accelerate launch'."),
+    ] = None,
     stack: StackName = None,
     option: Options = [],  # noqa: B006  # typer reads it, nobody changes it
-    height: Annotated[int | None, typer.Option(help="Pixels; the model's own, else the pipeline's.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; the model's own, else the pipeline's.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames a second.", show_default="the model's own")] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, help="Denoising steps of a chunk.", show_default="the model's own, else the pipeline's"),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="1 is no guidance.", show_default="the model's own, else the pipeline's")
-    ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What it does not show; needs guidance.")] = None,
+    height: Height = None,
+    width: Width = None,
+    fps: Fps = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
     begin: Annotated[Path | None, typer.Option(help="Image or clip that the video begins with.")] = None,
     seed: Seed = 0,
-    dtype: Annotated[
-        str | None, typer.Option(help=", ".join(DTYPES), show_default="float32 on cpu, else bfloat16")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="E.g. cpu or cuda.", show_default="cuda if there is one")] = None,
-    call: Annotated[
-        list[str], typer.Option(metavar="NAME=VALUE", help="Further argument of the pipeline's call.")
-    ] = [],  # noqa: B006
+    dtype: Dtype = None,
+    device: Device = None,
+    call: Call = [],  # noqa: B006
     checkpoint_every: Annotated[
         int | None,
         typer.Option(min=1, metavar="CHUNKS", help="Save it every so many chunks, see 'kvpack resume'."),
@@ -87,21 +85,29 @@ def generate(
     from kvpack.media.reading import is_picture
     from kvpack.media.video import VideoWriter
 
+    named = {
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+    }
+    if prompts is not None:
+        from kvpack.cli.prompts import Asked, make_own_share, refuse_beside_prompts
+
+        refuse_beside_prompts(prompt=prompt, begin=begin, checkpoint=checkpoint, trace=trace)
+        asked = Asked(prompts, output, model, seconds, seed, stack, option, named, call, fps, dtype, checkpoint_every)
+        make_own_share(asked, device, as_json)
+        return
+    if prompt is None:
+        raise InvalidOptionError("say what the video shows: --prompt TEXT for one video, --prompts FILE for many")
     # What is wrong is told before torch is imported, and all but the weights before they are loaded.
     model = require_model_folder(model)
     VideoWriter(output, 1)
     require_seed(seed)
     folder = checkpoint_folder(output, checkpoint_every, checkpoint)
     picture = begin is not None and is_picture(begin)
-    named = {
-        "prompt": parse_prompt(prompt),
-        "negative_prompt": negative_prompt,
-        "height": height,
-        "width": width,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-    }
-    given = _given({name: value for name, value in named.items() if value is not None}, parse_options(call))
+    given = given_arguments({"prompt": parse_prompt(prompt), **named}, parse_options(call))
 
     from kvpack.pipeline.checkpoints import Job, checkpointed
     from kvpack.pipeline.enable import enable
@@ -110,13 +116,13 @@ def generate(
     from kvpack.planning.presets import timing
     from kvpack.plugins.resolve import resolve_stack
 
-    (settings, scale), defaults = timing(model), _defaults(model)
+    (settings, scale), defaults = timing(model), call_defaults(model)
     fps = float(settings.fps) if fps is None else fps
     writer = VideoWriter(output, fps)
     frames, _ = video_frames(seconds, fps, scale)
     resolve_stack(stack, parse_options(option), settings)  # finds out now whether it is one
     arguments = {**settings.call, **given, **({"fps": fps} if "fps" in defaults else {})}
-    _check_guidance(arguments, defaults)
+    check_guidance(arguments, defaults)
     name = None if begin is None else _check_beginning(begin, picture, arguments, defaults, fps, frames)
     device = device or default_device()
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
@@ -139,44 +145,6 @@ def generate(
                     on_chunk(track)
     result = {"output": str(output), "prompt": prompt, "seed": seed, "fps": fps, **track.report()}
     print_tracks(result, [result], [str(output)], as_json)
-
-
-def _given(named: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    for name in more:
-        if name in RESERVED:
-            raise InvalidOptionError(f"--call {name} cannot be given here, for {RESERVED[name]}; leave it out")
-        if name in named:
-            raise InvalidOptionError(f"{name} was given twice, by its own option and by --call; leave one out")
-    return {**named, **more}
-
-
-def _defaults(model: Path) -> dict[str, Any]:
-    """Return the arguments that the model's pipeline takes with kvpack, and their defaults; none if it isn't known."""
-    import inspect
-
-    import diffusers
-
-    from kvpack.plugins.registry import registry
-
-    try:
-        name = json.loads((model / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    found: Any = getattr(diffusers, str(name), None)
-    if not isinstance(found, type):
-        return {}
-    adapter = registry().adapter(found)
-    own = {each.name: each.default for each in inspect.signature(found.__call__).parameters.values()}
-    return {**own, **(adapter.extra_arguments if adapter else {})}
-
-
-def _check_guidance(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    scale = arguments.get("guidance_scale", defaults.get("guidance_scale"))
-    if arguments.get("negative_prompt") and isinstance(scale, int | float) and scale <= 1:
-        raise InvalidOptionError(
-            f"a negative prompt needs guidance, but guidance_scale is {scale:g}; give --guidance-scale, e.g. 5, "
-            "or leave --negative-prompt out"
-        )
 
 
 def _check_beginning(

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kvpack.cli.batch import batch
 from kvpack.cli.convert import convert
 from kvpack.cli.env import env
 from kvpack.cli.evaluate import evaluate
@@ -90,6 +91,7 @@ def demo(
 
 app.command()(generate)
 app.command()(resume)
+app.command()(batch)
 app.command()(convert)
 app.command()(evaluate)
 app.command()(train_compressor)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from kvpack.errors import UnsupportedPipelineError
+from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.generation.run import Run
 from kvpack.generation.trainee import Trainee
 from kvpack.memory.base import Memory
@@ -27,6 +27,8 @@ class Adapter(ABC):
     extra_arguments: ClassVar[Mapping[str, Any]] = {}
     #: What training does with such a pipeline, made of adapter, pipeline and text tokens; None if nobody trains it.
     trainee_class: ClassVar[Callable[..., Trainee] | None] = None
+    #: Whether another transformer may commit in the place of the pipeline's own.
+    takes_writer: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, pipeline: Any) -> None:
@@ -46,6 +48,24 @@ class Adapter(ABC):
             stack: name of the stack.
         """
         return {}
+
+    def checked_writer(self, pipeline: Any, writer: Any) -> Any:
+        """Return a transformer that may commit in the place of the pipeline's own.
+
+        Raises:
+            UnsupportedPipelineError: if the family has no such place.
+            InvalidOptionError: if it is of another size or dtype than the pipeline's own.
+        """
+        if not self.takes_writer:
+            raise UnsupportedPipelineError(f"{self.name} commits with the pipeline's own transformer; leave writer out")
+        wanted, given = _described(pipeline.transformer), _described(writer)
+        for what, value in wanted.items():
+            if given.get(what) != value:
+                raise InvalidOptionError(
+                    f"the writer's {what} is {given.get(what)!r}, but that of the pipeline's transformer is {value!r}; "
+                    "give a transformer of the same config and dtype"
+                )
+        return writer
 
     def check_stack(self, pipeline: Any, stack: Memory) -> None:  # noqa: B027  # a family may have nothing to check
         """Raise `InvalidOptionError` if the stack cannot work with this pipeline's model."""
@@ -103,3 +123,10 @@ class Adapter(ABC):
             raise UnsupportedPipelineError(f"the adapter {self.name} cannot train yet; it has no `trainee_class`")
         self.check(pipeline)
         return self.trainee_class(self, pipeline, max_sequence_length)
+
+
+def _described(transformer: Any) -> dict[str, Any]:
+    """Return class, dtype and config of a transformer, compiled or not, but for names that are private."""
+    transformer = getattr(transformer, "_orig_mod", transformer)
+    config = {name: value for name, value in getattr(transformer, "config", {}).items() if not name.startswith("_")}
+    return {"class": type(transformer).__name__, "dtype": getattr(transformer, "dtype", None), **config}

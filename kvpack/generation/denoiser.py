@@ -4,7 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -72,6 +72,10 @@ class Denoiser(ABC):
     def compress(self, piece: BlockEntry, latents: Tensor, pixels: Tensor | None) -> Tensor:
         """Return the hidden tokens that a latent-space compressor makes of a piece of a clean chunk."""
         raise NotImplementedError(f"{type(self).__name__} cannot compress latents; refuse such stacks in check_stack")
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Let the model that commits, if it is another one, stand in for the transformer in the block."""
+        return nullcontext()
 
     def forget_prompt(self) -> None:  # noqa: B027  # a family may keep nothing
         """Compute anew what is kept of the prompt: somebody else's code has run, which may have changed weights."""
@@ -210,7 +214,7 @@ class Denoiser(ABC):
             pixels: the same decoded, if the stack needs them.
             given: whether they come from outside, so that no denoising forward has seen them.
         """
-        with self.timed("compress"):
+        with self.timed("compress"), self.writing():
             tokens = {piece: self.compress(piece, latents, pixels) for piece in self.pending_compressions}
         clean = self._clean.with_chunk(latents, tokens, pixels if self.stack.reencodes else None)
         with self._all_or_nothing():
@@ -269,7 +273,8 @@ class Denoiser(ABC):
         for branch, session in self.sessions.items():
             # A branch that guidance left out of the last step has nothing of it to keep.
             rerun = again or self.stack.commit == "rerun" or session.step < last
-            self.commit_branch(branch, latents, tokens, rerun=rerun)
+            with self.writing():
+                self.commit_branch(branch, latents, tokens, rerun=rerun)
         finish_commits(list(self.sessions.values()))
 
     def commit_branch(self, branch: str, latents: Tensor, tokens: Mapping[BlockEntry, Tensor], *, rerun: bool) -> None:

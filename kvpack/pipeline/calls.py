@@ -37,6 +37,7 @@ class Enabled:
         first_chunk_frames: latent frames of a video's first chunk; None leaves it to the model.
         call: arguments of the pipeline's call that are the model's own, where a call does not give them.
         trace: file that generations write what their memory does to; copies do not take it along.
+        writer: the transformer that commits clean chunks; None is the pipeline's own. Copies do not take it along.
     """
 
     stack: Memory
@@ -48,6 +49,7 @@ class Enabled:
     first_chunk_frames: int | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
     trace: Path | None = None
+    writer: Any = None
 
     def __str__(self) -> str:
         if self.run is not None:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,20 +98,33 @@ def checkpointed(track: Track, job: Job, folder: Path, on_chunk: Callable[[Track
         folder: of the checkpoints.
         on_chunk: called behind each chunk.
     """
+    chunks = checkpointing(track, job, folder)
+    made = next(chunks)
+    for frames in chunks:
+        made = frames
+        try:
+            on_chunk(track)
+        except BaseException as error:
+            chunks.throw(error)
+    return made
+
+
+def checkpointing(track: Track, job: Job, folder: Path) -> Generator[int, None, None]:
+    """Do the same chunk by chunk: yield the pixel frames that the video has, before the first one and behind each."""
     stream: Any = track.stream
     output = Path(job.output)
     done = stream.note["segments"] if isinstance(stream.note, dict) and "segments" in stream.note else []
     stream.save(folder, {"segments": done})  # from here on the folder is this process's, and can be gone on with
     with _joined_if_interrupted(SegmentedVideo(folder / _SEGMENTS, job.fps, done), output, folder) as video:
+        yield video.frames
         while (chunk := track.next_frames()) is not None:
             video.write(chunk)
-            on_chunk(track)
             if len(track.chunk_seconds) % job.every == 0:
                 stream.save(folder, {"segments": video.cut()})
+            yield video.frames
     video.join(output)
     stream.close()
-    _remove(folder)
-    return video.frames
+    remove(folder)
 
 
 @contextmanager
@@ -128,14 +141,15 @@ def _joined_if_interrupted(video: SegmentedVideo, output: Path, folder: Path) ->
 
 
 @contextmanager
-def reopened(folder: Path, job: Job, dtype: torch.dtype, device: str) -> Iterator[Track]:
-    """Load the pipeline of a folder of checkpoints, and go on with its generation.
+def reopened(folder: Path, job: Job, dtype: torch.dtype, device: str, pipeline: Any = None) -> Iterator[Track]:
+    """Go on with the generation of a folder of checkpoints.
 
     Args:
         folder: of the checkpoints.
         job: what it says.
         dtype: of the model.
         device: where to run.
+        pipeline: its model, if that is loaded already.
 
     Raises:
         SnapshotError: if it holds none that can be read.
@@ -143,7 +157,7 @@ def reopened(folder: Path, job: Job, dtype: torch.dtype, device: str) -> Iterato
     """
     stack, _ = saved_stack(folder)
     memory = resolve_stack(stack, {})
-    pipeline = load_pipeline(Path(job.model), dtype, device)
+    pipeline = pipeline or load_pipeline(Path(job.model), dtype, device)
     pipeline.set_progress_bar_config(disable=True)
     enable(pipeline, memory).packforcing.fps = job.fps
     stream: Stream = pipeline.packforcing.resume(folder)
@@ -153,12 +167,22 @@ def reopened(folder: Path, job: Job, dtype: torch.dtype, device: str) -> Iterato
         stream.close()
 
 
-def _remove(folder: Path) -> None:
-    """Remove the files of a finished generation, and the folder if nothing else is in it."""
-    shutil.rmtree(folder / _SEGMENTS, ignore_errors=True)
+def started_job(folder: Path) -> Job | None:
+    """Return what a folder of checkpoints goes on with; None if it has nothing, as where its process ended too early.
+
+    Raises:
+        SnapshotError: if what it says is damaged.
+    """
+    return Job.read(folder) if (folder / _JOB).exists() and SnapshotFolder(folder).numbers() else None
+
+
+def remove(folder: Path) -> None:
+    """Remove the files of a generation, and the folder if nothing else is in it."""
+    with suppress(OSError):  # first: without it nobody takes what a process that ends here leaves for unfinished
+        (folder / _JOB).unlink()
     SnapshotFolder(folder).clear()
-    for name in (_JOB, LOCK):
-        with suppress(OSError):
-            (folder / name).unlink()
+    shutil.rmtree(folder / _SEGMENTS, ignore_errors=True)
+    with suppress(OSError):
+        (folder / LOCK).unlink()
     with suppress(OSError):
         folder.rmdir()

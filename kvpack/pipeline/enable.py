@@ -67,7 +67,11 @@ def enable(
         if own is None:
             warn_if_bidirectional(getattr(pipeline, "transformer", None))
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
-    kept = {"fps": float(settings.fps)} if before is None else {"fps": before.fps, "trace": before.trace}
+    kept: dict[str, Any] = (
+        {"fps": float(settings.fps)}
+        if before is None
+        else {"fps": before.fps, "trace": before.trace, "writer": before.writer}
+    )
     attach(pipeline, resolved, adapter, first_chunk_frames=settings.first_chunk_frames, call=settings.call, **kept)
     return pipeline
 

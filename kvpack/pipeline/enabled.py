@@ -46,6 +46,20 @@ class PackForcing:
         self._pipeline._kvpack.fps = float(fps)
 
     @property
+    def writer(self) -> Any:
+        """The transformer that commits clean chunks, whose keys and values become history; None is the pipeline's own.
+
+        It may have been trained for that (SGF+, arXiv 2610.10429). It has the size and dtype of the pipeline's own, is
+        on its device, and keeps the prompt's keys and values apart. Compressors and replays use it as well.
+        """
+        return self._pipeline._kvpack.writer
+
+    @writer.setter
+    def writer(self, writer: Any) -> None:
+        enabled = self._pipeline._kvpack
+        enabled.writer = None if writer is None else enabled.adapter.checked_writer(self._pipeline, writer)
+
+    @property
     def first_chunk_frames(self) -> int | None:
         """Latent frames of a video's first chunk, e.g. 1 for an independent first frame.
 

@@ -49,6 +49,9 @@ def require_same(saved: Mapping[str, Any], here: Mapping[str, Any], name: str) -
             f"the generation ran with LoRA {_shown(saved['lora'])}, but this pipeline has {_shown(here['lora'])}; load "
             "the same adapters at the same scale"
         )
+    if ("writer" in saved["models"]) != ("writer" in here["models"]):
+        which = "a writer" if "writer" in saved["models"] else "no writer"
+        raise SnapshotError(f"the generation ran with {which}; set pipe.packforcing.writer to what it was saved with")
     for part, digest in saved["models"].items():
         found = here["models"].get(part)
         if found is None and part not in ("transformer", "vae"):
@@ -66,7 +69,9 @@ def require_same(saved: Mapping[str, Any], here: Mapping[str, Any], name: str) -
 
 
 def _models(pipeline: Any) -> dict[str, nn.Module]:
-    return {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
+    models = {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
+    writer = getattr(vars(pipeline).get("_kvpack"), "writer", None)
+    return models if writer is None else {**models, "writer": writer}
 
 
 def _of_model(model: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from pathlib import Path
@@ -188,3 +189,18 @@ def test_panels_stand_side_by_side_under_their_labels() -> None:
     assert (frames[:, 28:, 72:] == (20, 20, 250)).all()
     assert (top[:, :64] < 128).any()
     assert (top[:, 72:] < 128).any()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_narrow_frames_are_encoded_to_the_same_bits_whatever_the_memory_held(tmp_path: Path) -> None:
+    """x264's vector code reads beyond them."""
+    frames, found, perturb = noise(24, 8, 8).repeat(8, axis=1).repeat(8, axis=2), set(), -6
+    try:
+        for byte in (1, 77):
+            ctypes.CDLL(None).mallopt(perturb, byte)  # new memory holds this
+            with VideoWriter(tmp_path / "a.mp4", 16) as writer:
+                writer.write(frames)
+            found.add((tmp_path / "a.mp4").read_bytes())
+    finally:
+        ctypes.CDLL(None).mallopt(perturb, 0)
+    assert len(found) == 1

@@ -20,6 +20,7 @@ from kvpack.policies import (
     FullPartitioner,
     IdentityCompressor,
     LowResolutionCompressor,
+    PackedReindexer,
     PoolCompressor,
     QueryTopK,
     RecencySelector,
@@ -148,6 +149,7 @@ PARTS, FRAMES, FIRST = ["sink", "sink", "mid", "mid", "recent"], [4, 4, 4, 4, 4]
         (AbsoluteReindexer(), [0, 4, 40, 60, 96], [4, 4, 4, 4, 4], 100),
         (SinkShiftReindexer(), [32, 36, 40, 60, 96], [4, 4, 4, 4, 4], 100),
         (FitReindexer(20), [0, 4, 8, 10, 12], [4, 4, 2, 2, 4], 16),
+        (PackedReindexer(2), [0, 4, 8, 10, 12], [4, 4, 2, 2, 4], 16),
         (FitReindexer(40), [0, 4, 8, 12, 16], [4, 4, 4, 4, 4], 20),
     ],
 )
@@ -165,7 +167,8 @@ def test_fit_without_mid_squeezes_all_history():
 
 
 @pytest.mark.parametrize(
-    "reindexer", [ContiguousReindexer(), AbsoluteReindexer(), SinkShiftReindexer(), FitReindexer(20)]
+    "reindexer",
+    [ContiguousReindexer(), AbsoluteReindexer(), SinkShiftReindexer(), FitReindexer(20), PackedReindexer()],
 )
 def test_a_first_chunk_has_no_history(reindexer):
     placement = reindexer.place(layout([], [], [], chunk_first=0))

@@ -1,0 +1,83 @@
+"""Options of commands that call a pipeline, and the arguments that they make of them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvpack.cli.support import DTYPES
+from kvpack.errors import InvalidOptionError
+
+#: Arguments of a pipeline's call that the command gives itself.
+RESERVED = {
+    "num_frames": "--seconds says how long the video is",
+    "generator": "--seed says what noise is drawn",
+    "output_type": "frames are written to --output",
+    "return_dict": "frames are written to --output",
+    "num_videos_per_prompt": "one video is written",
+    "image": "--begin says what the video begins with",
+    "video": "--begin says what the video begins with",
+}
+
+Model = Annotated[Path, typer.Option(help="Folder of a diffusers pipeline, or its Hub id.")]
+Height = Annotated[int | None, typer.Option(help="Pixels; the model's own, else the pipeline's.")]
+Width = Annotated[int | None, typer.Option(help="Pixels; the model's own, else the pipeline's.")]
+Fps = Annotated[float | None, typer.Option(help="Frames a second.", show_default="the model's own")]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=1, help="Denoising steps of a chunk.", show_default="the model's own, else the pipeline's"),
+]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="1 is no guidance.", show_default="the model's own, else the pipeline's")
+]
+NegativePrompt = Annotated[str | None, typer.Option(help="What it does not show; needs guidance.")]
+Dtype = Annotated[str | None, typer.Option(help=", ".join(DTYPES), show_default="float32 on cpu, else bfloat16")]
+Device = Annotated[str | None, typer.Option(help="E.g. cpu or cuda.", show_default="cuda if there is one")]
+Call = Annotated[list[str], typer.Option(metavar="NAME=VALUE", help="Further argument of the pipeline's call.")]
+
+
+def given_arguments(named: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that options and --call give; None is not given.
+
+    Raises:
+        InvalidOptionError: if one is given twice, or is the command's own.
+    """
+    named = {name: value for name, value in named.items() if value is not None}
+    for name in more:
+        if name in RESERVED:
+            raise InvalidOptionError(f"--call {name} cannot be given here, for {RESERVED[name]}; leave it out")
+        if name in named:
+            raise InvalidOptionError(f"{name} was given twice, by its own option and by --call; leave one out")
+    return {**named, **more}
+
+
+def call_defaults(model: Path) -> dict[str, Any]:
+    """Return the arguments that the model's pipeline takes with kvpack, and their defaults; none if it isn't known."""
+    import inspect
+
+    import diffusers
+
+    from kvpack.plugins.registry import registry
+
+    try:
+        name = json.loads((model / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    found: Any = getattr(diffusers, str(name), None)
+    if not isinstance(found, type):
+        return {}
+    adapter = registry().adapter(found)
+    own = {each.name: each.default for each in inspect.signature(found.__call__).parameters.values()}
+    return {**own, **(adapter.extra_arguments if adapter else {})}
+
+
+def check_guidance(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise `InvalidOptionError` if a negative prompt is given, but no guidance."""
+    scale = arguments.get("guidance_scale", defaults.get("guidance_scale"))
+    if arguments.get("negative_prompt") and isinstance(scale, int | float) and scale <= 1:
+        raise InvalidOptionError(
+            f"a negative prompt needs guidance, but guidance_scale is {scale:g}; give --guidance-scale, e.g. 5, "
+            "or leave --negative-prompt out"
+        )
