@@ -27,6 +27,7 @@ from kvpack.cli.support import (
     require_seed,
 )
 from kvpack.cli.train import train_compressor
+from kvpack.cli.ui.command import ui
 from kvpack.errors import InvalidOptionError
 
 app = typer.Typer(
@@ -96,6 +97,7 @@ app.command()(train_compressor)
 app.command()(plan)
 app.command()(env)
 app.command()(report)
+app.command()(ui)
 
 
 @app.command()
