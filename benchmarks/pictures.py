@@ -240,6 +240,36 @@ def report(path: Path, seconds: float) -> None:
         tab.screenshot(path=path)
 
 
+def ui(path: Path) -> None:
+    """Take a picture of `kvpack ui` with two memories on one seed; needs gradio, playwright and Chromium."""
+    from playwright.sync_api import sync_playwright  # type: ignore[import-not-found,unused-ignore]
+
+    from kvpack.cli.ui.model import Model
+    from kvpack.cli.ui.page import opened
+
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        print(f"{path} was left as it is: Chromium is not installed")
+        return
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        page, address = opened(Model(device="cpu"), Path(folder))
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page()
+        tab.set_viewport_size({"width": 1300, "height": 800})
+        tab.goto(address)
+        tab.get_by_label("Beside it").fill("full")
+        tab.keyboard.press("Enter")
+        tab.get_by_label("no faster").uncheck()
+        tab.get_by_role("button", name="Start").click()
+        tab.wait_for_function("document.querySelector('.kvp-seek').max > 160")
+        tab.get_by_label("Prompt").fill("a blue square bouncing over plain slate")
+        tab.get_by_role("button", name="Change prompt").click()
+        tab.wait_for_function("document.querySelector('.kvp-when').value.startsWith('20')", timeout=60_000)
+        tab.screenshot(path=path)
+        browser.close()
+        page.close()
+
+
 def main() -> None:
     """Write all pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -253,6 +283,7 @@ def main() -> None:
     indexed = {name: seen("packforcing", given.seconds / 2, reindexer=name) for name in REINDEXERS}
     save(positions(indexed, trained=20), given.out / "positions.png")
     report(given.out / "report.png", given.seconds / 2)
+    ui(given.out / "ui.png")
 
 
 if __name__ == "__main__":

@@ -5,17 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.toyworld import world
-from benchmarks.toyworld.world import Array, Scene, Video
+from benchmarks.toyworld.world import Array, Scene
 from kvpack.evaluation import Facts
+from kvpack.evaluation.tiny import brightness
 
-RAMP = 0.16  # brightness on either side of `world.BRIGHT` over which an edge's pixel turns into the object
 MIDDLE = world.SIZE / 2
-
-
-def brightness(video: Video) -> Array:
-    """Return how bright each pixel [t, H, W] is, in 0..1: 0.5 where the brightest channel is `world.BRIGHT`."""
-    brightest = np.maximum(np.maximum(video[..., 0], video[..., 1]), video[..., 2])
-    return np.clip((brightest / np.float32(255) - (world.BRIGHT - RAMP)) / (2 * RAMP), 0, 1).astype(np.float32)
 
 
 def glow(wall: str) -> Array:

@@ -13,6 +13,9 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
+from kvpack.evaluation.tiny import BRIGHT as BRIGHT
+from kvpack.evaluation.tiny import WALL, WALLS, wall_mask
+
 Array = npt.NDArray[np.float32]
 Video = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
@@ -21,7 +24,6 @@ Indices = npt.NDArray[np.int64]
 SIZE = 64
 FPS = 16
 FRAMES = 81
-BRIGHT = 0.58  # the brightest channel is above this on the object and on a lit wall, below it on every background
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.95, 0.15, 0.15),
@@ -42,9 +44,7 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
 }
 RADIUS, HALF_SIDE, CIRCUMRADIUS = 9.0, 8.0, 13.0  # pixels, at scale 1
 
-WALLS = ("left", "right", "top", "bottom")
 LAMPS = ("red", "green", "blue", "yellow", "magenta", "cyan")  # colours that a lamp can have
-WALL = 4  # pixels that a lit wall is thick
 GLOW = 0.25  # how much light a lamp adds beside its wall; a quarter of it reaches the other side
 
 
@@ -146,14 +146,6 @@ def background(name: str) -> Array:
     }[name]
     base = np.asarray(BACKGROUNDS[name], np.float32)
     return np.asarray(base * (1 + 0.3 * texture[..., None]), np.float32)
-
-
-def wall_mask(wall: str) -> Mask:
-    """Return the mask of one wall's pixels, [H, W]."""
-    mask = np.zeros((SIZE, SIZE), bool)
-    edge = slice(None, WALL) if wall in ("left", "top") else slice(-WALL, None)
-    mask[(slice(None), edge) if wall in ("left", "right") else edge] = True
-    return mask
 
 
 def room(name: str, wall: str, lamp: str) -> Array:

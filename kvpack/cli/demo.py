@@ -4,25 +4,28 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from kvpack.media.contact_sheet import Row, banner, contact_sheet, side_by_side
+from kvpack.cli.demo_page import Story, page, picture
+from kvpack.cli.demo_seeds import Ends, kept, made
+from kvpack.cli.demo_seen import Seen
+from kvpack.media.contact_sheet import banner, side_by_side
 from kvpack.media.video import Frames, VideoWriter, make_folder, require_writable, save_bytes
+from kvpack.memory.base import Memory
 from kvpack.pipeline.track import Track, load_pipeline, started
 from kvpack.planning.planner import video_frames
 from kvpack.planning.presets import timing
 from kvpack.shipped import CALL, FPS, demo_stack, shipped_folder
 
 PROMPT = "a red circle bouncing over dusk rings"
-
-COLUMNS = 10
-TRAIL_SECONDS = 2
-TRAIL_STEP = 4
+#: All of the past, a window of it, and a choice of it.
+MEMORIES = ("full", "self-forcing", "packforcing")
+COLUMNS = 8
 GAP = 8
 
 
@@ -34,10 +37,12 @@ class Demo:
         prompt: the caption.
         seconds: length of the video.
         stacks: names of the stacks, side by side, each with its options.
-        folder: where demo.mp4, demo.png and demo.json go; made if it is not there.
+        folder: where demo.mp4, demo.png, demo.html and demo.json go; made if it is not there.
         seed: of the noise, the same for every stack.
         steps: denoising steps of a chunk.
         model: another pipeline folder than the shipped one.
+        seeds: videos of how many seeds are made besides, of which only the end is shown; 0 shows the kept ones, which
+            are those of the shipped pipeline's usual prompt.
     """
 
     prompt: str
@@ -47,45 +52,11 @@ class Demo:
     seed: int = 0
     steps: int = 6
     model: Path | None = None
-
-
-@dataclass
-class Samples:
-    """Pictures for the contact sheet, picked while the frames go by.
-
-    Args:
-        starts: first frame of each column.
-        trail: frames that a trail lasts.
-    """
-
-    starts: list[int]
-    trail: int
-    stills: dict[int, Frames] = field(default_factory=dict)
-    trails: dict[int, Frames] = field(default_factory=dict)
-
-    def add(self, first: int, frames: Frames) -> None:
-        """Take stills and trails from frames that begin at `first`; a trail is the brightest value of each pixel."""
-        for column, start in enumerate(self.starts):
-            for index in range(max(start, first), min(start + self.trail, first + len(frames))):
-                frame = frames[index - first]
-                if index == start:
-                    self.stills[column] = frame.copy()
-                if (index - start) % TRAIL_STEP == 0:
-                    self.trails[column] = np.maximum(self.trails.setdefault(column, frame), frame)
-
-    def rows(self, label: str) -> list[Row]:
-        """Return a row of stills and one of trails."""
-        return [
-            Row(label, [self.stills[column] for column in sorted(self.stills)]),
-            Row(
-                f"its path in the\nnext {self.trail / FPS:.2g} s",
-                [self.trails[column] for column in sorted(self.trails)],
-            ),
-        ]
+    seeds: int = 0
 
 
 def run(demo: Demo, on_chunk: Callable[[Track], None]) -> dict[str, Any]:
-    """Generate the video, the contact sheet and the figures; return the figures.
+    """Generate the video, a picture, a page and the figures; return the figures.
 
     Several stacks take turns, chunk by chunk, so that the video is written while it is generated, in constant memory.
 
@@ -99,14 +70,11 @@ def run(demo: Demo, on_chunk: Callable[[Track], None]) -> dict[str, Any]:
     folder = demo.model or shipped_folder()
     total, _ = video_frames(demo.seconds, FPS, timing(folder)[1])
     stacks = [demo_stack(name, **options) for name, options in demo.stacks]
-    video, sheet, figures = _outputs(demo.folder)
+    files = _outputs(demo.folder)
     pipeline = load_pipeline(folder, torch.float32, "cpu")
     _warn_of_unknown_words(pipeline.tokenizer, demo.prompt)
-    trail = min(TRAIL_SECONDS * FPS, total)
-    evenly = [round(start) for start in np.linspace(0, total - trail, COLUMNS)]
-    columns = {f"{start / FPS:.1f} s": start for start in evenly}
-    starts = list(columns.values())  # of a short video fewer than `COLUMNS`, no time twice
-    samples = [Samples(starts, trail) for _ in stacks]
+    starts = sorted({round(start) for start in np.linspace(0, total - 1, COLUMNS)})
+    seen, labels = [Seen(starts) for _ in stacks], [_label(*each) for each in demo.stacks]
     arguments = {**CALL, "prompt": demo.prompt, "num_inference_steps": demo.steps}
     with ExitStack() as open_things:
         open_things.enter_context(_one_thread())
@@ -117,15 +85,37 @@ def run(demo: Demo, on_chunk: Callable[[Track], None]) -> dict[str, Any]:
             )
             for stack in stacks
         ]
-        writer = open_things.enter_context(VideoWriter(video, FPS, upscale=6 if len(tracks) == 1 else 1))
-        _generate(tracks, samples, writer, [_label(*each) for each in demo.stacks], on_chunk)
-    result = _report(demo, tracks, (video, sheet, figures))
-    labels = [_label(*each) for each in demo.stacks]
-    rows = [row for label, each in zip(labels, samples, strict=True) for row in each.rows(label)]
-    title = f'"{demo.prompt}", {total / FPS:.3g} s, seed {demo.seed}'
-    save_bytes(contact_sheet(title, list(columns), rows), sheet)
-    save_bytes((json.dumps(result, indent=2) + "\n").encode(), figures)
+        writer = open_things.enter_context(VideoWriter(files[0], FPS, upscale=6 if len(tracks) == 1 else 1))
+        _generate(tracks, seen, writer, labels, on_chunk)
+    result = _report(demo, tracks, seen, files)
+    with _one_thread():
+        truth, ends, length = _besides(demo, pipeline, dict(zip(labels, stacks, strict=True)), starts, total)
+    times = [start / FPS for start in starts]
+    story = Story(demo.prompt, total / FPS, times, labels, seen, truth, ends, length)
+    drawn = picture(story)
+    save_bytes(drawn, files[1])
+    save_bytes(page(story, drawn, files[0].name).encode(), files[2])
+    save_bytes((json.dumps(result, indent=2) + "\n").encode(), files[3])
     return result
+
+
+def _besides(
+    demo: Demo, pipeline: Any, stacks: Mapping[str, Memory], starts: Sequence[int], total: int
+) -> tuple[list[Frames], dict[str, Ends], float]:
+    """Return frames of a rendered video at these places, and the ends over several seeds, as far as there are any."""
+    known = kept()
+    if known is None or (demo.prompt, demo.steps, demo.model) != (known.prompt, known.steps, None):
+        known = None
+    truth = [] if known is None or round(total / FPS) != known.seconds or len(starts) != COLUMNS else known.truth
+    if demo.seeds:
+        return (
+            truth,
+            {name: made(pipeline, stack, demo.prompt, demo.seeds, total, demo.steps) for name, stack in stacks.items()},
+            total / FPS,
+        )
+    if known is None:
+        return truth, {}, 0.0
+    return truth, {name: known.ends[name] for name in (*stacks, "truth") if name in known.ends}, known.seconds
 
 
 def _label(name: str, options: Mapping[str, Any]) -> str:
@@ -134,7 +124,7 @@ def _label(name: str, options: Mapping[str, Any]) -> str:
 
 def _generate(
     tracks: Sequence[Track],
-    samples: Sequence[Samples],
+    seen: Sequence[Seen],
     writer: VideoWriter,
     labels: Sequence[str],
     on_chunk: Callable[[Track], None],
@@ -143,12 +133,12 @@ def _generate(
     pending: list[Frames] = [np.empty((0, 0, 0, 3), dtype=np.uint8) for _ in tracks]
     top: Frames | None = None
     while True:
-        for index, (track, picked) in enumerate(zip(tracks, samples, strict=True)):
+        for index, (track, each) in enumerate(zip(tracks, seen, strict=True)):
             if len(pending[index]) == 0:
                 frames = track.next_frames()
                 if frames is None:
                     return
-                picked.add(track.frames - len(frames), frames)
+                each.add(track, frames)
                 pending[index] = frames
                 on_chunk(track)
         common = min(len(frames) for frames in pending)
@@ -174,14 +164,11 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _outputs(folder: Path) -> tuple[Path, Path, Path]:
-    video, sheet, figures = (
-        require_writable(make_folder(folder) / f"demo.{suffix}") for suffix in ("mp4", "png", "json")
-    )
-    return video, sheet, figures
+def _outputs(folder: Path) -> list[Path]:
+    return [require_writable(make_folder(folder) / f"demo.{suffix}") for suffix in ("mp4", "png", "html", "json")]
 
 
-def _report(demo: Demo, tracks: Sequence[Track], files: Sequence[Path]) -> dict[str, Any]:
+def _report(demo: Demo, tracks: Sequence[Track], seen: Sequence[Seen], files: Sequence[Path]) -> dict[str, Any]:
     return {
         "prompt": demo.prompt,
         "seed": demo.seed,
@@ -190,7 +177,7 @@ def _report(demo: Demo, tracks: Sequence[Track], files: Sequence[Path]) -> dict[
         "frames": tracks[0].frames,
         "seconds": tracks[0].frames / FPS,
         "files": [str(file) for file in files],
-        "stacks": [track.report() for track in tracks],
+        "stacks": [{**track.report(), **each.report()} for track, each in zip(tracks, seen, strict=True)],
     }
 
 

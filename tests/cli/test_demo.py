@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +18,9 @@ import kvpack
 from helpers import pixels
 from kvpack import shipped
 from kvpack.cli import demo
+from kvpack.cli.demo_seeds import kept
 from kvpack.errors import InvalidOptionError, OutputError, UnknownNameError
+from kvpack.evaluation.tiny import wall_mask
 from kvpack.pipeline.track import Track
 from kvpack.planning import planner
 from kvpack.plugins.registry import registry
@@ -34,7 +39,9 @@ def test_one_stack(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         make(model, tmp_path / "new" / "out", "packforcing"), lambda track: seen.append((track.frames, track.chunks))
     )
     assert seen == [(13, 2), (21, 2)]
-    assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == ["demo.json", "demo.mp4", "demo.png"]
+    assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == [
+        f"demo.{each}" for each in ("html", "json", "mp4", "png")
+    ]
     assert pixels(tmp_path / "new" / "out" / "demo.mp4").shape == (21, 384, 384, 3)
     assert json.loads((tmp_path / "new" / "out" / "demo.json").read_text()) == result
     assert (result["frames"], result["fps"]) == (21, 16)
@@ -90,17 +97,64 @@ def test_stacks_of_the_demo_have_the_sizes_of_the_training() -> None:
         shipped.demo_stack("packforcin")
 
 
-def test_samples_are_the_same_however_the_frames_arrive() -> None:
-    video = np.random.default_rng(0).integers(0, 256, (100, 4, 4, 3), dtype=np.uint8)
-    whole, pieces = (demo.Samples([0, 33, 68], 32) for _ in range(2))
-    whole.add(0, video)
-    for first in range(0, 100, 7):
-        pieces.add(first, video[first : first + 7])
-    for a, b in zip(whole.rows("x"), pieces.rows("x"), strict=True):
-        assert all(np.array_equal(p, q) for p, q in zip(a.pictures, b.pictures, strict=True))
-    assert np.array_equal(whole.stills[1], video[33])
-    assert np.array_equal(whole.trails[1], video[33:65:4].max(axis=0))
-    assert [len(row.pictures) for row in whole.rows("x")] == [3, 3]
+def test_what_is_kept_of_a_video_is_the_same_however_the_frames_arrive() -> None:
+    rng = np.random.default_rng(0)
+    video = np.zeros((100, 64, 64, 3), np.uint8)
+    wall = wall_mask("left")
+    video[0:10, wall], video[20:30, wall], video[40:50, wall] = (250, 40, 40), (250, 40, 40), (40, 90, 250)
+    video[:, 30:40, 30:40] = rng.integers(200, 256, (10, 10, 3))
+    found = []
+    for step in (100, 7):
+        seen = demo.Seen([0, 33, 99])
+        for first in range(0, 100, step):
+            frames = video[first : first + step]
+            track = SimpleNamespace(
+                frames=first + len(frames), stats={"resident_bytes": 5}, chunk_seconds=[0.5], pipeline=None
+            )
+            seen.add(cast(Track, track), frames)
+        found.append(seen)
+    whole, pieces = found
+    assert all(np.array_equal(each.stills[1], video[33]) for each in found)
+    assert sorted(pieces.stills) == [0, 1, 2]
+    assert whole.returns() == pieces.returns() == [(20 / 16, True), (40 / 16, False)]
+    assert (len(pieces.held), pieces.ends[-1]) == (15, 100 / 16)
+
+
+def test_the_picture_and_the_page_tell_what_was_seen(model: Path, tmp_path: Path) -> None:
+    demo.run(make(model, tmp_path, "packforcing", "self-forcing"), lambda _: None)
+    text = (tmp_path / "demo.html").read_text()
+    assert 'src="demo.mp4"' in text
+    assert "keeps the last 5 seconds" in text
+    assert not re.search(r"""(?:src|href)=["']https?:""", text)
+    alone = Image.open(tmp_path / "demo.png")
+    assert alone.size[0] == 1400
+    asked = dataclasses.replace(make(model, tmp_path, "packforcing", "self-forcing"), seeds=2)
+    demo.run(asked, lambda _: None)
+    assert Image.open(tmp_path / "demo.png").size[1] > alone.size[1] + 2 * 128  # a row of ends for each
+
+
+def test_what_is_kept_is_that_of_the_usual_prompt() -> None:
+    known = kept()
+    assert known is not None
+    assert (known.prompt, known.seconds) == (demo.PROMPT, 120)
+    assert list(known.ends) == [*demo.MEMORIES, "truth"]
+    assert len(known.truth) == demo.COLUMNS
+    for ends in known.ends.values():
+        assert len(ends.pictures) == len(ends.likeness) == 8
+        assert ends.pictures[0].shape == (64, 64, 3)
+        assert all(0 <= each <= 1 for each in ends.likeness)
+
+
+def test_the_kept_ends_are_shown_with_the_memories_that_are_asked_for(tmp_path: Path) -> None:
+    """And only where the videos are those that were kept."""
+    pipeline: Any = None
+    stacks = {name: shipped.demo_stack(name) for name in ("full", "h2o")}
+    asked = demo.Demo(demo.PROMPT, 120, [], tmp_path)
+    truth, ends, seconds = demo._besides(asked, pipeline, stacks, range(8), 1917)
+    assert (len(truth), list(ends), seconds) == (8, ["full", "truth"], 120)
+    for other in (dataclasses.replace(asked, prompt="a circle"), dataclasses.replace(asked, steps=3)):
+        assert demo._besides(other, pipeline, stacks, range(8), 1917) == ([], {}, 0.0)
+    assert demo._besides(asked, pipeline, stacks, range(8), 77)[0] == []
 
 
 def test_words_that_the_pipeline_does_not_know_are_named(

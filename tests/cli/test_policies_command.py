@@ -79,14 +79,14 @@ def test_demo_compares_stacks_with_options(tmp_path):
     assert (wrong.exit_code, len(wrong.stderr.strip().splitlines())) == (1, 1)
 
 
-def test_a_contact_sheet_of_a_short_video_has_no_time_twice(tmp_path, monkeypatch):
+def test_the_picture_of_a_short_video_has_no_time_twice(tmp_path, monkeypatch):
     from kvpack.cli import demo
 
-    sheets = []
-    monkeypatch.setattr(demo, "contact_sheet", lambda title, columns, rows: sheets.append((columns, rows)) or b"png")
+    told = []
+    monkeypatch.setattr(demo, "picture", lambda story: told.append(story) or b"png")
     for seconds in ("0.1", "0.5", "2.5"):
         words = ["demo", "--seconds", seconds, "--steps", "1", "--output", str(tmp_path)]
         assert CliRunner().invoke(app, words).exit_code == 0
-        columns, rows = sheets[-1]
-        assert len(set(columns)) == len(columns)
-        assert all(len(row.pictures) == len(columns) for row in rows)
+        times = told[-1].times
+        assert len(set(times)) == len(times) == {"0.1": 1, "0.5": 5, "2.5": 8}[seconds]
+        assert all(len(seen.stills) == len(times) for seen in told[-1].seen)

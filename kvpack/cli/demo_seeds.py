@@ -1,0 +1,106 @@
+"""The end of a memory's videos over several seeds: made here, or kept with the package, since that takes minutes."""
+
+import json
+from contextlib import closing
+from dataclasses import dataclass
+from importlib import resources
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from kvpack.evaluation.measures import subject_likeness
+from kvpack.evaluation.observer import Observer
+from kvpack.evaluation.tiny import SIZE, tiny_facts
+from kvpack.media.video import Frames
+from kvpack.memory.base import Memory
+from kvpack.pipeline.enable import enable
+from kvpack.shipped import CALL, FPS
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The ends of a memory's videos.
+
+    Args:
+        pictures: last frame of each seed, `[height, width, 3]`.
+        likeness: how alike the subject of the last five seconds is to that of the first, in 0..1.
+    """
+
+    pictures: list[Frames]
+    likeness: list[float]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept with the package, of one prompt.
+
+    Args:
+        prompt: of all videos.
+        seconds: how long they are.
+        steps: denoising steps of a chunk.
+        ends: by the name of the memory; "truth" are videos that were drawn by the rules of the world.
+        truth: frames of one such video, evenly over its length.
+    """
+
+    prompt: str
+    seconds: int
+    steps: int
+    ends: dict[str, Ends]
+    truth: list[Frames]
+
+
+def kept() -> Kept | None:
+    """Return what is kept, or None where a package was made without."""
+    folder = resources.files("kvpack") / "data" / "demo"
+    if not (folder / "demo.json").is_file():
+        return None
+    told = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
+    ends, truth = (_tiles((folder / name).read_bytes()) for name in ("ends.png", "truth.png"))
+    found = {name: Ends(row, told["likeness"][name]) for name, row in zip(told["likeness"], ends, strict=True)}
+    return Kept(told["prompt"], told["seconds"], told["steps"], found, truth[0])
+
+
+def made(pipeline: Any, stack: Memory, prompt: str, seeds: int, frames: int, steps: int) -> Ends:
+    """Make the videos of several seeds together, and return their ends.
+
+    Args:
+        pipeline: one of the tiny model's kind.
+        stack: its memory.
+        prompt: of all videos.
+        seeds: how many, from 0 on.
+        frames: pixel frames of a video.
+        steps: denoising steps of a chunk.
+    """
+    enable(pipeline, stack)
+    observers = [Observer(tiny_facts()) for _ in range(seeds)]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
+    call = {**CALL, "num_inference_steps": steps, "num_frames": frames, "generator": generators}
+    last: list[Frames] = []
+    with closing(pipeline.packforcing.stream(prompt=[prompt] * seeds, output_type="np", **call)) as stream:
+        for chunk in stream:
+            videos = np.round(chunk * 255).astype(np.uint8)
+            last = [video[-1] for video in videos]
+            for observer, video in zip(observers, videos, strict=True):
+                observer.add(video)
+    return Ends(last, [alike(observer) for observer in observers])
+
+
+def alike(observer: Observer) -> float:
+    """Return how alike the subject of the last five seconds is to that of the first: shape, size and colour."""
+    return round(float(subject_likeness(observer.finish())[-5 * FPS :].mean()), 3)
+
+
+def sheet(rows: list[list[Frames]]) -> bytes:
+    """Return a PNG of rows of frames without anything between, as `kept` reads it."""
+    data, whole = BytesIO(), np.concatenate([np.concatenate(row, axis=1) for row in rows])
+    Image.fromarray(whole).save(data, format="png", optimize=True)
+    return data.getvalue()
+
+
+def _tiles(data: bytes) -> list[list[Frames]]:
+    whole = np.asarray(Image.open(BytesIO(data)).convert("RGB"))
+    rows = [whole[top : top + SIZE] for top in range(0, whole.shape[0], SIZE)]
+    return [[row[:, left : left + SIZE] for left in range(0, whole.shape[1], SIZE)] for row in rows]

@@ -1,0 +1,101 @@
+"""The model that a page makes videos with, and the videos that it begins, resumes and forks."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import RLock
+from typing import Any
+
+import torch
+
+from kvpack.cli.support import default_device, parse_compared
+from kvpack.cli.ui.video import Video
+from kvpack.errors import InvalidOptionError
+from kvpack.pipeline.track import load_pipeline
+from kvpack.planning.planner import video_frames
+from kvpack.planning.presets import timing
+from kvpack.shipped import demo_stack, shipped_folder
+from kvpack.snapshots.resuming import saved_stack
+
+
+@dataclass
+class Model:
+    """A pipeline that was loaded; each video has a copy of it with a memory of its own, and the same weights.
+
+    Args:
+        folder: where it is from; None is the tiny one that comes with kvpack.
+        device: where it runs.
+    """
+
+    folder: Path | None = None
+    device: str | None = None
+    #: Held while a chunk is made: weights are one thread's at a time.
+    lock: Any = field(default_factory=RLock)
+
+    def __post_init__(self) -> None:
+        path, device = self.folder or shipped_folder(), self.device or default_device()
+        self.pipeline = load_pipeline(path, torch.float32 if device == "cpu" else torch.bfloat16, device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.scale = timing(path)[1]
+        self._traces = TemporaryDirectory(prefix="kvpack-ui-")  # removed with the model
+        self._count = 0
+
+    def begin(self, memory: str, prompt: str, seconds: float, seed: int) -> Video:
+        """Begin a video.
+
+        Args:
+            memory: name of a stack, with options or without, e.g. "packforcing:topk=4".
+            prompt: what it shows.
+            seconds: how long it is; 0 is without end.
+            seed: of the noise.
+
+        Raises:
+            KVPackError: if something is wrong.
+        """
+        named = parse_compared(memory)
+        if len(named) != 1:
+            raise InvalidOptionError(f"give one memory, e.g. packforcing or packforcing:topk=4, got {memory!r}")
+        ((name, options),) = named
+        pipeline: Any = copy.copy(self.pipeline)
+        if self.folder is None:
+            pipeline.enable_packforcing(demo_stack(name, **options))
+        else:
+            pipeline.enable_packforcing(name, **options)
+        length = {} if not seconds else {"num_frames": video_frames(seconds, pipeline.packforcing.fps, self.scale)[0]}
+        generator = torch.Generator("cpu").manual_seed(seed)
+        stream = pipeline.packforcing.stream(prompt, generator=generator, output_type="np", **length)
+        return Video(memory, pipeline, stream, self._trace())
+
+    def resume(self, folder: Path) -> Video:
+        """Go on with a video that was saved.
+
+        Raises:
+            SnapshotError: if there is none, or it is another model's.
+        """
+        pipeline: Any = copy.copy(self.pipeline)
+        pipeline.enable_packforcing(saved_stack(folder)[0])
+        stream = pipeline.packforcing.resume(folder)
+        note = stream.note if isinstance(stream.note, dict) else {}
+        label, frames = str(note.get("label", pipeline.packforcing.stack.name)), int(note.get("frames", 0))
+        return Video(label, pipeline, stream, self._trace(), frames=frames, first=frames)
+
+    def fork(self, video: Video, seed: int, prompt: str | None) -> Video:
+        """Return another future of a video, with other noise and, if one is given, another prompt."""
+        stream = video.stream.fork(seed=seed, prompt=prompt)
+        label = f"{video.label}, forked with seed {seed}"
+        return Video(label, video.pipeline, stream, self._trace(), frames=video.frames, first=video.frames)
+
+    def _trace(self) -> Path:
+        self._count += 1
+        return Path(self._traces.name) / f"{self._count}.jsonl"
+
+
+def unknown_words(model: Model, prompt: str) -> Sequence[str]:
+    """Return the words that the tiny model has never seen; of other models nobody knows."""
+    if model.folder is not None:
+        return []
+    tokenizer = model.pipeline.tokenizer
+    words = prompt.split()
+    return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids]

@@ -1,0 +1,223 @@
+"""The page itself: its parts, and what happens when a button is pressed. The only module that needs Gradio."""
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from kvpack.cli.ui import player, view
+from kvpack.cli.ui.model import Model, unknown_words
+from kvpack.cli.ui.studio import Studio, saved_name, saved_names
+from kvpack.errors import KVPackError
+from kvpack.plugins.registry import registry
+
+PROMPT = "a red circle bouncing over dusk rings"
+_NONE = "none"
+_TITLE = "# kvpack\nA video is made chunk by chunk, and watched meanwhile. Ask it for something else at any time."
+_WORDS = (
+    "The tiny model knows these words. Colours: red, green, blue, yellow, magenta, cyan, orange, white. "
+    "Shapes: circle, square, triangle. Backgrounds: night stripes, dark checks, dusk rings, plain slate."
+)
+#: On a narrow screen the video comes first.
+STYLE = "@media (max-width: 700px) { .kvp-first { order: -1; } }"
+_NOTHING = "Nothing is being made; press Start first."
+
+
+def told(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Show an error of kvpack on the page, in its one line."""
+
+    @wraps(function)
+    def call(*given: Any) -> Any:
+        try:
+            return function(*given)
+        except KVPackError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return call
+
+
+class Page:
+    """What the buttons do. A visitor's `Studio` is in Gradio's state; the model is everybody's.
+
+    Args:
+        model: loaded at the start.
+        saved: folder of saved videos.
+    """
+
+    def __init__(self, model: Model, saved: Path) -> None:
+        self.model, self.saved = model, saved
+
+    def model_of(self, folder: str) -> Model:
+        """Return the model of a folder; the one before is let go."""
+        path = Path(folder.strip()) if folder.strip() else None
+        if path != self.model.folder:
+            self.model = Model(path, self.model.device)
+        return self.model
+
+    def start(
+        self, before: Studio | None, folder: str, prompt: str, memory: str, other: str, seconds: float, seed: float
+    ) -> Studio:
+        """Begin one video, or two with the same noise."""
+        if before is not None:
+            before.close()
+        model = self.model_of(folder)
+        if unknown := unknown_words(model, prompt):
+            gr.Warning(f"the tiny model does not know {', '.join(unknown)}")
+        names = [memory] if not other or other == _NONE else [memory, other]
+        videos = [model.begin(name, prompt, seconds or 0, int(seed or 0)) for name in names]
+        for video in videos:
+            video.prompts = [(0.0, prompt)]
+        return Studio(model, videos)
+
+    def watch(self, studio: Studio | None, live: bool) -> Iterator[tuple[Any, ...]]:
+        """Make chunks, and show each."""
+        if studio is None:
+            return
+        studio.paused = False
+        yield self.shown(studio)
+        try:
+            for _ in studio.chunks(live):
+                yield self.shown(studio)
+        except KVPackError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        yield self.shown(studio)
+
+    def shown(self, studio: Studio) -> tuple[Any, ...]:
+        """Return what the player, the figures and the line of state show."""
+        state = "The end." if studio.ended else "Paused." if studio.paused else "Being made."
+        return player.showing(studio), view.figures(studio.videos), state
+
+    def pause(self, studio: Studio | None) -> None:
+        """Make nothing more for the moment."""
+        required(studio).paused = True
+
+    def say(self, studio: Studio | None, prompt: str) -> str:
+        """Go on under another prompt."""
+        running = required(studio)
+        if unknown := unknown_words(running.model, prompt):
+            gr.Warning(f"the tiny model does not know {', '.join(unknown)}")
+        running.say(prompt)
+        return "The new prompt holds from the next chunk on."
+
+    def cut(self, studio: Studio | None, prompt: str) -> str:
+        """Begin another scene."""
+        required(studio).say(prompt, cut=True)
+        return "Another scene begins with the next chunk."
+
+    def stop(self, studio: Studio | None) -> tuple[Any, ...]:
+        """End the videos; they can still be watched."""
+        running = required(studio)
+        running.close()
+        return self.shown(running)
+
+    def save(self, studio: Studio | None, name: str) -> tuple[Any, str]:
+        """Save the videos under a name."""
+        folder = self.saved / saved_name(name)
+        required(studio).save(folder)
+        return gr.Dropdown(choices=saved_names(self.saved), value=folder.name), f"Saved as {folder.name}."
+
+    def resume(self, before: Studio | None, folder: str, name: str | None) -> Studio:
+        """Go on with saved videos."""
+        if before is not None:
+            before.close()
+        return Studio.resume(self.model_of(folder), self.saved / saved_name(name or ""))
+
+    def fork(self, studio: Studio | None, seed: float, prompt: str) -> Studio:
+        """Put another future beside the video: other noise, and the prompt in the box."""
+        running = required(studio)
+        running.paused = True
+        said = running.videos[0].prompts
+        return running.fork(int(seed or 0), prompt if said and prompt != said[-1][1] else None)
+
+
+def required(studio: Studio | None) -> Studio:
+    """Return the videos that are being made, or say on the page that there are none."""
+    if studio is None or studio.closed:
+        raise gr.Error(_NOTHING, print_exception=False)
+    return studio
+
+
+def close(studio: Studio | None) -> None:
+    """End what a visitor who has gone left behind."""
+    if studio is not None:
+        studio.close()
+
+
+def build(model: Model, saved: Path) -> gr.Blocks:
+    """Return the page."""
+    page, names = Page(model, saved), registry().names("stack")
+    free: dict[str, Any] = {"allow_custom_value": True, "min_width": 130}  # a memory may have options
+    with gr.Blocks(title="kvpack", analytics_enabled=False, fill_width=True) as blocks:
+        studio = gr.State(None, delete_callback=close)
+        gr.Markdown(_TITLE)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280):
+                prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, info=None if model.folder else _WORDS)
+                with gr.Row():
+                    change = gr.Button("Change prompt", min_width=110, size="md")
+                    cut = gr.Button("Cut to it", min_width=110, size="md")
+                with gr.Row():
+                    memory = gr.Dropdown(names, value="packforcing", label="Memory", **free)
+                    other = gr.Dropdown([_NONE, *names], value=_NONE, label="Beside it", **free)
+                with gr.Row():
+                    seconds = gr.Number(30, label="Seconds (0: no end)", minimum=0, min_width=100)
+                    seed = gr.Number(0, label="Seed", precision=0, min_width=100)
+                with gr.Row():
+                    begin = gr.Button("Start", variant="primary", min_width=64, size="md")
+                    pause = gr.Button("Pause", min_width=64, size="md")
+                    go_on = gr.Button("Go on", min_width=64, size="md")
+                    stop = gr.Button("Stop", variant="stop", min_width=64, size="md")
+                state = gr.Textbox("Nothing is made yet.", label="State", interactive=False)
+                live = gr.Checkbox(True, label="Make it no faster than it is watched")
+                with gr.Accordion("Save, resume, fork", open=False):
+                    name = gr.Textbox("my video", label="Name")
+                    save = gr.Button("Save")
+                    known = gr.Dropdown(saved_names(saved), label="Saved videos", allow_custom_value=True)
+                    resume = gr.Button("Resume")
+                    other_seed = gr.Number(1, label="Seed of the other future", precision=0)
+                    fork = gr.Button("Fork: two futures side by side")
+                folder = gr.Textbox(
+                    str(model.folder or ""), label="Model folder", info="Empty: the tiny model that comes with kvpack."
+                )
+            with gr.Column(scale=3, min_width=290, elem_classes="kvp-first"):
+                screen = gr.HTML(
+                    player.showing(None),
+                    html_template=player.TEMPLATE,
+                    css_template=player.STYLE,
+                    js_on_load=player.SCRIPT,
+                    elem_id="screen",
+                )
+            with gr.Column(scale=2, min_width=290):
+                beside = gr.HTML(view.figures([]), css_template=view.STYLE, elem_id="beside")
+        shown, watching = [screen, beside, state], {"show_progress": "hidden", "concurrency_limit": 4}
+
+        def then_watch(event: Any) -> None:
+            event.success(page.watch, [studio, live], shown, **watching)
+
+        asked = [folder, prompt, memory, other, seconds, seed]
+        then_watch(begin.click(told(page.start), [studio, *asked], studio, show_progress="hidden"))
+        then_watch(resume.click(told(page.resume), [studio, folder, known], studio, show_progress="hidden"))
+        then_watch(fork.click(told(page.fork), [studio, other_seed, prompt], studio, show_progress="hidden"))
+        go_on.click(page.watch, [studio, live], shown, **watching)
+        pause.click(told(page.pause), studio, None, show_progress="hidden")
+        gr.on([change.click, prompt.submit], told(page.say), [studio, prompt], state, show_progress="hidden")
+        cut.click(told(page.cut), [studio, prompt], state, show_progress="hidden")
+        stop.click(told(page.stop), studio, shown, show_progress="hidden")
+        save.click(told(page.save), [studio, name], [known, state], show_progress="hidden")
+    return blocks
+
+
+def opened(model: Model, saved: Path, **given: Any) -> tuple[gr.Blocks, str]:
+    """Serve the page from a thread of its own, and return it and its address.
+
+    Args:
+        model: makes the videos.
+        saved: folder of saved videos.
+        given: further arguments of Gradio's `launch`, e.g. `server_port`.
+    """
+    page, plain = build(model, saved).queue(), gr.themes.Default(font=["sans-serif"], font_mono=["monospace"])
+    usual = {"prevent_thread_lock": True, "quiet": True, "footer_links": [], "ssr_mode": False}
+    _, address, _ = page.launch(css=STYLE, theme=plain, **{**usual, **given})
+    return page, address
