@@ -17,9 +17,13 @@ from kvpack.generation.adapter import Adapter
 from kvpack.generation.chunks import require_generators
 from kvpack.generation.run import Run
 from kvpack.generation.threads import one_thread, require_enabled
+from kvpack.logging import get_logger
 from kvpack.memory.base import Memory
 from kvpack.pipeline.progress import OnChunk, reported
 from kvpack.pipeline.trace import traced
+from kvpack.planning.budget import Budget, Choice
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -36,6 +40,8 @@ class Enabled:
         first_chunk_frames: latent frames of a video's first chunk; None leaves it to the model.
         call: arguments of the pipeline's call that are the model's own, where a call does not give them.
         trace: file that generations write what their memory does to; copies do not take it along.
+        budget: what the memory of a generation may hold; None is as much as the stack says.
+        choice: what the budget chose for the generation that began last.
     """
 
     stack: Memory
@@ -47,6 +53,8 @@ class Enabled:
     first_chunk_frames: int | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
     trace: Path | None = None
+    budget: Budget | None = None
+    choice: Choice | None = None
 
     def __str__(self) -> str:
         if self.run is not None:
@@ -57,6 +65,20 @@ class Enabled:
             state = f"the last generation had {self.last['chunks']} chunks" if self.last else "nothing generated yet"
         return f"{self.stack.name}, chunks of {self.stack.chunk_frames} latent frames, {self.fps:g} fps; {state}"
 
+    def memory_for(self, run: Run, conditioning: Mapping[str, Any]) -> Memory:
+        """Return the memory of a generation that is about to begin or go on; with a budget, one that it holds.
+
+        Args:
+            run: the generation.
+            conditioning: what the transformer is told, by guidance branch, a row for each video.
+        """
+        if self.budget is None:
+            return run.stack
+        self.choice = self.budget.for_run(run, conditioning)
+        for line in str(self.choice).splitlines():
+            logger.info(line)
+        return self.choice.memory
+
     def as_kwargs(self) -> dict[str, Any]:
         """Return what copies take along: all but generations."""
         return {
@@ -65,6 +87,7 @@ class Enabled:
             "fps": self.fps,
             "first_chunk_frames": self.first_chunk_frames,
             "call": self.call,
+            "budget": self.budget,
         }
 
 
@@ -82,10 +105,19 @@ def bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 
 
 def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> Run:
-    """Start a generation with these arguments."""
+    """Start a generation with these arguments, and with a memory that the budget holds.
+
+    Raises:
+        InvalidOptionError: if an argument cannot work, or no memory of the stack fits the budget.
+    """
     require_generators(arguments.get("generator"))
     enabled = pipeline._kvpack
-    return enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
+    run: Run = enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
+    chosen = enabled.memory_for(run, run.denoiser.conditioning)
+    if chosen is not run.stack:
+        run.stack = chosen
+        run.denoiser = run.new_denoiser(run.denoiser.geometry, run.denoiser.conditioning)
+    return run
 
 
 def alone(pipeline: Any) -> AbstractContextManager[None]:

@@ -96,12 +96,14 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
 
 
 @contextmanager
-def started(pipeline: Any, stack: Memory, frames: int, seed: int, arguments: Mapping[str, Any]) -> Iterator[Track]:
+def started(
+    pipeline: Any, stack: Memory | None, frames: int, seed: int, arguments: Mapping[str, Any]
+) -> Iterator[Track]:
     """Start a generation, and frees what it holds at the end.
 
     Args:
         pipeline: a pipeline that an installed adapter supports.
-        stack: its memory.
+        stack: its memory; None leaves it enabled as it is.
         frames: pixel frames.
         seed: of the noise, which is drawn on the CPU, the same on every device.
         arguments: further arguments of the pipeline's call.
@@ -109,7 +111,8 @@ def started(pipeline: Any, stack: Memory, frames: int, seed: int, arguments: Map
     Raises:
         InvalidOptionError: if the pipeline refuses an argument.
     """
-    enable(pipeline, stack)
+    if stack is not None:
+        enable(pipeline, stack)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(seed)
     given = {"num_frames": frames, "generator": generator, "output_type": "np", **arguments}
@@ -119,6 +122,7 @@ def started(pipeline: Any, stack: Memory, frames: int, seed: int, arguments: Map
         raise
     except (TypeError, ValueError) as error:
         raise InvalidOptionError(f"{type(pipeline).__name__} refuses the call: {first_line(error)}") from error
+    stack = pipeline.packforcing.stack
     latent_frames = (frames - 1) // getattr(pipeline, "vae_scale_factor_temporal", 4) + 1
     try:
         yield Track(pipeline, stack, stream.chunks or -(-latent_frames // stack.chunk_frames), stream)

@@ -195,10 +195,11 @@ def _scaled(
         by_channel, by_head = (wide - small) // 6, two - wide
         return by_channel * geometry.width + by_head * geometry.heads + small - 6 * by_channel - by_head
 
-    return [
-        Resident(each[0].history, *(scaled(*column) for column in zip(*(astuple(one)[1:] for one in each), strict=True)))
-        for each in zip(*runs, strict=True)
-    ]
+    held = []
+    for each in zip(*runs, strict=True):
+        layer, shared = (scaled(*sizes) for sizes in list(zip(*map(astuple, each), strict=True))[1:])
+        held.append(Resident(each[0].history, layer, shared))
+    return held
 
 
 def _run(
@@ -211,9 +212,7 @@ def _run(
     head_dim: int = 6,
 ) -> Iterator[Resident]:
     """Run the memory in one layer of a model of so many heads, chunk after chunk."""
-    tiny = replace(
-        geometry, layers=1, heads=heads, head_dim=head_dim, rope_split=(head_dim // 3,) * 3, rotary=None
-    )
+    tiny = replace(geometry, layers=1, heads=heads, head_dim=head_dim, rope_split=(head_dim // 3,) * 3, rotary=None)
     session = Session(memory, tiny)
     if first_frames is not None:
         session.expect(first_frames)
