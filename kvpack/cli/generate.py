@@ -46,6 +46,9 @@ def generate(
     output: Annotated[Path, typer.Option(help="The mp4 to write.")],
     stack: StackName = None,
     option: Options = [],  # noqa: B006  # typer reads it, nobody changes it
+    budget_gb: Annotated[
+        float | None, typer.Option(metavar="GB", help="Choose options so that the memory holds at most this, e.g. 4.")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the model's own, else the pipeline's.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own, else the pipeline's.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second.", show_default="the model's own")] = None,
@@ -106,6 +109,7 @@ def generate(
     from kvpack.pipeline.checkpoints import Job, checkpointed
     from kvpack.pipeline.enable import enable
     from kvpack.pipeline.track import load_pipeline, started
+    from kvpack.planning.budget import Budget
     from kvpack.planning.planner import video_frames
     from kvpack.planning.presets import timing
     from kvpack.plugins.resolve import resolve_stack
@@ -115,6 +119,8 @@ def generate(
     writer = VideoWriter(output, fps)
     frames, _ = video_frames(seconds, fps, scale)
     resolve_stack(stack, parse_options(option), settings)  # finds out now whether it is one
+    if budget_gb is not None:
+        Budget(budget_gb)  # and whether it is a number
     arguments = {**settings.call, **given, **({"fps": fps} if "fps" in defaults else {})}
     _check_guidance(arguments, defaults)
     name = None if begin is None else _check_beginning(begin, picture, arguments, defaults, fps, frames)
@@ -122,12 +128,14 @@ def generate(
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     precision = parse_dtype(dtype)
     pipeline = load_pipeline(model, precision, device)
-    policy = enable(pipeline, stack, **parse_options(option)).packforcing.stack
+    enable(pipeline, stack, budget_gb=budget_gb, **parse_options(option))
     pipeline.packforcing.fps = fps
     pipeline.packforcing.trace(trace)
     if begin is not None and name is not None:
         arguments[name] = _beginning(begin, picture, name, {**defaults, **arguments}, fps, pipeline)
-    with started(pipeline, policy, frames, seed, arguments) as track, progress() as on_chunk:
+    with started(pipeline, None, frames, seed, arguments) as track, progress() as on_chunk:
+        if track.choice is not None:
+            typer.echo(str(track.choice), err=True)
         if folder is not None and checkpoint_every is not None:
             job = Job(str(model.resolve()), str(output.resolve()), prompt, seed, fps, checkpoint_every, dtype, device)
             job.write(folder)

@@ -15,6 +15,7 @@ from kvpack.errors import InvalidOptionError, KVPackError, first_line
 from kvpack.media.video import Frames
 from kvpack.memory.base import Memory
 from kvpack.pipeline.enable import enable
+from kvpack.planning.budget import Choice
 
 
 @dataclass
@@ -49,6 +50,12 @@ class Track:
         return pixels
 
     @property
+    def choice(self) -> Choice | None:
+        """What a budget chose; None without one."""
+        choice: Choice | None = self.pipeline.packforcing.choice
+        return choice
+
+    @property
     def stats(self) -> dict[str, Any]:
         """What the memory holds; choices of blocks are left out."""
         return {key: value for key, value in self.pipeline.packforcing.stats().items() if key != "selected"}
@@ -60,8 +67,10 @@ class Track:
 
     def report(self) -> dict[str, Any]:
         """Return plain data, as JSON takes it."""
+        chosen = {} if self.choice is None else {"budget": str(self.choice).splitlines()}
         return {
             "stack": self.stack.to_dict(),
+            **chosen,
             "frames": self.frames,
             "generation_seconds": sum(self.chunk_seconds),
             "frames_per_second": self.frames_per_second,

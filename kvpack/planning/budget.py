@@ -7,7 +7,7 @@ from decimal import ROUND_CEILING, Context
 from itertools import pairwise, takewhile
 from typing import Any
 
-from kvpack.errors import InvalidOptionError, plain
+from kvpack.errors import BudgetError, InvalidOptionError, plain
 from kvpack.generation.chunks import with_chunk_frames
 from kvpack.generation.run import Run
 from kvpack.memory.base import Memory
@@ -42,10 +42,8 @@ class Step:
     def changes(self, free: Mapping[str, Any], chunk_frames: int) -> Iterator[dict[str, Any]]:
         """Yield the changes of the options that may be changed, mildest first, where there are any."""
         mine = {name: free[name] for name in self.options if name in free}
-        values = [dict.fromkeys(mine, value) for value in self.values]
-        found = values + [
-            {name: _share(name, mine[name], share, chunk_frames) for name in mine} for share in self.shares
-        ]
+        found = [dict.fromkeys(mine, value) for value in self.values]
+        found += [{name: _share(name, mine[name], share, chunk_frames) for name in mine} for share in self.shares]
         changed = [{name: value for name, value in each.items() if value != mine[name]} for each in found]
         yield from (changes for before, changes in pairwise([{}, *changed]) if changes != before)
 
@@ -164,7 +162,7 @@ class Budget:
             first_frames: latent frames of the first chunk, if it is shorter than the rest.
 
         Raises:
-            InvalidOptionError: if nothing fits; the message says the least that would do.
+            BudgetError: if nothing fits; it says the least that would do.
         """
         free = {} if self.named is None else _free(self.named, asked, geometry, chunks)
 
@@ -192,7 +190,7 @@ class Budget:
         taken = _taken(held, candidates, self.bytes)
         if (least := held(taken)) > self.bytes:
             said = f"{_videos(batch, branches)}, {geometry.grid[0]}x{geometry.grid[1]} tokens a frame"
-            raise InvalidOptionError(self._refusal(asked, least, _merged(taken), said))
+            raise BudgetError(self._refusal(asked, least, _merged(taken), said), least)
         steps = [held(taken[:count]) for count in range(len(taken) + 1)]
         lines, now = [], free
         for (step, changes), before, after in zip(taken, steps, steps[1:], strict=False):
