@@ -92,8 +92,8 @@ def plan(
     needed, placed, choice, speed = None, [], choose(most), None
     if gpu_memory is not None or cards or tflops is not None:
         text = UMT5_XXL if model is None else text_encoder_config(model)
-        shape = {"chunk_frames": asked.chunk_frames, "rows": batch, "weights": weights}
-        needed = fit(configs, text, (height, width), parse_dtype(dtype), **shape)
+        precision, frames = parse_dtype(dtype), asked.chunk_frames
+        needed = fit(configs, text, (height, width), precision, chunk_frames=frames, rows=batch, weights=weights)
         sizes = [*(() if gpu_memory is None else (gpu_memory,)), *(CARDS if cards else ())]
         placed = [place(needed, each, choose, choice.held_bytes) for each in sizes]
         if gpu_memory is not None and placed[0].choice is not None:
