@@ -41,9 +41,9 @@ class Placed:
         card = f"{self.gpu_memory:g} GiB"
         if self.call is None or self.choice is None:
             short = f"{self.missing / GIB:.1f} GiB too much"
-            return f"does not fit {card}, {short}; give a smaller --size, --weights int4 or another stack"
+            return f"does not fit {card}, {short}; give a smaller --size, smaller --weights or another stack"
         changed = " ".join(f"-o {name}={value}" for name, value in self.choice.changes.items())
-        budget = math.floor(self.choice.budget_bytes / 1e7) / 100
+        budget = math.floor(self.choice.budget_bytes / 1e6) / 1e3
         return f"fits {card} with {self.call}" + (f" and {changed}, as budget_gb={budget:g} chooses" if changed else "")
 
 

@@ -20,7 +20,7 @@ from kvpack.memory.stack_plan import StackBook, StackPlan
 #: Chunks in which what is held must repeat, in a period of at most so many, to be taken for settled.
 _ALIKE, _PERIOD = 16, 8
 #: Chunks behind which a memory that does not settle is said to grow without end.
-_FAR = 1000
+_FAR = 256
 
 
 @dataclass(frozen=True)
