@@ -1,5 +1,6 @@
 """`kvpack plan`: what a video, or training a compressor, will cost."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,9 +10,13 @@ from kvpack.cli.support import DTYPES, StackName, parse_dtype, parse_options, pa
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 
 if TYPE_CHECKING:
+    from kvpack.planning.budget import Choice
+    from kvpack.planning.cards import Placed
+    from kvpack.planning.fit import Fit
+    from kvpack.planning.planner import Plan
     from kvpack.planning.presets import ModelDescription
+    from kvpack.planning.roofline import Roofline
 
-CARD_COLUMNS = ("card", "how", "options changed", "KV", "in all")
 #: Gigabytes that no memory of a finite video holds.
 _UNBOUNDED = 1e9
 
@@ -52,16 +57,15 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Say what a video, or training a compressor, will cost: tokens, bytes, operations. Needs no weights."""
-    from dataclasses import asdict, replace
+    from dataclasses import replace
     from functools import partial
 
     if (tflops is None) != (bandwidth is None):
         raise InvalidOptionError("seconds of a chunk need both --tflops and --bandwidth, e.g. 400 and 2000")
     described = _described(preset, model)
 
-    from kvpack.cli.tables import card_rows, fit_rows, plan_rows, roofline_row
     from kvpack.planning import planner
-    from kvpack.planning.budget import Budget, Choice
+    from kvpack.planning.budget import Budget
     from kvpack.planning.cards import CARDS, place
     from kvpack.planning.fit import UMT5_XXL, fit
     from kvpack.planning.presets import adapter_for, text_encoder_config
@@ -84,13 +88,15 @@ def plan(
     branches, chunks = 2 if guidance else 1, -(-latent_frames // asked.chunk_frames)
     most = _UNBOUNDED if budget_gb is None else budget_gb
 
-    def choose(gigabytes: float) -> Choice:
+    def choose(gigabytes: float) -> "Choice":
         channels = latents.channels if latents else 16
         budget = Budget(min(gigabytes, most), named)
         return budget.choice(asked, geometry, chunks, batch=batch, branches=branches, channels=channels)
 
-    needed, placed, choice, speed = None, [], choose(most), None
-    if gpu_memory is not None or cards or tflops is not None:
+    choice = choose(most)
+    needed, speed = None, None
+    placed: list[Placed] = []
+    if gpu_memory is not None or cards or tflops is not None or weights is not None:
         text = UMT5_XXL if model is None else text_encoder_config(model)
         precision, frames = parse_dtype(dtype), asked.chunk_frames
         needed = fit(configs, text, (height, width), precision, chunk_frames=frames, rows=batch, weights=weights)
@@ -99,10 +105,9 @@ def plan(
         if gpu_memory is not None and placed[0].choice is not None:
             choice = placed[0].choice
         needed = replace(needed, kv=choice.held_bytes)
-    memory = choice.memory
     planned = planner.plan(
         geometry,
-        memory,
+        choice.memory,
         latent_frames,
         batch=batch,
         branches=branches,
@@ -110,42 +115,68 @@ def plan(
         flops=partial(adapter.forward_flops, configs),
         latents=latents,
     )
-    if needed is not None and tflops is not None:
-        forwards = steps + (memory.commit == "rerun")
-        speed = roofline(planned, forwards, branches, needed.transformer, tflops, bandwidth or 0)
+    if needed is not None and tflops is not None and bandwidth is not None:
+        forwards = steps + (choice.memory.commit == "rerun")
+        speed = roofline(planned, forwards, branches, needed.transformer, tflops, bandwidth)
+    one, all_cards = (placed[0] if gpu_memory is not None else None), (placed[-len(CARDS) :] if cards else [])
+    answer = _Answer(planned, choice, budget_gb is not None, needed, one, all_cards, speed)
     if as_json:
-        found = {
-            "model": described.name,
-            "size": size,
-            "dtype": dtype,
-            "seconds": seconds,
-            "pixel_frames": pixel_frames,
-        }
-        found |= planned.to_dict()
-        found["budget"] = {"changes": dict(choice.changes), "held_bytes": choice.held_bytes, "lines": choice.lines}
-        if needed is not None and gpu_memory is not None:
-            found["fit"] = {**needed.to_dict(), "advice": placed[0].advice}
-        if cards:
-            found["cards"] = {f"{each.gpu_memory:g}": each.advice for each in placed[-len(CARDS) :]}
-        if speed is not None:
-            found["roofline"] = {**asdict(speed), "seconds": speed.seconds, "limit": speed.limit}
-        print_json(found)
-        return
-    title = f"{described.name}, {size}, {pixel_frames:,} frames at {fps:g} fps, {dtype}"
-    rows = plan_rows(planned)
-    print_table(title, ("", memory.name), rows if speed is None else [*rows, roofline_row(speed)])
-    for line in choice.lines:
-        typer.echo(line)
-    if budget_gb is not None:
-        typer.echo(str(choice).splitlines()[-1])
-    if needed is not None:
-        print_table(
-            "on the card, cuDNN's buffers and fragmentation not counted", ("", "bytes"), fit_rows(needed, planned)
-        )
-    if gpu_memory is not None:
-        typer.echo(placed[0].advice)
-    if cards:
-        print_table("cards", CARD_COLUMNS, card_rows(placed[-len(CARDS) :]))
+        given = {"model": described.name, "size": size, "dtype": dtype, "seconds": seconds}
+        print_json({**given, "pixel_frames": pixel_frames, **answer.to_dict()})
+    else:
+        answer.print(f"{described.name}, {size}, {pixel_frames:,} frames at {fps:g} fps, {dtype}")
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the command says.
+
+    Args:
+        plan: of the chosen memory.
+        choice: the memory.
+        budgeted: whether a budget was asked for.
+        fit: what is on a card, if that was asked for.
+        card: on that of `--gpu-memory`.
+        cards: on those of `--cards`.
+        speed: seconds of a chunk.
+    """
+
+    plan: "Plan"
+    choice: "Choice"
+    budgeted: bool
+    fit: "Fit | None"
+    card: "Placed | None"
+    cards: "list[Placed]"
+    speed: "Roofline | None"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that JSON can hold."""
+        changes, lines = dict(self.choice.changes), list(self.choice.lines)
+        found = self.plan.to_dict()
+        found["budget"] = {"changes": changes, "held_bytes": self.choice.held_bytes, "lines": lines}
+        if self.fit is not None:
+            found["fit"] = self.fit.to_dict() | ({} if self.card is None else {"advice": self.card.advice})
+        if self.cards:
+            found["cards"] = {f"{each.gpu_memory:g}": each.advice for each in self.cards}
+        if self.speed is not None:
+            found["roofline"] = self.speed.to_dict()
+        return found
+
+    def print(self, title: str) -> None:
+        """Print tables, and what was chosen."""
+        from kvpack.cli.tables import card_rows, fit_rows, plan_rows, roofline_row
+
+        rows = plan_rows(self.plan)
+        print_table(title, ("", self.plan.stack), rows if self.speed is None else [*rows, roofline_row(self.speed)])
+        for line in str(self.choice).splitlines() if self.budgeted else self.choice.lines:
+            typer.echo(line)
+        if self.fit is not None:
+            heading, tier = "on the card, cuDNN's buffers and fragmentation not counted", self.choice.tier
+            print_table(heading, ("", "bytes"), fit_rows(self.fit, self.plan, tier))
+        if self.card is not None:
+            typer.echo(self.card.advice)
+        if self.cards:
+            print_table("cards", ("card", "how", "options changed", "KV", "in all"), card_rows(self.cards))
 
 
 def _plan_training(

@@ -153,14 +153,16 @@ def roofline_row(speed: Roofline) -> list[str]:
     return ["seconds a chunk, at least", f"{speed.seconds:.3g}; {speed.limit} limits ({parts})"]
 
 
-def fit_rows(fit: Fit, plan: Plan) -> list[list[str]]:
-    """Return the rows of a table of what is on a graphics card."""
+def fit_rows(fit: Fit, plan: Plan, tier: str) -> list[list[str]]:
+    """Return the rows of a table of what is on a graphics card, and of an archive that is on another tier."""
+    elsewhere = [] if tier == "device" else [(f"archive, on the {tier}", plan.archive_kv_bytes)]
     rows: list[tuple[str, float]] = [
         ("transformer", fit.transformer),
         ("VAE", fit.vae),
         ("text encoder", fit.text_encoder),
         ("keys and values, at most", fit.kv - plan.workspace_kv_bytes),
         ("working buffer of all layers", plan.workspace_kv_bytes),
+        *elsewhere,
         ("activations of a forward", fit.denoising),
         ("activations of decoding a chunk", fit.decoding),
         *((f"together, {call}", total) for call, total in fit.totals.items()),

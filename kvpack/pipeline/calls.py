@@ -63,7 +63,8 @@ class Enabled:
             state = f"{stats['chunks']} chunks{of} are committed, {held}"
         else:
             state = f"the last generation had {self.last['chunks']} chunks" if self.last else "nothing generated yet"
-        return f"{self.stack.name}, chunks of {self.stack.chunk_frames} latent frames, {self.fps:g} fps; {state}"
+        most = "" if self.budget is None else f", at most {self.budget.gigabytes:g} GB"
+        return f"{self.stack.name}{most}, chunks of {self.stack.chunk_frames} latent frames, {self.fps:g} fps; {state}"
 
     def memory_for(self, run: Run, conditioning: Mapping[str, Any]) -> Memory:
         """Return the memory of a generation that is about to begin or go on; with a budget, one that it holds.

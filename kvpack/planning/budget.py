@@ -11,6 +11,7 @@ from kvpack.errors import BudgetError, InvalidOptionError, plain
 from kvpack.generation.chunks import with_chunk_frames
 from kvpack.generation.run import Run
 from kvpack.memory.base import Memory
+from kvpack.memory.codec import Tier
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.stack import ROLES, Stack
 from kvpack.planning.resident import most_resident
@@ -83,6 +84,11 @@ class Choice:
     budget_bytes: int
     changes: Mapping[str, Any] = field(default_factory=dict)
     lines: tuple[str, ...] = ()
+
+    @property
+    def tier(self) -> Tier:
+        """Where compressed blocks are archived."""
+        return self.memory.tier if isinstance(self.memory, Stack) else "device"
 
     def __str__(self) -> str:
         held, budget = gigabytes(self.held_bytes), gigabytes(self.budget_bytes)

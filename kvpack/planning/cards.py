@@ -38,13 +38,15 @@ class Placed:
     @property
     def advice(self) -> str:
         """What to do, in a line."""
-        card = f"{self.gpu_memory:g} GiB"
         if self.call is None or self.choice is None:
-            short = f"{self.missing / GIB:.1f} GiB too much"
-            return f"does not fit {card}, {short}; give a smaller --size, smaller --weights or another stack"
+            return (
+                f"does not fit {self.gpu_memory:g} GiB, {self.missing / GIB:.1f} GiB too much; give a smaller --size or "
+                "stack, or smaller --weights"
+            )
         changed = " ".join(f"-o {name}={value}" for name, value in self.choice.changes.items())
         budget = math.floor(self.choice.budget_bytes / 1e6) / 1e3
-        return f"fits {card} with {self.call}" + (f" and {changed}, as budget_gb={budget:g} chooses" if changed else "")
+        told = f" and {changed}, as budget_gb={budget:g} chooses" if changed else ""
+        return f"fits {self.gpu_memory:g} GiB with {self.call}{told}"
 
 
 def place(fit: Fit, gpu_memory: float, choose: Callable[[float], Choice], held: int) -> Placed:

@@ -1,6 +1,6 @@
 """The least seconds that a chunk takes on a card of a given speed: by its operations, and by the bytes that move."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from kvpack.errors import InvalidOptionError
 from kvpack.planning.planner import Plan
@@ -27,6 +27,10 @@ class Roofline:
     def limit(self) -> str:
         """What limits."""
         return "operations" if self.operations >= self.bytes else "bandwidth"
+
+    def to_dict(self) -> dict[str, float | str]:
+        """Return plain data that JSON can hold."""
+        return {**asdict(self), "seconds": self.seconds, "limit": self.limit}
 
 
 def roofline(plan: Plan, forwards: int, branches: int, weights: int, tflops: float, bandwidth: float) -> Roofline:
