@@ -130,10 +130,11 @@ def _counted(geometry: Geometry, stack: Stack, batch: int, first_frames: int | N
     ledger = Ledger(stack.partitioner, stack.chunk_frames, stack.archive_blocks)
     number, each, tokens_of = geometry.dtype.itemsize, geometry.tokens_per_frame, stack.compressor.span
     block = stack.start(geometry, 0).archive.slot_tokens
-    stored = stored_bytes(stack.store, block, geometry.heads, geometry.head_dim, geometry.dtype)
+    shape = geometry.heads, geometry.head_dim, geometry.dtype
+    stored = stored_bytes(stack.store, block, *shape) if stack.tier == "device" else 0
     placed = {"span": 0, "row": 1, "head": geometry.heads}[stack.compressor.places]
     # Of a slot: sums of keys in float32, (t, y, x) of tokens that have places of their own, and the block itself.
-    slot_bytes = 4 * geometry.width + 12 * block * placed + (stored if stack.tier == "device" else 0)
+    slot_bytes = 4 * geometry.width + 12 * block * placed + stored
     room = joined = slots = 0
     due, apart = set[int](), set[int]()
     coming = first_frames or stack.chunk_frames

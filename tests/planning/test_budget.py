@@ -111,7 +111,7 @@ def test_nothing_is_changed_that_need_not_be(name: str, pipe: Any, rehearsed_onc
     assert whole.changes == {}
     assert whole.memory is asked
     changed = 0
-    for share in (0.95, 0.8, 0.6, 0.45):
+    for share in (0.8, 0.5):
         share_of_it = Budget(share * whole.held_bytes / 1e9, stack)
         try:
             choice = share_of_it.choice(asked, geometry, 20)
@@ -167,7 +167,7 @@ def test_what_loses_least_comes_first_and_each_line_says_its_bytes() -> None:
 def test_what_the_user_gave_is_kept(name: str, options: dict[str, Any]) -> None:
     stack = named(name, **options)
     asked, met, refused = stack.made(), 0, ""
-    for gigabytes in (0.5, 2.5, 4, 5):
+    for gigabytes in (0.5, 2.5, 5):
         try:
             choice = Budget(gigabytes, stack).choice(asked, wan(), 100)
         except BudgetError as error:
