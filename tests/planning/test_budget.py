@@ -111,7 +111,7 @@ def test_nothing_is_changed_that_need_not_be(name: str, pipe: Any, rehearsed_onc
     assert whole.changes == {}
     assert whole.memory is asked
     changed = 0
-    for share in (0.8, 0.5):
+    for share in (0.9, 0.6):
         share_of_it = Budget(share * whole.held_bytes / 1e9, stack)
         try:
             choice = share_of_it.choice(asked, geometry, 20)
