@@ -30,6 +30,19 @@ class UnusedOptionError(InvalidOptionError):
         self.option = option
 
 
+class BudgetError(InvalidOptionError):
+    """No memory fits a budget.
+
+    Args:
+        message: what is wrong, and what would be right.
+        least_bytes: what would do; infinity if nothing does.
+    """
+
+    def __init__(self, message: str, least_bytes: float) -> None:
+        super().__init__(message)
+        self.least_bytes = least_bytes
+
+
 class UnsupportedPipelineError(KVPackError, TypeError):
     """The pipeline, or a feature that is switched on in it, cannot run through kvpack."""
 

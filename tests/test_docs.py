@@ -69,11 +69,20 @@ def test_the_readmes_table_of_cards_is_what_is_planned():
 def test_the_figures_of_memory_and_budgets_are_what_is_planned():
     text = (ROOT / "docs/memory.md").read_text()
     names = ["transformer", "vae", "text_encoder", "kv", "denoising", "decoding"]
-    found = [plan("--size", size, "--gpu-memory", 8)["fit"] for size in ("832x480", "640x352", "480x272")]
+    found = [plan("--size", size, "--gpu-memory", 80)["fit"] for size in ("832x480", "640x352", "480x272")]
     table = rows(text, "| two minutes of")
     assert [row[1:] for row in table] == [[size_text(each[name]) for each in found] for name in names]
-    for card, advice in rows(text, "| card |"):
-        assert advice == plan("--gpu-memory", card.split()[0])["fit"]["advice"]
+    told_of = plan("--cards", "--tflops", 400, "--bandwidth", 2000)
+    assert {card.split()[0]: advice for card, advice in rows(text, "| card |")} == told_of["cards"]
+    speed = told_of["roofline"]
+    said = " ".join(text.split())
+    assert (
+        f"at least {speed['seconds']:.3g} s, and {speed['limit']} limit it: bytes take {speed['bytes']:.3g} s" in said
+    )
+    small = "fits 8 GiB with pipe.enable_model_cpu_offload() and -o tier=host -o sink_frames=0, as"
+    assert plan("--cards", "--weights", "int4")["cards"]["8"].startswith(small)
+    budget = plan("--budget-gb", 4)["budget"]
+    assert "\n".join(budget["lines"]) + "\npackforcing holds at most 3.947 GB of 4 GB\n" in text
     assert f"{without_text_encoder(found[2]) / GIB + 1:.1f} GiB" in text
 
 

@@ -53,6 +53,9 @@ def generate(
     ] = None,
     stack: StackName = None,
     option: Options = [],  # noqa: B006  # typer reads it, nobody changes it
+    budget_gb: Annotated[
+        float | None, typer.Option(metavar="GB", help="Choose options so that the memory holds at most this, e.g. 4.")
+    ] = None,
     height: Height = None,
     width: Width = None,
     fps: Fps = None,
@@ -95,7 +98,9 @@ def generate(
     if prompts is not None:
         from kvpack.cli.prompts import Asked, make_own_share, refuse_beside_prompts
 
-        refuse_beside_prompts(prompt=prompt, begin=begin, checkpoint=checkpoint, trace=trace)
+        refuse_beside_prompts(
+            prompt=prompt, begin=begin, checkpoint=checkpoint, trace=trace, **{"budget-gb": budget_gb}
+        )
         asked = Asked(prompts, output, model, seconds, seed, stack, option, named, call, fps, dtype, checkpoint_every)
         make_own_share(asked, device, as_json)
         return
@@ -112,6 +117,7 @@ def generate(
     from kvpack.pipeline.checkpoints import Job, checkpointed
     from kvpack.pipeline.enable import enable
     from kvpack.pipeline.track import load_pipeline, started
+    from kvpack.planning.budget import Budget
     from kvpack.planning.planner import video_frames
     from kvpack.planning.presets import timing
     from kvpack.plugins.resolve import resolve_stack
@@ -121,6 +127,8 @@ def generate(
     writer = VideoWriter(output, fps)
     frames, _ = video_frames(seconds, fps, scale)
     resolve_stack(stack, parse_options(option), settings)  # finds out now whether it is one
+    if budget_gb is not None:
+        Budget(budget_gb)  # and whether it is a number
     arguments = {**settings.call, **given, **({"fps": fps} if "fps" in defaults else {})}
     check_guidance(arguments, defaults)
     name = None if begin is None else _check_beginning(begin, picture, arguments, defaults, fps, frames)
@@ -128,12 +136,14 @@ def generate(
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     precision = parse_dtype(dtype)
     pipeline = load_pipeline(model, precision, device)
-    policy = enable(pipeline, stack, **parse_options(option)).packforcing.stack
+    enable(pipeline, stack, budget_gb=budget_gb, **parse_options(option))
     pipeline.packforcing.fps = fps
     pipeline.packforcing.trace(trace)
     if begin is not None and name is not None:
         arguments[name] = _beginning(begin, picture, name, {**defaults, **arguments}, fps, pipeline)
-    with started(pipeline, policy, frames, seed, arguments) as track, progress() as on_chunk:
+    with started(pipeline, None, frames, seed, arguments) as track, progress() as on_chunk:
+        if track.choice is not None:
+            typer.echo(str(track.choice), err=True)
         if folder is not None and checkpoint_every is not None:
             job = Job(str(model.resolve()), str(output.resolve()), prompt, seed, fps, checkpoint_every, dtype, device)
             job.write(folder)

@@ -1,5 +1,6 @@
 """`kvpack plan`: what a video, or training a compressor, will cost."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,15 @@ from kvpack.cli.support import DTYPES, StackName, parse_dtype, parse_options, pa
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 
 if TYPE_CHECKING:
+    from kvpack.planning.budget import Choice
+    from kvpack.planning.cards import Placed
+    from kvpack.planning.fit import Fit
+    from kvpack.planning.planner import Plan
     from kvpack.planning.presets import ModelDescription
+    from kvpack.planning.roofline import Roofline
+
+#: Gigabytes that no memory of a finite video holds.
+_UNBOUNDED = 1e9
 
 
 def plan(
@@ -32,19 +41,36 @@ def plan(
     gpu_memory: Annotated[
         float | None, typer.Option(metavar="GIB", help="Say whether it fits a card of this memory, and how, e.g. 24.")
     ] = None,
+    budget_gb: Annotated[
+        float | None, typer.Option(metavar="GB", help="Choose options so that the memory holds at most this, e.g. 4.")
+    ] = None,
+    cards: Annotated[bool, typer.Option("--cards", help="Say how it fits cards of 8 to 80 GiB.")] = False,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Quantised linear layers: int8 or int4, by diffusers' quantization_config."),
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="10^12 operations a second of a card, for the seconds of a chunk.")
+    ] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="And 10^9 bytes a second of its memory, e.g. 2000.")] = None,
     training: Annotated[bool, typer.Option("--training", help="Training a compressor instead, on 5 s clips.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Say what a video, or training a compressor, will cost: tokens, bytes, operations. Needs no weights."""
+    from dataclasses import replace
     from functools import partial
 
+    if (tflops is None) != (bandwidth is None):
+        raise InvalidOptionError("seconds of a chunk need both --tflops and --bandwidth, e.g. 400 and 2000")
     described = _described(preset, model)
 
-    from kvpack.cli.tables import fit_rows, plan_rows
     from kvpack.planning import planner
+    from kvpack.planning.budget import Budget
+    from kvpack.planning.cards import CARDS, place
     from kvpack.planning.fit import UMT5_XXL, fit
     from kvpack.planning.presets import adapter_for, text_encoder_config
-    from kvpack.plugins.resolve import resolve_stack
+    from kvpack.planning.roofline import roofline
+    from kvpack.plugins.resolve import named_stack, resolve_stack
 
     fps = described.settings.fps if fps is None else fps
     steps = int(described.settings.call.get("num_inference_steps", 4)) if steps is None else steps
@@ -56,41 +82,101 @@ def plan(
     adapter = adapter_for(described)
     pixel_frames, latent_frames = planner.video_frames(seconds, fps, adapter.temporal_scale(configs))
     defaults = partial(adapter.default_options, configs)
-    memory = resolve_stack(stack, parse_options(option), described.settings, defaults)
+    wanted = stack, parse_options(option), described.settings, defaults
+    asked, named = resolve_stack(*wanted), named_stack(*wanted)
+    geometry, latents = adapter.geometry(configs, height, width, parse_dtype(dtype)), adapter.latent_shape(configs)
+    branches, chunks = 2 if guidance else 1, -(-latent_frames // asked.chunk_frames)
+    most = _UNBOUNDED if budget_gb is None else budget_gb
+
+    def choose(gigabytes: float) -> "Choice":
+        channels = latents.channels if latents else 16
+        budget = Budget(min(gigabytes, most), named)
+        return budget.choice(asked, geometry, chunks, batch=batch, branches=branches, channels=channels)
+
+    choice = choose(most)
+    needed, speed = None, None
+    placed: list[Placed] = []
+    if gpu_memory is not None or cards or tflops is not None or weights is not None:
+        text = UMT5_XXL if model is None else text_encoder_config(model)
+        precision, frames = parse_dtype(dtype), asked.chunk_frames
+        needed = fit(configs, text, (height, width), precision, chunk_frames=frames, rows=batch, weights=weights)
+        sizes = [*(() if gpu_memory is None else (gpu_memory,)), *(CARDS if cards else ())]
+        placed = [place(needed, each, choose, choice.held_bytes) for each in sizes]
+        if gpu_memory is not None and placed[0].choice is not None:
+            choice = placed[0].choice
+        needed = replace(needed, kv=choice.held_bytes)
     planned = planner.plan(
-        adapter.geometry(configs, height, width, parse_dtype(dtype)),
-        memory,
+        geometry,
+        choice.memory,
         latent_frames,
         batch=batch,
-        branches=2 if guidance else 1,
+        branches=branches,
         steps=steps,
         flops=partial(adapter.forward_flops, configs),
-        latents=adapter.latent_shape(configs),
+        latents=latents,
     )
-    needed = None
-    if gpu_memory is not None:
-        needed = fit(
-            configs,
-            UMT5_XXL if model is None else text_encoder_config(model),
-            (height, width),
-            parse_dtype(dtype),
-            chunk_frames=memory.chunk_frames,
-            rows=batch,
-            kv=planned.resident_kv_bytes,
-            archive=planned.archive_kv_bytes if getattr(memory, "tier", "device") == "device" else 0,
-        )
+    if needed is not None and tflops is not None and bandwidth is not None:
+        forwards = steps + (choice.memory.commit == "rerun")
+        speed = roofline(planned, forwards, branches, needed.transformer, tflops, bandwidth)
+    one, all_cards = (placed[0] if gpu_memory is not None else None), (placed[-len(CARDS) :] if cards else [])
+    answer = _Answer(planned, choice, budget_gb is not None, needed, one, all_cards, speed)
     if as_json:
-        asked = {"model": described.name, "size": size, "dtype": dtype, "seconds": seconds}
-        found = {**asked, "pixel_frames": pixel_frames, **planned.to_dict()}
-        if needed is not None and gpu_memory is not None:
-            found["fit"] = {**needed.to_dict(), "advice": needed.advice(gpu_memory, planned.archive_blocks)}
-        print_json(found)
+        given = {"model": described.name, "size": size, "dtype": dtype, "seconds": seconds}
+        print_json({**given, "pixel_frames": pixel_frames, **answer.to_dict()})
     else:
-        title = f"{described.name}, {size}, {pixel_frames:,} frames at {fps:g} fps, {dtype}"
-        print_table(title, ("", memory.name), plan_rows(planned))
-        if needed is not None and gpu_memory is not None:
-            print_table("on the card, cuDNN's buffers and fragmentation not counted", ("", "bytes"), fit_rows(needed))
-            typer.echo(needed.advice(gpu_memory, planned.archive_blocks))
+        answer.print(f"{described.name}, {size}, {pixel_frames:,} frames at {fps:g} fps, {dtype}")
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the command says.
+
+    Args:
+        plan: of the chosen memory.
+        choice: the memory.
+        budgeted: whether a budget was asked for.
+        fit: what is on a card, if that was asked for.
+        card: on that of `--gpu-memory`.
+        cards: on those of `--cards`.
+        speed: seconds of a chunk.
+    """
+
+    plan: "Plan"
+    choice: "Choice"
+    budgeted: bool
+    fit: "Fit | None"
+    card: "Placed | None"
+    cards: "list[Placed]"
+    speed: "Roofline | None"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that JSON can hold."""
+        changes, lines = dict(self.choice.changes), list(self.choice.lines)
+        found = self.plan.to_dict()
+        found["budget"] = {"changes": changes, "held_bytes": self.choice.held_bytes, "lines": lines}
+        if self.fit is not None:
+            found["fit"] = self.fit.to_dict() | ({} if self.card is None else {"advice": self.card.advice})
+        if self.cards:
+            found["cards"] = {f"{each.gpu_memory:g}": each.advice for each in self.cards}
+        if self.speed is not None:
+            found["roofline"] = self.speed.to_dict()
+        return found
+
+    def print(self, title: str) -> None:
+        """Print tables, and what was chosen."""
+        from kvpack.cli.tables import card_rows, fit_rows, plan_rows, roofline_row
+
+        rows = plan_rows(self.plan)
+        print_table(title, ("", self.plan.stack), rows if self.speed is None else [*rows, roofline_row(self.speed)])
+        for line in str(self.choice).splitlines() if self.budgeted else self.choice.lines:
+            typer.echo(line)
+        if self.fit is not None:
+            heading, tier = "on the card, cuDNN's buffers and fragmentation not counted", self.choice.tier
+            print_table(heading, ("", "bytes"), fit_rows(self.fit, self.plan, tier))
+        if self.card is not None:
+            typer.echo(self.card.advice)
+        if self.cards:
+            print_table("cards", ("card", "how", "options changed", "KV", "in all"), card_rows(self.cards))
 
 
 def _plan_training(

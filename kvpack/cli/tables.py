@@ -4,6 +4,7 @@ import importlib.metadata
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from kvpack.cli.support import size_text
@@ -11,8 +12,10 @@ from kvpack.errors import unknown_name
 from kvpack.generation.adapter import Adapter
 from kvpack.memory.codec import DENSE
 from kvpack.memory.stack import Stack
-from kvpack.planning.fit import Fit
+from kvpack.planning.cards import Placed
+from kvpack.planning.fit import GIB, Fit
 from kvpack.planning.planner import Plan
+from kvpack.planning.roofline import Roofline
 from kvpack.plugins.registry import registry
 from kvpack.training.plan import TrainingPlan
 
@@ -136,6 +139,7 @@ def plan_rows(plan: Plan) -> list[list[str]]:
         ["attended by the last chunk", f"{plan.attended_tokens:,} tokens, itself included"],
         ["KV attended", f"{size_text(plan.attended_kv_bytes)} ({plan.attended_kv_bytes:,} B)"],
         ["KV archived", f"{size_text(plan.archive_kv_bytes)}: {_archived(plan)}"],
+        ["KV held in all", f"{size_text(plan.resident_kv_bytes)} on the device"],
         ["full history", f"{plan.full_tokens:,} tokens, {size_text(plan.full_kv_bytes)}"],
         ["attended of full history", f"{share:.2%}"],
         ["transformer, per chunk", f"{plan.flops_per_chunk:.3g} FLOPs"],
@@ -143,18 +147,40 @@ def plan_rows(plan: Plan) -> list[list[str]]:
     return [*rows, ["compression, per chunk", _compression(plan)]] if plan.compressor_flops else rows
 
 
-def fit_rows(fit: Fit) -> list[list[str]]:
-    """Return the rows of a table of what is on a graphics card."""
+def roofline_row(speed: Roofline) -> list[str]:
+    """Return the row of a plan's table that says the seconds of a chunk."""
+    parts = f"operations {speed.operations:.3g} s, bytes {speed.bytes:.3g} s"
+    return ["seconds a chunk, at least", f"{speed.seconds:.3g}; {speed.limit} limits ({parts})"]
+
+
+def fit_rows(fit: Fit, plan: Plan, tier: str) -> list[list[str]]:
+    """Return the rows of a table of what is on a graphics card, and of an archive that is on another tier."""
+    elsewhere = [] if tier == "device" else [(f"archive, on the {tier}", plan.archive_kv_bytes)]
     rows: list[tuple[str, float]] = [
         ("transformer", fit.transformer),
         ("VAE", fit.vae),
         ("text encoder", fit.text_encoder),
-        ("keys and values, with the archive", fit.kv),
+        ("keys and values, at most", fit.kv - plan.workspace_kv_bytes),
+        ("working buffer of all layers", plan.workspace_kv_bytes),
+        *elsewhere,
         ("activations of a forward", fit.denoising),
         ("activations of decoding a chunk", fit.decoding),
         *((f"together, {call}", total) for call, total in fit.totals.items()),
     ]
     return [[name, size_text(count)] for name, count in rows]
+
+
+def card_rows(cards: Sequence[Placed]) -> list[list[str]]:
+    """Return the rows of a table of graphics cards."""
+    rows = []
+    for each in cards:
+        if each.call is None or each.choice is None:
+            rows.append([f"{each.gpu_memory:g} GiB", each.advice.partition(", ")[2], "", "", ""])
+            continue
+        changed = ", ".join(f"{name}={value}" for name, value in each.choice.changes.items())
+        total = f"{each.total / GIB:.1f} GiB"
+        rows.append([f"{each.gpu_memory:g} GiB", each.call, changed, size_text(each.fit.kv), total])
+    return rows
 
 
 def _archived(plan: Plan) -> str:

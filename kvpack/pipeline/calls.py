@@ -17,10 +17,14 @@ from kvpack.generation.adapter import Adapter
 from kvpack.generation.chunks import require_generators
 from kvpack.generation.run import Run
 from kvpack.generation.threads import one_thread, require_enabled
+from kvpack.logging import get_logger
 from kvpack.memory.base import Memory
 from kvpack.pipeline.beside import decoded_beside
 from kvpack.pipeline.progress import OnChunk, reported
 from kvpack.pipeline.trace import traced
+from kvpack.planning.budget import Budget, Choice
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -38,6 +42,8 @@ class Enabled:
         call: arguments of the pipeline's call that are the model's own, where a call does not give them.
         trace: file that generations write what their memory does to; copies do not take it along.
         writer: the transformer that commits clean chunks; None is the pipeline's own. Copies do not take it along.
+        budget: what the memory of a generation may hold; None is as much as the stack says.
+        choice: what the budget chose for the generation that began last.
     """
 
     stack: Memory
@@ -50,6 +56,8 @@ class Enabled:
     call: Mapping[str, Any] = field(default_factory=dict)
     trace: Path | None = None
     writer: Any = None
+    budget: Budget | None = None
+    choice: Choice | None = None
 
     def __str__(self) -> str:
         if self.run is not None:
@@ -58,7 +66,22 @@ class Enabled:
             state = f"{stats['chunks']} chunks{of} are committed, {held}"
         else:
             state = f"the last generation had {self.last['chunks']} chunks" if self.last else "nothing generated yet"
-        return f"{self.stack.name}, chunks of {self.stack.chunk_frames} latent frames, {self.fps:g} fps; {state}"
+        most = "" if self.budget is None else f", at most {self.budget.gigabytes:g} GB"
+        return f"{self.stack.name}{most}, chunks of {self.stack.chunk_frames} latent frames, {self.fps:g} fps; {state}"
+
+    def memory_for(self, run: Run, conditioning: Mapping[str, Any]) -> Memory:
+        """Return the memory of a generation that is about to begin or go on; with a budget, one that it holds.
+
+        Args:
+            run: the generation.
+            conditioning: what the transformer is told, by guidance branch, a row for each video.
+        """
+        if self.budget is None:
+            return run.stack
+        self.choice = self.budget.for_run(run, conditioning)
+        for line in str(self.choice).splitlines():
+            logger.info(line)
+        return self.choice.memory
 
     def as_kwargs(self) -> dict[str, Any]:
         """Return what copies take along: all but generations."""
@@ -68,6 +91,7 @@ class Enabled:
             "fps": self.fps,
             "first_chunk_frames": self.first_chunk_frames,
             "call": self.call,
+            "budget": self.budget,
         }
 
 
@@ -85,10 +109,19 @@ def bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 
 
 def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> Run:
-    """Start a generation with these arguments."""
+    """Start a generation with these arguments, and with a memory that the budget holds.
+
+    Raises:
+        InvalidOptionError: if an argument cannot work, or no memory of the stack fits the budget.
+    """
     require_generators(arguments.get("generator"))
     enabled = pipeline._kvpack
-    return enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
+    run: Run = enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
+    chosen = enabled.memory_for(run, run.denoiser.conditioning)
+    if chosen is not run.stack:
+        run.stack = chosen
+        run.denoiser = run.new_denoiser(run.denoiser.geometry, run.denoiser.conditioning)
+    return run
 
 
 def alone(pipeline: Any) -> AbstractContextManager[None]:

@@ -13,7 +13,8 @@ from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
 from kvpack.pipeline.calls import Enabled
 from kvpack.pipeline.enabled import PackForcingMixin, adapter_of, attach, enabled_class
-from kvpack.plugins.resolve import resolve_stack
+from kvpack.planning.budget import Budget
+from kvpack.plugins.resolve import named_stack, resolve_stack
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -23,6 +24,7 @@ def enable(
     stack: str | Memory | Mapping[str, Any] | None = None,
     *,
     adapter: Adapter | None = None,
+    budget_gb: float | None = None,
     **options: Any,
 ) -> Pipeline:
     """Let a causal video pipeline generate any length in bounded memory (PackForcing, arXiv 2603.25730).
@@ -36,6 +38,10 @@ def enable(
         stack: name of an installed stack, a `Stack` or other `Memory`, or what its `to_dict` gave; None is what the
             `kvpack_config.json` of the pipeline's folder says, and "packforcing" where there is none.
         adapter: what drives the pipeline; None is the one of before, or else the installed one for its class.
+        budget_gb: most gigabytes that the memory of a generation may hold beside the model, all guidance branches and
+            videos of the batch together. At the start of each call the options that were not given are chosen so that
+            it fits, with the least loss first (`kvpack.planning.budget.STEPS`), or the call is refused with the least
+            that would do; `pipe.packforcing.choice` says what was chosen and why.
         options: options of the named stack, e.g. `topk=16`; they go before those of the file, and those before what the
             adapter knows to be better for its model than the stack's own (`Adapter.default_options`).
 
@@ -59,7 +65,9 @@ def enable(
     configs = adapter.configs(pipeline)
     own = Settings.of_pipeline(pipeline)
     settings = own or Settings(fps=frame_rate(type(pipeline).__name__, configs))
-    resolved = resolve_stack(stack, options, settings, partial(adapter.default_options, configs))
+    asked = stack, options, settings, partial(adapter.default_options, configs)
+    resolved = resolve_stack(*asked)
+    budget = None if budget_gb is None else Budget(budget_gb, named_stack(*asked))
     if settings.first_chunk_frames is not None:
         require_length(settings.first_chunk_frames, resolved.chunk_frames)
     adapter.check_stack(pipeline, resolved)
@@ -67,12 +75,11 @@ def enable(
         if own is None:
             warn_if_bidirectional(getattr(pipeline, "transformer", None))
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
-    kept: dict[str, Any] = (
-        {"fps": float(settings.fps)}
-        if before is None
-        else {"fps": before.fps, "trace": before.trace, "writer": before.writer}
+    kept = (
+        {"fps": float(settings.fps)} if before is None else {n: getattr(before, n) for n in ("fps", "trace", "writer")}
     )
-    attach(pipeline, resolved, adapter, first_chunk_frames=settings.first_chunk_frames, call=settings.call, **kept)
+    own_call = {"first_chunk_frames": settings.first_chunk_frames, "call": settings.call}
+    attach(pipeline, resolved, adapter, **own_call, budget=budget, **kept)
     return pipeline
 
 

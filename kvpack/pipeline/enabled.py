@@ -19,6 +19,7 @@ from kvpack.pipeline.beside import decode_beside
 from kvpack.pipeline.calls import Enabled, alone, bound, start, whole
 from kvpack.pipeline.progress import OnChunk, require_callback
 from kvpack.pipeline.stream import Stream
+from kvpack.planning.budget import Choice
 from kvpack.plugins.registry import registry
 from kvpack.snapshots.resuming import resumed
 
@@ -31,8 +32,14 @@ class PackForcing:
 
     @property
     def stack(self) -> Memory:
-        """The memory policy."""
-        return self._pipeline._kvpack.stack
+        """The memory policy; with a budget, what it chose for the generation that began last."""
+        enabled = self._pipeline._kvpack
+        return enabled.stack if enabled.choice is None else enabled.choice.memory
+
+    @property
+    def choice(self) -> Choice | None:
+        """What the budget chose for the generation that began last, line by line as text; None without one."""
+        return self._pipeline._kvpack.choice
 
     @property
     def fps(self) -> float:

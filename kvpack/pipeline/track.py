@@ -15,6 +15,7 @@ from kvpack.errors import InvalidOptionError, KVPackError, first_line
 from kvpack.media.video import Frames
 from kvpack.memory.base import Memory
 from kvpack.pipeline.enable import enable
+from kvpack.planning.budget import Choice
 
 
 @dataclass
@@ -49,6 +50,12 @@ class Track:
         return pixels
 
     @property
+    def choice(self) -> Choice | None:
+        """What a budget chose; None without one."""
+        choice: Choice | None = self.pipeline.packforcing.choice
+        return choice
+
+    @property
     def stats(self) -> dict[str, Any]:
         """What the memory holds; choices of blocks are left out."""
         return {key: value for key, value in self.pipeline.packforcing.stats().items() if key != "selected"}
@@ -60,8 +67,10 @@ class Track:
 
     def report(self) -> dict[str, Any]:
         """Return plain data, as JSON takes it."""
+        chosen = {} if self.choice is None else {"budget": str(self.choice).splitlines()}
         return {
             "stack": self.stack.to_dict(),
+            **chosen,
             "frames": self.frames,
             "generation_seconds": sum(self.chunk_seconds),
             "frames_per_second": self.frames_per_second,
@@ -96,12 +105,14 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
 
 
 @contextmanager
-def started(pipeline: Any, stack: Memory, frames: int, seed: int, arguments: Mapping[str, Any]) -> Iterator[Track]:
+def started(
+    pipeline: Any, stack: Memory | None, frames: int, seed: int, arguments: Mapping[str, Any]
+) -> Iterator[Track]:
     """Start a generation, and frees what it holds at the end.
 
     Args:
         pipeline: a pipeline that an installed adapter supports.
-        stack: its memory.
+        stack: its memory; None leaves it enabled as it is.
         frames: pixel frames.
         seed: of the noise, which is drawn on the CPU, the same on every device.
         arguments: further arguments of the pipeline's call.
@@ -109,7 +120,8 @@ def started(pipeline: Any, stack: Memory, frames: int, seed: int, arguments: Map
     Raises:
         InvalidOptionError: if the pipeline refuses an argument.
     """
-    enable(pipeline, stack)
+    if stack is not None:
+        enable(pipeline, stack)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(seed)
     given = {"num_frames": frames, "generator": generator, "output_type": "np", **arguments}
@@ -119,6 +131,7 @@ def started(pipeline: Any, stack: Memory, frames: int, seed: int, arguments: Map
         raise
     except (TypeError, ValueError) as error:
         raise InvalidOptionError(f"{type(pipeline).__name__} refuses the call: {first_line(error)}") from error
+    stack = pipeline.packforcing.stack
     latent_frames = (frames - 1) // getattr(pipeline, "vae_scale_factor_temporal", 4) + 1
     try:
         yield Track(pipeline, stack, stream.chunks or -(-latent_frames // stack.chunk_frames), stream)

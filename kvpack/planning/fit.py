@@ -1,9 +1,10 @@
 """Whether a generation fits a graphics card: weights, keys and values, activations, and how offloading adds them up."""
 
 import inspect
+import math
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
+from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, require_choice
 
 GIB = 1 << 30
 #: What CUDA's context and libraries take of a card before anything is computed.
@@ -28,6 +29,13 @@ UMT5_XXL = {
     "num_heads": 64,
 }
 _TEXT_TOKENS, _TEXT_WIDTH = 512, 4096
+#: Calls that bring weights to the card, the fastest first.
+WHOLE = "the whole pipeline on the card"
+MODEL_OFFLOAD = "pipe.enable_model_cpu_offload()"
+SEQUENTIAL_OFFLOAD = "pipe.enable_sequential_cpu_offload()"
+#: Bits of a number in a quantised linear layer, its scales with it: one for 64 numbers in int4 (bitsandbytes' nf4), one
+#: for each row, which is next to nothing, in int8 (torchao's weight-only).
+WEIGHTS = {"int8": 8.0, "int4": 4.5}
 
 
 @dataclass(frozen=True)
@@ -39,62 +47,53 @@ class Fit:
         vae: weights.
         text_encoder: weights; it is needed before the first chunk only.
         block: weights of the largest block of the transformer.
-        kv: all that the memory holds, the archive of compressed blocks with it.
-        archive: the archive alone, which grows with the video unless `archive_blocks` bounds it; 0 on another tier.
         denoising: what one forward of a chunk holds beside weights, keys and values.
         decoding: what decoding a chunk holds beside weights.
+        kv: the most that the memory holds on the card.
     """
 
     transformer: int
     vae: int
     text_encoder: int
     block: int
-    kv: int
-    archive: int
     denoising: int
     decoding: int
+    kv: int = 0
 
     @property
-    def totals(self) -> dict[str, int]:
-        """The most that is on the card at once, by the calls that bring it there; the fastest first."""
-        # Denoising and decoding take turns; with model offload so do their weights.
-        apart = max(self.transformer + self.denoising, self.vae + self.decoding)
+    def beside(self) -> dict[str, int]:
+        """What is on the card beside keys and values, by the calls that bring it there; the fastest first."""
+        work = max(self.denoising, self.decoding)
         return {
-            "the whole pipeline on the card": self.transformer + self.vae + self.text_encoder + self.kv + self._work,
-            "pipe.enable_model_cpu_offload()": max(self.text_encoder, self.kv + apart),
-            "pipe.enable_sequential_cpu_offload()": self.kv + self.block + self._work,
+            WHOLE: self.transformer + self.vae + self.text_encoder + work,
+            # Denoising and decoding take turns; with model offload so do their weights.
+            MODEL_OFFLOAD: max(self.transformer + self.denoising, self.vae + self.decoding),
+            SEQUENTIAL_OFFLOAD: self.block + work,
         }
 
     @property
-    def _work(self) -> int:
-        return max(self.denoising, self.decoding)
+    def totals(self) -> dict[str, int]:
+        """The most that is on the card at once, by the same calls."""
+        together = {call: others + self.kv for call, others in self.beside.items()}
+        # The text encoder has been there alone before.
+        return {**together, MODEL_OFFLOAD: max(self.text_encoder, together[MODEL_OFFLOAD])}
 
-    def advice(self, gpu_memory: float, archive_blocks: int) -> str:
-        """Return how it fits a card.
+    def room(self, call: str, gpu_memory: float) -> int:
+        """Return the bytes that a card has for keys and values with a call; 0 where it has none.
 
         Args:
+            call: one of `beside`.
             gpu_memory: the card's memory in GiB.
-            archive_blocks: compressed blocks in the archive.
 
         Raises:
             InvalidOptionError: if the card has no memory.
         """
         if not gpu_memory > 0:
             raise InvalidOptionError(f"--gpu-memory must be above 0 GiB, e.g. 24, got {gpu_memory:g}")
-        room, whole = gpu_memory * GIB - RESERVED_BYTES, self.totals
-        bounded = replace(self, kv=self.kv - self.archive).totals
-        fast, slow = tuple(whole)[:-1], tuple(whole)[-1:]
-        for calls in (fast, slow):  # sequential offload, which moves every block at every step, comes last
-            for call in calls:
-                if whole[call] <= room:
-                    return f"fits {gpu_memory:g} GiB with {call}"
-            for call in calls if archive_blocks and self.archive else ():
-                blocks = int(archive_blocks * (room - bounded[call]) / self.archive)
-                if blocks > 0:
-                    ways = f"-o tier=host, or -o archive_blocks={blocks}"
-                    return f"fits {gpu_memory:g} GiB with {call} and {ways}"
-        missing = (min(bounded.values()) - room) / GIB
-        return f"does not fit {gpu_memory:g} GiB, {missing:.1f} GiB too much; give a smaller --size or stack"
+        card = int(gpu_memory * GIB) - RESERVED_BYTES
+        if call == MODEL_OFFLOAD and self.text_encoder > card:
+            return 0
+        return max(0, card - self.beside[call])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that JSON can hold."""
@@ -109,8 +108,7 @@ def fit(
     *,
     chunk_frames: int,
     rows: int,
-    kv: int,
-    archive: int,
+    weights: str | None = None,
 ) -> Fit:
     """Add up a generation with a transformer of Wan's kind, which is built and run without numbers.
 
@@ -121,16 +119,18 @@ def fit(
         dtype: of all weights and activations.
         chunk_frames: latent frames of a chunk.
         rows: videos generated together; guidance branches take turns.
-        kv: bytes that the memory holds.
-        archive: bytes of its archive.
+        weights: how linear layers of transformer and text encoder are quantised, one of `WEIGHTS`; None is not at all.
 
     Raises:
         UnsupportedPipelineError: if the transformer is of another kind.
+        InvalidOptionError: if nothing is known of such weights.
 
     Activations are those of the model's own code run on tensors without numbers: the most that is alive at once.
     """
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
+    if weights is not None:
+        require_choice("--weights", weights, WEIGHTS)
     config = configs["transformer"]
     if not {"num_layers", "ffn_dim", "attention_head_dim"} <= set(config):
         raise UnsupportedPipelineError("whether a model fits a card can be said of transformers of Wan's kind only")
@@ -141,19 +141,31 @@ def fit(
         latents = torch.zeros(rows, channels, chunk_frames, size[0] // spatial, size[1] // spatial, dtype=dtype)
         text = torch.zeros(rows, _TEXT_TOKENS, config.get("text_dim", _TEXT_WIDTH), dtype=dtype)
         times = torch.zeros(rows)
-    each = dtype.itemsize
-    block = sum(weight.numel() for weight in model.blocks.parameters())
-    rest = sum(weight.numel() for weight in model.parameters()) - block
+    whole = _stored(model, dtype, weights)
+    block = _stored(model.blocks, dtype, weights)
+    # A layer's weights are there in `dtype` while it multiplies.
+    largest = max(each.weight.numel() for each in _linears(model)) * dtype.itemsize if weights else 0
     return Fit(
-        transformer=(rest + block * config["num_layers"]) * each,
-        vae=sum(weight.numel() for weight in vae.parameters()) * each,
-        text_encoder=_text_parameters(text_encoder) * each,
-        block=block * each,
-        kv=kv,
-        archive=archive,
-        denoising=peak_bytes(lambda: model(latents, times, text, return_dict=False)),
+        transformer=whole + block * (config["num_layers"] - 1),
+        vae=_stored(vae, dtype, None),
+        text_encoder=_stored(_text_model(text_encoder), dtype, weights),
+        block=block,
+        denoising=peak_bytes(lambda: model(latents, times, text, return_dict=False)) + largest,
         decoding=peak_bytes(lambda: vae.decode(latents, return_dict=False)),
     )
+
+
+def _stored(model: torch.nn.Module, dtype: torch.dtype, weights: str | None) -> int:
+    """Return the bytes of a model's weights."""
+    numbers = sum(each.numel() for each in model.parameters())
+    if weights is None:
+        return numbers * dtype.itemsize
+    linear = sum(each.weight.numel() for each in _linears(model))
+    return (numbers - linear) * dtype.itemsize + math.ceil(linear * WEIGHTS[weights] / 8)
+
+
+def _linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    return [each for each in model.modules() if isinstance(each, torch.nn.Linear)]
 
 
 def _built(kind: Any, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
@@ -163,12 +175,12 @@ def _built(kind: Any, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     return torch.nn.Module.to(model, dtype)
 
 
-def _text_parameters(config: Mapping[str, Any]) -> int:
+def _text_model(config: Mapping[str, Any]) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForTextEncoding
 
     with torch.device("meta"):
-        model = AutoModelForTextEncoding.from_config(AutoConfig.for_model(**config))
-    return sum(weight.numel() for weight in model.parameters())
+        model: torch.nn.Module = AutoModelForTextEncoding.from_config(AutoConfig.for_model(**config))
+    return model
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:

@@ -34,6 +34,7 @@ class Plan:
         archive_kv_bytes: their keys and values, whether attended or not, in the form and on the tier of the stack.
         resident_kv_bytes: all that the memory holds, as `stats()["resident_bytes"]` says it: the attended history with
             room for a chunk, the archive with spare slots, and room for rotated keys, once for all layers.
+        workspace_kv_bytes: of these, the working buffer that all layers share.
         full_tokens: tokens of all chunks at full resolution.
         full_kv_bytes: their keys and values, which full history would hold.
         kv_bytes_per_token: keys and values of one token over all layers.
@@ -54,6 +55,7 @@ class Plan:
     archive_tokens: int
     archive_kv_bytes: int
     resident_kv_bytes: int
+    workspace_kv_bytes: int
     full_tokens: int
     full_kv_bytes: int
     kv_bytes_per_token: int
@@ -134,6 +136,7 @@ def plan(
         archive_tokens=sum(archive),
         archive_kv_bytes=archived * batch * branches,
         resident_kv_bytes=held.bytes(geometry.layers) * branches,
+        workspace_kv_bytes=held.shared_bytes * branches,
         full_tokens=chunks * chunk_tokens,
         full_kv_bytes=chunks * chunk_tokens * token_bytes,
         kv_bytes_per_token=geometry.kv_bytes_per_token,

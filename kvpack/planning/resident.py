@@ -1,7 +1,10 @@
 """All bytes that a generation's memory will hold, as `stats()["resident_bytes"]` reports them, without a model."""
 
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from functools import partial
+from itertools import islice
+from typing import Any
 
 import torch
 
@@ -13,6 +16,11 @@ from kvpack.memory.ledger import Ledger
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 from kvpack.memory.stack_plan import StackBook, StackPlan
+
+#: Chunks in which what is held must repeat, in a period of at most so many, to be taken for settled.
+_ALIKE, _PERIOD = 16, 8
+#: Chunks behind which a memory that does not settle is said to grow without end.
+_FAR = 256
 
 
 @dataclass(frozen=True)
@@ -44,81 +52,182 @@ def resident(geometry: Geometry, memory: Memory, chunks: int, batch: int, channe
         batch: videos generated together.
         channels: channels of a latent, of which a memory may keep something.
     """
+    if not isinstance(memory, Stack):
+        return _rehearsed(geometry, memory, chunks, batch, channels)[-1]
+    counted = list(islice(_counted(geometry, memory, batch), chunks))
+    if all(each.exact for each in counted):
+        return counted[-1].held
+    return _scaled(geometry, memory, chunks, batch, channels)[-1]
+
+
+def most_resident(
+    geometry: Geometry,
+    memory: Memory,
+    chunks: int | None,
+    batch: int,
+    channels: int = 16,
+    first_frames: int | None = None,
+) -> Resident | None:
+    """Return the most that is held behind any chunk; None if it grows without end in a video that has none.
+
+    Where rows may attend blocks of unequal size it is an upper bound, for it depends on what is chosen.
+
+    Args:
+        geometry: the model at the video's size.
+        memory: the policy.
+        chunks: committed chunks; None is a video without end.
+        batch: videos generated together.
+        channels: channels of a latent, of which a memory may keep something.
+        first_frames: latent frames of the first chunk, if it is shorter than the rest.
+    """
+    far = _FAR if chunks is None else chunks
     if isinstance(memory, Stack):
-        counted = _counted(geometry, memory, chunks, batch)
-        return _scaled(geometry, memory, chunks, batch, channels) if counted is None else counted
-    return _rehearsed(geometry, memory, chunks, batch, channels)
+        if chunks is None and memory.archive_blocks is not None:
+            far += memory.archive_blocks
+        counted = _until_settled(_counted(geometry, memory, batch, first_frames), far)
+        held = [each.held for each in counted]
+    else:
+        small = replace(geometry, grid=(1, 4))
+        counted = _until_settled(_run(small, memory, batch, channels, first_frames), far)
+        held = _rehearsed(geometry, memory, len(counted), batch, channels, first_frames)
+    if chunks is None and len(counted) == far:
+        return None
+    return max(held, key=lambda each: each.bytes(geometry.layers))
 
 
-def _counted(geometry: Geometry, stack: Stack, chunks: int, batch: int) -> Resident | None:
-    """Count by the ledger; None if rows may attend different numbers of tokens, which depends on what is chosen."""
+def _until_settled(chunks: Iterator[Any], most: int) -> list[Any]:
+    """Return what is held behind each chunk, until it repeats."""
+    seen: list[Any] = []
+    for each in islice(chunks, most):
+        seen.append(each)
+        last = seen[-_ALIKE:]
+        if len(seen) >= _ALIKE + _PERIOD and any(
+            last == seen[-_ALIKE - period : -period] for period in range(1, _PERIOD + 1)
+        ):
+            break
+    return seen
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What a stack holds behind a chunk, and what that follows from.
+
+    Args:
+        held: the bytes; an upper bound unless `exact`.
+        archived: compressed blocks.
+        whole: frames of each whole piece.
+        exact: whether it does not depend on what is chosen.
+    """
+
+    held: Resident
+    archived: int
+    whole: tuple[int, ...]
+    exact: bool
+
+
+def _counted(geometry: Geometry, stack: Stack, batch: int, first_frames: int | None = None) -> Iterator[_Counted]:
+    """Count by the ledger, chunk after chunk."""
     ledger = Ledger(stack.partitioner, stack.chunk_frames, stack.archive_blocks)
-    room = slots = history = 0
-    due: set[int] = set()
-    for _ in range(chunks):
-        plan = StackPlan(stack, StackBook.of(ledger), stack.chunk_frames, geometry)
-        if not (plan.uniform or plan.takes_all):
-            return None
-        mid = sum(span.tokens for span in plan.attended[: plan.chosen])
-        whole = sum(piece.frames for piece in ledger.whole)
-        history = whole * geometry.tokens_per_frame + mid
-        room = max(room, history + stack.chunk_frames * geometry.tokens_per_frame)
+    number, each, tokens_of = geometry.dtype.itemsize, geometry.tokens_per_frame, stack.compressor.span
+    block = stack.start(geometry, 0).archive.slot_tokens
+    shape = geometry.heads, geometry.head_dim, geometry.dtype
+    stored = stored_bytes(stack.store, block, *shape) if stack.tier == "device" else 0
+    placed = {"span": 0, "row": 1, "head": geometry.heads}[stack.compressor.places]
+    # Of a slot: sums of keys in float32, (t, y, x) of tokens that have places of their own, and the block itself.
+    slot_bytes = 4 * geometry.width + 12 * block * placed + stored
+    room = joined = slots = 0
+    due, apart = set[int](), set[int]()
+    coming = first_frames or stack.chunk_frames
+    while True:
+        plan = StackPlan(stack, StackBook.of(ledger), coming, geometry)
+        in_place, before = plan.uniform or plan.takes_all, ledger
+        sizes = [span.tokens for span in plan.attended]
+        mid = sum(sizes[: plan.chosen] if in_place else sorted(sizes)[len(sizes) - plan.chosen :])
+        history = sum(piece.frames for piece in before.whole) * each + mid
+        new, needed = {piece.first_frame for piece in plan.new_pieces}, history + coming * each
+        if in_place:
+            room, apart = max(room, needed), set()
+        else:  # rows differ: each is gathered in a workspace of its own, and what is new lies in no arena
+            joined, apart = max(joined, needed), apart | new
         for _, slot in plan.step.leaving:
             slots = grown_slots(slots, slot)
         if stack.latent_compressor is not None:
-            due |= {piece.first_frame for piece in plan.new_pieces if ledger.is_ever_compressed(piece)}
-        ledger = plan.step.ledger
-    number, width = geometry.dtype.itemsize, geometry.width
-    block = stack.start(geometry, 0).archive.slot_tokens
-    waiting = (piece for piece in ledger.whole if piece.first_frame in due)
-    twins = sum(stack.compressor.span(piece.first_frame, piece.frames, geometry.grid).tokens for piece in waiting)
-    stored = stored_bytes(stack.store, block, geometry.heads, geometry.head_dim, geometry.dtype)
-    layer = batch * width * (2 * number * (room + twins) + 4 * slots)  # sums of keys are float32
-    layer += batch * slots * stored if stack.tier == "device" else 0
-    placed = {"span": 0, "row": 1, "head": geometry.heads}[stack.compressor.places]
-    layer += batch * slots * block * placed * 12  # (t, y, x) in float32
-    return Resident(history, layer, 0 if stack.keeps_rotated else batch * width * number * room)
+            due |= {piece.first_frame for piece in plan.new_pieces if before.is_ever_compressed(piece)}
+        ledger, coming = plan.step.ledger, stack.chunk_frames
+        twins = sum(
+            tokens_of(piece.first_frame, piece.frames, geometry.grid).tokens
+            for piece in ledger.whole
+            if piece.first_frame in due
+        )
+        loose = sum(piece.frames for piece in ledger.whole if piece.first_frame in apart) * each
+        layer = batch * (geometry.width * 2 * number * (room + loose + twins) + slots * slot_bytes)
+        rotated = 0 if stack.keeps_rotated else batch * room
+        shared = geometry.width * number * (max(rotated, joined) + joined)
+        whole = tuple(piece.frames for piece in ledger.whole)
+        yield _Counted(Resident(history, layer, shared), len(ledger.archive), whole, not joined)
 
 
-def _rehearsed(geometry: Geometry, memory: Memory, chunks: int, batch: int, channels: int) -> Resident:
+def _rehearsed(
+    geometry: Geometry, memory: Memory, chunks: int, batch: int, channels: int, first_frames: int | None = None
+) -> list[Resident]:
     """Run the memory in one layer, in frames of a few tokens; of the true size if bytes are not proportional to it."""
 
-    def sized(columns: int) -> Resident:
-        return _scaled(replace(geometry, grid=(1, columns)), memory, chunks, batch, channels)
+    def sized(columns: int) -> list[Resident]:
+        return _scaled(replace(geometry, grid=(1, columns)), memory, chunks, batch, channels, first_frames)
 
-    four, eight, twelve = (sized(columns) for columns in (4, 8, 12))
-    per_token = [(b - a) // 4 for a, b in zip(astuple(four), astuple(eight), strict=True)]
-    if any(a + 8 * each != b for a, b, each in zip(astuple(four), astuple(twelve), per_token, strict=True)):
-        return _scaled(geometry, memory, chunks, batch, channels)
-    beyond = geometry.tokens_per_frame - 4
-    return Resident(*(held + beyond * each for held, each in zip(astuple(four), per_token, strict=True)))
+    held, beyond = [], geometry.tokens_per_frame - 4
+    for trio in zip(*map(sized, (4, 8, 12)), strict=True):
+        four, eight, twelve = map(astuple, trio)
+        per_token = [(b - a) // 4 for a, b in zip(four, eight, strict=True)]
+        if any(a + 8 * each != b for a, b, each in zip(four, twelve, per_token, strict=True)):
+            return _scaled(geometry, memory, chunks, batch, channels, first_frames)
+        held.append(Resident(*(a + beyond * each for a, each in zip(four, per_token, strict=True))))
+    return held
 
 
-def _scaled(geometry: Geometry, memory: Memory, chunks: int, batch: int, channels: int) -> Resident:
+def _scaled(
+    geometry: Geometry, memory: Memory, chunks: int, batch: int, channels: int, first_frames: int | None = None
+) -> list[Resident]:
     """Run the memory in tiny heads, three times: its bytes are linear in heads and in all their channels."""
-    runs = []
-    for heads, head_dim in ((1, 6), (1, 12), (2, 6)):
-        parts = (head_dim // 3,) * 3
-        tiny = replace(geometry, layers=1, heads=heads, head_dim=head_dim, rope_split=parts, rotary=None)
-        session = Session(memory, tiny)
-        shape = batch, memory.chunk_frames * geometry.tokens_per_frame, heads, head_dim
-        zeros = torch.zeros(shape, dtype=geometry.dtype)
-        latents = torch.zeros(batch, channels, memory.chunk_frames, *geometry.grid)
-        for _ in range(chunks):
-            for announce in (partial(session.denoise, 0), partial(session.commit, latents=latents)):
-                (layer,) = announce()
-                layer.attend(zeros, zeros, zeros, lambda queries, keys, values: queries)
-            for piece in session.pending_compressions():
-                (layer,), twin = session.compress(piece), zeros[:, : session.twin_span(piece).tokens]
-                layer.attend(twin, twin, twin, lambda queries, keys, values: queries)
-            session.finish_commit()
-        stats = session.stats()
-        shared = stats["workspace_bytes"]
-        runs.append((stats["attended_tokens"], stats["resident_bytes"] - shared, shared))
+    shapes = ((1, 6), (1, 12), (2, 6))
+    runs = [islice(_run(geometry, memory, batch, channels, first_frames, *shape), chunks) for shape in shapes]
 
     def scaled(small: int, wide: int, two: int) -> int:
         by_channel, by_head = (wide - small) // 6, two - wide
         return by_channel * geometry.width + by_head * geometry.heads + small - 6 * by_channel - by_head
 
-    layer_bytes, shared = (scaled(*(run[which] for run in runs)) for which in (1, 2))
-    return Resident(runs[0][0], layer_bytes, shared)
+    held = []
+    for each in zip(*runs, strict=True):
+        layer, shared = (scaled(*sizes) for sizes in list(zip(*map(astuple, each), strict=True))[1:])
+        held.append(Resident(each[0].history, layer, shared))
+    return held
+
+
+def _run(
+    geometry: Geometry,
+    memory: Memory,
+    batch: int,
+    channels: int,
+    first_frames: int | None = None,
+    heads: int = 1,
+    head_dim: int = 6,
+) -> Iterator[Resident]:
+    """Run the memory in one layer of a model of so many heads, chunk after chunk."""
+    tiny = replace(geometry, layers=1, heads=heads, head_dim=head_dim, rope_split=(head_dim // 3,) * 3, rotary=None)
+    session = Session(memory, tiny)
+    if first_frames is not None:
+        session.expect(first_frames)
+    while True:
+        frames = session.coming_frames
+        zeros = torch.zeros(batch, frames * geometry.tokens_per_frame, heads, head_dim, dtype=geometry.dtype)
+        latents = torch.zeros(batch, channels, frames, *geometry.grid)
+        for announce in (partial(session.denoise, 0), partial(session.commit, latents=latents)):
+            (layer,) = announce()
+            layer.attend(zeros, zeros, zeros, lambda queries, keys, values: queries)
+        for piece in session.pending_compressions():
+            (layer,), twin = session.compress(piece), zeros[:, : session.twin_span(piece).tokens]
+            layer.attend(twin, twin, twin, lambda queries, keys, values: queries)
+        session.finish_commit()
+        stats = session.stats()
+        shared = stats["workspace_bytes"]
+        yield Resident(stats["attended_tokens"], stats["resident_bytes"] - shared, shared)

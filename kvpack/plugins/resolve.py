@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kvpack.checkpoints.config import Settings
@@ -10,6 +10,52 @@ from kvpack.errors import InvalidOptionError, UnusedOptionError
 from kvpack.memory.base import Memory
 from kvpack.memory.stack import ROLES, Stack
 from kvpack.plugins.registry import registry, require_instance
+
+
+@dataclass(frozen=True)
+class NamedStack:
+    """An installed stack and its options, which can be made again with others.
+
+    Args:
+        name: of the stack.
+        options: each has an effect, or is refused.
+        offered: options that hold where they have an effect beside the others.
+        asked: names of the options that the user gave himself.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    offered: Mapping[str, Any] = field(default_factory=dict)
+    asked: frozenset[str] = frozenset()
+
+    def made(self, **changes: Any) -> Memory:
+        """Return the memory, with some options changed; raises what `Registry.stack` does."""
+        return registry().stack(self.name, {**self.options, **changes}, self.offered)
+
+    def default(self, option: str) -> Any:
+        """Return what an option is where nobody gives it; None if the stack does not take it."""
+        taken = inspect.signature(registry().stacks[self.name]).parameters
+        return taken[option].default if option in taken else None
+
+
+def named_stack(
+    stack: str | Memory | Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+    settings: Settings | None = None,
+    defaults: Callable[[str], Mapping[str, Any]] | None = None,
+) -> NamedStack | None:
+    """Return the named stack that is meant; None for a memory that is given whole. Arguments as of `resolve_stack`."""
+    file: Mapping[str, Any] = {}
+    asked = frozenset(options)
+    if stack is None:
+        settings = settings or Settings()
+        stack, file = settings.stack, settings.options
+        if not options:
+            options, file = file, {}  # the file's options must have an effect, unless the user's say otherwise
+    if not isinstance(stack, str):
+        return None
+    family = registry().taken(stack, defaults(stack)) if defaults else {}
+    return NamedStack(stack, options, {**family, **file}, asked)
 
 
 def resolve_stack(
@@ -29,15 +75,11 @@ def resolve_stack(
     Raises:
         InvalidOptionError: if options are given with anything but a name, or are wrong.
     """
-    file: Mapping[str, Any] = {}
-    if stack is None:
-        settings = settings or Settings()
-        stack, file = settings.stack, settings.options
-        if not options:
-            options, file = file, {}  # the file's options must have an effect, unless the user's say otherwise
-    if isinstance(stack, str):
-        family = registry().taken(stack, defaults(stack)) if defaults else {}
-        return registry().stack(stack, options, {**family, **file})
+    named = named_stack(stack, options, settings, defaults)
+    if named is not None:
+        return named.made()
+    assert stack is not None
+    assert not isinstance(stack, str)
     if options:
         raise InvalidOptionError(
             f"options {sorted(options)} belong to a named stack; use dataclasses.replace on a Stack"

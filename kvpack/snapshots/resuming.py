@@ -80,6 +80,9 @@ def _resumed(
     attributes = check_attributes(adapter.run_class, reader.value(state["run"]))
     attributes["call"] = _with_given(attributes["call"], given)
     run = begun(adapter, pipeline, attributes, stack)
+    run.stack = pipeline._kvpack.memory_for(run, reader.value(state["conditioning"]))
+    # Again, for an archive is read by the codec of the stack, which a budget may have chosen.
+    reader = TreeReader(allowed_classes(run.stack, adapter), policies_of(run.stack), device, files)
     _require_equal("stack", content["stack"], run.stack.to_dict(), run)
     shard = adapter.shard(pipeline)
     own = TreeReader(classes, policies_of(stack), device, files, None if shard is None else shard.own)

@@ -56,6 +56,25 @@ def test_generate_writes_the_video_that_the_pipeline_makes(model: Path, tmp_path
         assert (container.streams.video[0].frames, container.streams.video[0].height) == (21, 64)
 
 
+def test_generate_keeps_a_budget_and_says_what_it_chose(model: Path, tmp_path: Path) -> None:
+    words = ["--stack", "self-forcing", "--budget-gb", "0.00004", "--seconds", 4]
+    result = command(*generate(model, tmp_path / "a.mp4", *words, "--json"))
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["stats"]["resident_bytes"] == 36_864
+    assert report["stack"]["partitioner"]["window_frames"] == 6
+    assert report["budget"] == [
+        "window_frames 9 -> 6: 5.53e-05 GB -> 3.686e-05 GB; windows are shorter",
+        "self-forcing holds at most 3.686e-05 GB of 4e-05 GB",
+    ]
+    assert all(line in result.stderr for line in report["budget"])
+    saved = command(*generate(model, tmp_path / "b.mp4", *words, "--checkpoint-every", 2, "--json"))
+    assert json.loads(saved.stdout)["budget"] == report["budget"]
+    refused = command(*generate(model, tmp_path / "c.mp4", "--budget-gb", "0.00001"))
+    assert refused.exit_code == 1
+    assert "the least that would do is budget_gb=" in refused.stderr
+
+
 def test_the_same_seed_gives_the_same_file(model: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         assert command(*generate(model, tmp_path / f"{name}.mp4", "--seed", seed, "--stack", "full")).exit_code == 0
