@@ -34,12 +34,19 @@ class TreeReader:
         policies: those of the stack by role.
         device: where the model runs.
         tensors: reads tensors.
+        tier: where archives go; None is where they were.
     """
 
     def __init__(
-        self, classes: Mapping[str, type], policies: Mapping[str, Policy], device: torch.device, tensors: Tensors
+        self,
+        classes: Mapping[str, type],
+        policies: Mapping[str, Policy],
+        device: torch.device,
+        tensors: Tensors,
+        tier: Tier | None = None,
     ) -> None:
         self._classes, self._policies, self._device, self._read = classes, policies, device, tensors
+        self._tier = tier
         self._tensors: dict[tuple[str, str, bool], Tensor] = {}
         self._made: dict[tuple[str, int], Any] = {}
         self._kinds = self._readers()
@@ -120,7 +127,7 @@ class TreeReader:
         codec, tier, slots = self.value(node["codec"]), node["tier"], _count(node["slots"])
         if not isinstance(codec, Codec) or tier not in get_args(Tier):
             raise SnapshotError(f"an archive is in the form {codec!r}, on the tier {str(tier)[:40]!r}")
-        archive = Archive(_count(node["slot_tokens"]), codec, tier)
+        archive = Archive(_count(node["slot_tokens"]), codec, self._tier or tier)
         for slot, (keys, values, sums, places) in node["held"]:
             if _count(slot) >= slots or slots > 2 * len(node["held"]) + 64:
                 raise SnapshotError(
