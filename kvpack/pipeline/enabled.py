@@ -108,9 +108,9 @@ class PackForcing:
     def resume(self, folder: str | Path, on_chunk: OnChunk | None = None, **given: Any) -> "Stream":
         """Go on with the generation that was saved in a folder, bit for bit as if it had never been stopped.
 
-        The pipeline is enabled with the same stack, whose archive may be on another tier, and has the same weights, LoRA
-        adapters and scheduler. A damaged snapshot is passed over for the one before it, with a `SnapshotWarning`. Where noise was drawn from torch's own
-        generators, they are set to where they were.
+        The pipeline is enabled with the same stack, whose archive may be on another tier, and has the same weights,
+        LoRA adapters and scheduler. A damaged snapshot is passed over for the one before it, with a `SnapshotWarning`.
+        Where noise was drawn from torch's own generators, they are set to where they were.
 
         Args:
             folder: what `Stream.save` was given.
