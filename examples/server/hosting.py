@@ -4,7 +4,7 @@ import shutil
 import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class User:
     prompt: tuple[str | None, bool] | None = None
     last: Any = None
     used: float = 0.0
-    waiting: int = 0
+    waiting: set[object] = field(default_factory=set)
     cancelled: bool = False
 
 
@@ -123,9 +123,11 @@ class Host:
             name: of the session.
             number: of the chunk; the last one made is handed out again, any other is a `WrongChunkError`.
         """
-        user, asked = self.user(name), time.monotonic()
-        user.waiting += 1
-        return self._worker.submit(self._turn, user, number, asked)
+        user, asked, token = self.user(name), time.monotonic(), object()
+        user.waiting.add(token)
+        future = self._worker.submit(self._turn, user, number, asked)
+        future.add_done_callback(lambda _: user.waiting.discard(token))  # also if a client that left cancels it
+        return future
 
     def change(self, name: str, prompt: str | None, cut: bool) -> Future[None]:
         """Put the coming chunks under another prompt, or into another scene."""
@@ -182,17 +184,22 @@ class Host:
                 raise GoneError(f"session {user.name} was cancelled")
             if user.last is not None and number == user.chunks - 1:
                 return number, user.last
-            if number not in (None, user.chunks):
-                raise WrongChunkError(f"chunk {number} is not at hand; the next is {user.chunks}")
             with self.took.time():
+                self._wake(user)  # what it says of its chunks holds
+                if number not in (None, user.chunks):
+                    raise WrongChunkError(f"chunk {number} is not at hand; the next is {user.chunks}")
                 return self._next(user)
         finally:
-            user.waiting, user.used = user.waiting - 1, time.monotonic()
+            user.used = time.monotonic()
 
     def _next(self, user: User) -> tuple[int, Any]:
-        self._wake(user)
         prompt, cut = user.prompt or (None, False)
-        frames = user.stream.send(prompt, cut=cut)[0]
+        try:
+            frames = user.stream.send(prompt, cut=cut)[0]
+        except Exception:  # the generation has ended with it; what was saved goes on
+            user.stream.close()
+            user.stream = user.last = None
+            raise
         user.prompt, user.last = None, np.round(frames * 255).astype(np.uint8)
         user.chunks += 1
         self.made.inc()

@@ -137,6 +137,30 @@ def test_an_answer_that_was_lost(serve):
         assert not same([chunk(client, name, 1)], [first])
 
 
+def test_a_client_that_leaves_is_idle(serve):
+    with serve(capacity=1, idle_seconds=0) as client:
+        name = begin(client, "a red circle", 1)
+        asked = [client.host.chunk(name) for _ in range(2)]
+        assert asked[1].cancel()
+        asked[0].result()
+        begin(client, "a blue square", 2)
+
+
+def test_an_error_ends_nothing_that_was_saved(alone, serve, monkeypatch):
+    with serve() as client:
+        name = begin(client, "a red circle", 1)
+        made = [chunk(client, name, number) for number in range(9)]
+        with monkeypatch.context() as patch:
+            patch.setattr(client.host.users[name].stream._run, "decode", lambda latents: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                client.get(f"/sessions/{name}/chunks/9")
+        chunk_again = client.get(f"/sessions/{name}/chunks/9")
+        assert chunk_again.status_code == 409
+        assert "the next is 8" in chunk_again.json()["detail"]
+        made[8:] = [chunk(client, name, number) for number in range(8, 10)]
+    assert same(made, single(alone, "a red circle", 1, 10))
+
+
 def test_cancel(alone, serve):
     with serve() as client:
         names = [begin(client, *each) for each in USERS.items()]
