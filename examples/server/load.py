@@ -30,7 +30,7 @@ PROMPTS = ("a red circle", "a blue square", "a green circle", "a red circle boun
 
 def started(folder: Path, budget: float, port: int, client: httpx.Client) -> subprocess.Popen[bytes]:
     """Return a server that answers."""
-    given = ["--folder", str(folder), "--budget-mb", str(budget / 1e6), "--port", str(port), "--idle-seconds", "0"]
+    given = ["--folder", str(folder), "--budget-mb", str(budget / 1e6), "--port", str(port), "--idle-seconds", "2"]
     server = subprocess.Popen(  # noqa: S603
         [sys.executable, str(Path(__file__).with_name("server.py")), *given], stdout=subprocess.DEVNULL
     )
