@@ -14,7 +14,7 @@ from typing import Any
 import av
 import torch
 import uvicorn
-from fastapi import FastAPI, HTTPException, Response
+from fastapi import FastAPI, HTTPException, Response, WebSocket, WebSocketDisconnect
 from fastapi.responses import JSONResponse, StreamingResponse
 from hosting import FullError, GoneError, Host, WrongChunkError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -127,6 +127,21 @@ def app_of(host: Host) -> FastAPI:
     async def video(name: str, chunks: int | None = None) -> StreamingResponse:
         host.user(name)
         return StreamingResponse(_video(host, name, chunks), media_type="video/mp4")
+
+    @app.websocket("/sessions/{name}/live")
+    async def live(socket: WebSocket, name: str) -> None:
+        await socket.accept()
+        fragments = Fragments(host.fps)
+        with suppress(WebSocketDisconnect):  # also where the server stops
+            try:
+                while True:
+                    asked = Change.model_validate_json(await socket.receive_text())
+                    if asked.prompt is not None or asked.cut:
+                        await asyncio.wrap_future(host.change(name, asked.prompt, asked.cut))
+                    _, frames = await asyncio.wrap_future(host.chunk(name))
+                    await socket.send_bytes(await asyncio.to_thread(fragments.add, frames))
+            except (*STATUS, ValueError) as error:
+                await socket.close(1008, str(error)[:100])
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("fastapi", reason="the server's example needs fastapi, uvicorn, httpx and prometheus-client")
 
 import av
+from fastapi import WebSocketDisconnect
 from fastapi.testclient import TestClient
 from hosting import Host, session_bytes
 from server import app_of
@@ -209,3 +210,30 @@ def test_an_mp4_and_its_end(serve):
         endless.join(30)
         with av.open(io.BytesIO(ended[0])) as video:
             assert sum(1 for _ in video.decode(video=0)) >= len(frames)
+
+
+def test_a_websocket_plays_and_listens(alone, serve):
+    with serve() as client:
+        name, again = (begin(client, "a red circle", 1) for _ in range(2))
+        with client.websocket_connect(f"/sessions/{name}/live") as socket:
+            whole = b""
+            for asked in ({}, {"prompt": "a blue square"}, {}):
+                socket.send_json(asked)
+                whole += socket.receive_bytes()
+            client.delete(f"/sessions/{name}")
+            socket.send_json({})
+            with pytest.raises(WebSocketDisconnect) as refused:
+                socket.receive_bytes()
+        assert refused.value.code == 1008
+        assert "no session" in refused.value.reason
+        with client.websocket_connect(f"/sessions/{again}/live") as socket:
+            socket.send_text("no JSON")
+            with pytest.raises(WebSocketDisconnect):
+                socket.receive_bytes()
+        assert client.host.users[again].chunks == 0
+    with av.open(io.BytesIO(whole)) as video:
+        pictures = np.stack([each.to_ndarray(format="rgb24") for each in video.decode(video=0)])
+    wanted, other = (  # the muxer keeps the last frame until another one comes
+        np.concatenate(single(alone, "a red circle", 1, 3, change))[:-1] for change in ((1, "a blue square"), None)
+    )
+    assert np.abs(pictures.astype(int) - wanted).mean() < 8 < np.abs(wanted.astype(int) - other).mean()
