@@ -1,9 +1,11 @@
 """Several generations on one pipeline: one thread computes chunks in turn, and who is idle makes room on the disk."""
 
+import ctypes
 import shutil
 import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ class User:
         stream: the generation; None while it is on the disk.
         prompt: what the next chunk changes to, and whether the scene does; None goes on as it was.
         last: frames of the last chunk, for a client that lost the answer.
+        held: bytes that its memory held behind the last chunk.
         used: when a chunk was last asked for or made.
         waiting: chunks asked for that are not made.
         cancelled: whether it is to end.
@@ -53,6 +56,7 @@ class User:
     stream: Any = None
     prompt: tuple[str | None, bool] | None = None
     last: Any = None
+    held: int = 0
     used: float = 0.0
     waiting: set[object] = field(default_factory=set)
     cancelled: bool = False
@@ -99,6 +103,7 @@ class Host:
         here: dict[str, Any] = {"registry": self.metrics}
         Gauge("kvpack_sessions", "Sessions, on the disk or not", **here).set_function(lambda: len(self.users))
         Gauge("kvpack_sessions_in_memory", "Sessions in memory", **here).set_function(self._resident)
+        Gauge("kvpack_held_bytes", "What sessions in memory remember", **here).set_function(self._held)
         Gauge("kvpack_sessions_capacity", "Sessions that fit the budget", **here).set(self.capacity)
         self.made = Counter("kvpack_chunks", "Chunks made", **here)
         self.moved = Counter("kvpack_moves", "Sessions moved", ["to"], **here)
@@ -139,9 +144,9 @@ class Host:
         user.cancelled = True
         return self._worker.submit(self._end, user)
 
-    def evict_idle(self) -> Future[None]:
-        """Move all that are idle to the disk."""
-        return self._worker.submit(lambda: self._evict(*self._idle()))
+    def tidy(self) -> Future[None]:
+        """Move all that are idle to the disk, and give the system what nobody needs."""
+        return self._worker.submit(self._tidy)
 
     def stop(self) -> None:
         """Save all sessions, once what is asked for is made."""
@@ -155,10 +160,18 @@ class Host:
     def _resident(self) -> int:
         return sum(each.stream is not None for each in list(self.users.values()))
 
+    def _held(self) -> int:
+        return sum(each.held for each in list(self.users.values()) if each.stream is not None)
+
     def _idle(self) -> list[User]:
         before = time.monotonic() - self.idle_seconds
         users = [each for each in self.users.values() if each.stream is not None and not each.waiting]
         return sorted((each for each in users if each.used <= before), key=lambda each: each.used)
+
+    def _tidy(self) -> None:
+        self._evict(*self._idle())
+        with suppress(OSError, AttributeError):  # glibc keeps what is freed between blocks that are held
+            ctypes.CDLL(None).malloc_trim(0)
 
     def _make_room(self) -> None:
         if self._resident() < self.capacity:
@@ -201,6 +214,7 @@ class Host:
             user.stream = user.last = None
             raise
         user.prompt, user.last = None, np.round(frames * 255).astype(np.uint8)
+        user.held = self.pipeline.packforcing.stats()["resident_bytes"]
         user.chunks += 1
         self.made.inc()
         if user.chunks % SAVE_EVERY == 0:

@@ -1,6 +1,8 @@
-"""Eight clients of a server in a process of its own: p95 of what a client waits for a chunk, and frames compared.
+"""Eight clients of a server in a process of its own: what they wait for a chunk, what it holds, and frames compared.
 
-python load.py --seconds 120
+Behind the load the server is told to stop, and then killed, in the middle of the clients' chunks, and started again.
+
+python load.py --seconds 600 --output server.json
 """
 
 import argparse
@@ -12,6 +14,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,19 @@ def ask(client: httpx.Client, name: str, number: int) -> tuple[float, str]:
     return time.monotonic() - start, sha256(answer.content).hexdigest()
 
 
+def asked_again(client: httpx.Client, name: str, made: list[tuple[float, str]]) -> None:
+    """Ask for chunks until the server is gone."""
+    with suppress(httpx.HTTPError):
+        while True:
+            made.append(ask(client, name, len(made)))
+
+
+def metric(client: httpx.Client, name: str) -> float:
+    """Return what the server says of itself."""
+    lines = client.get("/metrics").text.splitlines()
+    return float(next(each for each in lines if each.startswith(f"kvpack_{name} ")).split()[1])
+
+
 def resident_mb(process: int) -> float:
     """Return the resident set of a process (Linux)."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
@@ -73,6 +89,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--fit", type=int, default=8, help="sessions in memory at once")
     parser.add_argument("--port", type=int, default=8765)
+    parser.add_argument("--output", type=Path, help="JSON file for what is printed")
     given = parser.parse_args()
     torch.set_num_threads(1)
     pipeline = kvpack.enable(load_pipeline(shipped_folder(), torch.float32, "cpu"))
@@ -83,30 +100,40 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         httpx.Client(base_url=f"http://127.0.0.1:{given.port}", timeout=60, trust_env=False) as client,
     ):
-        server, sizes = started(Path(folder), budget, given.port, client), list[float]()
+        server, sizes = started(Path(folder), budget, given.port, client), list[list[float]]()
         names = [client.post("/sessions", json={"prompt": it, "seed": seed}).json()["session"] for it, seed in users]
-        end, made = time.monotonic() + given.seconds, {name: list[tuple[float, str]]() for name in names}
+        made = {name: list[tuple[float, str]]() for name in names}
+        start = time.monotonic()
 
         def run(name: str) -> None:
-            while time.monotonic() < end:
+            while time.monotonic() < start + given.seconds:
                 made[name].append(ask(client, name, len(made[name])))
 
-        with ThreadPoolExecutor(given.clients + 1) as threads:
-            for name in names:
-                threads.submit(run, name)
-            while time.monotonic() < end:
+        with ThreadPoolExecutor(given.clients) as threads:
+            asking = [threads.submit(run, name) for name in names]
+            while time.monotonic() < start + given.seconds:
                 time.sleep(given.seconds / 20)
-                sizes.append(resident_mb(server.pid))
+                sizes.append(
+                    [round(time.monotonic() - start), resident_mb(server.pid), metric(client, "held_bytes") / 1e6]
+                )
+        for each in asking:
+            each.result()
         before = {name: len(each) for name, each in made.items()}
         waits = [wait for each in made.values() for wait, _ in each]
-        for kill in (signal.SIGTERM, signal.SIGKILL):  # the second comes right behind what SAVE_EVERY has saved
-            os.kill(server.pid, kill)
-            server.wait()
+        lost = {}
+        for kill in (signal.SIGTERM, signal.SIGKILL):
+            with ThreadPoolExecutor(given.clients) as threads:
+                for name in names:
+                    threads.submit(asked_again, client, name, made[name])
+                time.sleep(1)
+                os.kill(server.pid, kill)
+                server.wait()
             server = started(Path(folder), budget, given.port, client)
+            found = {name: each["chunks"] for name, each in client.get("/sessions").json()["sessions"].items()}
+            lost[kill.name] = [len(made[name]) - found[name] for name in names]
             for name in names:
-                number = client.get("/sessions").json()["sessions"][name]["chunks"]
-                del made[name][number:]
-                made[name].append(ask(client, name, number))
+                del made[name][found[name] :]
+                made[name].append(ask(client, name, found[name]))
         server.terminate()
         server.wait()
     right = [
@@ -118,12 +145,17 @@ def main() -> None:
         "fit": given.fit,
         "seconds": given.seconds,
         "chunks": sum(before.values()),
+        "chunks_of_each": [min(before.values()), max(before.values())],
         "p50_wait_seconds": round(float(np.percentile(waits, 50)), 3),
         "p95_wait_seconds": round(float(np.percentile(waits, 95)), 3),
-        "resident_mb": [round(sizes[len(sizes) // 2]), round(sizes[-1])],
+        "seconds_resident_mb_and_held_mb": [[round(each) for each in sample] for sample in sizes],
+        "chunks_to_make_again": lost,
         "clients_with_the_frames_of_their_single_run": sum(right),
     }
-    print(json.dumps(said, indent=2))  # noqa: T201
+    text = json.dumps(said)
+    print(text)  # noqa: T201
+    if given.output is not None:
+        given.output.write_text(text + "\n")
     raise SystemExit(not all(right))
 
 

@@ -169,7 +169,7 @@ async def _video(host: Host, name: str, chunks: int | None) -> AsyncIterator[byt
 async def _tidy(host: Host) -> None:
     while True:
         await asyncio.sleep(max(1.0, host.idle_seconds / 2))
-        await asyncio.wrap_future(host.evict_idle())
+        await asyncio.wrap_future(host.tidy())
 
 
 class Server(uvicorn.Server):
