@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvpack.cli.futures import futures_of, written_futures
 from kvpack.cli.resume import checkpoint_folder
 from kvpack.cli.support import (
     DTYPES,
@@ -73,6 +74,12 @@ def generate(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder to save it in.", show_default="OUTPUT.checkpoint")
     ] = None,
+    fork_at: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Write several videos that part here; needs --prompts.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help='File with a line for each of them: a prompt, or {"prompt": .., "seed": ..}.')
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="File for what the memory does, chunk by chunk; see kvpack report.")
     ] = None,
@@ -92,6 +99,8 @@ def generate(
     VideoWriter(output, 1)
     require_seed(seed)
     folder = checkpoint_folder(output, checkpoint_every, checkpoint)
+    others = {"--checkpoint-every": checkpoint_every, "--trace": trace}
+    futures = futures_of(fork_at, prompts, seconds, output, [name for name, value in others.items() if value])
     picture = begin is not None and is_picture(begin)
     named = {
         "prompt": parse_prompt(prompt),
@@ -127,7 +136,13 @@ def generate(
     pipeline.packforcing.trace(trace)
     if begin is not None and name is not None:
         arguments[name] = _beginning(begin, picture, name, {**defaults, **arguments}, fps, pipeline)
+    said = {"prompt": prompt, "seed": seed, "fps": fps}
     with started(pipeline, policy, frames, seed, arguments) as track, progress() as on_chunk:
+        if fork_at is not None and futures:
+            reports = written_futures(track, futures, fork_at, fps, on_chunk)
+            result = {**said, "fork_at": fork_at, "shared_frames": track.frames, "futures": reports}
+            print_tracks(result, reports, list(map(str, futures)), as_json)
+            return
         if folder is not None and checkpoint_every is not None:
             job = Job(str(model.resolve()), str(output.resolve()), prompt, seed, fps, checkpoint_every, dtype, device)
             job.write(folder)
@@ -137,7 +152,7 @@ def generate(
                 while (chunk := track.next_frames()) is not None:
                     writer.write(chunk)
                     on_chunk(track)
-    result = {"output": str(output), "prompt": prompt, "seed": seed, "fps": fps, **track.report()}
+    result = {"output": str(output), **said, **track.report()}
     print_tracks(result, [result], [str(output)], as_json)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpack.errors import plain
+from kvpack.errors import plain, require_choice
 from kvpack.generation.adapter import Adapter
 from kvpack.generation.chunks import require_generators
 from kvpack.generation.run import Run
@@ -81,11 +81,18 @@ def bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return {name: plain(value) for name, value in arguments.items()}
 
 
-def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> Run:
-    """Start a generation with these arguments."""
+def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool, on_nan: str = "raise") -> Run:
+    """Start a generation with these arguments.
+
+    Raises:
+        InvalidOptionError: if `on_nan` is neither "raise" nor "retry".
+    """
     require_generators(arguments.get("generator"))
+    require_choice("on_nan", on_nan, ("raise", "retry"))
     enabled = pipeline._kvpack
-    return enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
+    run: Run = enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
+    run.retries_nan = on_nan == "retry"
+    return run
 
 
 def alone(pipeline: Any) -> AbstractContextManager[None]:

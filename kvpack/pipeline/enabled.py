@@ -83,7 +83,7 @@ class PackForcing:
         """
         self._pipeline._kvpack.trace = None if path is None else Path(path)
 
-    def stream(self, *args: Any, on_chunk: OnChunk | None = None, **kwargs: Any) -> Stream:
+    def stream(self, *args: Any, on_chunk: OnChunk | None = None, on_nan: str = "raise", **kwargs: Any) -> Stream:
         """Generate without end, or `num_frames`, and yields each chunk's frames as soon as they are decoded.
 
         Takes the arguments of the pipeline's call. Between two chunks the pipeline is the stock one, and memory does
@@ -92,6 +92,8 @@ class PackForcing:
         Args:
             args: of the pipeline's call.
             on_chunk: called with a `Progress` behind each chunk, as the pipeline's own call does with its `on_chunk`.
+            on_nan: "retry" makes a chunk that holds NaN or infinity again of other noise, three times at most, instead
+                of ending the generation with `NonFiniteLatentsError`; the pipeline's own call takes it too.
             kwargs: of the pipeline's call.
 
         Returns:
@@ -103,7 +105,7 @@ class PackForcing:
         arguments = bound(self._pipeline, args, {**endless, **kwargs})
         require_callback(on_chunk)
         with alone(self._pipeline):
-            return Stream(self._pipeline, start(self._pipeline, arguments, streaming=True), on_chunk)
+            return Stream(self._pipeline, start(self._pipeline, arguments, streaming=True, on_nan=on_nan), on_chunk)
 
     def resume(self, folder: str | Path, on_chunk: OnChunk | None = None, **given: Any) -> "Stream":
         """Go on with the generation that was saved in a folder, bit for bit as if it had never been stopped.
@@ -170,8 +172,9 @@ def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
         if "_kvpack" not in self.__dict__:
             return base.__call__(self, *args, **kwargs)
         on_chunk = require_callback(kwargs.pop("on_chunk", None))
+        on_nan = kwargs.pop("on_nan", "raise")
         with alone(self):
-            return whole(self, start(self, bound(self, args, kwargs), streaming=False), on_chunk)
+            return whole(self, start(self, bound(self, args, kwargs), streaming=False, on_nan=on_nan), on_chunk)
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (PackForcingMixin, base), {**names, "__call__": call, "_kvpack_base": base})
