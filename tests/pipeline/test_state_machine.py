@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from helpers import quiet, seeded
 from kvpack.errors import SnapshotError, UnsupportedPipelineError
@@ -100,17 +100,22 @@ def traces(pipe):
     """Whatever could be left in a transformer between two chunks."""
     model = pipe.transformer
     processors = [type(each.processor).__name__ for block in model.blocks for each in (block.attn1, block.attn2)]
-    return processors, sorted(vars(model)), len(model._forward_pre_hooks), len(model._forward_hooks)
+    own = [name for name in vars(model) if "kvpack" in name]
+    hooks = vars(model)["_diffusers_hook"].hooks if "_diffusers_hook" in vars(model) else {}
+    return processors, own, len(model._forward_pre_hooks), len(model._forward_hooks), list(hooks)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _shared():
     """What all examples compare with; it is gone behind the module."""
-    Machine.reference, Machine.stock = Reference(), small()
+    Machine.reference, Machine.stock, Machine.pipe = Reference(), small(), small()
     Machine.clean = traces(Machine.stock)
     Machine.forward = Machine.stock(**{**SHORT, "num_frames": 5}, generator=seeded()).frames
+    gc.collect()
+    gc.freeze()  # so that what an example leaves is found quickly
     yield
-    del Machine.reference, Machine.stock
+    gc.unfreeze()
+    del Machine.reference, Machine.stock, Machine.pipe
 
 
 class Machine(RuleBasedStateMachine):
@@ -118,14 +123,13 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.pipe, self.enabled, self.epoch = small(), False, 0
+        self.enabled, self.epoch = False, 0
         self.streams, self.refs, self.fault = [], [], None
         self.root = Path(tempfile.mkdtemp())
 
     def teardown(self):
-        for each in self.streams:
-            each.stream.close()
-        self.streams.clear()
+        while self.streams:
+            self.streams.pop().stream.close()
         self.disable()
         self.looks_stock()
         shutil.rmtree(self.root)
@@ -141,11 +145,20 @@ class Machine(RuleBasedStateMachine):
         self.streams.append(Following(stream, past, epoch=self.epoch))
         self.refs.append(weakref.ref(stream._run))
 
+    def advance(self, each, prompt=None):
+        each.past = each.past.told(prompt).drawn()
+        assert torch.equal(each.stream.send(prompt), self.reference.chunk(each.past))
+
     def one(self, data, alive=False):
         found = [each for each in self.streams if not (alive and each.failed)]
         return data.draw(st.sampled_from(found)) if found else None
 
     # The pipeline
+
+    @initialize(seed=SEEDS)
+    def start(self, seed):
+        self.enable()
+        self.begin(seed)
 
     @rule()
     def enable(self):
@@ -153,12 +166,14 @@ class Machine(RuleBasedStateMachine):
         self.enabled, self.epoch = True, self.epoch + 1
 
     @precondition(lambda self: self.enabled)
-    @rule()
-    def disable(self):
+    @rule(again=st.booleans())
+    def disable(self, again=False):
         self.pipe.disable_packforcing()
         self.enabled = False
         made = self.pipe(**{**SHORT, "num_frames": 5}, generator=seeded()).frames
         assert torch.equal(made, self.forward)
+        if again:
+            self.enable()
 
     @precondition(lambda self: self.enabled)
     @rule(seed=SEEDS)
@@ -197,9 +212,7 @@ class Machine(RuleBasedStateMachine):
                 each.stream.send(prompt)
             return
         for number in range(chunks):
-            each.past = each.past.told(prompt if number == 0 else None).drawn()
-            made = each.stream.send(prompt if number == 0 else None)
-            assert torch.equal(made, self.reference.chunk(each.past))
+            self.advance(each, prompt if number == 0 else None)
         if each.epoch == self.epoch:
             stats = self.pipe.packforcing.stats()
             assert (stats["chunks"], stats["frames"]) == (len(each.past.chunks), 2 * len(each.past.chunks))
@@ -235,8 +248,8 @@ class Machine(RuleBasedStateMachine):
         self.follow(self.pipe.packforcing.resume(each.folder, callback_on_step_end=self.callback), each.kept[-1])
 
     @precondition(lambda self: self.enabled and len(self.streams) < 4)
-    @rule(data=st.data(), seed=st.none() | SEEDS, prompt=MAYBE)
-    def fork(self, data, seed, prompt):
+    @rule(data=st.data(), seed=st.none() | SEEDS, prompt=MAYBE, drawn=st.booleans())
+    def fork(self, data, seed, prompt, drawn):
         if (each := self.one(data)) is None:
             return
         if each.failed:
@@ -244,6 +257,9 @@ class Machine(RuleBasedStateMachine):
                 each.stream.fork(seed=seed)
             return
         self.follow(each.stream.fork(seed=seed, prompt=prompt), each.past.told(seed, prompt))
+        if drawn:
+            self.advance(self.streams[-1])
+            self.advance(each)
 
     @precondition(lambda self: self.enabled)
     @rule(data=st.data(), chunks=st.integers(0, 4), seed=st.none() | SEEDS, prompt=MAYBE)
@@ -262,6 +278,7 @@ class Machine(RuleBasedStateMachine):
         last = max(index for index, one in enumerate(each.kept) if one is past)
         each.kept, each.past, each.failed = each.kept[: last + 1], past.told(seed, prompt), False
         each.epoch = self.epoch
+        self.advance(each)
 
     @rule(data=st.data())
     def close(self, data):
@@ -275,7 +292,7 @@ class Machine(RuleBasedStateMachine):
 
 
 class TestFast(Machine.TestCase):
-    settings = settings(max_examples=12, stateful_step_count=12)
+    settings = settings(max_examples=15, stateful_step_count=15)
 
 
 @pytest.mark.slow
