@@ -21,6 +21,7 @@ from kvpack.cli.call import (
     check_guidance,
     given_arguments,
 )
+from kvpack.cli.futures import futures_of, written_futures
 from kvpack.cli.resume import checkpoint_folder
 from kvpack.cli.support import (
     Json,
@@ -49,7 +50,10 @@ def generate(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="File of prompts, as 'kvpack batch' takes it, over the processes of 'accelerate launch'."),
+        typer.Option(
+            help="File of prompts, as 'kvpack batch' takes it, over processes of 'accelerate launch'; with --fork-at "
+            """a line for each future: a prompt, or '{"prompt": "a", "seed": 7}'."""
+        ),
     ] = None,
     stack: StackName = None,
     option: Options = [],  # noqa: B006  # typer reads it, nobody changes it
@@ -74,6 +78,9 @@ def generate(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder to save it in.", show_default="OUTPUT.checkpoint")
     ] = None,
+    fork_at: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Write several videos that part here; needs --prompts.")
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="File for what the memory does, chunk by chunk; see kvpack report.")
     ] = None,
@@ -95,7 +102,7 @@ def generate(
         "guidance_scale": guidance_scale,
         "negative_prompt": negative_prompt,
     }
-    if prompts is not None:
+    if prompts is not None and fork_at is None:
         from kvpack.cli.prompts import Asked, make_own_share, refuse_beside_prompts
 
         refuse_beside_prompts(
@@ -111,6 +118,8 @@ def generate(
     VideoWriter(output, 1)
     require_seed(seed)
     folder = checkpoint_folder(output, checkpoint_every, checkpoint)
+    others = {"--checkpoint-every": checkpoint_every, "--trace": trace}
+    futures = futures_of(fork_at, prompts, seconds, output, [name for name, value in others.items() if value])
     picture = begin is not None and is_picture(begin)
     given = given_arguments({"prompt": parse_prompt(prompt), **named}, parse_options(call))
 
@@ -141,9 +150,15 @@ def generate(
     pipeline.packforcing.trace(trace)
     if begin is not None and name is not None:
         arguments[name] = _beginning(begin, picture, name, {**defaults, **arguments}, fps, pipeline)
+    said = {"prompt": prompt, "seed": seed, "fps": fps}
     with started(pipeline, None, frames, seed, arguments) as track, progress() as on_chunk:
         if track.choice is not None:
             typer.echo(str(track.choice), err=True)
+        if fork_at is not None and futures:
+            reports = written_futures(track, futures, fork_at, fps, on_chunk)
+            result = {**said, "fork_at": fork_at, "shared_frames": track.frames, "futures": reports}
+            print_tracks(result, reports, list(map(str, futures)), as_json)
+            return
         if folder is not None and checkpoint_every is not None:
             job = Job(str(model.resolve()), str(output.resolve()), prompt, seed, fps, checkpoint_every, dtype, device)
             job.write(folder)
@@ -153,7 +168,7 @@ def generate(
                 while (chunk := track.next_frames()) is not None:
                     writer.write(chunk)
                     on_chunk(track)
-    result = {"output": str(output), "prompt": prompt, "seed": seed, "fps": fps, **track.report()}
+    result = {"output": str(output), **said, **track.report()}
     print_tracks(result, [result], [str(output)], as_json)
 
 

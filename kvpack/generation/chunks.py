@@ -3,14 +3,22 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvpack.errors import InvalidOptionError
+from kvpack.errors import InvalidOptionError, NonFiniteLatentsError
+from kvpack.logging import get_logger
 from kvpack.memory.base import Memory
+
+if TYPE_CHECKING:
+    from kvpack.generation.run import Run
+
+logger = get_logger(__name__)
+#: How often a chunk that holds NaN is made again, where it is at all.
+NAN_RETRIES = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +59,32 @@ def trimmed(chunk: GeneratedChunk, total_frames: int | None, first: int, scale: 
     if pixels is not None:
         pixels = pixels[:, :, : pixel_frames(keep, first, scale)]
     return replace(chunk, latents=chunk.latents[:, :, :keep], pixels=pixels)
+
+
+def finite(run: "Run", index: int, first: int, frames: int) -> GeneratedChunk:
+    """Return what `run.generated` does; where the run retries NaN, a chunk that holds it is made of other noise.
+
+    The noise is what the call's generator draws next, for all videos of the batch.
+
+    Args:
+        run: the generation.
+        index: number of the chunk.
+        first: its first latent frame.
+        frames: its length in latent frames.
+
+    Raises:
+        NonFiniteLatentsError: if the last try holds NaN or infinity too.
+    """
+    for left in reversed(range(1 + NAN_RETRIES if run.retries_nan else 1)):
+        try:
+            return run.generated(index, first, frames)
+        except NonFiniteLatentsError as error:
+            if not left:
+                raise
+            logger.warning(f"{str(error).partition(';')[0]}; it is made again of other noise, {left} tries are left")
+            run.denoiser.forget_chunk()
+            run._bar.total += run.steps
+    raise AssertionError  # the last try returns or raises
 
 
 def require_room(given: Tensor | None, total_frames: int | None) -> Tensor | None:

@@ -117,6 +117,11 @@ class Denoiser(ABC):
             if session.coming_frames != frames:
                 session.expect(frames)
 
+    def forget_chunk(self) -> None:
+        """Take back all that is known of the chunk in progress; what is committed stays as it is."""
+        for session in self.sessions.values():
+            session.adopt(session.past)
+
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
         """Say what the forwards of the block are."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpack.errors import InvalidOptionError
-from kvpack.generation.chunks import GeneratedChunk, require_room, rewinding, trimmed, watched
+from kvpack.generation.chunks import GeneratedChunk, finite, require_room, rewinding, trimmed, watched
 from kvpack.generation.denoiser import Denoiser
 from kvpack.generation.phase import Phase
 from kvpack.generation.prompts import Prompt, Shot, shots
@@ -70,6 +70,7 @@ class Run(ABC):
             for shot in schedule[1:]
         ]
         self.interrupted = False  # by the pipeline's own `_interrupt`, behind the chunk in which it was set
+        self.retries_nan = False  # a chunk that holds NaN is made again of other noise
         self._bar: Any = None
         #: The coming chunk and its first latent frame; None before the first.
         self.position: tuple[int, int] | None = None
@@ -191,7 +192,7 @@ class Run(ABC):
                 self._set_prompt(*self.prompt_changes.pop(0)[1:])
             frames = self.length(index, first)
             with watched() as drawn:
-                chunk = (self.given if first < given else self.generated)(index, first, frames)
+                chunk = (self.given if first < given else partial(finite, self))(index, first, frames)
             self.draws_freely |= drawn()
             index, first = self.position = index + 1, first + frames
             yield chunk

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpack.errors import plain
+from kvpack.errors import plain, require_choice
 from kvpack.generation.adapter import Adapter
 from kvpack.generation.chunks import require_generators
 from kvpack.generation.run import Run
@@ -108,19 +108,22 @@ def bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return {name: plain(value) for name, value in arguments.items()}
 
 
-def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool) -> Run:
+def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool, on_nan: str = "raise") -> Run:
     """Start a generation with these arguments, and with a memory that the budget holds.
 
     Raises:
-        InvalidOptionError: if an argument cannot work, or no memory of the stack fits the budget.
+        InvalidOptionError: if an argument cannot work, no memory of the stack fits the budget, or `on_nan` is neither
+            "raise" nor "retry".
     """
     require_generators(arguments.get("generator"))
+    require_choice("on_nan", on_nan, ("raise", "retry"))
     enabled = pipeline._kvpack
     run: Run = enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
     chosen = enabled.memory_for(run, run.denoiser.conditioning)
     if chosen is not run.stack:
         run.stack = chosen
         run.denoiser = run.new_denoiser(run.denoiser.geometry, run.denoiser.conditioning)
+    run.retries_nan = on_nan == "retry"
     return run
 
 

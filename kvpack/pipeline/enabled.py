@@ -111,6 +111,7 @@ class PackForcing:
         *args: Any,
         on_chunk: OnChunk | None = None,
         decode_device: str | torch.device | None = None,
+        on_nan: str = "raise",
         **kwargs: Any,
     ) -> Stream:
         """Generate without end, or `num_frames`, and yields each chunk's frames as soon as they are decoded.
@@ -124,6 +125,8 @@ class PackForcing:
             decode_device: where a chunk's frames are decoded, by a thread and a VAE of their own, while the next chunk
                 is denoised. The same frames come a chunk later, and a prompt that is sent holds from the chunk behind
                 that one on; such a stream cannot be saved or forked. None decodes before the next chunk.
+            on_nan: "retry" makes a chunk that holds NaN or infinity again of other noise, three times at most, instead
+                of ending the generation with `NonFiniteLatentsError`; the pipeline's own call takes it too.
             kwargs: of the pipeline's call.
 
         Returns:
@@ -135,16 +138,16 @@ class PackForcing:
         arguments = bound(self._pipeline, args, {**endless, **kwargs})
         require_callback(on_chunk)
         with alone(self._pipeline):
-            run = start(self._pipeline, arguments, streaming=True)
+            run = start(self._pipeline, arguments, streaming=True, on_nan=on_nan)
             beside = None if decode_device is None else decode_beside(run, decode_device)
             return Stream(self._pipeline, run, on_chunk, beside=beside)
 
     def resume(self, folder: str | Path, on_chunk: OnChunk | None = None, **given: Any) -> "Stream":
         """Go on with the generation that was saved in a folder, bit for bit as if it had never been stopped.
 
-        The pipeline is enabled with the same stack, and has the same weights, LoRA adapters and scheduler. A damaged
-        snapshot is passed over for the one before it, with a `SnapshotWarning`. Where noise was drawn from torch's own
-        generators, they are set to where they were.
+        The pipeline is enabled with the same stack, whose archive may be on another tier, and has the same weights,
+        LoRA adapters and scheduler. A damaged snapshot is passed over for the one before it, with a `SnapshotWarning`.
+        Where noise was drawn from torch's own generators, they are set to where they were.
 
         Args:
             folder: what `Stream.save` was given.
@@ -204,8 +207,9 @@ def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
         if "_kvpack" not in self.__dict__:
             return base.__call__(self, *args, **kwargs)
         on_chunk = require_callback(kwargs.pop("on_chunk", None))
+        on_nan = kwargs.pop("on_nan", "raise")
         with alone(self):
-            return whole(self, start(self, bound(self, args, kwargs), streaming=False), on_chunk)
+            return whole(self, start(self, bound(self, args, kwargs), streaming=False, on_nan=on_nan), on_chunk)
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (PackForcingMixin, base), {**names, "__call__": call, "_kvpack_base": base})

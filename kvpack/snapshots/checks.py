@@ -31,6 +31,7 @@ _ATTRIBUTES: dict[str, Any] = {
     "draws_freely": bool,
     "_decodes_in_loop": bool,
     "interrupted": bool,
+    "retries_nan": bool,
 }
 
 

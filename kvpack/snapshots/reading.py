@@ -35,6 +35,7 @@ class TreeReader:
         policies: those of the stack by role.
         device: where the model runs.
         tensors: reads tensors.
+        tier: where archives go; None is where they were.
         heads: takes this process's heads; None where it has all.
     """
 
@@ -44,12 +45,13 @@ class TreeReader:
         policies: Mapping[str, Policy],
         device: torch.device,
         tensors: Tensors,
+        tier: Tier | None = None,
         heads: Change | None = None,
     ) -> None:
         self._classes, self._policies, self._device, self._read = classes, policies, device, tensors
-        self._heads, self._tensors = heads, dict[tuple[str, str, bool], Tensor]()
+        self._tier, self._heads = tier, heads
+        self._tensors: dict[tuple[str, str, bool], Tensor] = {}
         self._made: dict[tuple[str, int], Any] = {}
-        self._kinds = self._readers()
 
     def value(self, node: Node) -> Any:
         """Return a tree.
@@ -62,11 +64,11 @@ class TreeReader:
         if isinstance(node, list):
             return tuple(self.value(each) for each in node)
         kind = node.get(KIND) if isinstance(node, dict) else None
-        read = self._kinds.get(str(kind))
+        read = _READERS.get(str(kind))
         if read is None:
             raise SnapshotError(f"it holds {str(kind)[:40]!r}, which no snapshot of this version has")
         try:
-            return read(node)
+            return read(self, node)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             if isinstance(error, SnapshotError):
                 raise
@@ -74,22 +76,6 @@ class TreeReader:
             raise SnapshotError(
                 f"a {kind} in it is not as a snapshot has it ({type(error).__name__}: {what})"
             ) from error
-
-    def _readers(self) -> dict[str, Callable[[dict[str, Any]], Any]]:
-        return {
-            "float": lambda node: float(_text(node["is"])),
-            "list": lambda node: [self.value(each) for each in node["of"]],
-            "dict": lambda node: {self.value(key): self.value(each) for key, each in node["of"]},
-            "tensor": self._tensor,
-            "array": lambda node: self._tensor(node["of"]).cpu().numpy(),
-            "block": self._block,
-            "archive": self._archive,
-            "policy": lambda node: self._policies[node["role"]],
-            "generator": self._generator,
-            "dtype": lambda node: _DTYPES[node["name"]],
-            "device": lambda node: self._device if node["here"] else torch.device("cpu"),
-            "data": self._data,
-        }
 
     def _tensor(self, node: dict[str, Any]) -> Tensor:
         key = _text(node["file"]), _text(node["name"]), bool(node["here"])
@@ -130,7 +116,7 @@ class TreeReader:
         codec, tier, slots = self.value(node["codec"]), node["tier"], _count(node["slots"])
         if not isinstance(codec, Codec) or tier not in get_args(Tier):
             raise SnapshotError(f"an archive is in the form {codec!r}, on the tier {str(tier)[:40]!r}")
-        archive = Archive(_count(node["slot_tokens"]), codec, tier)
+        archive = Archive(_count(node["slot_tokens"]), codec, self._tier or tier)
         for slot, (keys, values, sums, places) in node["held"]:
             if _count(slot) >= slots or slots > 2 * len(node["held"]) + 64:
                 raise SnapshotError(
@@ -172,3 +158,20 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise SnapshotError(f"it has {str(value)[:40]!r} in the place of a name")
     return value
+
+
+# Not of the object, as in `writing`.
+_READERS: dict[str, Callable[[TreeReader, dict[str, Any]], Any]] = {
+    "float": lambda _, node: float(_text(node["is"])),
+    "list": lambda self, node: [self.value(each) for each in node["of"]],
+    "dict": lambda self, node: {self.value(key): self.value(each) for key, each in node["of"]},
+    "tensor": TreeReader._tensor,
+    "array": lambda self, node: self._tensor(node["of"]).cpu().numpy(),
+    "block": TreeReader._block,
+    "archive": TreeReader._archive,
+    "policy": lambda self, node: self._policies[node["role"]],
+    "generator": TreeReader._generator,
+    "dtype": lambda _, node: _DTYPES[node["name"]],
+    "device": lambda self, node: self._device if node["here"] else torch.device("cpu"),
+    "data": TreeReader._data,
+}

@@ -11,6 +11,7 @@ import torch
 from kvpack.errors import InvalidOptionError, KVPackError, SnapshotError, SnapshotWarning
 from kvpack.generation.moment import Moment, begun, go_on, set_own_generators
 from kvpack.generation.run import Run
+from kvpack.memory.stack import Stack
 from kvpack.snapshots.checks import check_attributes, check_moment, check_sessions
 from kvpack.snapshots.fingerprint import fingerprints, model_digests, require_same
 from kvpack.snapshots.folder import SnapshotFolder
@@ -75,17 +76,16 @@ def _resumed(
     require_same(content, fingerprints(pipeline, model_digests(pipeline)), pipeline._kvpack_base.__name__)
     adapter.check(pipeline)
     device, state = pipeline._execution_device, content["state"]
-    classes = allowed_classes(stack, adapter)
-    reader = TreeReader(classes, policies_of(stack), device, files)
+    reader = TreeReader(allowed_classes(stack, adapter), policies_of(stack), device, files)
     attributes = check_attributes(adapter.run_class, reader.value(state["run"]))
     attributes["call"] = _with_given(attributes["call"], given)
     run = begun(adapter, pipeline, attributes, stack)
     run.stack = pipeline._kvpack.memory_for(run, reader.value(state["conditioning"]))
-    # Again, for an archive is read by the codec of the stack, which a budget may have chosen.
-    reader = TreeReader(allowed_classes(run.stack, adapter), policies_of(run.stack), device, files)
     _require_equal("stack", content["stack"], run.stack.to_dict(), run)
-    shard = adapter.shard(pipeline)
-    own = TreeReader(classes, policies_of(stack), device, files, None if shard is None else shard.own)
+    # Again, for an archive is read by the codec of the stack, which a budget may have chosen.
+    known, shard = (allowed_classes(run.stack, adapter), policies_of(run.stack), device, files), adapter.shard(pipeline)
+    tier = run.stack.tier if isinstance(run.stack, Stack) else None
+    reader, own = TreeReader(*known, tier), TreeReader(*known, tier, None if shard is None else shard.own)
     readers = {name: own if name == "pasts" else reader for name in state if name != "run"}
     moment = Moment(run=attributes, **{name: each.value(state[name]) for name, each in readers.items()})
     check_moment(moment)
@@ -125,7 +125,8 @@ def _require_equal(what: str, saved: Any, here: Any, run: Run) -> None:
     """Raise `SnapshotError` if the stack or the geometry is another one than the generation's."""
     writer = TreeWriter(allowed_classes(run.stack, run.adapter), {}, run.pipeline._execution_device, ("", ""))
     node = writer.node(here, what)
-    if node != saved:
+    free = what == "stack" and isinstance(run.stack, Stack)  # its archive may go on on another tier
+    if node != saved and not (free and _but_tier(node) == _but_tier(saved)):
         was, now = map(brief, differing(saved, node))
         raise SnapshotError(
             f"the {what} of the generation was {was}, but here it is {now}; enable the pipeline as it was then"
@@ -145,6 +146,13 @@ def differing(one: Any, other: Any) -> tuple[Any, Any]:
         {KIND: "dict", "of": [pair for pair in each["of"] if pair not in beside["of"]]}
         for each, beside in ((one, other), (other, one))
     )
+
+
+def _but_tier(node: Any) -> Any:
+    """Return a written stack without its tier, which is where bits lie, not which."""
+    if not isinstance(node, dict) or node.get(KIND) != "dict":
+        return node
+    return {**node, "of": [pair for pair in node["of"] if pair[0] != "tier"]}
 
 
 def brief(node: Any) -> str:

@@ -69,7 +69,6 @@ class TreeWriter:
         self.tensors: dict[str, dict[str, Tensor]] = {file: {} for file in files}
         self.used: dict[str, int] = {}
         self._seen: dict[int, tuple[object, Node]] = {}
-        self._kinds = self._writers()
 
     def node(self, value: object, where: str = "") -> Node:
         """Return a tree as JSON takes it.
@@ -100,9 +99,9 @@ class TreeWriter:
         if isinstance(value, Mapping):
             pairs = [[self.node(key, where), self.node(each, f"{where}.{key}")] for key, each in value.items()]
             return {KIND: "dict", "of": pairs}
-        for kind, write in self._kinds.items():
+        for kind, write in _WRITERS.items():
             if isinstance(value, kind):
-                return write(value, where)
+                return write(self, value, where)
         if type(value) in self._names:
             content = {
                 each.name: self.node(self._field(value, each.name, where), f"{where}.{each.name}")
@@ -110,22 +109,6 @@ class TreeWriter:
             }
             return {KIND: "data", "class": self._names[type(value)], "fields": content}
         raise SnapshotError(f"{where.lstrip('.')} is a {type(value).__name__}, which is no data to save")
-
-    def _writers(self) -> dict[type, Callable[[Any, str], Node]]:
-        return {
-            Tensor: lambda value, _: self._tensor(value),
-            StoredBlock: lambda value, _: self._once(value, lambda: self._block(value)),
-            Archive: lambda value, _: self._archive(value),
-            Policy: self._policy,
-            torch.Generator: lambda value, _: {
-                KIND: "generator",
-                "device": value.device.type,
-                "state": self._tensor(value.get_state()),
-            },
-            torch.dtype: lambda value, _: {KIND: "dtype", "name": str(value).removeprefix("torch.")},
-            torch.device: lambda value, _: {KIND: "device", "here": value.type == self._device.type},
-            np.ndarray: lambda value, _: {KIND: "array", "of": self._tensor(torch.from_numpy(value))},
-        }
 
     def _field(self, value: Any, name: str, where: str) -> Any:
         held = getattr(value, name)
@@ -190,3 +173,20 @@ class TreeWriter:
     def _use(self, files: Mapping[str, int]) -> None:
         for file, count in files.items():
             self.used[file] = self.used.get(file, 0) + count
+
+
+# Not of the object: one that knew its own methods would be a circle, and hold all tensors until Python looks for those.
+_WRITERS: dict[type, Callable[[TreeWriter, Any, str], Node]] = {
+    Tensor: lambda self, value, _: self._tensor(value),
+    StoredBlock: lambda self, value, _: self._once(value, lambda: self._block(value)),
+    Archive: lambda self, value, _: self._archive(value),
+    Policy: TreeWriter._policy,
+    torch.Generator: lambda self, value, _: {
+        KIND: "generator",
+        "device": value.device.type,
+        "state": self._tensor(value.get_state()),
+    },
+    torch.dtype: lambda _, value, __: {KIND: "dtype", "name": str(value).removeprefix("torch.")},
+    torch.device: lambda self, value, _: {KIND: "device", "here": value.type == self._device.type},
+    np.ndarray: lambda self, value, _: {KIND: "array", "of": self._tensor(torch.from_numpy(value))},
+}

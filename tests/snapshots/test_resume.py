@@ -16,6 +16,7 @@ from peft import LoraConfig
 
 import helpers
 from helpers import SMALL, SMALL_CALL, quiet, row_seeds, same, seeded
+from kvpack.errors import SnapshotError
 from kvpack.plugins.registry import registry
 from kvpack.scheduler import FlowMatchFewStepScheduler
 from kvpack.shipped import demo_stack
@@ -114,6 +115,38 @@ def test_every_form_and_tier_of_an_archive(store, tier, tmp_path):
         return {**CALL, "num_frames": 61, "generator": seeded()}
 
     check_resumed(tmp_path, partial(wan, **SMALL, store=store, tier=tier), call, 5)
+
+
+@pytest.mark.parametrize("store", ["dense", "int8"])
+def test_another_tier(store, tmp_path):
+    """From the device to the disk, to the host and back; each save is of the tier that it is on."""
+
+    def on(tier):
+        return wan(**SMALL, store=store, tier=tier)
+
+    def archive(stream):
+        return next(iter(stream._run.sessions.values())).state().states[0].archive
+
+    call = {**CALL, "num_frames": 77}
+    expected = list(on("device").packforcing.stream(**call, generator=seeded()))
+    stream, parts = on("device").packforcing.stream(**call, generator=seeded()), []
+    for tier in ("disk", "host", "device"):
+        parts += islice(stream, 3)
+        stream.save(tmp_path)
+        stream.close()
+        stream = on(tier).packforcing.resume(tmp_path)
+        assert archive(stream).tier == tier
+    assert archive(stream).slots
+    assert len(parts) == 9
+    assert same([*parts, *stream], expected)
+
+
+def test_another_tier_and_something_else(tmp_path):
+    with wan(**SMALL).packforcing.stream(**CALL, num_frames=61, generator=seeded()) as stream:
+        next(stream)
+        stream.save(tmp_path)
+    with pytest.raises(SnapshotError, match="enable the pipeline as it"):
+        wan(**{**SMALL, "topk": 1}, tier="host").packforcing.resume(tmp_path)
 
 
 @pytest.mark.parametrize("given", ["image", "video"])

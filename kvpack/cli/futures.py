@@ -1,0 +1,148 @@
+"""`kvpack generate --fork-at`: several videos that share their beginning, which is generated once."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvpack.cli.support import require_seed
+from kvpack.errors import InvalidOptionError
+from kvpack.media.video import VideoWriter
+
+if TYPE_CHECKING:
+    from kvpack.pipeline.track import Track
+
+_FORM = """a prompt, or {"prompt": "it rests", "seed": 7, "cut": true}, of which each part may be left out"""
+
+
+@dataclass(frozen=True)
+class Future:
+    """What one of the videos goes on with.
+
+    Args:
+        prompt: from the fork on; None goes on under the one in force.
+        seed: of the noise from the fork on; None draws the same as the other futures.
+        cut: whether another scene begins.
+    """
+
+    prompt: str | None = None
+    seed: int | None = None
+    cut: bool = False
+
+
+def read_futures(path: Path) -> list[Future]:
+    """Return the futures of a text file, one a line.
+
+    Raises:
+        InvalidOptionError: if it cannot be read, a line is none, or there are not two different ones.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise InvalidOptionError(f"--prompts {path} cannot be read: {reason}") from error
+    futures = [_future(line.strip(), f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if len(futures) < 2 or len(set(futures)) < len(futures):
+        raise InvalidOptionError(f"--prompts {path} has {len(futures)} lines; give two or more, each another one")
+    return futures
+
+
+def _future(line: str, where: str) -> Future:
+    if not line.startswith("{"):
+        return Future(line)
+    try:
+        future = Future(**json.loads(line))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InvalidOptionError(f"{where} must be {_FORM}, got {line[:80]}") from error
+    kinds = {"prompt": str | None, "seed": int | None, "cut": bool}
+    numbered = isinstance(future.seed, bool)
+    if numbered or not all(isinstance(value, kinds[name]) for name, value in asdict(future).items()):
+        raise InvalidOptionError(f"{where} must be {_FORM}, got {line[:80]}")
+    if future.seed is not None:
+        require_seed(future.seed)
+    return future
+
+
+def futures_of(
+    fork_at: float | None, prompts: Path | None, seconds: float, output: Path, others: Sequence[str]
+) -> dict[Path, Future]:
+    """Return what is to be written where: nothing if there is no fork.
+
+    Args:
+        fork_at: second of the video behind which they differ.
+        prompts: file of the futures.
+        seconds: of the whole video.
+        output: the mp4 whose name theirs are made of.
+        others: options that were given and do not go with it.
+
+    Raises:
+        InvalidOptionError: if one is given without the other, or they do not fit the rest.
+        OutputError: if a file cannot be written.
+    """
+    if fork_at is None:
+        return {}
+    if prompts is None:
+        raise InvalidOptionError("--fork-at says when the videos part, and --prompts, how; give both")
+    if not 0 < fork_at < seconds:
+        raise InvalidOptionError(f"--fork-at must be > 0 and < --seconds {seconds:g}, got {fork_at:g}")
+    if others:
+        raise InvalidOptionError(f"--fork-at does not go with {', '.join(others)}; leave one out")
+    futures = {output.with_stem(f"{output.stem}-{n}"): each for n, each in enumerate(read_futures(prompts), 1)}
+    for path in futures:
+        VideoWriter(path, 1)
+    return futures
+
+
+def written_futures(
+    track: "Track", futures: dict[Path, Future], fork_at: float, fps: float, on_chunk: Callable[["Track"], None]
+) -> list[dict[str, Any]]:
+    """Write the videos, one future after the other behind what they share, and return a report of each.
+
+    Args:
+        track: the generation from its beginning.
+        futures: what each file goes on with.
+        fork_at: second of the video; they part at the end of the chunk that shows it.
+        fps: frames a second.
+        on_chunk: called behind each chunk.
+
+    Raises:
+        InvalidOptionError: if nothing is left to generate there.
+    """
+    with ExitStack() as whole:
+        each = [(path, future, whole.enter_context(ExitStack())) for path, future in futures.items()]
+        writers = [stack.enter_context(VideoWriter(path, fps)) for path, _, stack in each]
+        while track.frames < fork_at * fps and _chunk_written(track, writers, on_chunk):
+            pass
+        if len(track.chunk_seconds) >= track.chunks:
+            raise InvalidOptionError(f"--fork-at {fork_at:g} is in the last chunk; nothing of the video is left there")
+        branches = list(_forked(track, [future for _, future, _ in each]))
+        reports = []
+        for (path, future, stack), writer, branch in zip(each, writers, branches, strict=True):
+            with branch.stream:  # type: ignore[attr-defined]  # it is a Stream
+                while _chunk_written(branch, [writer], on_chunk):
+                    pass
+            stack.close()  # the file is whole, whatever becomes of the others
+            reports.append({"output": str(path), **asdict(future), **branch.report(), "frames": writer.frames})
+        return reports
+
+
+def _chunk_written(track: "Track", writers: Sequence[VideoWriter], on_chunk: Callable[["Track"], None]) -> bool:
+    """Write a track's next chunk; return whether there was one."""
+    chunk = track.next_frames()
+    if chunk is None:
+        return False
+    for writer in writers:
+        writer.write(chunk)
+    on_chunk(track)
+    return True
+
+
+def _forked(track: "Track", futures: Sequence[Future]) -> Iterator["Track"]:
+    """Yield a track for each future, and end the one that they come from."""
+    stream: Any = track.stream
+    left = track.chunks - len(track.chunk_seconds)
+    for future in futures:
+        yield type(track)(track.pipeline, track.stack, left, stream.fork(**asdict(future)))
+    stream.close()
