@@ -30,7 +30,7 @@ class RanksFailed(RuntimeError):
         self.errors = errors
 
 
-def run_ranks(ranks: int, work: Callable[[int], Any], *, seconds: float = 120.0) -> list[Any]:
+def run_ranks(ranks: int, work: Callable[[int], Any], *, seconds: float = 300.0) -> list[Any]:
     """Return what `work(rank)` gives in each of several forks of this process, between which there is a gloo group.
 
     Args:
