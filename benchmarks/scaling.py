@@ -167,7 +167,7 @@ def gpus_table() -> str:
 
 #: What was measured, and of which file it is which row.
 CONSTANTS = (
-    ("all that kvpack does in a chunk / the transformer's own work", "overhead", "kvpack, pool, bf16", OVERHEAD),
+    ("all of a chunk / the transformer's work, `pool`, `topk`", "overhead", "kvpack, pool, bf16", OVERHEAD),
     ("kernels that kvpack launches a layer and later step", "hotpath", "packforcing", f"{LATER}: {OPERATORS}"),
     ("the same in a chunk's first step", "hotpath", "packforcing", f"{FIRST}: {OPERATORS}"),
     ("the same in its first step, `int8`", "hotpath", "packforcing, int8", f"{FIRST}: {OPERATORS}"),
