@@ -56,6 +56,8 @@ def cluster(address: str | None, workers: int | None) -> Iterator[Any]:
     """
     # Nobody is told of it: whoever wants to says so in this variable.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would let every other process of the machine go first.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         import ray  # pyright: ignore[reportMissingImports]  # it may be missing
     except ImportError as error:
