@@ -115,7 +115,9 @@ def _besides(
         )
     if known is None:
         return truth, {}, 0.0
-    return truth, {name: known.ends[name] for name in (*stacks, "truth") if name in known.ends}, known.seconds
+    # What has other options than it had then would be shown by videos of another memory.
+    same = [name for name, stack in stacks.items() if json.loads(json.dumps(stack.to_dict())) == known.stacks.get(name)]
+    return truth, {name: known.ends[name] for name in (*same, "truth") if same}, known.seconds
 
 
 def _label(name: str, options: Mapping[str, Any]) -> str:

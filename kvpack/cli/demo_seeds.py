@@ -41,6 +41,7 @@ class Kept:
         prompt: of all videos.
         seconds: how long they are.
         steps: denoising steps of a chunk.
+        stacks: the memories as they were, by name.
         ends: by the name of the memory; "truth" are videos that were drawn by the rules of the world.
         truth: frames of one such video, evenly over its length.
     """
@@ -48,6 +49,7 @@ class Kept:
     prompt: str
     seconds: int
     steps: int
+    stacks: dict[str, Any]
     ends: dict[str, Ends]
     truth: list[Frames]
 
@@ -60,7 +62,7 @@ def kept() -> Kept | None:
     told = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     ends, truth = (_tiles((folder / name).read_bytes()) for name in ("ends.png", "truth.png"))
     found = {name: Ends(row, told["likeness"][name]) for name, row in zip(told["likeness"], ends, strict=True)}
-    return Kept(told["prompt"], told["seconds"], told["steps"], found, truth[0])
+    return Kept(told["prompt"], told["seconds"], told["steps"], told["stacks"], found, truth[0])
 
 
 def made(pipeline: Any, stack: Memory, prompt: str, seeds: int, frames: int, steps: int) -> Ends:
