@@ -115,8 +115,7 @@ def _besides(
         )
     if known is None:
         return truth, {}, 0.0
-    # What has other options than it had then would be shown by videos of another memory.
-    same = [name for name, stack in stacks.items() if json.loads(json.dumps(stack.to_dict())) == known.stacks.get(name)]
+    same = [name for name, stack in stacks.items() if known.of(name, stack)]
     return truth, {name: known.ends[name] for name in (*same, "truth") if same}, known.seconds
 
 

@@ -53,6 +53,11 @@ class Kept:
     ends: dict[str, Ends]
     truth: list[Frames]
 
+    def of(self, name: str, stack: Memory) -> bool:
+        """Say whether what is kept under a name was made by this memory; options that came later were as they are."""
+        now, then = json.loads(json.dumps(stack.to_dict())), self.stacks.get(name)
+        return then is not None and {**now, **then} == now
+
 
 def kept() -> Kept | None:
     """Return what is kept, or None where a package was made without."""

@@ -139,7 +139,7 @@ def test_what_is_kept_is_that_of_the_usual_prompt() -> None:
     assert (known.prompt, known.seconds) == (demo.PROMPT, 120)
     assert list(known.ends) == [*demo.MEMORIES, "truth"]
     for name in demo.MEMORIES:  # where this fails: python -m benchmarks.demo --only NAME
-        assert known.stacks[name] == json.loads(json.dumps(shipped.demo_stack(name).to_dict())), name
+        assert known.of(name, shipped.demo_stack(name)), name
     assert len(known.truth) == demo.COLUMNS
     for ends in known.ends.values():
         assert len(ends.pictures) == len(ends.likeness) == 8
