@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -136,10 +137,11 @@ def _generate(
     while True:
         for index, (track, each) in enumerate(zip(tracks, seen, strict=True)):
             if len(pending[index]) == 0:
+                before = time.thread_time()
                 frames = track.next_frames()
                 if frames is None:
                     return
-                each.add(track, frames)
+                each.add(track, frames, time.thread_time() - before)
                 pending[index] = frames
                 on_chunk(track)
         common = min(len(frames) for frames in pending)

@@ -108,10 +108,8 @@ def test_what_is_kept_of_a_video_is_the_same_however_the_frames_arrive() -> None
         seen = demo.Seen([0, 33, 99])
         for first in range(0, 100, step):
             frames = video[first : first + step]
-            track = SimpleNamespace(
-                frames=first + len(frames), stats={"resident_bytes": 5}, chunk_seconds=[0.5], pipeline=None
-            )
-            seen.add(cast(Track, track), frames)
+            track = SimpleNamespace(frames=first + len(frames), stats={"resident_bytes": 5})
+            seen.add(cast(Track, track), frames, 0.5)
         found.append(seen)
     whole, pieces = found
     assert all(np.array_equal(each.stills[1], video[33]) for each in found)
