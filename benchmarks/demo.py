@@ -18,7 +18,7 @@ from benchmarks.leaderboard.lengths import frames as frames_of
 from benchmarks.toyworld import world
 from benchmarks.toyworld.world import Video
 from kvpack.cli.demo import COLUMNS, MEMORIES, PROMPT
-from kvpack.cli.demo_seeds import Ends, alike, made, sheet
+from kvpack.cli.demo_seeds import Ends, alike, kept, made, sheet
 from kvpack.evaluation import Observer
 from kvpack.evaluation.baselines import through_vae
 from kvpack.evaluation.tiny import tiny_facts
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--seconds", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--only", choices=MEMORIES, help="make this one anew, and keep the others")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -59,16 +60,25 @@ def main() -> None:
     pipe = load_pipeline(shipped_folder(), torch.float32, "cpu")
     pipe.set_progress_bar_config(disable=True)
     found, count = {}, frames_of(given.seconds)
+    before = kept() if given.only else None
+    stacks = {memory: demo_stack(memory) for memory in MEMORIES}
     for memory in MEMORIES:
-        found[memory] = made(pipe, demo_stack(memory), given.prompt, given.seeds, count, STEPS)
+        if before and memory != given.only:
+            found[memory] = before.ends[memory]
+            continue
+        found[memory] = made(pipe, stacks[memory], given.prompt, given.seeds, count, STEPS)
         print(memory, found[memory].likeness, flush=True)
-    real = [rendered(pipe, given.prompt, seed, given.seconds) for seed in range(given.seeds)]
-    found["truth"] = truth(real)
-    starts = [round(start) for start in np.linspace(0, count - 1, COLUMNS)]
+    if before:
+        found["truth"], strip = before.ends["truth"], before.truth
+    else:
+        real = [rendered(pipe, given.prompt, seed, given.seconds) for seed in range(given.seeds)]
+        found["truth"] = truth(real)
+        strip = [real[0][round(start)] for start in np.linspace(0, count - 1, COLUMNS)]
     save_bytes(sheet([each.pictures for each in found.values()]), given.out / "ends.png")
-    save_bytes(sheet([[real[0][start] for start in starts]]), given.out / "truth.png")
+    save_bytes(sheet([strip]), given.out / "truth.png")
     likeness = {name: each.likeness for name, each in found.items()}
-    told = {"prompt": given.prompt, "seconds": given.seconds, "steps": STEPS, "likeness": likeness}
+    forms = {name: stack.to_dict() for name, stack in stacks.items()}
+    told = {"prompt": given.prompt, "seconds": given.seconds, "steps": STEPS, "stacks": forms, "likeness": likeness}
     save_bytes((json.dumps(told) + "\n").encode(), given.out / "demo.json")
 
 

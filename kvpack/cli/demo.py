@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -115,7 +116,8 @@ def _besides(
         )
     if known is None:
         return truth, {}, 0.0
-    return truth, {name: known.ends[name] for name in (*stacks, "truth") if name in known.ends}, known.seconds
+    same = [name for name, stack in stacks.items() if known.of(name, stack)]
+    return truth, {name: known.ends[name] for name in (*same, "truth") if same}, known.seconds
 
 
 def _label(name: str, options: Mapping[str, Any]) -> str:
@@ -135,10 +137,11 @@ def _generate(
     while True:
         for index, (track, each) in enumerate(zip(tracks, seen, strict=True)):
             if len(pending[index]) == 0:
+                before = time.thread_time()
                 frames = track.next_frames()
                 if frames is None:
                     return
-                each.add(track, frames)
+                each.add(track, frames, time.thread_time() - before)
                 pending[index] = frames
                 on_chunk(track)
         common = min(len(frames) for frames in pending)

@@ -22,7 +22,7 @@ KEEPS = {
     "packforcing": "keeps the first 2 seconds and the last one; looks up the rest",
     "truth": "drawn by the rules, no model",
 }
-_SMOOTH = 9  # chunks of a running median: a chunk waits now and then for other programs
+_SMOOTH = 9  # chunks of a running median
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _curves(sheet: Sheet, story: Story) -> None:
         held.append(Curve(name, colour, seen.ends, [count / 1e6 for count in seen.held]))
         spent.append(Curve(name, colour, seen.ends, smoothed(seen.seconds)))
     sheet.chart((70, top, middle - 130, bottom), "memory held, MB", held, story.seconds)
-    title = "seconds that a chunk took (running median)"
+    title = "processor seconds of a chunk (running median)"
     sheet.chart((middle + 70, top, WIDTH - 130, bottom), title, spent, story.seconds)
     sheet.top = bottom + 44
     if any(name.split()[0] == "packforcing" for name in story.names):
@@ -224,7 +224,7 @@ td, th {{ text-align: left; padding: 0.3rem 1.2rem 0.3rem 0; vertical-align: top
 <p>{about}</p>
 <p><video src="{video}" controls muted loop></video></p>
 <div class="wide"><table>
-<tr><th>memory</th><th>held, after a quarter and at the end</th><th>a chunk took</th><th>a wall lit again</th></tr>
+<tr><th>memory</th><th>held, early and at the end</th><th>processor time of a chunk</th><th>a wall lit again</th></tr>
 {rows}
 </table></div>
 <p><img src="data:image/png;base64,{source}"

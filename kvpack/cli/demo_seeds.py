@@ -41,6 +41,7 @@ class Kept:
         prompt: of all videos.
         seconds: how long they are.
         steps: denoising steps of a chunk.
+        stacks: the memories as they were, by name.
         ends: by the name of the memory; "truth" are videos that were drawn by the rules of the world.
         truth: frames of one such video, evenly over its length.
     """
@@ -48,8 +49,14 @@ class Kept:
     prompt: str
     seconds: int
     steps: int
+    stacks: dict[str, Any]
     ends: dict[str, Ends]
     truth: list[Frames]
+
+    def of(self, name: str, stack: Memory) -> bool:
+        """Say whether what is kept under a name was made by this memory; options that came later were as they are."""
+        now, then = json.loads(json.dumps(stack.to_dict())), self.stacks.get(name)
+        return then is not None and {**now, **then} == now
 
 
 def kept() -> Kept | None:
@@ -60,7 +67,7 @@ def kept() -> Kept | None:
     told = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     ends, truth = (_tiles((folder / name).read_bytes()) for name in ("ends.png", "truth.png"))
     found = {name: Ends(row, told["likeness"][name]) for name, row in zip(told["likeness"], ends, strict=True)}
-    return Kept(told["prompt"], told["seconds"], told["steps"], found, truth[0])
+    return Kept(told["prompt"], told["seconds"], told["steps"], told["stacks"], found, truth[0])
 
 
 def made(pipeline: Any, stack: Memory, prompt: str, seeds: int, frames: int, steps: int) -> Ends:

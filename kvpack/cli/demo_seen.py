@@ -24,7 +24,7 @@ class Seen:
         stills: those frames, by their place in `starts`.
         held: bytes that the memory holds behind each chunk.
         ends: second of the video at which each chunk ends.
-        seconds: time that each chunk took.
+        seconds: processor time that each chunk took, which other programs do not lengthen as they do a clock's.
     """
 
     starts: list[int]
@@ -34,7 +34,7 @@ class Seen:
     seconds: list[float] = field(default_factory=list)
     observer: Observer = field(default_factory=lambda: Observer(tiny_facts()))
 
-    def add(self, track: Track, frames: Frames) -> None:
+    def add(self, track: Track, frames: Frames, seconds: float) -> None:
         """Take what is kept of a chunk that was just made."""
         first = track.frames - len(frames)
         for column, start in enumerate(self.starts):
@@ -42,7 +42,7 @@ class Seen:
                 self.stills[column] = frames[start - first].copy()
         self.held.append(int(track.stats["resident_bytes"]))
         self.ends.append(track.frames / FPS)
-        self.seconds.append(track.chunk_seconds[-1])
+        self.seconds.append(seconds)
         self.observer.add(frames)
 
     def returns(self) -> list[tuple[float, bool]]:
