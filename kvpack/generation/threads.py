@@ -1,8 +1,9 @@
 """Who may generate: an enabled pipeline, in one thread at a time, since its processors are one generation's."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import get_ident
+from threading import Thread, get_ident
 from typing import Any
 
 from kvpack.errors import BusyPipelineError, UnsupportedPipelineError
@@ -36,6 +37,13 @@ def one_thread(transformer: Any) -> Iterator[None]:
     finally:
         if found is mine:
             del vars(model)[_HOLDER]
+
+
+def holder(transformer: Any) -> Thread | None:
+    """Return the thread that is in a transformer; None if none is."""
+    model = getattr(transformer, "_orig_mod", transformer)
+    found = [None] if model is None else vars(model).get(_HOLDER, [None])
+    return next((each for each in threading.enumerate() if each.ident == found[0]), None)
 
 
 def require_thread(thread: int) -> None:

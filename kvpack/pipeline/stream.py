@@ -1,5 +1,6 @@
 """A generation that is handed out chunk by chunk, saved and forked between two, and ends with whoever holds it."""
 
+import time
 import weakref
 from collections.abc import Generator
 from pathlib import Path
@@ -13,10 +14,14 @@ from kvpack.generation.chunks import own_generators, rewinding
 from kvpack.generation.moment import require_between_chunks
 from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
+from kvpack.generation.threads import holder
 from kvpack.pipeline.calls import alone, frames
 from kvpack.pipeline.progress import OnChunk
 from kvpack.snapshots.resuming import resumed
 from kvpack.snapshots.saver import Saver, new_generation
+
+#: Seconds that the end of the interpreter waits for another thread's step.
+_PATIENCE = 10.0
 
 
 class Stream(Generator[Any, Prompt | None, None]):
@@ -58,7 +63,7 @@ class Stream(Generator[Any, Prompt | None, None]):
         if self._end is not None:
             self._end.detach()
         # Before modules are torn down, which closing needs; a generator that is left to the interpreter comes after.
-        self._end = weakref.finalize(self, _close, self._frames)
+        self._end = weakref.finalize(self, _close, self._frames, self._pipeline)
         #: Chunks of the whole video, as far as they can be counted.
         self.chunks = run.count
 
@@ -193,7 +198,16 @@ def _turn(run: Run, seed: Seed | None, prompt: Prompt | None, cut: bool) -> None
         run.set_prompt(prompt, cut=cut)
 
 
-def _close(frames: Generator[Any, None, None]) -> None:
-    """Close what is not running in another thread, which goes on to its end or dies with the interpreter."""
-    if not frames.gi_running:  # type: ignore[attr-defined]
-        frames.close()
+def _close(frames: Generator[Any, None, None], pipeline: Any) -> None:
+    """Close frames; where another thread makes one, it is asked to stop, or the interpreter would abort in its forward."""
+    end, thread = time.monotonic() + _PATIENCE, None
+    while time.monotonic() < end:
+        try:
+            frames.close()
+            break
+        except ValueError:  # it is running
+            thread = thread or holder(getattr(pipeline, "transformer", None))
+            pipeline._interrupt = True  # again and again, since the call of a chunk begins with taking it back
+            time.sleep(0.001)
+    if thread is not None:
+        thread.join(_PATIENCE / 5)  # it still lets go of tensors

@@ -32,6 +32,10 @@ ENDS = {
     "left open": ("", 0),
     "held by a module": ("import math; math.kept = stream", 0),
     "in a circle": ("circle = [stream]; circle.append(circle); del stream", 0),
+    "running in a daemon thread": (
+        "import threading, time; threading.Thread(target=list, args=[stream], daemon=True).start(); time.sleep(0.5)",
+        0,
+    ),
     "an exception": ("raise ZeroDivisionError('of the user')", 1),
     "an exit": ("raise SystemExit(3)", 3),
     "a signal": (f"import os; os.kill(os.getpid(), {int(signal.SIGINT)})", -signal.SIGINT),
@@ -48,6 +52,7 @@ def pipe():
     [
         "left open",
         "held by a module",
+        "running in a daemon thread",
         "an exception",
         *(pytest.param(each, marks=pytest.mark.slow) for each in ("in a circle", "an exit", "a signal")),
     ],

@@ -1,5 +1,7 @@
 """Snapshots and what else a stream does: progress, errors of callers, memories of one's own, other threads."""
 
+import gc
+import weakref
 from dataclasses import dataclass, replace
 from itertools import islice
 from threading import Thread
@@ -118,6 +120,24 @@ def test_two_streams_of_one_pipeline_are_saved_and_go_on(tmp_path):
     parts = list(zip(*rest, strict=True))
     assert same([part for part, _ in parts], whole[0][3:])
     assert same([part for _, part in parts], whole[1][3:])
+
+
+def test_what_was_saved_or_resumed_is_freed_without_the_collector(tmp_path):
+    """A circle in a writer or a reader would hold all tensors of a snapshot."""
+    stream = make().packforcing.stream(**CALL, generator=seeded())
+    next(stream)
+    gc.disable()
+    try:
+        stream.save(tmp_path)
+        refs = [weakref.ref(stream._run.sessions["cond"].past)]
+        next(stream)
+        stream.close()
+        stream = make().packforcing.resume(tmp_path)
+        refs.append(weakref.ref(stream._run.sessions["cond"].past))
+        next(stream)
+        assert not any(each() for each in refs)
+    finally:
+        gc.enable()
 
 
 def test_another_thread_cannot_save_within_a_chunk(tmp_path):
