@@ -199,7 +199,7 @@ def _turn(run: Run, seed: Seed | None, prompt: Prompt | None, cut: bool) -> None
 
 
 def _close(frames: Generator[Any, None, None], pipeline: Any) -> None:
-    """Close frames; where another thread makes one, it is asked to stop, or the interpreter would abort in its forward."""
+    """Close frames; another thread that makes one is asked to stop, or the interpreter would abort in its forward."""
     end, thread = time.monotonic() + _PATIENCE, None
     while time.monotonic() < end:
         try:

@@ -13,7 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import anyflow, choices, clock, flashdreams, keeping, overhead, report, rotation, steady, wan_layer
+from benchmarks import (
+    anyflow,
+    choices,
+    clock,
+    flashdreams,
+    keeping,
+    overhead,
+    report,
+    rotation,
+    soak,
+    steady,
+    wan_layer,
+)
 from benchmarks.report import Bar, Row, Score
 
 ROOT = Path(__file__).parents[2]
@@ -165,6 +177,15 @@ def test_kept_results_are_rows_of_full_runs(path) -> None:
     assert all(row.commit and row.command for row in rows)
     assert all(row.command.startswith("python -m benchmarks.") for row in rows)
     assert not any(small in row.command for row in rows for small in ("--small", "--smoke"))
+
+
+def test_a_soak_leaves_memory_and_files_as_they_are(tmp_path) -> None:
+    kept = []
+    rows = soak.run(small=True, keep=lambda rows: kept.append(len(rows)))
+    assert_rows(rows, soak.BARS, tmp_path)
+    assert kept == list(range(7, len(rows) + 1, 7))
+    assert {row.subject.split(":")[0] for row in rows} == {"memory", "pipeline"}
+    assert set(figures(rows, "", "chunks")) == {soak.SMALL_CHUNKS}
 
 
 def test_command_line_writes_rows_and_reports_bars(tmp_path) -> None:
