@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import batch, report
 from helpers import command, complaint, told
 from kvpack.batch.cluster import cluster
 from kvpack.batch.folder import BatchFolder, checksum
@@ -57,6 +58,12 @@ def test_killed_workers_cost_no_frame(model, tmp_path):
     assert sorted(made) == ["blue", "green", "red"]
     assert sum(entry["begun"] - 1 for entry in made.values()) == sum(event.kind == "lost" for event in events) > 0
     assert files(folder.path) == singly(model, tmp_path)
+
+
+def test_no_video_of_the_benchmark_differed():
+    rows = report.read(report.RESULTS / "batch.json")
+    assert all(bar.verdict(rows).startswith("met ") for bar in batch.BARS)
+    assert {row.metric: row.value for row in rows}["workers killed"] > 10
 
 
 def accelerate(*words):
