@@ -66,6 +66,7 @@ RIVALS = (
     # The newest blocks instead of those that the queries ask for, and more tokens of more blocks.
     Memory("packforcing, newest blocks", "packforcing", {"keep_tokens": 8, "topk": 4, "selector": "recency"}),
     Memory("packforcing, 16 tokens of 8", "packforcing", {"keep_tokens": 16, "topk": 8}),
+    Memory("packforcing, int8", "packforcing", {"keep_tokens": 8, "topk": 4, "store": "int8"}),
     # Blocks of two tokens that are means: 16 of them are the same number of attended tokens.
     Memory(POOLED, "packforcing", {"compressor": "pool", "selector": "topk"}),
     Memory("packforcing, lr", "packforcing", {"compressor": "lr", "selector": "topk"}),
