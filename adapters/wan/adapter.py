@@ -54,6 +54,10 @@ class WanAdapter(Adapter):
         """Return the process's part, if context parallelism is enabled."""
         return shard_of(compiled_from(pipeline.transformer))
 
+    def memories(self, pipeline: Any) -> int:
+        """Return how many experts there are."""
+        return len(experts_of(pipeline))
+
     @staticmethod
     def configs(pipeline: Any) -> dict[str, Mapping[str, Any]]:
         """Return the components' configs; sizes of a latent are the pipeline's own, whatever its VAE is."""

@@ -78,10 +78,10 @@ def hidden_tokens(
         grid=geometry.grid,
         pixels=piece_pixels,
         encode=denoiser.encode,
-        embed=lambda small: embed(pipeline.transformer, small),
+        embed=lambda small: embed(denoiser.transformer, small),
         pixels_per_token=(rows, columns),
         width=geometry.width,
-        dtype=pipeline.transformer.dtype,
+        dtype=denoiser.transformer.dtype,
         native=native,
     )
     with policy_call(compressor, "tokens", next(iter(denoiser.sessions.values())).policy_seconds):

@@ -53,6 +53,8 @@ class ExpertsDenoiser(WanDenoiser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.writer not in (None, self.transformer):
+            raise UnsupportedPipelineError("a writer cannot commit for two experts; set packforcing.writer to None")
         self.second = self.pipeline.transformer_2
         self.second_prompt = None if self.prompt is None else PromptCache()
         _require_both(self.stack)

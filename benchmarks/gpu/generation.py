@@ -95,8 +95,6 @@ def _memory(rows: list[Row], video: Video, name: str) -> None:
         session.geometry.dtype,
         chunk_frames=video.frames,
         rows=1,
-        kv=planned.resident_kv_bytes,
-        archive=0,
     )
     weights = sum(each.nbytes for each in pipe.transformer.parameters())
     # Keys and values of the prompt are kept for the length of a chunk.

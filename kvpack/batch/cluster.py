@@ -1,5 +1,6 @@
 """Ray: a cluster, or this machine for as long as a batch lasts, and what runs in the process of a worker."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ def cluster(address: str | None, workers: int | None) -> Iterator[Any]:
         raise InvalidOptionError('a batch needs Ray; pip install "kvpack[ray]"') from error
     here: dict[str, Any] = {"include_dashboard": False, "num_cpus": max(workers or 1, cores())}
     try:
-        ray.init(address or "local", log_to_driver=False, logging_level="error", **({} if address else here))
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else here))
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"no cluster of Ray answers at {address}" if address else "Ray does not start here"
         raise InvalidOptionError(f"{where} ({first_line(error)}); 'ray status' says what is there") from error

@@ -21,6 +21,7 @@ from kvpack.cli.call import (
     Width,
 )
 from kvpack.cli.support import Json, Options, Seed, StackName, default_device
+from kvpack.errors import InvalidOptionError
 
 if TYPE_CHECKING:
     from kvpack.batch.pool import Event, OnEvent
@@ -82,8 +83,10 @@ def batch(
     rest = [video for video in videos if video.name not in made]
     if rest:
         with progress(len(videos), len(made)) as on_event, cluster(address, workers) as ray:
-            count = workers or int(ray.cluster_resources().get("GPU", 0)) or 1
-            Pool(ray, settings, folder, rest, count, retries, on_event).run()
+            gpus = int(ray.cluster_resources().get("GPU", 0))
+            if settings.device.startswith("cuda") and not gpus:
+                raise InvalidOptionError("Ray sees no GPU; give --device cpu")  # its workers would wait for one
+            Pool(ray, settings, folder, rest, workers or gpus or 1, retries, on_event).run()
     print_made(folder, videos, as_json)
 
 

@@ -109,7 +109,7 @@ def _videos(sheet: Sheet, story: Story) -> None:
 
 def _named(sheet: Sheet, name: str) -> None:
     sheet.label(sheet.margin, sheet.top + 8, name, 17)
-    lines = _broken(KEEPS.get(name.split()[0], ""), 30)
+    lines = _broken(KEEPS.get(name, ""), 30)
     sheet.label(sheet.margin, sheet.top + 32, lines, 14, FAINT)
 
 
@@ -144,7 +144,7 @@ def _curves(sheet: Sheet, story: Story) -> None:
     title = "processor seconds of a chunk (running median)"
     sheet.chart((middle + 70, top, WIDTH - 130, bottom), title, spent, story.seconds)
     sheet.top = bottom + 44
-    if any(name.split()[0] == "packforcing" for name in story.names):
+    if "packforcing" in story.names:
         bound = "What packforcing holds rises until it has 128 looked-up blocks, here at second 131, and then no more."
         sheet.text(bound, 15, colour=FAINT)
         sheet.top += 10
@@ -194,7 +194,7 @@ def page(story: Story, drawn: bytes, video: str) -> str:
 
 
 def _row(name: str, seen: Seen, story: Story) -> str:
-    keeps = KEEPS.get(name.split()[0], "")
+    keeps = KEEPS.get(name, "")
     spent = smoothed(seen.seconds)
     cells = [
         f"<b>{html.escape(name)}</b><br>{keeps}",

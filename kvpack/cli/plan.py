@@ -75,6 +75,10 @@ def plan(
     fps = described.settings.fps if fps is None else fps
     steps = int(described.settings.call.get("num_inference_steps", 4)) if steps is None else steps
     if training:
+        others = {"--gpu-memory": gpu_memory, "--budget-gb": budget_gb, "--weights": weights, "--tflops": tflops}
+        others |= {"--bandwidth": bandwidth, "--cards": cards or None, "--guidance": guidance or None}
+        if beside := [name for name, value in others.items() if value is not None]:
+            raise InvalidOptionError(f"--training does not go with {', '.join(beside)}; leave it out")
         _plan_training(described, size, stack, parse_options(option), dtype, fps, steps, batch, as_json)
         return
     width, height = parse_size(size)

@@ -78,7 +78,7 @@ def refuse_beside_prompts(**given: object) -> None:
     """Raise `InvalidOptionError` if an option is given that is about one video."""
     for name, value in given.items():
         if value is not None:
-            raise InvalidOptionError(f"--{name} is about one video, and --prompts about many; leave one out")
+            raise InvalidOptionError(f"--{name} does not go with --prompts; leave one out")
 
 
 def make_own_share(asked: Asked, device: str | None, as_json: bool) -> None:
@@ -95,10 +95,10 @@ def make_own_share(asked: Asked, device: str | None, as_json: bool) -> None:
     made = folder.made()
     rest = [video for video in videos if video.name not in made]
     state.wait_for_everyone()  # all have read the manifest before one of them writes into it
-    with state.split_between_processes(rest) as share:
-        work = Work(settings, folder) if share else None
-        for video in share:
-            folder.note({**_made(work, video), "begun": 1})
+    share = rest[state.process_index :: state.num_processes]
+    work = Work(settings, folder) if share else None
+    for video in share:
+        folder.note({**_made(work, video), "begun": 1})
     print_made(folder, share, as_json)
 
 

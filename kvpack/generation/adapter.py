@@ -96,6 +96,10 @@ class Adapter(ABC):
         """Return the process's part of the model's heads; None where it has all."""
         return None
 
+    def memories(self, pipeline: Any) -> int:
+        """Return the sessions of a guidance branch: one for each transformer that takes part in the steps."""
+        return 1
+
     def run(self, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool) -> Run:
         """Start a generation; arguments are those of `Run`."""
         self.check(pipeline)

@@ -69,10 +69,10 @@ class Shard:
 
     def gather(self, mine: Tensor, dim: int) -> Tensor:
         """Return all heads of a tensor whose axis `dim` is this rank's."""
-        own = mine.detach().contiguous()
+        own = mine.detach().to(self.device).contiguous()  # an archive may lie on the host
         parts = [torch.empty_like(own) for _ in range(self.ranks)]
         self._cross("gathers", (self.ranks - 1) * own.nbytes, dist.all_gather, parts, own, group=self.group)
-        return torch.cat(parts, dim=dim)
+        return torch.cat(parts, dim=dim).to(mine.device)
 
     def own(self, every: Tensor, dim: int) -> Tensor:
         """Return this rank's heads of a tensor, apart from the rest."""

@@ -56,7 +56,15 @@ def decoded_beside(chunks: Iterator[GeneratedChunk], run: Run, device: torch.dev
     """Yield each chunk with its pixels, once the next one is denoised, in whose time they were decoded."""
     waiting: tuple[GeneratedChunk, Future[Tensor]] | None = None
     with closing(chunks), ThreadPoolExecutor(1, "kvpack-decode") as worker:  # type: ignore[type-var]  # a generator
-        for chunk in chunks:
+        while True:
+            try:
+                chunk = next(chunks, None)
+            except Exception:
+                if waiting is not None and waiting[1].exception() is None:
+                    yield replace(waiting[0], pixels=waiting[1].result())  # made before, and whole
+                raise
+            if chunk is None:
+                break
             # Moved here, in the order of this thread's work; another one's would come behind the next chunk's.
             job = worker.submit(run.decode, chunk.latents.to(device))
             if waiting is not None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpack.errors import plain, require_choice
+from kvpack.errors import InvalidOptionError, plain, require_choice
 from kvpack.generation.adapter import Adapter
 from kvpack.generation.chunks import require_generators
 from kvpack.generation.run import Run
@@ -117,6 +117,8 @@ def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool, on_nan: 
     """
     require_generators(arguments.get("generator"))
     require_choice("on_nan", on_nan, ("raise", "retry"))
+    if on_nan == "retry" and arguments.get("latents") is not None:
+        raise InvalidOptionError('on_nan="retry" draws other noise, but latents are given; leave one of them out')
     enabled = pipeline._kvpack
     run: Run = enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
     chosen = enabled.memory_for(run, run.denoiser.conditioning)

@@ -131,9 +131,9 @@ def started(
         raise
     except (TypeError, ValueError) as error:
         raise InvalidOptionError(f"{type(pipeline).__name__} refuses the call: {first_line(error)}") from error
-    stack = pipeline.packforcing.stack
+    memory: Memory = pipeline.packforcing.stack
     latent_frames = (frames - 1) // getattr(pipeline, "vae_scale_factor_temporal", 4) + 1
     try:
-        yield Track(pipeline, stack, stream.chunks or -(-latent_frames // stack.chunk_frames), stream)
+        yield Track(pipeline, memory, stream.chunks or -(-latent_frames // memory.chunk_frames), stream)
     finally:
         stream.close()

@@ -101,7 +101,7 @@ class Budget:
 
     Options that the user gave himself are kept, and so is a memory that was given whole. The others are changed by
     `STEPS`, in that order, until it fits; then each change but the last is taken back as far as there is room. What is
-    held is `stats()["resident_bytes"]`, behind every chunk.
+    held is `stats()["resident_bytes"]`, behind every chunk; under context parallelism that of all processes together.
 
     Args:
         gigabytes: of 10^9 bytes.
@@ -140,7 +140,7 @@ class Budget:
             run.new_geometry(*run.frame_size()),
             chunks,
             batch=len(next(iter(conditioning.values()))),
-            branches=len(conditioning),
+            branches=len(conditioning) * run.adapter.memories(run.pipeline),
             channels=latents.channels if latents else 16,
             first_frames=None if first == chunk_frames else first,
         )

@@ -42,9 +42,14 @@ def _changed(value: Any, hint: Any, change: Change, where: str) -> Any:
             )
         found = [each.index("heads") for each in dims if len(each) == value.ndim and "heads" in each]
         return change(value, found[0]) if found else value
-    if isinstance(value, tuple) and any(isinstance(each, Tensor) for each in value):
+    if isinstance(value, tuple) and _holds(value):
         (inner,) = [get_args(each) for each in options if get_origin(each) is tuple] or [()]
         hints = [inner[0]] * len(value) if len(inner) == 2 and inner[1] is ... else list(inner)
         pairs = zip(value, hints or [None] * len(value), strict=True)
         return tuple(_changed(each, one, change, where) for each, one in pairs)
     return value
+
+
+def _holds(value: Any) -> bool:
+    """Return whether a tensor is in a tuple, however deep."""
+    return isinstance(value, Tensor) or (isinstance(value, tuple) and any(map(_holds, value)))

@@ -113,7 +113,8 @@ class TreeReader:
         return self._once("generator", state, make)
 
     def _archive(self, node: dict[str, Any]) -> Archive:
-        codec, tier, slots = self.value(node["codec"]), node["tier"], _count(node["slots"])
+        codec, slots = self.value(node["codec"]), _count(node["slots"])
+        tier: Any = node["tier"]
         if not isinstance(codec, Codec) or tier not in get_args(Tier):
             raise SnapshotError(f"an archive is in the form {codec!r}, on the tier {str(tier)[:40]!r}")
         archive = Archive(_count(node["slot_tokens"]), codec, self._tier or tier)

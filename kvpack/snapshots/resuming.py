@@ -57,9 +57,14 @@ def resumed(pipeline: Any, folder: Path, given: Mapping[str, Any], number: int |
         with _explained():
             return _resumed(pipeline, content, files, given)
 
-    shard = pipeline._kvpack.adapter.shard(pipeline)
-    with nullcontext() if shard is None else shard.together(SnapshotError):
-        return SnapshotFolder(folder).read(use, number)
+    enabled = pipeline._kvpack
+    shard, before = enabled.adapter.shard(pipeline), enabled.choice
+    try:
+        with nullcontext() if shard is None else shard.together(SnapshotError):
+            return SnapshotFolder(folder).read(use, number)
+    except BaseException:
+        enabled.choice = before
+        raise
 
 
 def _resumed(

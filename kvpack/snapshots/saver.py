@@ -50,6 +50,7 @@ class Saver:
         self._number = max(self.folder.numbers(), default=0)
         # Diffusers looks through all modules for either.
         self._models: dict[str, str] | None = None
+        self._writer: Any = None
         self._device: torch.device | None = None
         #: What is in the files of every other snapshot, so that the two that are kept share none.
         self._written = (Written(), Written())
@@ -65,7 +66,8 @@ class Saver:
             SnapshotError: if the generation is in the middle of a chunk, or something of it, or the note, is no data.
             OutputError: if it cannot be written; the snapshots of before are still there.
         """
-        require_json(note)
+        with self._together():
+            require_json(note)
         number = self._number + 1
         content, writer = self._tree(run, tensor_files(number), self._written[0])
         if worn := self._worn(writer):
@@ -107,7 +109,8 @@ class Saver:
         parts = {each.name: getattr(moment, each.name) for each in fields(moment)}
         parts["run"] = {**moment.run, "call": call}
         index, first = run.position or (0, 0)
-        self._models = self._models or model_digests(run.pipeline)
+        if self._models is None or self._writer is not run.pipeline.packforcing.writer:
+            self._models, self._writer = model_digests(run.pipeline), run.pipeline.packforcing.writer
         content = {
             **versions(),
             **fingerprints(run.pipeline, self._models),

@@ -112,8 +112,9 @@ class TreeWriter:
 
     def _field(self, value: Any, name: str, where: str) -> Any:
         held = getattr(value, name)
-        remembered = self._heads is not None and where.startswith("pasts")
-        return field_with_heads(type(value), name, held, self._heads) if remembered and self._heads else held
+        if self._heads is None or not where.startswith("pasts"):
+            return held
+        return field_with_heads(type(value), name, held, self._heads)
 
     def _tensor(self, tensor: Tensor, axis: int | None = None) -> Node:
         name = f"t{len(self.tensors[self._file])}"

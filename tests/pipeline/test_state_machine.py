@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import weakref
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,7 @@ class Machine(RuleBasedStateMachine):
         self.enabled, self.epoch = False, 0
         self.streams, self.refs, self.fault = [], [], None
         self.root = Path(tempfile.mkdtemp())
+        self.folders = map(str, count())
 
     def teardown(self):
         while self.streams:
@@ -232,7 +234,7 @@ class Machine(RuleBasedStateMachine):
     def save(self, data):
         if (each := self.one(data)) is None:
             return
-        folder = each.folder or self.root / str(len(self.refs))
+        folder = each.folder or self.root / next(self.folders)
         if each.failed:
             with pytest.raises(SnapshotError, match="between two chunks only"):
                 each.stream.save(folder)

@@ -24,6 +24,7 @@ def ui(
     import os
 
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported; nothing calls home
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # visitors name models and memories; none is fetched for them
     try:
         import gradio  # noqa: F401
     except ImportError as error:
