@@ -49,7 +49,8 @@ class TreeReader:
         heads: Change | None = None,
     ) -> None:
         self._classes, self._policies, self._device, self._read = classes, policies, device, tensors
-        self._tier, self._heads = tier, heads
+        self._tier: Tier | None = tier
+        self._heads = heads
         self._tensors: dict[tuple[str, str, bool], Tensor] = {}
         self._made: dict[tuple[str, int], Any] = {}
 
@@ -113,8 +114,7 @@ class TreeReader:
         return self._once("generator", state, make)
 
     def _archive(self, node: dict[str, Any]) -> Archive:
-        codec, slots = self.value(node["codec"]), _count(node["slots"])
-        tier: Any = node["tier"]
+        codec, tier, slots = self.value(node["codec"]), node["tier"], _count(node["slots"])
         if not isinstance(codec, Codec) or tier not in get_args(Tier):
             raise SnapshotError(f"an archive is in the form {codec!r}, on the tier {str(tier)[:40]!r}")
         archive = Archive(_count(node["slot_tokens"]), codec, self._tier or tier)
