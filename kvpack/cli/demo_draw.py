@@ -105,7 +105,7 @@ def _step(highest: float) -> float:
     """Return a round distance of which about four go into a number.
 
     >>> _step(103), _step(0.37), _step(120)
-    (20.0, 0.1, 20.0)
+    (20.0, 0.05, 20.0)
     """
     rough = highest / 4
     power = 10.0 ** np.floor(np.log10(rough))

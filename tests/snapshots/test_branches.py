@@ -210,7 +210,6 @@ def test_a_folder_by_another_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ({"tier": "host"}, "was {tier: device}, but here it is {tier: host}; enable"),
         ({"archive_blocks": 4}, "was {archive_blocks: 3}, but here it is {archive_blocks: 4}; enable"),
     ],
 )
