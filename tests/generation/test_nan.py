@@ -99,3 +99,9 @@ def test_a_generation_that_goes_on_retries_as_before(pipe, tmp_path):
         stream.save(tmp_path)
     rest = list(pipe.packforcing.resume(tmp_path, callback_on_step_end=Spoiler(3, 2)))
     assert same(first + rest, expected)
+
+
+def test_given_latents_are_no_other_noise(pipe):
+    latents = torch.zeros(1, 16, 5, 2, 4)
+    with pytest.raises(InvalidOptionError, match='on_nan="retry" draws other noise, but latents are given'):
+        pipe.packforcing.stream(**CALL, latents=latents, on_nan="retry")

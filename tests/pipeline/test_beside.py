@@ -89,3 +89,20 @@ def test_what_is_refused(pipe):
     pipe.enable_model_cpu_offload(device="cpu")
     with pytest.raises(UnsupportedPipelineError, match="stays where it is"):
         stream(pipe, decode_device="cpu")
+
+
+def test_a_chunk_that_was_made_is_handed_out_before_the_error_of_the_next(pipe):
+    wanted = list(stream(pipe))
+
+    def fail(_, step, __, kwargs):
+        fail.steps += 1
+        if fail.steps > 2 * SMALL_CALL["num_inference_steps"]:
+            raise ZeroDivisionError
+        return kwargs
+
+    fail.steps = 0
+    chunks = stream(pipe, decode_device="cpu", callback_on_step_end=fail)
+    assert torch.equal(next(chunks), wanted[0])
+    assert torch.equal(next(chunks), wanted[1])
+    with pytest.raises(ZeroDivisionError):
+        next(chunks)

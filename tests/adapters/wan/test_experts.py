@@ -102,3 +102,19 @@ def test_what_is_refused(tmp_path):
     experts().save_config(tmp_path)
     with pytest.raises(UnsupportedPipelineError, match=r"has boundary_ratio=0.875"):
         presets.from_folder(tmp_path)
+
+
+def test_a_budget_counts_the_memories_of_both():
+    pipe = experts().enable_packforcing("packforcing", **SIZES)
+    video(pipe, 45, guidance_scale=1.0)
+    held = pipe.packforcing.stats()["resident_bytes"]
+    pipe.enable_packforcing("packforcing", chunk_frames=2, budget_gb=held * 1.01 / 1e9)
+    video(pipe, 45, guidance_scale=1.0)
+    assert pipe.packforcing.stats()["resident_bytes"] <= pipe.packforcing.choice.held_bytes <= held * 1.01
+
+
+def test_a_writer_is_refused_before_a_chunk_is_made():
+    pipe = experts().enable_packforcing("packforcing", **SIZES)
+    pipe.packforcing.writer = tiny_wan_transformer(1)
+    with pytest.raises(UnsupportedPipelineError, match="a writer cannot commit for two experts"):
+        video(pipe, 45)

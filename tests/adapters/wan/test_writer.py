@@ -108,3 +108,33 @@ def test_writers_that_cannot_work():
     far = tiny_anyflow_far_pipeline().enable_packforcing("full")
     with pytest.raises(UnsupportedPipelineError, match="anyflow-far commits with the pipeline's own transformer"):
         far.packforcing.writer = far.transformer
+
+
+def test_compressors_embed_with_the_writer():
+    pipe = wan("packforcing", topk=1, compressor="lr", sink_frames=2, recent_frames=2)
+    writer, seen = copied(pipe, 0.1), []
+    for each in (writer, pipe.transformer):
+        each.patch_embedding.register_forward_hook(lambda module, *_: seen.append(module))
+    generated(pipe, **CALL)
+    forwards = len(seen)
+    seen.clear()
+    pipe.packforcing.writer = writer
+    generated(pipe, **CALL)
+    steps = 2 * CALL["num_inference_steps"] * pipe.packforcing.stats()["chunks"]  # of two guidance branches
+    assert len(seen) == forwards
+    assert sum(module is pipe.transformer.patch_embedding for module in seen) == steps  # all else is the writer's
+
+
+def test_a_writer_set_between_two_saves_is_in_the_second(tmp_path):
+    pipe = wan()
+    stream = pipe.packforcing.stream(**CALL, generator=seeded())
+    next(stream)
+    stream.save(tmp_path)
+    pipe.packforcing.writer = copied(pipe, 0.1)
+    next(stream)
+    stream.save(tmp_path)
+    stream.close()
+    pipe.packforcing.resume(tmp_path).close()
+    pipe.packforcing.writer = None
+    with pytest.raises(SnapshotError, match="writer"):
+        pipe.packforcing.resume(tmp_path)
