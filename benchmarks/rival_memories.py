@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,7 +29,7 @@ def angles(shape: Geometry, places: Iterable[tuple[float, int]]) -> Tensor:
     return rotations(torch.cat(parts)[None], shape)
 
 
-class Rival:
+class Rival(ABC):
     """What the rivals have in common: keys and values of a chunk are handled five times, then kept."""
 
     #: What turns keys; counted as a kernel where kvpack's is.
@@ -57,16 +58,16 @@ class Rival:
         self.prepare()
         self.chunk(projected)
 
+    @abstractmethod
     def forward(self, step: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return what a forward attends."""
-        raise NotImplementedError
 
-    def keep(self, keys: Tensor, values: Tensor) -> None:
+    def keep(self, keys: Tensor, values: Tensor) -> None:  # noqa: B027  # a rival may write in its forwards
         """Make the chunk history."""
 
+    @abstractmethod
     def resident(self) -> int:
         """Return the bytes held between two chunks."""
-        raise NotImplementedError
 
 
 class Shift(Rival):

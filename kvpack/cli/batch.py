@@ -19,6 +19,7 @@ from kvpack.cli.call import (
     NegativePrompt,
     Steps,
     Width,
+    call_options,
 )
 from kvpack.cli.support import Json, Options, Seed, StackName, default_device
 from kvpack.errors import InvalidOptionError
@@ -65,13 +66,7 @@ def batch(
     """
     from kvpack.cli.prompts import Asked, print_made
 
-    named = {
-        "height": height,
-        "width": width,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt,
-    }
+    named = call_options(height, width, steps, guidance_scale, negative_prompt)
     asked = Asked(prompts, output, model, seconds, seed, stack, option, named, call, fps, dtype, checkpoint_every)
     settings, videos, folder = asked.read(device or ("cuda" if address else default_device()))
 

@@ -38,6 +38,19 @@ Device = Annotated[str | None, typer.Option(help="E.g. cpu or cuda.", show_defau
 Call = Annotated[list[str], typer.Option(metavar="NAME=VALUE", help="Further argument of the pipeline's call.")]
 
 
+def call_options(
+    height: int | None, width: int | None, steps: int | None, guidance_scale: float | None, negative_prompt: str | None
+) -> dict[str, Any]:
+    """Return the options of a call by the names that pipelines have for them."""
+    return {
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+    }
+
+
 def given_arguments(named: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that options and --call give; None is not given.
 

@@ -18,6 +18,7 @@ from kvpack.cli.call import (
     Steps,
     Width,
     call_defaults,
+    call_options,
     check_guidance,
     given_arguments,
 )
@@ -95,13 +96,7 @@ def generate(
     from kvpack.media.reading import is_picture
     from kvpack.media.video import VideoWriter
 
-    named = {
-        "height": height,
-        "width": width,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt,
-    }
+    named = call_options(height, width, steps, guidance_scale, negative_prompt)
     if prompts is not None and fork_at is None:
         from kvpack.cli.prompts import Asked, make_own_share, refuse_beside_prompts
 

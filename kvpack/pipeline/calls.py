@@ -69,19 +69,19 @@ class Enabled:
         most = "" if self.budget is None else f", at most {self.budget.gigabytes:g} GB"
         return f"{self.stack.name}{most}, chunks of {self.stack.chunk_frames} latent frames, {self.fps:g} fps; {state}"
 
-    def memory_for(self, run: Run, conditioning: Mapping[str, Any]) -> Memory:
-        """Return the memory of a generation that is about to begin or go on; with a budget, one that it holds.
+    def choice_for(self, run: Run, conditioning: Mapping[str, Any]) -> Choice | None:
+        """Return what the budget chooses for a generation that is about to begin or go on; None without a budget.
 
         Args:
             run: the generation.
             conditioning: what the transformer is told, by guidance branch, a row for each video.
         """
         if self.budget is None:
-            return run.stack
-        self.choice = self.budget.for_run(run, conditioning)
-        for line in str(self.choice).splitlines():
+            return None
+        choice = self.budget.for_run(run, conditioning)
+        for line in str(choice).splitlines():
             logger.info(line)
-        return self.choice.memory
+        return choice
 
     def as_kwargs(self) -> dict[str, Any]:
         """Return what copies take along: all but generations."""
@@ -121,11 +121,11 @@ def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool, on_nan: 
         raise InvalidOptionError('on_nan="retry" draws other noise, but latents are given; leave one of them out')
     enabled = pipeline._kvpack
     run: Run = enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
-    chosen = enabled.memory_for(run, run.denoiser.conditioning)
-    if chosen is not run.stack:
-        run.stack = chosen
+    choice = enabled.choice_for(run, run.denoiser.conditioning)
+    if choice is not None and choice.memory is not run.stack:
+        run.stack = choice.memory
         run.denoiser = run.new_denoiser(run.denoiser.geometry, run.denoiser.conditioning)
-    run.retries_nan = on_nan == "retry"
+    run.retries_nan, enabled.choice = on_nan == "retry", choice
     return run
 
 

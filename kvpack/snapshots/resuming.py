@@ -57,14 +57,9 @@ def resumed(pipeline: Any, folder: Path, given: Mapping[str, Any], number: int |
         with _explained():
             return _resumed(pipeline, content, files, given)
 
-    enabled = pipeline._kvpack
-    shard, before = enabled.adapter.shard(pipeline), enabled.choice
-    try:
-        with nullcontext() if shard is None else shard.together(SnapshotError):
-            return SnapshotFolder(folder).read(use, number)
-    except BaseException:
-        enabled.choice = before
-        raise
+    shard = pipeline._kvpack.adapter.shard(pipeline)
+    with nullcontext() if shard is None else shard.together(SnapshotError):
+        return SnapshotFolder(folder).read(use, number)
 
 
 def _resumed(
@@ -85,7 +80,8 @@ def _resumed(
     attributes = check_attributes(adapter.run_class, reader.value(state["run"]))
     attributes["call"] = _with_given(attributes["call"], given)
     run = begun(adapter, pipeline, attributes, stack)
-    run.stack = pipeline._kvpack.memory_for(run, reader.value(state["conditioning"]))
+    choice = pipeline._kvpack.choice_for(run, reader.value(state["conditioning"]))
+    run.stack = run.stack if choice is None else choice.memory
     _require_equal("stack", content["stack"], run.stack.to_dict(), run)
     # Again, for an archive is read by the codec of the stack, which a budget may have chosen.
     known, shard = (allowed_classes(run.stack, adapter), policies_of(run.stack), device, files), adapter.shard(pipeline)
@@ -99,6 +95,7 @@ def _resumed(
     check_sessions(run)
     set_own_generators(run, moment)
     _warn_of_versions(content)
+    pipeline._kvpack.choice = choice
     return run, str(content["generation"]), content.get("note")
 
 

@@ -18,19 +18,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from helpers import quiet, seeded
+from helpers import SMALL_CALL, quiet, seeded
 from kvpack.errors import SnapshotError, UnsupportedPipelineError
 from kvpack.testing import tiny_wan_pipeline
 
-CALL = {
-    "prompt": "a red circle",
-    "height": 16,
-    "width": 16,
-    "num_inference_steps": 1,
-    "guidance_scale": 1.0,
-    "max_sequence_length": 8,
-    "output_type": "latent",
-}
+CALL = {**SMALL_CALL, "width": 16, "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
 SIZES = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 1, "archive_blocks": 2}
 SHORT = {**CALL, "num_frames": 13}  # two chunks
 SEEDS, PROMPTS = st.integers(0, 1), st.sampled_from(["a blue square", "a green triangle"])

@@ -242,3 +242,13 @@ def test_the_trace_is_that_of_the_stream_that_began_last(tmp_path):
     head, *lines = map(json.loads, path.read_text().splitlines())
     assert head["stack"] == "packforcing"
     assert [(line["chunk"], line["first_frame"]) for line in lines] == [(2, 4), (3, 6), (4, 8)]
+
+
+def test_a_refused_resume_leaves_what_the_budget_chose(tmp_path):
+    stream = make().packforcing.stream(**CALL, generator=seeded())
+    next(stream)
+    stream.save(tmp_path)
+    pipe = quiet(tiny_wan_pipeline()).enable_packforcing("packforcing", **{**SMALL, "archive_blocks": 4}, budget_gb=1)
+    with pytest.raises(SnapshotError, match="archive_blocks"):
+        pipe.packforcing.resume(tmp_path)
+    assert pipe.packforcing.choice is None
