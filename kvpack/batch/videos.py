@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvpack.checkpoints.text import numbered_lines
 from kvpack.errors import InvalidOptionError
 from kvpack.generation.prompts import shots
 from kvpack.planning.planner import video_frames
@@ -82,17 +83,16 @@ def read_videos(
         InvalidOptionError: if it cannot be read, or a line is wrong; the message names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = numbered_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidOptionError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     videos: dict[int, Video] = {}
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                videos[number] = _video(line, {"name": f"{number:04d}", "seed": seed, "seconds": seconds})
-                check(videos[number])
-            except InvalidOptionError as error:
-                raise InvalidOptionError(f"{path}, line {number}: {error}") from error
+    for number, line in lines:
+        try:
+            videos[number] = _video(line, {"name": f"{number:04d}", "seed": seed, "seconds": seconds})
+            check(videos[number])
+        except InvalidOptionError as error:
+            raise InvalidOptionError(f"{path}, line {number}: {error}") from error
     if not videos:
         raise InvalidOptionError(f'{path} holds no prompt; give lines such as {{"prompt": "a fox", "seed": 3}}')
     _require_apart(path, videos.items())

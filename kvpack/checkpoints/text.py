@@ -20,5 +20,10 @@ def read_lines(path: Path) -> list[str]:
         OSError: if the file cannot be read.
         UnicodeDecodeError: if it is not UTF-8.
     """
+    return [line for _, line in numbered_lines(path)]
+
+
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
+    """Read the same with the number of each line in the file, from 1 on; raises the same."""
     # Not `splitlines`, which also ends a line at what pasted captions hold inside, such as U+2028 and U+0085.
-    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+    return [(number, line.strip()) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]

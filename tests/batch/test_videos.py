@@ -118,3 +118,12 @@ def test_the_manifest_is_held_against_the_files(tmp_path):
     assert [json.loads(line)["name"] for line in (tmp_path / "manifest.jsonl").read_text().splitlines()[:2]] == [
         "fox"
     ] * 2
+
+
+def test_files_of_other_editors(tmp_path):
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes('\ufeff{"prompt": "a fox\u2028runs"}\r\n\r\n{"prompt": "a cat"}\r\n'.encode())
+    assert [(each.name, each.prompt) for each in read_videos(path, 0, 1.0)] == [
+        ("0001", "a fox\u2028runs"),
+        ("0003", "a cat"),
+    ]

@@ -112,3 +112,9 @@ def test_wrong_files(text, message, tmp_path):
 
 def test_a_file(file):
     assert read_futures(file) == [Future(), Future("a blue square"), Future("a blue square", 7, True)]
+
+
+def test_a_file_of_another_editor(tmp_path):
+    path = tmp_path / "windows.txt"
+    path.write_bytes("\ufeffa fox\u2028runs\r\na cat\r\n".encode())
+    assert [each.prompt for each in read_futures(path)] == ["a fox\u2028runs", "a cat"]
