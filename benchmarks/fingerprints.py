@@ -5,8 +5,9 @@
 
 `keep` writes FOLDER/fingerprints.json, for each run a hash, the error if it is refused and the counts of `stats()`, and
 FOLDER/tensors.safetensors. `compare` runs all again and prints for each "same bits", "same error" or the largest
-difference over the largest value. It ends with 1 if that is over 1e-6, if a run is missing, new or ends with another
-error, or if a count differs. A run is `pipeline/stack/kind`, long enough for memories to overflow, in one thread.
+difference over the largest value. It ends with 1 if that is over the limit, if a run is missing, new or ends with
+another error, or if a count differs. A run is `pipeline/stack/kind`, long enough for memories to overflow, in one
+thread. What a CPU made can be compared with what a card makes: `--device cuda --limit 1e-3`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, partial
 from itertools import product, zip_longest
 from multiprocessing import get_context
 from pathlib import Path
@@ -139,9 +140,10 @@ RUNS = {f"{run.pipe}/{run.stack}/{run.kind}": run for run in runs()}
 
 
 @cache
-def pipeline(name: str) -> Any:
+def pipeline(name: str, device: str) -> Any:
     """A tiny pipeline, the same in every process."""
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is compared
     if name.startswith("skyreels"):
         task = {"skyreels-image": "ImageToVideo", "skyreels-clip": "VideoToVideo"}.get(name, "")
         cls = getattr(diffusers, f"SkyReelsV2DiffusionForcing{task}Pipeline")
@@ -156,7 +158,7 @@ def pipeline(name: str) -> Any:
     if name == "wan-fused":
         pipe.transformer.fuse_qkv_projections()
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(device)
 
 
 def made(run: Run, pipe: Any, folder: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
@@ -197,23 +199,23 @@ def made(run: Run, pipe: Any, folder: str) -> tuple[torch.Tensor, list[dict[str,
     return torch.cat(parts, dim=1 if call["output_type"] == "pt" else 2), stats
 
 
-def result(name: str) -> tuple[dict[str, Any], bytes]:
+def result(name: str, device: str) -> tuple[dict[str, Any], bytes]:
     """Fingerprint and tensor of a run."""
     run, tensors, stats, error = RUNS[name], {}, [], None
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            tensor, stats = made(run, pipeline(run.pipe), folder)
-            tensors = {name: tensor.contiguous()}
+            tensor, stats = made(run, pipeline(run.pipe, device), folder)
+            tensors = {name: tensor.cpu().contiguous()}
         except Exception as raised:  # what is refused, and how, stays the same too
             error = f"{type(raised).__name__}: {raised}".replace(folder, "FOLDER")
-        kvpack.disable(pipeline(run.pipe))
+        kvpack.disable(pipeline(run.pipe, device))
     counts = [{key: n for key, n in each.items() if key == "selected" or isinstance(n, int)} for each in stats]
     data = save(tensors)
     return {"hash": hashlib.sha256(data).hexdigest(), "error": error, "counts": counts}, data
 
 
-def verdict(old: Any, new: Any, before: Any, after: Any) -> str:
+def verdict(old: Any, new: Any, before: Any, after: Any, limit: float) -> str:
     """What is said of a run, by its fingerprints and tensors; it begins with NOT where it is no longer the same."""
     if not old or not new:
         return "NOT run any more" if old else "NOT kept before"
@@ -225,7 +227,7 @@ def verdict(old: Any, new: Any, before: Any, after: Any) -> str:
     words = "same bits" if old["hash"] == new["hash"] else f"{distance:.2g}"
     chunks = zip_longest(old["counts"], new["counts"], fillvalue={})
     differ = sorted({key for one, other in chunks for key in {*one, *other} if one.get(key) != other.get(key)})
-    good = (words == "same bits" or distance <= LIMIT) and all(key.endswith("_bytes") for key in differ)
+    good = (words == "same bits" or distance <= limit) and all(key.endswith("_bytes") for key in differ)
     return ("" if good else "NOT ") + words + (f", but other {', '.join(differ)}" if differ else "")
 
 
@@ -236,10 +238,12 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="of the names of the runs wanted")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="where the runs are made (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="largest difference (default: %(default)s)")
     given = parser.parse_args()
     wanted = [name for name in RUNS if given.only in name]
     with get_context("spawn").Pool(given.processes) as pool:
-        results = dict(zip(wanted, pool.imap(result, wanted, chunksize=4), strict=True))
+        results = dict(zip(wanted, pool.imap(partial(result, device=given.device), wanted, chunksize=4), strict=True))
     prints = {name: each for name, (each, _) in results.items()}
     tensors = {name: each for _, data in results.values() for name, each in load(data).items()}
     words, numbers = given.folder / "fingerprints.json", given.folder / "tensors.safetensors"
@@ -250,7 +254,8 @@ def main() -> int:
         return 0
     kept, before = json.loads(words.read_text()), load_file(numbers)
     names = [name for name in {**kept, **prints} if given.only in name]
-    said = {name: verdict(kept.get(name), prints.get(name), before.get(name), tensors.get(name)) for name in names}
+    tables = (kept, prints, before, tensors)
+    said = {name: verdict(*(each.get(name) for each in tables), given.limit) for name in names}
     print(*(f"{name}: {each}" for name, each in said.items()), sep="\n")
     print(f"{len(said)} runs, {(bad := sum(each.startswith('NOT') for each in said.values()))} not the same")
     return 1 if bad else 0
