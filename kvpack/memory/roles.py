@@ -219,9 +219,15 @@ class Layout:
     chunk_first_frame: int
     chunk_frames: int
 
-    def columns(self, part: Part) -> list[int]:
-        """Return indices of the blocks of one part."""
-        return [column for column, each in enumerate(self.parts) if each == part]
+    def columns(self, part: Part) -> slice:
+        """Return which columns are those of one part; a slice, since a GPU is waited for when a list is an index.
+
+        >>> empty = torch.zeros(1, 3)
+        >>> Layout(("sink", "mid", "mid"), empty, empty, 0, 4).columns("mid")
+        slice(1, 3, None)
+        """
+        first = self.parts.index(part) if part in self.parts else 0
+        return slice(first, first + self.parts.count(part))
 
 
 @dataclass(frozen=True, eq=False)
