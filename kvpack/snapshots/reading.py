@@ -71,7 +71,7 @@ class TreeReader:
         try:
             return read(self, node)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            if isinstance(error, SnapshotError):
+            if isinstance(error, SnapshotError | torch.OutOfMemoryError):  # the latter says nothing of the snapshot
                 raise
             what = " ".join(str(error).split())[:300]
             raise SnapshotError(
