@@ -1,6 +1,6 @@
 """No memory left at any allocation of a generation that is saved, resumed, forked, rewound and told another prompt.
 
-The seam is torch's dispatcher: a mode counts each operation that is no view, and raises `torch.OutOfMemoryError` at one.
+The seam is torch's dispatcher: a mode counts operations that are no views, and raises `torch.OutOfMemoryError` at one.
 What had ended with it is resumed from its folder, what had not is done again, and both give the bits of the generation
 that had memory enough.
 """
