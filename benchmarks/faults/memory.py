@@ -1,6 +1,6 @@
 """No memory left at any allocation of a generation that is saved, resumed, forked, rewound and told another prompt.
 
-The seam is torch's dispatcher: a mode counts operations that are no views, and raises `torch.OutOfMemoryError` at one.
+The seam is torch's dispatcher: a mode counts what may need memory, and raises `torch.OutOfMemoryError` at one of them.
 What had ended with it is resumed from its folder, what had not is done again, and both give the bits of the generation
 that had memory enough.
 """
@@ -30,6 +30,8 @@ from kvpack.testing import tiny_wan_pipeline
 #: Two chunks, and then all that a stream can do, so that most blocks are in the archive when it is forked.
 SCRIPT = "save next next save send next next save next rewind next fork save next next resume next call"
 SHORT = "save next next send save next rewind fork save next resume"
+#: Lines of each memory's own that are tried; with all of them, and of all memories, it takes half an hour of a core.
+LINES = 24
 _TWO = {"chunk_frames": 2}
 _SIZES: dict[str, Any] = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 1, "archive_blocks": 3}
 MEMORIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,6 +47,7 @@ MEMORIES: dict[str, tuple[str, dict[str, Any]]] = {
     "longlive": ("longlive", {"window_frames": 6, "sink_frames": 2} | _TWO),
     "memrope": ("memrope", {"sink_frames": 2, "recent_frames": 2} | _TWO),
 }
+_IN_PLACE = ("aten::fill_.Scalar", "aten::zero_", "aten::set_.source_Storage", "aten::_local_scalar_dense")
 _HERE = ("/kvpack/", "/adapters/", "/policies/")
 
 
@@ -63,7 +66,7 @@ class Scarce(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, or refuse to."""
-        if not func.is_view:
+        if allocates(func, args):
             self.count += 1
             if self.at is None:
                 self.places.setdefault((func.name(), _caller()), []).append(self.count - 1)
@@ -78,6 +81,16 @@ class Scarce(TorchDispatchMode):
     def held(self) -> int:
         """Storages that were made in it and are still there."""
         return len({each.cdata for each in self._held if not each.expired()})
+
+
+def allocates(func: Any, args: Any) -> bool:
+    """Whether an operation may need memory: all but views, one number, nothing, and copies that convert nothing."""
+    if func.name() == "aten::copy_":
+        into, of = args[:2]
+        return bool((into.dtype, into.device) != (of.dtype, of.device))
+    if func.name() == "aten::empty.memory_format":
+        return 0 not in args[0]
+    return not func.is_view and func.name() not in _IN_PLACE
 
 
 def _caller() -> str:
@@ -227,7 +240,7 @@ def _freed(play: Play, scarce: Scarce, most: int) -> bool:
 
 
 def points(scarce: Scarce, faults: Faults, tried: set[tuple[str, str]], count: int) -> list[int]:
-    """Return operations: one of each line that needs memory and was not tried yet, and some others.
+    """Return operations: one of each of some lines that need memory and were not tried, and some others.
 
     Args:
         scarce: knows in whose line each operation is.
@@ -236,14 +249,14 @@ def points(scarce: Scarce, faults: Faults, tried: set[tuple[str, str]], count: i
         count: of the others.
     """
     new = [each for each in scarce.places if each not in tried]
-    chosen = faults.draw.sample(new, min(3, len(new))) if faults.small else new
+    chosen = faults.draw.sample(new, min(3 if faults.small else LINES, len(new)))
     tried.update(chosen)
     each = [faults.draw.choice(scarce.places[place]) for place in chosen]
     return each + [faults.draw.randrange(scarce.count) for _ in range(faults.times(count))]
 
 
 def out_of_memory(faults: Faults, name: str, tried: set[tuple[str, str]], count: int) -> Tally:
-    """Let an operation of a generation have no memory: each line that asks for some once, and others at random."""
+    """Let an operation of a generation have no memory: in some lines that ask for it, and at random."""
     tally, pipe, script = Tally(), starved_pipeline(name), SHORT if faults.small else SCRIPT
     with faults.new_folder() as folder, quiet():
         plenty(pipe, folder / "first", script)  # what the pipeline keeps from its first call on is made now
