@@ -48,7 +48,7 @@ def kinds() -> dict[str, Callable[[Faults], Tally]]:
 
 
 def _starved(name: str, lines: set[tuple[str, str]], faults: Faults) -> Tally:
-    return memory.out_of_memory(faults, name, lines, 20)
+    return memory.out_of_memory(faults, name, lines, 6)
 
 
 def run(small: bool = False) -> list[Row]:

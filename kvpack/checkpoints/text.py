@@ -1,6 +1,11 @@
 """Text files of other people's editors."""
 
+import json
 from pathlib import Path
+from typing import Any
+
+#: Bytes of the largest config; Python's objects take twenty times what their JSON does.
+_MOST_JSON = 1 << 20
 
 
 def read_text(path: Path) -> str:
@@ -11,6 +16,30 @@ def read_text(path: Path) -> str:
         UnicodeDecodeError: if it is not UTF-8.
     """
     return path.read_text(encoding="utf-8-sig")
+
+
+def read_json(path: Path) -> Any:
+    """Read a config.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is no JSON, or larger than any config.
+    """
+    if (size := path.stat().st_size) > _MOST_JSON:
+        raise ValueError(f"it has {size} bytes, but a config has at most {_MOST_JSON}")
+    return parsed_json(read_text(path))
+
+
+def parsed_json(text: str) -> Any:
+    """Return what JSON says.
+
+    Raises:
+        ValueError: if it is none, or nested without end.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def read_lines(path: Path) -> list[str]:
