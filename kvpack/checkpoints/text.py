@@ -6,6 +6,8 @@ from typing import Any
 
 #: Bytes of the largest config; Python's objects take twenty times what their JSON does.
 _MOST_JSON = 1 << 20
+#: Bytes and lines of the largest file of prompts.
+_MOST_TEXT, _MOST_LINES = 1 << 24, 100_000
 
 
 def read_text(path: Path) -> str:
@@ -50,6 +52,21 @@ def read_lines(path: Path) -> list[str]:
         UnicodeDecodeError: if it is not UTF-8.
     """
     return [line for _, line in numbered_lines(path)]
+
+
+def prompt_lines(path: Path) -> list[tuple[int, str]]:
+    """Read the numbered lines of a file of prompts, each of which becomes objects many times its size.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is not UTF-8, or larger than any such file.
+    """
+    if (size := path.stat().st_size) > _MOST_TEXT:
+        raise ValueError(f"it has {size} bytes, but prompts have at most {_MOST_TEXT}")
+    lines = numbered_lines(path)
+    if len(lines) > _MOST_LINES:
+        raise ValueError(f"it has {len(lines)} lines, but prompts have at most {_MOST_LINES}")
+    return lines
 
 
 def numbered_lines(path: Path) -> list[tuple[int, str]]:
