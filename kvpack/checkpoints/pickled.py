@@ -34,7 +34,7 @@ _TENSORS = {"torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2", "
 _BYTES = {"DoubleStorage": 8, "LongStorage": 8, "FloatStorage": 4, "IntStorage": 4, "HalfStorage": 2, "ShortStorage": 2}
 _BYTES |= {"BFloat16Storage": 2, "ComplexFloatStorage": 8, "ComplexDoubleStorage": 16}
 #: Bytes of a pickle without tensors; Python's objects take sixty times what one byte of it may stand for.
-_MOST = 1 << 20
+_MOST = 1 << 18
 _MARK, _GLOBAL = object(), "a name "
 
 

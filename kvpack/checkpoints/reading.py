@@ -71,6 +71,7 @@ def header(source: Path) -> dict[str, str]:
     told: dict[str, str] = {}
     for path in _shards(source) if source.is_dir() else [source]:
         if path.suffix == ".safetensors":
+            _require_short_header(path)
             with safe_open(path, framework="pt") as file:
                 told |= file.metadata() or {}
     return told
@@ -177,6 +178,7 @@ def _load_file(path: Path) -> Mapping[str, Any]:
     mapped = is_archive(path)  # files of old torch cannot be mapped
     try:
         if path.suffix == ".safetensors":
+            _require_short_header(path)
             return load_file(path)
         require_modest(path)
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -195,6 +197,14 @@ def _load_file(path: Path) -> Mapping[str, Any]:
     if not isinstance(data, Mapping):
         raise InvalidOptionError(f"{path} must hold weights by name, got a {type(data).__name__}")
     return data
+
+
+def _require_short_header(path: Path) -> None:
+    """Refuse a safetensors file that is nearly all header: of each tensor that it lists Python makes a kilobyte."""
+    with open(path, "rb") as file:
+        announced, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+    if announced > _SPARE + size // 32:
+        raise InvalidOptionError(f"{path} is not a whole checkpoint: of its {size} bytes the header has {announced}")
 
 
 def _listed(names: Iterable[object], most: int = 5) -> str:

@@ -2,11 +2,8 @@
 
 import copy
 import json
-import os
-import re
 import shutil
 import warnings
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import quiet, seeded
+from helpers import quiet, seeded, taken
 from kvpack.errors import KVPackError, SnapshotError
 from kvpack.snapshots import folder as folders
 from kvpack.testing import tiny_wan_pipeline
@@ -29,6 +26,7 @@ CALL = {
     "max_sequence_length": 8,
     "output_type": "pt",
 }
+MIB = 2**20
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
@@ -129,32 +127,6 @@ def test_any_bytes(data, kind, pipe, saved, folder):
             assert before.read_bytes() == after.read_bytes()
 
 
-def peak():
-    """The most memory that this process has had since it was last asked."""
-    status = Path("/proc/self/status").read_text()
-    Path("/proc/self/clear_refs").write_text("5")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
-
-
-def taken(work):
-    """Memory that some work takes at its peak, in a process of its own."""
-    readable, writable = os.pipe()
-    if not (child := os.fork()):
-        try:
-            peak()
-            before = peak()
-            with suppress(KVPackError):
-                work()
-            os.write(writable, str(peak() - before).encode())
-        finally:
-            os._exit(0)
-    os.close(writable)
-    os.waitpid(child, 0)
-    with os.fdopen(readable) as told:
-        return int(told.read())
-
-
-MIB = 2**20
 LARGE = {
     "lists": "[" + "[]," * MIB + "0]",
     "objects": "[" + '{"a":{}},' * MIB + "0]",
