@@ -1,6 +1,7 @@
 """Files of prompts, futures, batches and checkpoints from strangers: one line of an error, and nothing else."""
 
 import json
+from hashlib import sha256
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,6 +11,7 @@ from kvpack.batch.folder import BatchFolder
 from kvpack.batch.videos import Settings, Video, read_videos
 from kvpack.cli.futures import read_futures
 from kvpack.errors import InvalidOptionError, KVPackError
+from kvpack.media.segments import Segment, SegmentedVideo
 from kvpack.pipeline.checkpoints import Job
 
 MANY = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -121,6 +123,22 @@ def test_any_job_of_a_folder_of_checkpoints(data, tmp_path):
         assert job.output.endswith(".mp4")
         assert 0 < job.fps < 1e9
         assert job.every >= 1
+
+
+@MANY
+@given(
+    tree=JSON | st.lists(objects("name", "frames", "bytes", "sha256", frames=st.just(3)), max_size=2), data=st.data()
+)
+def test_any_list_of_segments(tree, data, tmp_path):
+    (tmp_path / "outside.mp4").write_bytes(b"x")
+    whole = {"name": "segment-000001.mp4", "frames": 3, "bytes": 1, "sha256": sha256(b"x").hexdigest()}
+    changed = {**whole, data.draw(st.sampled_from([*whole])): data.draw(JSON | st.just("../outside.mp4"))}
+    for done in (tree, [changed]):
+        (tmp_path / "segments").mkdir(exist_ok=True)
+        (tmp_path / "segments/segment-000001.mp4").write_bytes(b"x")
+        video = tried(SegmentedVideo, tmp_path / "segments", 16.0, done)
+        assert video is None or all(each == Segment(**{**whole, "frames": each.frames}) for each in video.segments)
+    assert (tmp_path / "outside.mp4").exists()
 
 
 @MANY
