@@ -14,6 +14,9 @@ end to end  a whole chunk through kvpack over the same forwards with keys in pla
 plain       keeps keys before RoPE too, but concatenates and rotates all of them in every forward (choice and angles for
             free)
 
+"packforcing" is that stack as it comes, which keeps tokens (`keep-farthest`) and chooses by attention (`softmax-mass`)
+among a full archive, 128 blocks; with `int8` all of them are decoded to be looked at. `pool` stands for what is summed.
+
 With `lr` a chunk's compressed twin is made in latent space: its own forward through the layer counts as overhead, and
 so does a 30th (the layer's share) of shrinking the decoded pixels and encoding them with a VAE of Wan's size in fp32.
 Decoding does not: the user's video needs it. Positions and angles count whole, though 30 layers share them.
@@ -40,6 +43,8 @@ from kvpack.policies.lr import LowResolutionCompressor
 
 BARS = (
     Bar("overhead of a chunk over the layer's own work", "kvpack, pool", "overhead / own work", 0.01),
+    Bar("the same as it comes, behind a full archive", "packforcing, dense", "overhead / own work", 0.01),
+    Bar("the same in int8", "packforcing, int8", "overhead / own work", 0.03),
     Bar("the same with twins that a layer's forward makes", "kvpack, lr", "overhead / own work", 0.05),
     Bar("the plain version's output is kvpack's", "plain", "relative difference", 0.02, timed=False),
 )
@@ -109,6 +114,17 @@ def lr_rows(size: Size, dtype: torch.dtype, name: str, chunk_seconds: float, sha
     return kvpack_rows(f"kvpack, lr, {name}", chunks, chunk_seconds)
 
 
+def default_rows(size: Size, dtype: torch.dtype, name: str, chunk_seconds: float) -> list[Row]:
+    """The stack as it comes behind a full archive, dense and in eight bits."""
+    rows = []
+    for store in ("dense", "int8"):
+        say(f"overhead: {name}, packforcing, {store}")
+        layer = Layer(size, dtype, "keep-farthest", "softmax-mass", store, archived=128)
+        parts = [layer.parts() for _ in range(size.chunks)]
+        rows += kvpack_rows(f"packforcing, {store}, {name}", parts, chunk_seconds)
+    return rows
+
+
 @torch.no_grad()
 def run(small: bool = False) -> list[Row]:
     """Overhead in fp32 and bf16."""
@@ -116,7 +132,8 @@ def run(small: bool = False) -> list[Row]:
     share = shrink_seconds(size)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         pool, chunk_seconds = pool_rows(size, dtype, name)
-        rows += [*pool, *lr_rows(size, dtype, name, chunk_seconds, share)]
+        rows += [*pool, *default_rows(size, dtype, name, chunk_seconds)]
+        rows += lr_rows(size, dtype, name, chunk_seconds, share)
     return rows
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu import table as cards
 from benchmarks.hotpath import ALLOCATIONS, CHUNK, FIRST, LATER, MOVED, NEEDED, OPERATORS
 from benchmarks.report import RESULTS, figure, read
 from kvpack.planning.planner import Plan, plan
@@ -192,12 +193,18 @@ def constants_table() -> str:
     return table(["constant", "value", "from"], rows)
 
 
+def cards_table() -> str:
+    """Return what cards have said."""
+    return table(cards.HEAD, cards.rows())
+
+
 TABLES = {
     "chunk": chunks_table,
     "length": lengths_table,
     "full": full_table,
     "gpus": gpus_table,
     "constants": constants_table,
+    "cards": cards_table,
 }
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +16,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor
 
 from benchmarks.clock import Clock, seconds
+from benchmarks.gpu.video import quickly
 from benchmarks.report import SEED
 from kvpack import Geometry, Session
 from kvpack.adapters.attention import ForwardLayers, PackedAttnProcessor
@@ -24,6 +25,7 @@ from kvpack.memory.archive import Archive
 from kvpack.memory.rope import rotate
 from kvpack.memory.stack_plan import StackPlan
 from kvpack.memory.store import Arena
+from kvpack.plugins.registry import registry
 from kvpack.policies.stacks import packforcing
 
 STEPS, FRAMES, WAN_LAYERS, TEXT_TOKENS = 4, 4, 30, 512
@@ -112,7 +114,15 @@ class Plain:
 class Layer:
     """One transformer layer with random weights, a session, and a history long enough for a real choice."""
 
-    def __init__(self, size: Size, dtype: torch.dtype, compressor: str, selector: str = "topk") -> None:
+    def __init__(
+        self,
+        size: Size,
+        dtype: torch.dtype,
+        compressor: str,
+        selector: str = "topk",
+        store: str = "dense",
+        archived: int = ARCHIVED,
+    ) -> None:
         torch.manual_seed(SEED)
         self.size, self.dtype = size, dtype
         self.block = WanTransformerBlock(size.width, size.ffn, size.heads, cross_attn_norm=True).to(dtype).eval()
@@ -126,15 +136,17 @@ class Layer:
             sink_frames=SINK,
             recent_frames=RECENT,
             chunk_frames=FRAMES,
-            archive_blocks=ARCHIVED,
+            archive_blocks=archived,
         )
+        four_roles = replace(four_roles, store=registry().policy("codec", store))
         self.session = Session(four_roles, size.geometry(dtype))
         self.compressor, self.clock = four_roles.compressor, Clock()
         self.tokens = FRAMES * self.session.geometry.tokens_per_frame
         self.text, self.modulation = self.random(TEXT_TOKENS, size.width), torch.randn(1, 6, size.width)
-        for _ in range((SINK + RECENT) // FRAMES + ARCHIVED):
-            self.commit(self.projections())
-            self.session.finish_commit()
+        with nullcontext() if archived == ARCHIVED else quickly(self.session):
+            for _ in range((SINK + RECENT) // FRAMES + archived):
+                self.commit(self.projections())
+                self.session.finish_commit()
         self.commit_parts = (*((POOL,) if compressor == "pool" else ()), STORE, KEEP, BOOKS)
 
     @property

@@ -1,6 +1,7 @@
 """Compressed blocks that are some of a block's own tokens: keys and values as they were, where they were."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import ClassVar
@@ -61,11 +62,19 @@ class KeepCompressor(Compressor):
 
     def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
         """Return the chosen tokens, in the order that they have in the block."""
-        frames = block.span.frames
-        index = self.choose(block, grid, self.count(frames, grid)).sort(dim=1).values
-        cells, columns = prod(grid), grid[1]
-        coordinates = torch.stack([index // cells, index % cells // columns, index % columns], dim=2).float()
-        return KVBlock(*self.kept(block, index), Span(block.span.first_frame, frames, coordinates))
+        chosen = self.choose(block, grid, self.count(block.span.frames, grid))
+        return self.at([block], grid, chosen)[0]
+
+    def at(self, blocks: Sequence[KVBlock], grid: tuple[int, int], chosen: Int[Tensor, "rows kept"]) -> list[KVBlock]:
+        """Return the chosen tokens of a block in one or more layers; `chosen` has the rows of all, layer by layer."""
+        first_frame, frames = blocks[0].span.first_frame, blocks[0].span.frames
+        index, cells, columns = chosen.sort(dim=1).values, prod(grid), grid[1]
+        places = torch.stack([index // cells, index % cells // columns, index % columns], dim=2).float()
+        rows = len(index) // len(blocks)
+        return [
+            KVBlock(*self.kept(block, mine), Span(first_frame, frames, coordinates))
+            for block, mine, coordinates in zip(blocks, index.split(rows), places.split(rows), strict=True)
+        ]
 
     @abstractmethod
     def choose(self, block: KVBlock, grid: tuple[int, int], count: int) -> Int[Tensor, "batch kept"]:

@@ -1,5 +1,6 @@
 """Keep tokens whose keys are as unlike each other as can be: greedy k-centre (Gonzalez, 1985; cf. arXiv 1708.00489)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +42,11 @@ class FarthestCompressor(KeepCompressor):
         """Choose by the keys alone."""
         return farthest(joined_heads(block.keys), grid[0] * grid[1], count, self.rounds)
 
+    def compress_all(self, blocks: Sequence[KVBlock], grid: tuple[int, int]) -> list[KVBlock]:
+        """Choose for a few layers at once: a round is a dozen small kernels, for however many rows."""
+        keys, count = torch.cat([block.keys for block in blocks]), self.count(blocks[0].span.frames, grid)
+        return self.at(blocks, grid, farthest(joined_heads(keys), grid[0] * grid[1], count, self.rounds))
+
 
 def joined_heads(keys: Float[Tensor, "batch tokens heads head_dim"]) -> Float[Tensor, "batch tokens width"]:
     """Return keys of all heads as one vector of length 1, in float32."""
@@ -61,14 +67,15 @@ def farthest(
     nearest = unit @ unit.mean(dim=1)[..., None]  # likeness to the nearest of the kept ones, first to the mean
     nearest, chosen = nearest.squeeze(-1), []
     for index, size in enumerate(round_sizes(count, rounds)):
-        least = nearest.unflatten(1, (-1, cells)).amin(dim=1).repeat(1, nearest.shape[1] // cells)
+        framed = nearest.unflatten(1, (-1, cells))  # (batch, frames, cells)
         # All cosines are below 2, so that a place has its second token only after every place had its first.
-        new = (nearest + 4 * (nearest > least)).topk(size, dim=1, largest=False).indices
+        later = framed > framed.amin(dim=1, keepdim=True)
+        new = framed.add(later, alpha=4).flatten(1).topk(size, dim=1, largest=False).indices
         chosen.append(new)
         centres = unit.gather(1, new[..., None].expand(-1, -1, unit.shape[2]))
         like = (unit @ centres.transpose(1, 2)).amax(dim=2)
-        nearest = torch.where(nearest.isinf(), nearest, like if index == 0 else torch.maximum(nearest, like))
-        nearest = nearest.scatter(1, new, torch.inf)  # never again, though all were alike
+        nearest = like if index == 0 else torch.maximum(nearest, like)
+        nearest.scatter_(1, new, torch.inf)  # never again, though all were alike
     return torch.cat(chosen, dim=1)
 
 

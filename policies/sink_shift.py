@@ -16,9 +16,9 @@ class SinkShiftReindexer(Reindexer):
         chunk_start = layout.frames.new_full((layout.frames.shape[0],), float(layout.chunk_first_frame))
         starts = layout.first_frames.clone()
         sink = layout.columns("sink")
-        if sink:
-            others = starts[:, sink[-1] + 1 :]
+        if "sink" in layout.parts:
+            others, last = starts[:, sink.stop :], sink.stop - 1
             oldest = others.amin(dim=1) if others.shape[1] else chunk_start
-            sink_stop = starts[:, sink[-1]] + layout.frames[:, sink[-1]]
+            sink_stop = starts[:, last] + layout.frames[:, last]
             starts[:, sink] += (oldest - sink_stop)[:, None]
         return Placement(starts, layout.frames, chunk_start)

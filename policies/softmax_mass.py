@@ -1,18 +1,21 @@
 """Attend the archived blocks that would take the most attention (after PackForcing, arXiv 2603.25730, section 5)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from kvpack.errors import require_int
-from kvpack.memory.roles import Candidates, Query
+from kvpack.memory.roles import Candidates, Query, stacked
 from kvpack.policies.topk import QueryTopK
 
 #: Blocks that are scored in one product: at 832x480, 256 queries and 182 tokens a block, 36 MB of float32.
 _TOGETHER = 16
+#: As many in attention kernels, which put out tokens in the place of products: 25 MB in bfloat16.
+_FUSED_TOGETHER = 32
 
 
 @dataclass(frozen=True)
@@ -45,25 +48,48 @@ class SoftmaxMassSelector(QueryTopK):
     def scores(self, query: Query, candidates: Candidates) -> Float[Tensor, "batch blocks"]:
         """Average the logarithm of a block's softmax mass over heads and scored queries."""
         queries = query.rotated() if self.after_rope else query.queries
-        step = -(-queries.shape[1] // self.max_queries)
-        some = queries[:, ::step].float() / queries.shape[-1] ** 0.5  # (b, i, h, d)
-        keys = candidates.rotated_keys if self.after_rope else candidates.keys
+        some = queries[:, :: -(-queries.shape[1] // self.max_queries)]
+        fused = _fused_attention(some)
+        most = _TOGETHER if fused is None else _FUSED_TOGETHER
+        if self.after_rope:
+            runs = stacked(map(candidates.rotated_keys, range(candidates.count)), most)
+        else:
+            runs = candidates.together(most)
+        masses = [products(some, keys) if fused is None else attended(some, keys, fused) for keys in runs]
+        return query.mean_heads(torch.cat(masses, dim=1))
 
-        def masses(blocks: list[Tensor]) -> Float[Tensor, "batch some_blocks"]:
-            products = torch.einsum("bihd,bmjhd->bmhij", some, torch.stack(blocks, dim=1).float())
-            return products.logsumexp(dim=4).mean(dim=(2, 3))
 
-        every = (keys(block) for block in range(candidates.count))
-        return query.mean_heads(torch.cat([masses(each) for each in _alike(every)], dim=1))
+def products(
+    queries: Float[Tensor, "batch queries heads head_dim"], keys: Float[Tensor, "batch blocks tokens heads head_dim"]
+) -> Float[Tensor, "batch blocks"]:
+    """Return the mean logarithm of each block's softmax mass, from all products of queries and keys."""
+    scaled = queries.float() / queries.shape[-1] ** 0.5
+    return torch.einsum("bihd,bmjhd->bmhij", scaled, keys.float()).logsumexp(dim=4).mean(dim=(2, 3))
 
 
-def _alike(blocks: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield consecutive blocks of one size together, a few at a time: products, or keys, of all are never held."""
-    together: list[Tensor] = []
-    for block in blocks:
-        if together and (len(together) == _TOGETHER or block.shape[1] != together[0].shape[1]):
-            yield together
-            together = []
-        together.append(block)
-    if together:
-        yield together
+def attended(
+    queries: Float[Tensor, "batch queries heads head_dim"],
+    keys: Float[Tensor, "batch blocks tokens heads head_dim"],
+    attention: Callable[..., Any],
+) -> Float[Tensor, "batch blocks"]:
+    """Return the same from the log-sum-exp that an attention kernel gives; products are never in memory.
+
+    Args:
+        queries: a few of the chunk's.
+        keys: of several blocks, each of which is attended by itself.
+        attention: called with queries, keys and values; returns its output, and the log-sum-exp of each query.
+    """
+    blocks = keys.shape[1]
+    every = queries[:, None].expand(-1, blocks, -1, -1, -1).flatten(0, 1).transpose(1, 2)
+    each = keys.flatten(0, 1).transpose(1, 2)  # (batch * blocks, heads, tokens, head_dim)
+    return attention(every, each, each)[1].mean(dim=(1, 2)).unflatten(0, (-1, blocks))
+
+
+def _fused_attention(queries: Tensor) -> Callable[..., Any] | None:
+    """Return torch's flash attention, if it takes these on their device."""
+    if not queries.is_cuda or queries.shape[-1] % 8:
+        return None
+    each = queries.transpose(1, 2)
+    given = torch.backends.cuda.SDPAParams(each, each, each, None, 0.0, False, False)
+    usable = torch.backends.cuda.can_use_flash_attention(given)
+    return torch.ops.aten._scaled_dot_product_flash_attention if usable else None

@@ -216,9 +216,9 @@ class Run(ABC):
     @torch.no_grad()
     def generated(self, index: int, first: int, frames: int) -> GeneratedChunk:
         """Denoise a chunk, and commit it if something may follow."""
-        noise = self.noise(first, frames)
         self.denoiser.expect(frames)
         with self._driving():
+            noise = self.noise(first, frames)
             again = partial(self._denoised, index, first, noise, rewinding(self.call.get("generator")))
             latents = self.denoiser.accepted(self._denoised(index, first, noise), again)
             self.watch()
@@ -265,11 +265,11 @@ class Run(ABC):
     def _driving(self) -> Iterator[None]:
         """Put kvpack's processors into the transformer, and silence the pipeline's own bar and freeing, for a chunk."""
         enabled = require_enabled(self.pipeline)
-        self.adapter.check(self.pipeline)  # again for each chunk: anything may be switched on between two of them
-        if self.streaming:
-            self.denoiser.forget_prompt()
-        before, enabled.driving = enabled.driving, self
+        before, enabled.driving, enabled.device = enabled.driving, self, None
         try:
+            self.adapter.check(self.pipeline)  # again for each chunk: anything may be switched on between two of them
+            if self.streaming:
+                self.denoiser.forget_prompt()
             with self.denoiser.seam():
                 yield
         finally:

@@ -164,9 +164,7 @@ class Archive:
     def blocks_keys(self, slots: Sequence[int]) -> Float[Tensor, "rows blocks tokens heads head_dim"]:
         """Return keys of several blocks, each as long as a slot, decoded at once, on the model's device."""
         device = self.key_sums.device
-        parts = [
-            torch.stack([each[:, slot].to(device, non_blocking=True) for slot in slots], dim=1) for each in self.keys
-        ]
+        parts = [_in_order(each, slots, device) for each in self.keys]
         decoded = self.codec.decode_keys([each.flatten(0, 1) for each in parts], self.slot_tokens, self.dtype)
         return decoded.unflatten(0, (-1, len(slots)))
 
@@ -240,6 +238,14 @@ def _chosen(stored: Tensor, slots: Int[Tensor, "rows chosen"], known: list[list[
     for number, (row, slot) in enumerate(places):
         fetched[number].copy_(stored[row, slot], non_blocking=True)
     return fetched
+
+
+def _in_order(stored: Tensor, slots: Sequence[int], device: torch.device) -> Tensor:
+    """Return some slots of `[rows, slots, ...]` on a device: a view of those that lie there one behind the other."""
+    first, last = slots[0], slots[-1] + 1
+    if list(slots) == list(range(first, last)):
+        return stored[:, first:last].to(device, non_blocking=True)
+    return torch.stack([stored[:, slot].to(device, non_blocking=True) for slot in slots], dim=1)
 
 
 def grown_slots(slots: int, slot: int) -> int:

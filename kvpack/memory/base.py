@@ -1,7 +1,7 @@
 """The contract of a memory: what of the past a chunk attends, in host integers once a chunk and in tensors by layer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, PolicyError
+from kvpack.memory.attribution import memory_call
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import BlockEntry
 from kvpack.memory.plan import Book, Plan
@@ -201,6 +202,15 @@ class Memory(Policy, ABC):
             state: what `attend` gave for this chunk.
             chunk: the forward whose keys and values become history.
         """
+
+    def remember_all(self, states: Sequence[Any], chunks: Sequence[Chunk]) -> tuple[Any, ...]:
+        """Return the states of all layers with the clean chunk in them."""
+        made = []
+        for state, chunk in zip(states, chunks, strict=True):
+            assert chunk.plan is not None
+            with memory_call(self, "remember", chunk.plan.book.seconds, chunk.layer):
+                made.append(self.remember(state, chunk))
+        return tuple(made)
 
     def forget(self, state: Any, tokens: int) -> Any:
         """Return the state without the newest `tokens` tokens of history, which are about to be replayed."""

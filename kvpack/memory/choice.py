@@ -1,10 +1,12 @@
 """The choice of mid blocks by a selector, checked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvpack.errors import PolicyError
@@ -55,6 +57,7 @@ def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) 
         key_sums=seen(archive.key_sums.index_select(1, slots)),
         keys=keys,
         rotated_keys=lambda block: turned(lambda: keys(block), block),
+        runs=partial(_runs, archive, plan) if selector.by_head or geometry.shard is None else None,
     )
     query = Query(
         queries,
@@ -92,6 +95,17 @@ def _keys(archive: Archive, plan: StackPlan) -> Callable[[int], Tensor]:
         return ahead[block][:, : plan.tokens[block]]
 
     return keys
+
+
+def _runs(archive: Archive, plan: StackPlan, most: int) -> Iterator[Float[Tensor, "rows some tokens heads head_dim"]]:
+    """Yield keys of at most `most` consecutive mid blocks of one size together."""
+    first = 0
+    for tokens, alike in groupby(plan.tokens):
+        stop = first + len(list(alike))
+        for start in range(first, stop, most):
+            slots = [piece.slot for piece in plan.mid[start : min(start + most, stop)]]
+            yield archive.blocks_keys(slots)[:, :, :tokens]
+        first = stop
 
 
 def doubtful(chosen: Tensor | None, count: int) -> Tensor | bool:

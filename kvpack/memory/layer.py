@@ -140,13 +140,11 @@ class LayerCache:
         self.twins, self.earlier, self.signs = {}, (), []
         self.workspace.owner = None  # it would keep alive what was attended
 
-    def remembered(self, seconds: dict[str, float]) -> Any:
-        """Return the state with the chunk in it."""
+    def committed(self) -> tuple[Any, Chunk]:
+        """Return the state that the chunk attended, and the chunk that becomes history."""
         if self.attended is None or self.captured is None:
             raise RuntimeError("finish_commit() must follow commit() and the forward of the chunk")
-        chunk = replace(self.captured, twins=self.twins)
-        with memory_call(self.memory, "remember", seconds, self.index):
-            return self.memory.remember(self.attended.state, chunk)
+        return self.attended.state, replace(self.captured, twins=self.twins)
 
     def _attend_chunk(
         self, forward: Forward, first: "LayerCache", queries: Tensor, keys: Tensor, values: Tensor, attention: Attention

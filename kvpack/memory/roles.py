@@ -1,7 +1,7 @@
 """The four roles of a policy. An author subclasses one of them as a frozen dataclass; nothing else is needed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -73,6 +73,10 @@ class Compressor(Policy, ABC):
     @abstractmethod
     def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
         """Return the block that stands for `block`, with the tokens that `span` announces."""
+
+    def compress_all(self, blocks: Sequence[KVBlock], grid: tuple[int, int]) -> list[KVBlock]:
+        """Return what `compress` does of the same block in a few layers; a device is soonest done with all at once."""
+        return [self.compress(block, grid) for block in blocks]
 
     def level(self, age: int) -> int:
         """How small a block is attended that `age` newer ones in the archive have followed; 0 as it was archived."""
@@ -162,6 +166,7 @@ class Candidates:
         key_sums: sum over each block's keys before RoPE.
         keys: returns one block's keys before RoPE, `[batch, tokens, heads, head_dim]`.
         rotated_keys: returns the same after RoPE at their positions in the video; costs nothing unless called.
+        runs: returns keys before RoPE of all blocks, of consecutive ones of one size together; at most so many.
     """
 
     first_frames: tuple[int, ...]
@@ -170,6 +175,11 @@ class Candidates:
     key_sums: Float[Tensor, "batch blocks heads head_dim"]
     keys: Callable[[int], Tensor]
     rotated_keys: Callable[[int], Tensor] = _without_positions
+    runs: Callable[[int], Iterator[Tensor]] | None = None
+
+    def together(self, most: int) -> Iterator[Float[Tensor, "batch some tokens heads head_dim"]]:
+        """Yield keys before RoPE of all blocks, of at most `most` consecutive ones of one size together."""
+        return stacked(map(self.keys, range(self.count)), most) if self.runs is None else self.runs(most)
 
     @property
     def count(self) -> int:
@@ -209,9 +219,15 @@ class Layout:
     chunk_first_frame: int
     chunk_frames: int
 
-    def columns(self, part: Part) -> list[int]:
-        """Return indices of the blocks of one part."""
-        return [column for column, each in enumerate(self.parts) if each == part]
+    def columns(self, part: Part) -> slice:
+        """Return which columns are those of one part; a slice, since a GPU is waited for when a list is an index.
+
+        >>> empty = torch.zeros(1, 3)
+        >>> Layout(("sink", "mid", "mid"), empty, empty, 0, 4).columns("mid")
+        slice(1, 3, None)
+        """
+        first = self.parts.index(part) if part in self.parts else 0
+        return slice(first, first + self.parts.count(part))
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,6 +266,18 @@ class Reindexer(Policy, ABC):
 
     def check(self, partitioner: Partitioner, chunk_frames: int) -> None:
         """Raise `InvalidOptionError` if the positions cannot hold this partition."""
+
+
+def stacked(blocks: Iterable[Tensor], most: int) -> Iterator[Float[Tensor, "batch some tokens heads head_dim"]]:
+    """Yield `[batch, tokens, heads, head_dim]` of consecutive blocks of one size together, at most `most`."""
+    together: list[Tensor] = []
+    for block in blocks:
+        if together and (len(together) == most or block.shape[1] != together[0].shape[1]):
+            yield torch.stack(together, dim=1)
+            together = []
+        together.append(block)
+    if together:
+        yield torch.stack(together, dim=1)
 
 
 def as_indices(values: range, rows: int, device: torch.device) -> Int[Tensor, "rows chosen"]:

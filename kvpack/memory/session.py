@@ -163,10 +163,11 @@ class Session:
 
     def prepared(self) -> Past:
         """Return the past with the committed chunk in it; touches nothing that the present one uses."""
+        committed = zip(*(cache.committed() for cache in self.caches), strict=True)
+        states = self.stack.remember_all(*committed)
+        # Last, since it waits for the device, which has its work by now.
         if not agreed(self.geometry.shard, check_layers(self.caches), [cache.selected for cache in self.caches]):
             self.check_policies()
-        seconds = self.policy_seconds
-        states = tuple(cache.remembered(seconds) for cache in self.caches)
         assert self.plan is not None
         return Past(self.stack.committed(self.plan), states)
 

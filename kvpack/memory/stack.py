@@ -1,5 +1,6 @@
 """The memory of four small policies: what is kept whole, how the rest is compressed, which of it is attended, where."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, get_args
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpack.errors import InvalidOptionError, PolicyError, require_bool, require_choice, require_int
-from kvpack.memory.archive import Archive
+from kvpack.memory.archive import Archive, Encoded
 from kvpack.memory.attribution import policy_call
 from kvpack.memory.base import Attended, Chunk, Commit, Memory
 from kvpack.memory.blocks import KVBlock, Span, check_block, grid_coordinates
@@ -35,6 +36,9 @@ ROLES: dict[str, type[Policy]] = {
     "selector": Selector,
     "reindexer": Reindexer,
 }
+
+#: Tokens of all layers that are compressed together: 200 MB of float32 at 1,536 channels, which a forward takes too.
+_TOGETHER = 32_768
 
 
 @dataclass(frozen=True)
@@ -167,23 +171,28 @@ class Stack(Memory):
 
     def remember(self, state: StackState, chunk: Chunk) -> StackState:
         """Keep the clean chunk whole, and compress what leaves the recent blocks."""
-        plan, each = chunk.plan, chunk.geometry.tokens_per_frame
+        (remembered,) = self.remember_all([state], [chunk])
+        return remembered
+
+    def remember_all(self, states: Sequence[StackState], chunks: Sequence[Chunk]) -> tuple[StackState, ...]:
+        """Do as `remember` for all layers, of which a few compress their blocks together."""
+        plan, count = chunks[0].plan, len(chunks)
         assert isinstance(plan, StackPlan)
-        whole = list(state.whole)
-        for piece in plan.new_pieces:
-            cut = slice((piece.first_frame - chunk.first_frame) * each, (piece.stop - chunk.first_frame) * each)
-            assert chunk.tokens.block is not None
-            whole.append(KeptBlock(piece.first_frame * each, chunk.tokens.block.part(cut), chunk.twins.get(piece)))
+        wholes = [(*state.whole, *_new_blocks(chunk, plan)) for state, chunk in zip(states, chunks, strict=True)]
         pieces = (*plan.ledger.whole, *plan.new_pieces)
-        leaving = []
+        leaving: list[list[tuple[int, Encoded]]] = [[] for _ in chunks]
         for i, slot in plan.step.leaving:
-            block = self._compressed(pieces[i], whole[i], chunk)
-            self._check_places(block, state.archive, chunk.layer)
-            state.archive.reserve(slot, block.keys, block.own_places)
-            with policy_call(self.store, "encode", plan.ledger.seconds, chunk.layer):
-                leaving.append((slot, state.archive.encoded(block.keys, block.values, block.own_places)))
-        tokens = state.tokens + len(chunk.tokens)
-        return StackState(tuple(whole[i] for i in plan.step.kept), state.archive, tokens, tuple(leaving))
+            together = max(1, _TOGETHER // (len(chunks[0].queries) * wholes[0][i].block.tokens))
+            for some in (slice(first, first + together) for first in range(0, count, together)):
+                blocks = self._compressed(pieces[i], [whole[i] for whole in wholes[some]], chunks[some])
+                for block, state, chunk, mine in zip(blocks, states[some], chunks[some], leaving[some], strict=True):
+                    mine.append((slot, self._encoded(block, slot, state.archive, chunk)))
+        return tuple(
+            StackState(
+                tuple(whole[i] for i in plan.step.kept), state.archive, state.tokens + len(chunk.tokens), tuple(mine)
+            )
+            for state, chunk, whole, mine in zip(states, chunks, wholes, leaving, strict=True)
+        )
 
     def written(self, state: StackState) -> StackState:
         """Put blocks into slots, of which nothing of the past before is needed any more."""
@@ -221,23 +230,35 @@ class Stack(Memory):
         others = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in named}
         return {"name": self.name, **roles, **others, "store": _policy_dict(self.store)}
 
-    def _compressed(self, piece: BlockEntry, kept: KeptBlock, chunk: Chunk) -> KVBlock:
-        """Return what will stand for a block."""
-        grid, compressor, first_frame, frames = chunk.geometry.grid, self.compressor, piece.first_frame, piece.frames
-        span, keys, values = compressor.span(first_frame, frames, grid), kept.block.keys, kept.block.values
-        if kept.twin is not None:
-            block = KVBlock(*kept.twin, span)
-        else:
-            whole = Span(first_frame, frames, grid_coordinates(frames, grid))
-            assert isinstance(chunk.plan, StackPlan)
-            queries = chunk.queries if compressor.max_queries else None
-            seen = with_all_heads(compressor, chunk.geometry, KVBlock(keys, values, whole, queries))
-            with policy_call(compressor, "compress", chunk.plan.ledger.seconds, chunk.layer):
-                block = compressor.compress(seen, grid)
-            check_block(compressor, block, span, seen.keys, chunk.layer)
-            return with_own_heads(compressor, chunk.geometry, block)
-        check_block(compressor, block, span, keys, chunk.layer)
-        return block
+    def _compressed(self, piece: BlockEntry, kept: Sequence[KeptBlock], chunks: Sequence[Chunk]) -> list[KVBlock]:
+        """Return what will stand for a block, in each of some layers."""
+        compressor, geometry, frames = self.compressor, chunks[0].geometry, piece.frames
+        span = compressor.span(piece.first_frame, frames, geometry.grid)
+        twins = [KVBlock(*each.twin, span) for each in kept if each.twin is not None]
+        whole = Span(piece.first_frame, frames, grid_coordinates(frames, geometry.grid))
+        seen = twins or [
+            with_all_heads(compressor, geometry, KVBlock(*each.block.resolved(), whole, self._queries(chunk)))
+            for each, chunk in zip(kept, chunks, strict=True)
+        ]
+        blocks = twins
+        if not twins:
+            assert isinstance(chunks[0].plan, StackPlan)
+            with policy_call(compressor, "compress", chunks[0].plan.ledger.seconds):
+                blocks = compressor.compress_all(seen, geometry.grid)
+        for block, given, chunk in zip(blocks, seen, chunks, strict=True):
+            check_block(compressor, block, span, given.keys, chunk.layer)
+        return blocks if twins else [with_own_heads(compressor, geometry, block) for block in blocks]
+
+    def _queries(self, chunk: Chunk) -> Tensor | None:
+        return chunk.queries if self.compressor.max_queries else None
+
+    def _encoded(self, block: KVBlock, slot: int, archive: Archive, chunk: Chunk) -> Encoded:
+        """Return a block as its slot will hold it, for which there is room then."""
+        self._check_places(block, archive, chunk.layer)
+        archive.reserve(slot, block.keys, block.own_places)
+        assert chunk.plan is not None
+        with policy_call(self.store, "encode", chunk.plan.book.seconds, chunk.layer):
+            return archive.encoded(block.keys, block.values, block.own_places)
 
     def _check_places(self, block: KVBlock, archive: Archive, layer: int) -> None:
         if archive.slots and (archive.coordinates is None) != (block.own_places is None):
@@ -245,6 +266,15 @@ class Stack(Memory):
                 f"{type(self.compressor).__name__}.compress gave some blocks of layer {layer} places of their own and "
                 "others the announced ones; give all blocks, or none, coordinates with an axis of rows"
             )
+
+
+def _new_blocks(chunk: Chunk, plan: StackPlan) -> Iterator[KeptBlock]:
+    """Yield the chunk in the pieces that it is kept in."""
+    each, block = chunk.geometry.tokens_per_frame, chunk.tokens.block
+    assert block is not None
+    for piece in plan.new_pieces:
+        cut = slice((piece.first_frame - chunk.first_frame) * each, (piece.stop - chunk.first_frame) * each)
+        yield KeptBlock(piece.first_frame * each, block.part(cut), chunk.twins.get(piece))
 
 
 def _policy_dict(policy: Policy) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Enabled:
         adapter: drives the pipeline.
         run: the generation in progress.
         driving: the same, while the upstream call runs inside it.
+        device: where that runs, once somebody has asked.
         last: stats of the last generation.
         fps: pixel frames a second, which say at what chunk a prompt schedule's seconds are.
         first_chunk_frames: latent frames of a video's first chunk; None leaves it to the model.
@@ -50,6 +51,7 @@ class Enabled:
     adapter: Adapter
     run: Run | None = None
     driving: Run | None = None
+    device: torch.device | None = None
     last: dict[str, Any] = field(default_factory=dict)
     fps: float = 16.0
     first_chunk_frames: int | None = None

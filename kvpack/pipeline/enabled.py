@@ -182,6 +182,16 @@ class PackForcingMixin:
         if enabled is None or enabled.driving is None:
             self._kvpack_base.maybe_free_model_hooks(self)  # type: ignore[arg-type]
 
+    @property
+    def _execution_device(self) -> Any:
+        """Return the stock device; to find it walks through all modules, so that a chunk asks once."""
+        enabled, stock = self.__dict__.get("_kvpack"), self._kvpack_base._execution_device
+        if enabled is None or enabled.driving is None:
+            return stock.fget(self)
+        if enabled.device is None:
+            enabled.device = stock.fget(self)
+        return enabled.device
+
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
         """Return the stock bar, or in a generation what moves the one bar of the whole video."""
         enabled = self.__dict__.get("_kvpack")

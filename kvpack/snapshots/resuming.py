@@ -90,6 +90,7 @@ def _resumed(
     readers = {name: own if name == "pasts" else reader for name in state if name != "run"}
     moment = Moment(run=attributes, **{name: each.value(state[name]) for name, each in readers.items()})
     check_moment(moment)
+    _require_generators(attributes["call"].get("generator"), device)
     go_on(run, moment)
     _require_equal("geometry", content["geometry"], run.denoiser.geometry, run)
     check_sessions(run)
@@ -97,6 +98,16 @@ def _resumed(
     _warn_of_versions(content)
     pipeline._kvpack.choice = choice
     return run, str(content["generation"]), content.get("note")
+
+
+def _require_generators(given: Any, device: torch.device) -> None:
+    """Raise `SnapshotError` if noise cannot be drawn where the pipeline is: a CPU's generator serves every device."""
+    for each in given if isinstance(given, list) else [given]:
+        if each is not None and each.device.type not in ("cpu", device.type):
+            raise SnapshotError(
+                f"its noise is drawn on {each.device.type!r}, but the pipeline is on {device.type!r}; move the "
+                f"pipeline to {each.device.type!r} (a generation whose generator is on the CPU goes on anywhere)"
+            )
 
 
 @contextmanager

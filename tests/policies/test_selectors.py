@@ -1,6 +1,6 @@
 """Each selector on numbers that can be checked by hand, or against a plain double loop."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, log, sqrt
 
 import pytest
@@ -24,6 +24,7 @@ from kvpack.policies import (
     SinkMidRecentPartitioner,
     SoftmaxMassSelector,
     UniformSelector,
+    softmax_mass,
 )
 from kvpack.testing import TINY, check_policy, run_session
 
@@ -41,6 +42,45 @@ def blocks_of(keys):
     count = keys.shape[1]
     tokens = torch.full((count,), keys.shape[2])
     return Candidates(tuple(range(count)), (1,) * count, tokens, keys.sum(2), lambda block: keys[:, block])
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_attention_kernel_gives_the_masses_that_products_give(rows, dtype):
+    # The kernel for a CPU takes and gives what the one for CUDA does, which runs where that is.
+    kernels = {"cpu": torch.ops.aten._scaled_dot_product_flash_attention_for_cpu}
+    if torch.cuda.is_available():
+        kernels["cuda"] = softmax_mass._fused_attention(torch.zeros(1, 1, 1, 16, device="cuda", dtype=torch.half))
+    queries, keys = torch.randn(rows, 24, 3, 16), torch.randn(rows, 9, 7, 3, 16)
+    for device, kernel in kernels.items():
+        if (device, dtype) == ("cuda", torch.float32):
+            continue  # flash attention is for half precision there
+        some, few = queries.to(device, dtype)[:, ::2], keys.to(device, dtype)[:, ::2]
+        masses = softmax_mass.attended(some, few, kernel)
+        torch.testing.assert_close(masses, softmax_mass.products(some, few), atol=1e-4, rtol=1e-4)
+    assert softmax_mass._fused_attention(queries) is None
+
+
+def test_runs_of_an_archive_are_its_blocks_in_order():
+    """Blocks are read several at once, where they lie, across the end of the ring of slots too."""
+    stack = registry().stack("packforcing", {"keep_tokens": 5, "topk": 2, "archive_blocks": 5})
+    seen = []
+
+    class Spy(SoftmaxMassSelector):
+        name = "spy"
+
+        def scores(self, query, candidates):
+            one = torch.cat([candidates.keys(block) for block in range(candidates.count)], dim=1)
+            runs = list(candidates.together(3))
+            assert [each.shape[1] for each in runs[:-1]] == [3] * (len(runs) - 1)
+            seen.append(torch.equal(torch.cat([each.flatten(1, 2) for each in runs], dim=1), one))
+            return super().scores(query, candidates)
+
+    for store in ("dense", "int8"):
+        codec = registry().policy("codec", store, {})
+        run_session(Session(replace(stack, selector=Spy(2), store=codec), TINY), 16, batch=2)
+    assert len(seen) == 40
+    assert all(seen)
 
 
 @pytest.mark.parametrize(
