@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHook, StateManager
+from torch import Tensor
 
 from kvpack.adapters import attention
 from kvpack.adapters.compatibility import compiled_from
@@ -13,6 +15,7 @@ from kvpack.memory.layer import AttendingLayer
 from kvpack.memory.shard import Shard
 
 _HOOK_NAME = "kvpack_branch"
+Guided = Callable[[str, Callable[[], Any], Tensor], Any]
 
 
 @contextmanager
@@ -21,6 +24,7 @@ def attached(
     layers_for: Callable[[str, int | None], Sequence[AttendingLayer]],
     prompted: PromptedLayers,
     shard: Shard | None = None,
+    guided: Guided | None = None,
 ) -> Iterator[None]:
     """Run the transformer's self-attention over kvpack's memory, and leave a stock transformer behind.
 
@@ -29,9 +33,10 @@ def attached(
         layers_for: called before every forward with the pipeline's branch and step; returns the memory of each layer.
         prompted: cross-attentions whose prompt is computed once.
         shard: the process, where several hold a layer's heads.
+        guided: called in the place of every forward with its branch, the forward and the given latents.
     """
     transformer = compiled_from(transformer)
-    with _branch_hook(transformer) as context:
+    with _branch_hook(transformer, guided) as context:
 
         def before_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[AttendingLayer]:
             branch = context()
@@ -63,10 +68,23 @@ class _BranchHook(ModelHook):
         return module
 
 
+class _GuidedHook(_BranchHook):
+    """Lets a forward be that of another process."""
+
+    def __init__(self, guided: Guided) -> None:
+        super().__init__()
+        self.guided = guided
+
+    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what `guided` does."""
+        given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return self.guided(self.manager.context.name, partial(self.fn_ref.original_forward, *args, **kwargs), given)
+
+
 @contextmanager
-def _branch_hook(transformer: Any) -> Iterator[Callable[[], CacheContext]]:
+def _branch_hook(transformer: Any, guided: Guided | None) -> Iterator[Callable[[], CacheContext]]:
     """Give what returns the branch and step of the forward in progress."""
-    branch = _BranchHook()
+    branch = _BranchHook() if guided is None else _GuidedHook(guided)
     had_forward = "forward" in vars(transformer)
     hooks = HookRegistry.check_if_exists_or_initialize(transformer)
     try:

@@ -1,6 +1,6 @@
 """A Wan transformer over kvpack's memory, with the tokens of a latent-space compressor in its commits."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
@@ -24,10 +24,11 @@ from kvpack.adapters.wan.prompt_cache import PromptCache, PromptedLayers
 from kvpack.adapters.wan.vae import encode
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, UnusedOptionError
 from kvpack.generation.denoiser import Denoiser
+from kvpack.generation.guidance import Guidance
 from kvpack.generation.phase import Phase
 from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.layer import LayerCache
+from kvpack.memory.layer import AttendingLayer, LayerCache
 from kvpack.memory.ledger import BlockEntry
 from kvpack.memory.shard import Shard
 from kvpack.memory.sharded import require_by_head
@@ -74,6 +75,7 @@ class WanDenoiser(Denoiser):
                 raise UnsupportedPipelineError(
                     "a writer commits in one process; set packforcing.writer to None, or take enable_parallelism() away"
                 )
+        self.guidance = self._guidance()
         self._writers_prompt = None if prompt is None else PromptCache()
         if self.writer is not None and stack.commit != "rerun":
             raise UnusedOptionError("writer", f"{stack.name} keeps what the last denoising step computed, not a commit")
@@ -100,11 +102,44 @@ class WanDenoiser(Denoiser):
     def _shard(self) -> Shard | None:
         return shard_of(compiled_from(self.transformer))
 
+    def _guidance(self) -> Guidance | None:
+        group = getattr(vars(self.pipeline).get("_kvpack"), "guidance_group", None)
+        if group is None:
+            return None
+        for refused, why in (
+            (self.shard is not None, "enable_parallelism() splits each branch already; take one of the two"),
+            (self.buffer.differentiable, "training runs in one process"),
+            (self.stack.max_retries, f"{self.stack.name} vetoes chunks by what one branch has seen"),
+            (len(self.branches) != len(self.conditioning), "two experts have a memory each"),
+        ):
+            if refused:
+                raise UnsupportedPipelineError(f"guidance branches cannot be split: {why}")
+        return Guidance(group, tuple(self.conditioning), self.pipeline._execution_device)
+
     def seam(self) -> AbstractContextManager[None]:
         """Put kvpack's processors into the transformer for the block."""
         if not same_shard(self.shard, self._shard()):
             raise UnsupportedPipelineError("enable_parallelism() was called inside a generation; begin another one")
-        return attached(self.transformer, self.layers_for, self._prompted(), self.shard)
+        guided = None if self.guidance is None else self._guided
+        return attached(self.transformer, self.layers_for, self._prompted(), self.shard, guided)
+
+    def _guided(self, branch: str, forward: Callable[[], Any], latents: Tensor) -> Any:
+        """Return what a forward gives, of which another process may have the memory."""
+        if self.phase is None or self.phase.kind != "denoise":
+            return forward()  # a commit, of the process's own branch
+
+        def room() -> Tensor:
+            channels = compiled_from(self.transformer).config.out_channels
+            return latents.new_empty(latents.shape[0], channels, *latents.shape[2:])
+
+        assert self.guidance is not None
+        return (self.guidance.predicted(branch, lambda: forward()[0], room),)
+
+    def layers_for(self, branch: str, step: int | None = None) -> Sequence[AttendingLayer]:
+        """Return each layer's memory, none for a branch that another process runs."""
+        if self.guidance is not None and branch != self.guidance.own:
+            return ()
+        return super().layers_for(branch, step)
 
     def expect(self, frames: int) -> None:
         """Announce the length of the coming chunk, of which each process has as many tokens."""

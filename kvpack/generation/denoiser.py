@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpack.errors import GradientError, NonFiniteLatentsError
+from kvpack.generation.guidance import Guidance
 from kvpack.generation.phase import Phase
 from kvpack.generation.replay import CleanFrames
 from kvpack.memory.base import Memory
@@ -52,6 +53,13 @@ class Denoiser(ABC):
 
     #: The process that holds some heads of every layer; None where one process holds all.
     shard: Shard | None = None
+    #: The process that runs one guidance branch; None where one process runs all.
+    guidance: Guidance | None = None
+
+    @property
+    def link(self) -> Shard | None:
+        """What binds this process to the others of the generation."""
+        return self.shard if self.guidance is None else self.guidance.link
 
     @abstractmethod
     def seam(self) -> AbstractContextManager[None]:
@@ -87,8 +95,8 @@ class Denoiser(ABC):
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """Guidance branches that have a session of their own."""
-        return tuple(self.conditioning)
+        """Guidance branches that have a session of their own in this process."""
+        return tuple(self.conditioning) if self.guidance is None else (self.guidance.own,)
 
     @property
     def frames(self) -> int:
@@ -119,6 +127,8 @@ class Denoiser(ABC):
 
     def forget_chunk(self) -> None:
         """Take back all that is known of the chunk in progress; what is committed stays as it is."""
+        if self.guidance is not None:
+            self.guidance.forget()
         for session in self.sessions.values():
             session.adopt(session.past)
 
@@ -161,8 +171,8 @@ class Denoiser(ABC):
     def stats(self) -> dict[str, Any]:
         """Return tokens of one branch, bytes of all, and seconds of each part of the work."""
         each, shared = [session.stats() for session in self.sessions.values()], {"seconds": dict(self.seconds)}
-        if self.shard is not None:
-            shared["sent_bytes"] = dict(self.shard.sent)
+        if self.link is not None:
+            shared["sent_bytes"] = dict(self.link.sent)
         if not each:
             return {"stack": self.stack.name, "chunks": 0, "branches": [], **shared, "policy_seconds": {}}
         total = {key: sum(stats[key] for stats in each) for key in each[0] if key.endswith("_bytes")}
@@ -177,7 +187,7 @@ class Denoiser(ABC):
 
     def agreed(self, latents: Tensor) -> Tensor:
         """Return a chunk's latents as the first process has them, which are those of all; see `Shard.same`."""
-        return latents if self.shard is None else self.shard.same(latents)
+        return latents if self.link is None else self.link.same(latents)
 
     def check_finite(self, latents: Tensor, index: int) -> None:
         """Raise `NonFiniteLatentsError`, or the `PolicyError` that is its cause, if a chunk holds NaN or infinity."""
@@ -250,7 +260,8 @@ class Denoiser(ABC):
         conditioning = self.conditioning
         pasts: list[tuple[Any, Any]] = [(session, session.past) for session in self.sessions.values()]
         try:
-            yield
+            with nullcontext() if self.guidance is None else self.guidance.link.together():
+                yield
         except BaseException:
             self.conditioning = conditioning
             for session, past in pasts:

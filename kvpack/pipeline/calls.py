@@ -43,6 +43,7 @@ class Enabled:
         call: arguments of the pipeline's call that are the model's own, where a call does not give them.
         trace: file that generations write what their memory does to; copies do not take it along.
         writer: the transformer that commits clean chunks; None is the pipeline's own. Copies do not take it along.
+        guidance_group: processes that run a guidance branch each; None runs all here. Copies do not take it along.
         budget: what the memory of a generation may hold; None is as much as the stack says.
         choice: what the budget chose for the generation that began last.
     """
@@ -58,6 +59,7 @@ class Enabled:
     call: Mapping[str, Any] = field(default_factory=dict)
     trace: Path | None = None
     writer: Any = None
+    guidance_group: Any = None
     budget: Budget | None = None
     choice: Choice | None = None
 

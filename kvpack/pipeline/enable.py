@@ -19,6 +19,10 @@ from kvpack.plugins.resolve import named_stack, resolve_stack
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
+#: What is set on an enabled pipeline and stays where another memory is enabled.
+_KEPT = ("fps", "trace", "writer", "guidance_group")
+
+
 def enable(
     pipeline: Pipeline,
     stack: str | Memory | Mapping[str, Any] | None = None,
@@ -75,9 +79,7 @@ def enable(
         if own is None:
             warn_if_bidirectional(getattr(pipeline, "transformer", None))
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
-    kept = (
-        {"fps": float(settings.fps)} if before is None else {n: getattr(before, n) for n in ("fps", "trace", "writer")}
-    )
+    kept = {"fps": float(settings.fps)} if before is None else {name: getattr(before, name) for name in _KEPT}
     own_call = {"first_chunk_frames": settings.first_chunk_frames, "call": settings.call}
     attach(pipeline, resolved, adapter, **own_call, budget=budget, **kept)
     return pipeline

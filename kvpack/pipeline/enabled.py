@@ -67,6 +67,24 @@ class PackForcing:
         enabled.writer = None if writer is None else enabled.adapter.checked_writer(self._pipeline, writer)
 
     @property
+    def guidance_group(self) -> Any:
+        """Process group of which each process runs one guidance branch, and has its memory alone; None runs all here.
+
+        All processes make the same calls with the same seeds, and get the same video. It holds from the next generation
+        on, which can be neither saved nor forked.
+        """
+        return self._pipeline._kvpack.guidance_group
+
+    @guidance_group.setter
+    def guidance_group(self, group: Any) -> None:
+        enabled = self._pipeline._kvpack
+        if group is not None and not getattr(enabled.adapter, "shards", False):
+            raise UnsupportedPipelineError(
+                f"guidance branches of a {type(self._pipeline).__name__} run in one process; WanPipeline splits them"
+            )
+        enabled.guidance_group = group
+
+    @property
     def first_chunk_frames(self) -> int | None:
         """Latent frames of a video's first chunk, e.g. 1 for an independent first frame.
 

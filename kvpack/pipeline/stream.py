@@ -111,7 +111,7 @@ class Stream(Generator[Any, Prompt | None, None]):
             OutputError: if it cannot be written.
         """
         with alone(self._pipeline):
-            self._require_not_ahead()
+            self._require_all_here()
             require_between_chunks(self._run)
             path = Path(folder).resolve()  # the same folder has many names, and a relative one may mean another later
             if self._saver is None or self._saver.folder.path != path:
@@ -133,7 +133,7 @@ class Stream(Generator[Any, Prompt | None, None]):
             InvalidOptionError: if seeds or prompts are not as many as they were.
         """
         with alone(self._pipeline):
-            self._require_not_ahead()
+            self._require_all_here()
             run = forked(self._run)
             _turn(run, seed, prompt, cut)
         return type(self)(self._pipeline, run, self._on_chunk)
@@ -171,7 +171,12 @@ class Stream(Generator[Any, Prompt | None, None]):
         folder.forget_after(number)
         self._follow(run)
 
-    def _require_not_ahead(self) -> None:
+    def _require_all_here(self) -> None:
+        if self._run.denoiser.guidance is not None:
+            raise SnapshotError(
+                "each process has the memory of one guidance branch, and no snapshot holds both; set "
+                "packforcing.guidance_group to None before the generation to save or fork it"
+            )
         if self._beside is not None:
             raise SnapshotError(
                 "a stream with decode_device is a chunk ahead of the frames that it has handed out, and cannot be "

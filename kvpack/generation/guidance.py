@@ -1,0 +1,77 @@
+"""Guidance branches over processes: each process runs one of them, and is told what the others predict."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kvpack.errors import InvalidOptionError, ParallelError
+from kvpack.memory.shard import Shard
+
+
+class Guidance:
+    """One of several processes, which has the memory of one guidance branch.
+
+    A pipeline asks for its branches one after the other, and looks at what they predict when it has asked for all of
+    them: until then those of other processes are room for what they will send.
+
+    Args:
+        group: a process group, of which each process runs one branch.
+        branches: their names, in the order of the ranks.
+        device: where what crosses lies.
+
+    Raises:
+        InvalidOptionError: if there are not as many processes as branches.
+    """
+
+    def __init__(self, group: Any, branches: Sequence[str], device: torch.device) -> None:
+        ranks = dist.get_world_size(group)
+        if ranks != len(branches):
+            raise InvalidOptionError(
+                f"guidance_group has {ranks} processes, but this call has {len(branches)} guidance branches "
+                f"({', '.join(branches)}); a process runs one of them, and guidance_scale above 1 makes two"
+            )
+        self.link = Shard(ranks, dist.get_rank(group), group, device)
+        self.branches = tuple(branches)
+        self._asked: dict[str, Tensor] = {}
+
+    @property
+    def own(self) -> str:
+        """The branch that this process runs."""
+        return self.branches[self.link.rank]
+
+    def predicted(self, branch: str, forward: Callable[[], Tensor], room: Callable[[], Tensor]) -> Tensor:
+        """Return what a branch predicts, or where that will be once all branches were asked for.
+
+        Args:
+            branch: its name.
+            forward: runs the transformer; called for the process's own branch.
+            room: returns an empty tensor as large as a prediction.
+
+        Raises:
+            ParallelError: if a branch is asked for again before another was.
+        """
+        if branch in self._asked:
+            missing = ", ".join(name for name in self.branches if name not in self._asked)
+            raise ParallelError(
+                f"a denoising step asked for branch {branch} again, but not for {missing}, which another process waits "
+                "to be asked for; where guidance is left out of some steps, set packforcing.guidance_group to None"
+            )
+        self._asked[branch] = forward() if branch == self.own else room()
+        made = self._asked[branch]
+        if len(self._asked) == len(self.branches):
+            self._exchange()
+        return made
+
+    def forget(self) -> None:
+        """Take back what was asked for in a chunk that is given up."""
+        self._asked = {}
+
+    def _exchange(self) -> None:
+        asked, self._asked = self._asked, {}
+        every = self.link.gather(asked[self.own], 0).chunk(self.link.ranks)
+        for name, sent in zip(self.branches, every, strict=True):
+            if name != self.own:
+                asked[name].copy_(sent)
