@@ -1,7 +1,10 @@
 """What many tests do: seeds, distances, calls of a pipeline and of the command line."""
 
 import json
+import os
+import re
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import av
@@ -14,6 +17,7 @@ from typer.testing import CliRunner
 import kvpack
 from kvpack.cli import app
 from kvpack.compressors.network import HighResolutionBranch
+from kvpack.errors import KVPackError
 from kvpack.memory.layer import ForwardLayer
 from kvpack.memory.stack import Stack
 from kvpack.policies import ContiguousReindexer, PoolCompressor, QueryTopK, SinkMidRecentPartitioner
@@ -138,6 +142,34 @@ def pixels(path: Path) -> np.ndarray:
     """All frames of a video file."""
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+# What files from strangers cost
+
+
+def peak():
+    """The most memory that this process has had since it was last asked."""
+    status = Path("/proc/self/status").read_text()
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
+def taken(work):
+    """Memory that some work takes at its peak in a process of its own, be it refused or not; needs Linux."""
+    readable, writable = os.pipe()
+    if not (child := os.fork()):
+        try:
+            peak()
+            before = peak()
+            with suppress(KVPackError):
+                work()
+            os.write(writable, str(peak() - before).encode())
+        finally:
+            os._exit(0)
+    os.close(writable)
+    os.waitpid(child, 0)
+    with os.fdopen(readable) as told:
+        return int(told.read())
 
 
 # Inside a session: nothing else in the tests looks there

@@ -5,6 +5,7 @@ python server.py --folder sessions --budget-mb 64
 
 import argparse
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from fractions import Fraction
@@ -24,6 +25,7 @@ from kvpack.errors import KVPackError
 from kvpack.media.video import CODECS
 from kvpack.shipped import shipped_folder
 
+logger = logging.getLogger("uvicorn.error")
 STATUS: dict[type[Exception], int] = {FullError: 503, GoneError: 404, WrongChunkError: 409, KVPackError: 422}
 
 
@@ -169,7 +171,10 @@ async def _video(host: Host, name: str, chunks: int | None) -> AsyncIterator[byt
 async def _tidy(host: Host) -> None:
     while True:
         await asyncio.sleep(max(1.0, host.idle_seconds / 2))
-        await asyncio.wrap_future(host.tidy())
+        try:
+            await asyncio.wrap_future(host.tidy())
+        except KVPackError as error:  # e.g. a full disk: the sessions stay in memory, and the next turn tries again
+            logger.warning("idle sessions could not be saved: %s", error)
 
 
 class Server(uvicorn.Server):

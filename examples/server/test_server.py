@@ -1,9 +1,13 @@
 """Clients that share one pipeline get the frames of their own single runs, whatever happens to the others."""
 
 import io
+import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -116,6 +120,30 @@ def test_nobody_is_idle(serve):
         answer = client.post("/sessions", json={"prompt": "a blue square"})
         assert answer.status_code == 503
         assert "none of them is idle" in answer.json()["detail"]
+
+
+CLOCKS = {
+    "the time of day jumps": {"time": lambda: random.uniform(-1e9, 1e10)},
+    "no clock moves": {"monotonic": lambda: 1.0, "time": lambda: 1.0},
+    "hours pass between two looks": {"monotonic": partial(next, count(0, 18000))},
+}
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_clocks_that_jump_or_stand_still(clock, alone, serve, monkeypatch):
+    """Who is idle is moved to the disk and back; the time of day says nothing of it."""
+    idle = {"the time of day jumps": 3600.0, "no clock moves": 0.0, "hours pass between two looks": 3600.0}[clock]
+    others = {"monotonic": time.monotonic, "time": time.time, **CLOCKS[clock]}
+    monkeypatch.setattr("hosting.time", SimpleNamespace(**others))
+    monkeypatch.setattr(time, "time", others["time"])
+    with serve(capacity=2, idle_seconds=idle) as client:
+        names = [begin(client, *each) for each in list(USERS.items())[:2]]
+        made = [[chunk(client, name, 0)] for name in names]
+        client.host.tidy().result()
+        assert metric(client, "kvpack_sessions_in_memory") == (2 if clock == "the time of day jumps" else 0)
+        for parts, name in zip(made, names, strict=True):
+            parts += [chunk(client, name, number) for number in (1, 2)]
+    assert all(map(same, made, (single(alone, *each, 3) for each in USERS.items())))
 
 
 def test_another_prompt(alone, serve):

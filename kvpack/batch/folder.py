@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kvpack.batch.videos import Settings, Video
+from kvpack.batch.videos import Settings, Video, is_name
+from kvpack.checkpoints.text import parsed_json
 from kvpack.errors import OutputError
 from kvpack.media.video import make_folder, save_bytes
 
@@ -86,20 +87,21 @@ class BatchFolder:
         if not path.exists():
             return None
         try:
-            asked = json.loads(path.read_bytes())
-            return {"settings": dict(asked["settings"]), "videos": dict(asked["videos"])}
+            asked = parsed_json(path.read_bytes().decode())
+            videos = {name: dict(each) for name, each in dict(asked["videos"]).items()}
+            return {"settings": dict(asked["settings"]), "videos": videos}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{path} is damaged ({error}); give another --output") from error
+            raise OutputError(f"{path} is damaged ({str(error)[:200]}); give another --output") from error
 
     def entries(self) -> list[dict[str, Any]]:
         """Return the lines of the manifest; one that a full disk cut off is none."""
         path, entries = self.path / _MANIFEST, []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
-                entry = json.loads(line)
+                entry = parsed_json(line.decode())
             except ValueError:
                 continue
-            if isinstance(entry, dict) and isinstance(entry.get("name"), str):
+            if isinstance(entry, dict) and is_name(entry.get("name")):
                 entries.append(entry)
         return entries
 

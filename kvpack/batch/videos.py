@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvpack.checkpoints.text import numbered_lines
+from kvpack.checkpoints.text import prompt_lines
 from kvpack.errors import InvalidOptionError
 from kvpack.generation.prompts import shots
 from kvpack.planning.planner import video_frames
@@ -83,8 +83,8 @@ def read_videos(
         InvalidOptionError: if it cannot be read, or a line is wrong; the message names the line.
     """
     try:
-        lines = numbered_lines(path)
-    except (OSError, UnicodeDecodeError) as error:
+        lines = prompt_lines(path)
+    except (OSError, ValueError) as error:
         raise InvalidOptionError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     videos: dict[int, Video] = {}
     for number, line in lines:
@@ -110,7 +110,7 @@ def _video(line: str, usual: Mapping[str, Any]) -> Video:
         raise InvalidOptionError(f"{', '.join(unknown)} is no key of a line; those are {', '.join(_KEYS)}")
     video = Video(**{**usual, **given})
     _check_prompt(video)
-    if not isinstance(video.name, str) or not _NAME.fullmatch(video.name):
+    if not is_name(video.name):
         raise InvalidOptionError(f"a name is of letters, digits, '_', '-' and '.', without .mp4, got {video.name!r}")
     if not _is_number(video.seed, int) or not -(2**63) <= video.seed < 2**64:
         raise InvalidOptionError(f"seed must be a whole number between -2^63 and 2^64 - 1, got {video.seed!r}")
@@ -119,6 +119,11 @@ def _video(line: str, usual: Mapping[str, Any]) -> Video:
     if not _is_number(video.seconds, int | float):
         raise InvalidOptionError(f"seconds must be a number > 0, got {video.seconds!r}")
     return video
+
+
+def is_name(name: object) -> bool:
+    """Return whether a video may be called so: it is a file in the batch's folder."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def _check_prompt(video: Video) -> None:

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from kvpack.checkpoints.hub import model_folder
-from kvpack.checkpoints.text import read_text
-from kvpack.errors import InvalidOptionError
+from kvpack.checkpoints.text import read_json
+from kvpack.errors import InvalidOptionError, require_int
 from kvpack.version import __version__
 
 FILE = "kvpack_config.json"
@@ -57,16 +58,24 @@ class Settings:
             InvalidOptionError: if it does not hold settings.
         """
         try:
-            data = json.loads(read_text(path))
+            data = read_json(path)
             stack, known = data["stack"], {"fps", "first_chunk_frames", "call", "recipe"}
             settings = cls(stack["name"], stack.get("options", {}), **{key: data[key] for key in known & set(data)})
-            if not (isinstance(settings.stack, str) and settings.fps > 0):
-                raise ValueError("stack must have a name, and fps be above 0")
-            if not (isinstance(settings.options, dict) and isinstance(settings.call, dict)):
-                raise ValueError("options and call must be objects")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            settings._check()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise InvalidOptionError(f"{path} does not hold kvpack's settings: {error!r}; write it anew") from error
         return settings
+
+    def _check(self) -> None:
+        """Raise `ValueError` if something is of another kind than it must be."""
+        if not (isinstance(self.stack, str) and isinstance(self.recipe, str | None)):
+            raise ValueError("stack must have a name, and recipe be one")
+        if isinstance(self.fps, bool) or not (self.fps > 0 and isfinite(self.fps)):
+            raise ValueError("fps must be a number above 0")
+        if not (isinstance(self.options, dict) and isinstance(self.call, dict)):
+            raise ValueError("options and call must be objects")
+        if self.first_chunk_frames is not None:
+            require_int("first_chunk_frames", self.first_chunk_frames, minimum=1)
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Settings | None":

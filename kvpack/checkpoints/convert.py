@@ -18,7 +18,7 @@ from kvpack.checkpoints.hub import model_folder
 from kvpack.checkpoints.lora import merge, read_lora
 from kvpack.checkpoints.reading import NESTINGS, read_checkpoint
 from kvpack.checkpoints.recipes import Recipe
-from kvpack.checkpoints.text import read_text
+from kvpack.checkpoints.text import read_json
 from kvpack.errors import InvalidOptionError, OutputError, UnsupportedPipelineError
 
 _INDEX = "model_index.json"
@@ -141,7 +141,7 @@ def _base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(read_text(path))
+        data = read_json(path)
     except ValueError as error:
         raise InvalidOptionError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):

@@ -170,12 +170,18 @@ def _sorted(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Modul
             name = match["module"] if itself else f"{match['module']}.{_TARGETS[match['kind']]}"
             _put(path, wholes, name, Whole(tensor))
         elif match := _ALPHA.fullmatch(dotted):
-            modules.setdefault(match["module"], _Module()).alpha = float(tensor)
+            modules.setdefault(match["module"], _Module()).alpha = _alpha(path, key, tensor)
         else:
             raise InvalidOptionError(
                 f"{path} has {key}, which is no LoRA's; it needs ...lora_A.weight, ...lora_B.weight"
             )
     return modules, wholes
+
+
+def _alpha(path: Path, key: str, tensor: Tensor) -> float:
+    if tensor.numel() != 1 or not bool(tensor.isfinite().all()):
+        raise InvalidOptionError(f"{path} has {key}, which must be one number, got a tensor {tuple(tensor.shape)}")
+    return float(tensor)
 
 
 def _add_factor(path: Path, module: _Module, match: re.Match[str], tensor: Tensor) -> None:

@@ -1,8 +1,6 @@
 """Weights out of a checkpoint's file or folder, whatever they are wrapped in."""
 
-import json
 import re
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +11,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kvpack.checkpoints.text import read_text
+from kvpack.checkpoints.pickled import is_archive, require_modest
+from kvpack.checkpoints.text import read_json
 from kvpack.errors import InvalidOptionError, first_line
 
 #: Where a checkpoint keeps the generator's weights: the first of these that is there, again and again.
 NESTINGS = ("generator_ema", "generator", "model", "state_dict")
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+#: Bytes that weights may take beyond twice those of their files, for a number such as alpha in the place of a tensor.
+_SPARE = 1 << 20
 #: What wrappers put into names, anywhere, and in front of them.
 _INNER = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module", "module"}
 _OUTER = {"model", "diffusion_model", "base_model", "generator", "transformer"}
@@ -61,6 +62,7 @@ def read_checkpoint(source: Path, weights: str | None = None, nestings: Sequence
     if not tensors:
         raise InvalidOptionError(f"{source} holds no tensors but {_listed(data)}; choose where with --weights KEY")
     _require_floats(tensors, source)
+    _require_own(tensors, source)
     return Checkpoint(tensors, nesting)
 
 
@@ -69,6 +71,7 @@ def header(source: Path) -> dict[str, str]:
     told: dict[str, str] = {}
     for path in _shards(source) if source.is_dir() else [source]:
         if path.suffix == ".safetensors":
+            _require_short_header(path)
             with safe_open(path, framework="pt") as file:
                 told |= file.metadata() or {}
     return told
@@ -126,6 +129,16 @@ def _require_floats(tensors: Mapping[str, Tensor], source: Path) -> None:
         )
 
 
+def _require_own(tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse weights that are one stretch of the file again and again: what is done to them makes memory of each."""
+    needed = sum(each.nbytes for each in tensors.values())
+    given = sum(path.stat().st_size for path in (_shards(source) if source.is_dir() else [source]))
+    if needed > 2 * given + _SPARE:
+        raise InvalidOptionError(
+            f"{source} has {given} bytes, but its weights would take {needed}; it is no checkpoint"
+        )
+
+
 def _load(source: Path) -> Mapping[str, Any]:
     if not source.is_dir():
         return _load_file(source)
@@ -142,9 +155,11 @@ def _shards(folder: Path) -> list[Path]:
     # A folder may hold the weights twice, as safetensors and pickled: its safetensors are taken.
     for index in sorted(folder.glob("*.index.json"), key=lambda path: ".safetensors." not in path.name):
         try:
-            names = sorted(set(json.loads(read_text(index))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidOptionError(f"{index} is not the index of a sharded checkpoint: {error!r}") from error
+        if wrong := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+            raise InvalidOptionError(f"{index} names {str(wrong[0])[:80]!r}, which is no file beside it")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise InvalidOptionError(f"{index} names {len(missing)} files that are not there, e.g. {missing[0]}")
@@ -160,11 +175,15 @@ def _load_file(path: Path) -> Mapping[str, Any]:
         raise InvalidOptionError(f"no checkpoint {path}; give a file or a folder of shards")
     if path.suffix not in (".safetensors", *PICKLED):
         raise InvalidOptionError(f"{path} is none of {', '.join(('.safetensors', *PICKLED))}")
-    mapped = zipfile.is_zipfile(path)  # files of old torch cannot be mapped
+    mapped = is_archive(path)  # files of old torch cannot be mapped
     try:
         if path.suffix == ".safetensors":
+            _require_short_header(path)
             return load_file(path)
+        require_modest(path)
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except InvalidOptionError:
+        raise
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise InvalidOptionError(f"{path} is not a whole checkpoint: {first_line(error)}") from error
     except Exception as error:  # unpickling refuses in several ways
@@ -178,6 +197,14 @@ def _load_file(path: Path) -> Mapping[str, Any]:
     if not isinstance(data, Mapping):
         raise InvalidOptionError(f"{path} must hold weights by name, got a {type(data).__name__}")
     return data
+
+
+def _require_short_header(path: Path) -> None:
+    """Refuse a safetensors file that is nearly all header: of each tensor that it lists Python makes a kilobyte."""
+    with open(path, "rb") as file:
+        announced, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+    if announced > _SPARE + size // 32:
+        raise InvalidOptionError(f"{path} is not a whole checkpoint: of its {size} bytes the header has {announced}")
 
 
 def _listed(names: Iterable[object], most: int = 5) -> str:

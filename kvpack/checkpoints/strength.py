@@ -1,14 +1,15 @@
 """How strong a LoRA is: every place where its files may say so, read in one function."""
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
 from kvpack.checkpoints.reading import header
-from kvpack.checkpoints.text import read_text
+from kvpack.checkpoints.text import parsed_json, read_json
 from kvpack.errors import InvalidOptionError
 
 #: Where `save_lora_weights` of diffusers keeps PEFT's config in a safetensors header.
@@ -18,6 +19,9 @@ _NOTES = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")
 #: What PEFT computes otherwise than as `scale * up @ down`, and starts that change the model's own weights.
 _OTHER = ("use_dora", "use_qalora", "fan_in_fan_out", "layer_replication", "alora_invocation_tokens")
 _STARTS = ("pissa", "olora", "corda", "loftq")
+
+#: Characters of a pattern of modules' names, and repetitions in it, each of which a match may try all places for.
+_MOST_PATTERN, _MOST_REPEATED = 500, 3
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,9 @@ class Strength:
         told, beside = header(path), (path if path.is_dir() else path.parent) / "adapter_config.json"
         found: dict[str, dict[str, Any]] = {}
         if _METADATA in told:
-            found["header"] = _config(f"{_METADATA} of {path}", told[_METADATA])
+            found["header"] = _config(f"{_METADATA} of {path}", partial(parsed_json, told[_METADATA]))
         if beside.is_file():
-            found["file"] = _config(str(beside), read_text(beside))
+            found["file"] = _config(str(beside), partial(read_json, beside))
         if len(found) == 2 and _said(found["header"]) != _said(found["file"]) and asked is None:
             raise InvalidOptionError(f"{path} and {beside} differ in the LoRA's strength; move one away")
         place, config = next(iter(found.items()), (None, {}))
@@ -94,17 +98,20 @@ class Strength:
         return None if alpha is None else float(alpha)
 
 
-def _config(where: str, text: str) -> dict[str, Any]:
+def _config(where: str, read: Callable[[], Any]) -> dict[str, Any]:
     """Return PEFT's config, without the name of the component that diffusers puts before each key."""
     try:
-        data = {name.removeprefix("transformer."): value for name, value in json.loads(text).items()}
+        data = {name.removeprefix("transformer."): value for name, value in read().items()}
         other = [name for name in _OTHER if data.get(name)]
         if data.get("lora_alpha") is None:
             raise ValueError("it has no lora_alpha")
         for value in (data["lora_alpha"], *(data.get("alpha_pattern") or {}).values()):
-            float(value)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InvalidOptionError(f"{where} is not PEFT's: {error}") from error
+            if not isfinite(float(value)):
+                raise ValueError(f"an alpha in it is {value}")
+        for pattern in (*(data.get("alpha_pattern") or {}), *(data.get("rank_pattern") or {}).keys()):
+            _require_quick(pattern)
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise InvalidOptionError(f"{where} is not PEFT's: {' '.join(str(error).split())[:300]}") from error
     if str(data.get("peft_type") or "LORA").upper() != "LORA":
         other.append(f"peft_type {data['peft_type']}")
     if str(data.get("init_lora_weights")).lower().startswith(_STARTS):
@@ -112,6 +119,17 @@ def _config(where: str, text: str) -> dict[str, Any]:
     if other:
         raise InvalidOptionError(f"{where} asks for {', '.join(other)}, which is not merged; merge it with PEFT")
     return data
+
+
+def _require_quick(pattern: str) -> None:
+    """Raise `ValueError` if a pattern is none, or one that may be matched for ever: a repetition of repetitions."""
+    repeated = len(re.findall(r"[*+?{]", pattern))
+    try:
+        re.compile(f"({pattern})")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{pattern[:80]!r} is no pattern of PEFT's ({error})") from error
+    if len(pattern) > _MOST_PATTERN or repeated > _MOST_REPEATED or re.search(r"\)[*+?{]", pattern):
+        raise ValueError(f"{pattern[:80]!r} is no pattern of PEFT's: it could be matched for ever")
 
 
 def _said(config: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -126,7 +144,12 @@ def _matched(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) ->
 
 
 def _number(path: Path, note: str | None) -> float | None:
+    if note is None or note == "None":
+        return None
     try:
-        return None if note is None or note == "None" else float(note)
-    except ValueError as error:
-        raise InvalidOptionError(f"the header of {path} notes alpha as {note!r}, which is no number") from error
+        number = float(note)
+    except ValueError:
+        number = nan
+    if not isfinite(number):
+        raise InvalidOptionError(f"the header of {path} notes alpha as {note[:80]!r}, which is no number")
+    return number

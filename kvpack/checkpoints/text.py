@@ -1,6 +1,13 @@
 """Text files of other people's editors."""
 
+import json
 from pathlib import Path
+from typing import Any
+
+#: Bytes of the largest config; Python's objects take twenty times what their JSON does.
+_MOST_JSON = 1 << 20
+#: Bytes and lines of the largest file of prompts.
+_MOST_TEXT, _MOST_LINES = 1 << 24, 100_000
 
 
 def read_text(path: Path) -> str:
@@ -13,6 +20,30 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8-sig")
 
 
+def read_json(path: Path) -> Any:
+    """Read a config.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is no JSON, or larger than any config.
+    """
+    if (size := path.stat().st_size) > _MOST_JSON:
+        raise ValueError(f"it has {size} bytes, but a config has at most {_MOST_JSON}")
+    return parsed_json(read_text(path))
+
+
+def parsed_json(text: str) -> Any:
+    """Return what JSON says.
+
+    Raises:
+        ValueError: if it is none, or nested without end.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_lines(path: Path) -> list[str]:
     """Read the lines of a text file that are not blank, without white space around them.
 
@@ -21,6 +52,21 @@ def read_lines(path: Path) -> list[str]:
         UnicodeDecodeError: if it is not UTF-8.
     """
     return [line for _, line in numbered_lines(path)]
+
+
+def prompt_lines(path: Path) -> list[tuple[int, str]]:
+    """Read the numbered lines of a file of prompts, each of which becomes objects many times its size.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is not UTF-8, or larger than any such file.
+    """
+    if (size := path.stat().st_size) > _MOST_TEXT:
+        raise ValueError(f"it has {size} bytes, but prompts have at most {_MOST_TEXT}")
+    lines = numbered_lines(path)
+    if len(lines) > _MOST_LINES:
+        raise ValueError(f"it has {len(lines)} lines, but prompts have at most {_MOST_LINES}")
+    return lines
 
 
 def numbered_lines(path: Path) -> list[tuple[int, str]]:

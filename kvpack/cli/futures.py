@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvpack.checkpoints.text import numbered_lines
+from kvpack.checkpoints.text import prompt_lines
 from kvpack.cli.support import require_seed
 from kvpack.errors import InvalidOptionError
 from kvpack.media.video import VideoWriter
@@ -40,9 +40,10 @@ def read_futures(path: Path) -> list[Future]:
         InvalidOptionError: if it cannot be read, a line is none, or there are not two different ones.
     """
     try:
-        lines = numbered_lines(path)
+        lines = prompt_lines(path)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        unreadable = "it is no UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+        reason = getattr(error, "strerror", None) or unreadable
         raise InvalidOptionError(f"--prompts {path} cannot be read: {reason}") from error
     futures = [_future(line, f"{path}, line {number}") for number, line in lines]
     if len(futures) < 2 or len(set(futures)) < len(futures):

@@ -145,7 +145,8 @@ class HighResolutionBranch(
                 local_files_only=local_files_only,
                 token=token,
             )
-        branch = cls(**{**options, "patch": tuple(options["patch"])})
+        with torch.device("meta"):  # a config from a stranger may announce any size; the file has what it has
+            branch = cls(**{**options, "patch": tuple(options["patch"])})
         branch.load_state_dict(load_file(path, device=map_location), strict=strict, assign=True)
         return branch.eval()
 

@@ -1,7 +1,6 @@
 """Where a compressor's weights come from: a folder, the Hub, or a module at hand."""
 
 import copy
-import json
 import os
 import re
 from functools import cached_property
@@ -13,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 
-from kvpack.checkpoints.text import read_text
+from kvpack.checkpoints.text import read_json
 from kvpack.compressors.network import CONFIG_FILE, WEIGHTS_FILE, HighResolutionBranch
 from kvpack.errors import InvalidOptionError
 
@@ -83,7 +82,7 @@ def branch_config(source: str) -> dict[str, Any]:
     """
     path = _file(source, CONFIG_FILE)
     try:
-        config = json.loads(read_text(path))
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise InvalidOptionError(f"cannot read {path}: {error}; {_RIGHT}") from error
     needed = {"channels", "width", "patch"}
@@ -102,8 +101,9 @@ def load_branch(source: str) -> HighResolutionBranch:
     folder = _file(source, WEIGHTS_FILE).parent  # the Hub's cache keeps both files in one
     try:
         return HighResolutionBranch.from_pretrained(folder)
-    except (SafetensorError, RuntimeError, TypeError, ValueError, OSError) as error:
-        raise InvalidOptionError(f"cannot load the compressor {source}: {error}; {_RIGHT}") from error
+    except (SafetensorError, RuntimeError, TypeError, ValueError, OSError, OverflowError) as error:
+        what = " ".join(str(error).split())[:300]  # torch writes a line for each weight
+        raise InvalidOptionError(f"cannot load the compressor {source}: {what}; {_RIGHT}") from error
 
 
 def _file(source: str, name: str) -> Path:

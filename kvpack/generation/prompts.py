@@ -1,6 +1,5 @@
 """Prompts that change while a video is generated."""
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -11,6 +10,8 @@ from kvpack.errors import InvalidOptionError
 
 #: A text, one for each video of a batch, or text embeddings `[batch, tokens, width]`.
 Prompt = str | list[str] | Tensor
+#: Thirty years.
+_MOST_SECONDS = 1e9
 _FORM = '[(0, "a ..."), (20, "then ..."), (40, "elsewhere ...", "cut")]'
 
 
@@ -78,8 +79,9 @@ def _shot(entry: Any) -> Shot:
         raise InvalidOptionError(f"an entry of a prompt schedule is (seconds, prompt), got {entry!r}; e.g. {_FORM}")
     seconds, prompt, *cut = entry
     number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not number or not math.isfinite(seconds) or seconds < 0:
-        raise InvalidOptionError(f"a prompt schedule begins its prompts at seconds >= 0, got {seconds!r}; e.g. {_FORM}")
+    if not number or not 0 <= seconds < _MOST_SECONDS:
+        given = repr(seconds)[:80]
+        raise InvalidOptionError(f"a prompt schedule begins its prompts at seconds >= 0, got {given}; e.g. {_FORM}")
     texts = prompt if isinstance(prompt, list) else [prompt]
     embedded = isinstance(prompt, Tensor) and prompt.ndim == 3
     if not embedded and (not texts or not all(isinstance(text, str) for text in texts)):

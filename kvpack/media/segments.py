@@ -137,6 +137,9 @@ class SegmentedVideo:
             yield source
 
     def _check(self, segment: Segment) -> None:
+        kinds = (segment.name, str), (segment.frames, int), (segment.bytes, int)
+        if not all(isinstance(value, kind) for value, kind in kinds) or segment.frames < 1 or "\0" in segment.name:
+            raise OutputError(f"{self.folder} cannot be gone on with: its checkpoint does not list segments")
         path = self.folder / segment.name
         if path.parent != self.folder or not path.is_file() or _checksum(path) != (segment.bytes, segment.sha256):
             raise OutputError(f"{path} is missing or not what was written; the video cannot be gone on with from there")

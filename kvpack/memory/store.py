@@ -110,8 +110,10 @@ class Arena:
         """
         wanted = {id(block) for _, block in blocks}
         residents = [block for each in self._residents if (block := each()) is not None]
+        # Known before they come: if memory is short on the way, whoever lies here is moved out the next time.
+        self._residents += [ref(block) for _, block in blocks]
         for block in residents:
-            if id(block) not in wanted:
+            if id(block) not in wanted and self in block.places:
                 block.move_out(self)
         shape = (like.shape[0], tokens, *like.shape[2:])
         fits = self.keys.ndim == 4 and self.keys.shape[1] >= tokens

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kvpack.checkpoints.text import read_json
 from kvpack.errors import OutputError, SnapshotError
 from kvpack.media.segments import SegmentedVideo
 from kvpack.media.video import make_folder, save_bytes
@@ -21,6 +22,8 @@ from kvpack.snapshots.folder import SnapshotFolder
 from kvpack.snapshots.lock import LOCK
 from kvpack.snapshots.resuming import saved_stack
 
+#: Frames a second, or chunks between two checkpoints.
+_MOST = 1e6
 _JOB, _SEGMENTS = "generate.json", "segments"
 
 
@@ -66,15 +69,18 @@ class Job:
         """
         path = folder / _JOB
         try:
-            job = cls(**json.loads(path.read_bytes()))
+            job = cls(**read_json(path))
         except OSError as error:
             raise SnapshotError(f"{folder} holds no generation: {path} cannot be read ({error.strerror})") from error
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             raise SnapshotError(f"{path} is damaged: {str(error)[:200]}") from error
         kinds: dict[str, Any] = {"every": int, "seed": int, "fps": (int, float)}
         for name, value in asdict(job).items():
-            if not isinstance(value, kinds.get(name, str)) or (name in ("every", "fps") and not value > 0):
+            wrong = not isinstance(value, kinds.get(name, str)) or isinstance(value, bool)
+            if wrong or (name in ("every", "fps") and not 0 < value < _MOST):
                 raise SnapshotError(f"{path} is damaged: its {name} is {str(value)[:80]!r}")
+        if Path(job.output).suffix.lower() != ".mp4":  # a stranger's folder replaces no other file
+            raise SnapshotError(f"{path} is damaged: its output is {job.output[:80]!r}, which is no mp4")
         return job
 
 

@@ -22,6 +22,8 @@ from kvpack.snapshots.saver import Saver, new_generation
 
 #: Seconds that the end of the interpreter waits for another thread's step.
 _PATIENCE = 10.0
+#: Seconds between two looks at whether it has ended.
+_PAUSE = 0.001
 
 
 class Stream(Generator[Any, Prompt | None, None]):
@@ -205,14 +207,14 @@ def _turn(run: Run, seed: Seed | None, prompt: Prompt | None, cut: bool) -> None
 
 def _close(frames: Generator[Any, None, None], pipeline: Any) -> None:
     """Close frames; another thread that makes one is asked to stop, or the interpreter would abort in its forward."""
-    end, thread = time.monotonic() + _PATIENCE, None
-    while time.monotonic() < end:
+    thread = None
+    for _ in range(int(_PATIENCE / _PAUSE)):  # counted: a clock may stand still
         try:
             frames.close()
             break
         except ValueError:  # it is running
             thread = thread or holder(getattr(pipeline, "transformer", None))
             pipeline._interrupt = True  # again and again, since the call of a chunk begins with taking it back
-            time.sleep(0.001)
+            time.sleep(_PAUSE)
     if thread is not None:
         thread.join(_PATIENCE / 5)  # it still lets go of tensors

@@ -15,6 +15,9 @@ from kvpack.memory.roles import LatentCompressor
 from kvpack.memory.stack import Stack
 from kvpack.planning.resident import resident
 
+#: Seconds of a video, thirty years, and frames a second.
+_MOST = 1e9
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -161,8 +164,9 @@ def video_frames(seconds: float, fps: float, scale: int) -> tuple[int, int]:
     (1917, 480)
     """
     for name, value in (("seconds", seconds), ("fps", fps)):
-        if not math.isfinite(value) or value <= 0:
-            raise InvalidOptionError(f"{name} must be a number > 0, got {value:g}")
+        if not 0 < value < _MOST:
+            given = f"{value:g}" if isinstance(value, float) else str(value)[:80]
+            raise InvalidOptionError(f"{name} must be a number > 0, got {given}; at most {_MOST:g}")
     whole = math.floor(seconds * fps + 1e-6)  # 0.1 s at 30 fps is 3 frames, whatever a float makes of it
     if whole < 1:
         raise InvalidOptionError(f"seconds must be at least {1 / fps:g}, one frame at {fps:g} fps, got {seconds:g}")

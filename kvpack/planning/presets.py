@@ -1,6 +1,5 @@
 """Models that can be planned for: well-known ones by name, any other from its folder's configs."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from kvpack.checkpoints.config import Settings, frame_rate, require_model_folder
 from kvpack.checkpoints.experts import require_one_in_index
 from kvpack.checkpoints.recipes import RECIPES, Recipe
-from kvpack.checkpoints.text import read_text
+from kvpack.checkpoints.text import read_json
 from kvpack.errors import InvalidOptionError, KVPackError, UnsupportedPipelineError, unknown_name
 
 Configs = Mapping[str, Mapping[str, Any]]
@@ -174,7 +173,7 @@ def timing(folder: Path) -> tuple[Settings, int]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(read_text(path))
+        data = read_json(path)
     except OSError as error:
         raise InvalidOptionError(f"cannot read {path}: {error.strerror}; give a diffusers pipeline's folder") from error
     except ValueError as error:

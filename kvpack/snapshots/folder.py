@@ -18,6 +18,8 @@ FORMAT = 1
 KEPT = 2
 _NAME, _TENSORS = re.compile(r"snapshot-(\d{6})\.json"), re.compile(r"(blocks|tensors)-\d{6}\.safetensors")
 _MOST_JSON = 1 << 26
+#: Bytes that any JSON may take beyond twice the files of its folder.
+_SPARE = 1 << 24
 T = TypeVar("T")
 
 
@@ -110,11 +112,16 @@ class SnapshotFolder:
         try:
             if path.stat().st_size > _MOST_JSON:
                 raise SnapshotError(f"{path} is larger than any snapshot's JSON, {_MOST_JSON} bytes")
-            content = json.loads(path.read_bytes())
+            text = path.read_bytes()
+            if _parsed_bytes(text) > 2 * sum(each.stat().st_size for each in self.path.iterdir()) + _SPARE:
+                raise SnapshotError(
+                    f"{path} is no snapshot: it would take more than twice the memory of all files there"
+                )
+            content = json.loads(text)
         except OSError as error:
             raise SnapshotError(f"{path} cannot be read: {error.strerror or error}") from error
         except (ValueError, RecursionError) as error:
-            raise SnapshotError(f"{path} is no JSON ({error})") from error
+            raise SnapshotError(f"{path} is no JSON ({str(error)[:200]})") from error
         if not isinstance(content, dict) or "format" not in content:
             raise SnapshotError(f"{path} is no snapshot: it does not say its format")
         if content["format"] != FORMAT:
@@ -126,7 +133,7 @@ class SnapshotFolder:
         if digest != _digest(content):
             raise SnapshotError(f"{path} is not what was written: its checksum differs")
         if content.get("number") != number:
-            raise SnapshotError(f"{path} was written as snapshot {content.get('number')}")
+            raise SnapshotError(f"{path} was written as snapshot {str(content.get('number'))[:40]}")
         files = content.get("files")
         if not isinstance(files, dict) or not all(isinstance(each, dict) for each in files.values()):
             raise SnapshotError(f"{path} does not list its files")
@@ -170,6 +177,11 @@ class SnapshotFolder:
             stale = name.startswith((".snapshot-", ".blocks-", ".tensors-")) and name.endswith(".part")
             if stale or (_TENSORS.fullmatch(name) and name not in kept):
                 _remove(self.path / name)
+
+
+def _parsed_bytes(text: bytes) -> int:
+    """Return what some JSON takes at most once it is parsed and its checksum computed: objects of Python, and texts."""
+    return 64 * sum(text.count(each) for each in (b"[", b"{", b",", b":")) + 4 * len(text)
 
 
 def _name(number: int) -> str:

@@ -71,7 +71,7 @@ class TreeReader:
         try:
             return read(self, node)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            if isinstance(error, SnapshotError):
+            if isinstance(error, SnapshotError | torch.OutOfMemoryError):  # the latter says nothing of the snapshot
                 raise
             what = " ".join(str(error).split())[:300]
             raise SnapshotError(
@@ -119,7 +119,7 @@ class TreeReader:
             raise SnapshotError(f"an archive is in the form {codec!r}, on the tier {str(tier)[:40]!r}")
         archive = Archive(_count(node["slot_tokens"]), codec, self._tier or tier)
         for slot, (keys, values, sums, places) in node["held"]:
-            if _count(slot) >= slots or slots > 2 * len(node["held"]) + 64:
+            if _count(slot) >= slots or slots > 2 * len(node["held"]) + 2:
                 raise SnapshotError(
                     f"an archive of {slots} slots has {len(node['held'])} blocks, one of them in {slot}"
                 )

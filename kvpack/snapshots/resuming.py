@@ -116,7 +116,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
-        if isinstance(error, KVPackError):
+        if isinstance(error, KVPackError | torch.OutOfMemoryError):  # the latter says nothing of the snapshot
             raise
         what = " ".join(str(error).split())[:300]  # torch writes several lines
         raise SnapshotError(f"no generation goes on from it ({type(error).__name__}: {what})") from error

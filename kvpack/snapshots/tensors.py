@@ -127,7 +127,7 @@ def compare(path: Path, listed: Mapping[str, Any]) -> None:
             raise SnapshotError(f"{path} is missing")
         size = path.stat().st_size
         if size != listed.get("bytes"):
-            raise SnapshotError(f"{path} has {size} bytes, but was written with {listed.get('bytes')}")
+            raise SnapshotError(f"{path} has {size} bytes, but was written with {str(listed.get('bytes'))[:40]}")
         with open(path, "rb") as file:
             if int.from_bytes(file.read(8), "little") > min(_MOST_HEADER, size):
                 raise SnapshotError(f"{path} announces a header that is larger than any snapshot's")

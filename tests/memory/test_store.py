@@ -323,3 +323,35 @@ def placement_of(session, index, row):
         same_row = min(row, other.starts.shape[0] - 1)
         assert torch.equal(other.starts[same_row], given.starts[0])
     return replace(given, starts=given.starts[0], lengths=given.lengths[0]), picks
+
+
+@pytest.mark.parametrize("tokens", [16, 40])  # in the same room, and in a larger one
+@pytest.mark.parametrize("at", range(4))
+def test_no_memory_while_blocks_are_arranged(at, tokens, monkeypatch):
+    """Whatever could not be brought to its place is whole, and is brought there the next time."""
+    arena, left = Arena(), [at]
+    kept = filled(arena, 16, (4, 4, 4))
+    own = StoredBlock(4, tuple(torch.randn(2, 2, 4, 2, 12, generator=torch.Generator().manual_seed(1))))
+    kept.append((own, own.keys, own.values))
+
+    def scarce(function):
+        def call(*given):
+            left[0] -= 1
+            if left[0] == -1:
+                raise torch.OutOfMemoryError
+            return function(*given)
+
+        return call
+
+    wanted = [(0, own), (4, kept[1][0]), (10, kept[0][0])]
+    with monkeypatch.context() as patch:
+        for name in ("clone", "new_empty"):
+            patch.setattr(torch.Tensor, name, scarce(getattr(torch.Tensor, name)))
+        try:
+            arena.arrange(wanted, tokens, LIKE)
+        except torch.OutOfMemoryError:
+            assert all(same(*each) for each in kept)
+    for again in (wanted, [(0, kept[2][0])], wanted):
+        arena.arrange(again, tokens, LIKE)
+        assert all(same(*each) for each in kept)
+        assert [block.places[arena] for _, block in again] == [start for start, _ in again]

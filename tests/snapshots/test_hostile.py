@@ -5,12 +5,13 @@ import json
 import shutil
 import warnings
 from itertools import islice
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import quiet, seeded
+from helpers import quiet, seeded, taken
 from kvpack.errors import KVPackError, SnapshotError
 from kvpack.snapshots import folder as folders
 from kvpack.testing import tiny_wan_pipeline
@@ -25,6 +26,7 @@ CALL = {
     "max_sequence_length": 8,
     "output_type": "pt",
 }
+MIB = 2**20
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
@@ -123,6 +125,48 @@ def test_any_bytes(data, kind, pipe, saved, folder):
             assert json.loads(before.read_text()) == json.loads(after.read_text())
         else:
             assert before.read_bytes() == after.read_bytes()
+
+
+LARGE = {
+    "lists": "[" + "[]," * MIB + "0]",
+    "objects": "[" + '{"a":{}},' * MIB + "0]",
+    "numbers": "[" + "7," * (2 * MIB) + "0]",
+    "keys": "{" + ",".join(f'"{index}":0' for index in range(MIB // 2)) + "}",
+    "a text": '"' + "a" * 10 * MIB + '"',
+    "a text with one wide letter": '"' + "a" * 10 * MIB + '\U0001f600"',
+    "a number": "7" * MIB,
+    "depth": "[" * MIB,
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("what", LARGE)
+@pytest.mark.parametrize("place", ["note", "files"])
+def test_no_more_memory_than_twice_the_files(what, place, pipe, saved, folder):
+    (path,) = saved.glob("snapshot-*")
+    content = {**json.loads(path.read_text()), place: 0, "sha256": "0" * 64}
+    text = json.dumps(content).replace(f'"{place}": 0', f'"{place}": {LARGE[what]}')
+    (folder / path.name).write_text(text)
+    size = sum(each.stat().st_size for each in folder.iterdir())
+    assert taken(lambda: resume(pipe, folder)) < 2 * size + 24 * MIB
+
+
+@MANY
+@given(name=st.sampled_from(["../x", "/etc/passwd", "..", ".", "", "a/b", "x.safetensors/../../y", "link.safetensors"]))
+def test_no_file_outside_the_folder(name, pipe, saved, folder):
+    """Not by a path, and not by a link; what a snapshot lists is opened nowhere else."""
+    (path,) = saved.glob("snapshot-*")
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    (whole,) = saved.glob("tensors-*")
+    (folder / "link.safetensors").unlink(missing_ok=True)
+    (folder / "link.safetensors").symlink_to(whole)
+    listed = content["files"].pop(whole.name)
+    content = json.loads(json.dumps(content).replace(whole.name, name))
+    content["files"][name] = listed
+    (folder / path.name).write_text(json.dumps({**content, "sha256": folders._digest(content)}))
+    with pytest.raises(SnapshotError, match=r"is none of its own|is missing"):
+        pipe.packforcing.resume(folder)
 
 
 @MANY

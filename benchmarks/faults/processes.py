@@ -1,0 +1,201 @@
+"""Processes that end at any moment, disks that are full, and two processes in one folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.faults.generation import Faults, made
+from benchmarks.faults.tally import Tally
+from kvpack.errors import KVPackError, OutputError
+from kvpack.testing import tiny_wan_pipeline
+
+REFUSED = 3
+
+
+def killed(faults: Faults, number: int, count: int) -> Tally:
+    """Send a signal at random moments of a generation that saves behind every chunk."""
+    tally = Tally()
+    for _ in range(faults.times(count)):
+        with faults.new_folder() as folder:
+            child = forked(lambda folder=folder: faults.generate(folder))
+            time.sleep(faults.draw.uniform(0, faults.seconds))
+            with suppress(ProcessLookupError):
+                os.kill(child, number)
+            os.waitpid(child, 0)
+            faults.check(tally, folder)
+    return tally
+
+
+def killed_at_file_operations(faults: Faults) -> Tally:
+    """Kill at each file operation of a save: every order in which the disk can have seen them."""
+    tally, operations = Tally(), 0
+    while True:
+        with faults.new_folder() as folder:
+            child = forked(lambda folder=folder, at=operations: _save_until(faults, folder, at, kill))
+            _, status = os.waitpid(child, 0)
+            if not os.WIFSIGNALED(status):
+                return tally
+            faults.check(tally, folder)
+        operations += 3 if faults.small else 1
+
+
+def full_disk(faults: Faults) -> Tally:
+    """Let each file operation of a save fail; what was there stays, and the generation is saved elsewhere."""
+    tally, operations = Tally(), 0
+    while True:
+        with faults.new_folder() as folder:
+            stream = faults.stream()
+            try:
+                _save_until(faults, folder / "one", operations, refuse, stream)
+                stream.close()
+                return tally
+            except OutputError:
+                stream.save(folder / "two")
+                stream.close()
+            faults.check(tally, folder / "one")
+            faults.check(tally, folder / "two")
+        operations += 3 if faults.small else 1
+
+
+def _save_until(faults: Faults, folder: Path, at: int, fault: Callable[[], None], stream: Any = None) -> None:
+    """Save three times, with a fault at one file operation of the third save."""
+    stream = stream or faults.stream()
+    stream.save(folder)
+    for _ in islice(stream, 2):
+        stream.save(folder)
+    next(stream)
+    with counted_operations(at, fault):
+        stream.save(folder)
+
+
+def two_writers(faults: Faults) -> Tally:
+    """Let two processes save into one folder: the second is refused, whoever it is."""
+    tally = Tally()
+    with faults.new_folder() as folder:
+        stream = faults.stream(num_frames=None)
+        stream.save(folder)
+        for _ in range(faults.times(20)):
+            next(stream)
+            child = forked(lambda: made().packforcing.resume(folder).save(folder))
+            _, status = os.waitpid(child, 0)
+            tally.tried += 1
+            tally.survived += os.waitstatus_to_exitcode(status) == REFUSED
+        stream.close()
+    return tally
+
+
+def killed_videos(faults: Faults, count: int) -> Tally:
+    """Kill `kvpack generate --checkpoint-every 1` at random moments; decoded frames are those of the whole."""
+    tally = Tally()
+    model = faults.folder / "model"
+    tiny_wan_pipeline().save_pretrained(model)
+    start = time.perf_counter()
+    generate(model, faults.folder / "whole.mp4")
+    seconds, whole = time.perf_counter() - start, pixels(faults.folder / "whole.mp4")
+    for _ in range(faults.times(count)):
+        with faults.new_folder() as folder:
+            output = folder / "a.mp4"
+            child = forked(lambda output=output: generate(model, output))
+            time.sleep(faults.draw.uniform(0.1, 1) * seconds)
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            tally.tried += 1
+            checkpoint = folder / "a.mp4.checkpoint"
+            if not output.exists() and not list(checkpoint.glob("snapshot-*")):
+                tally.survived += 1  # it had not begun
+                continue
+            if checkpoint.exists() and list(checkpoint.glob("snapshot-*")):
+                command("resume", str(checkpoint), "--json")
+            tally.survived += 1
+            tally.resumed += 1
+            tally.identical += np.array_equal(pixels(output), whole)
+    return tally
+
+
+def forked(work: Callable[[], Any]) -> int:
+    """Run something in a child process, and return its id; it ends with 3 if kvpack refuses something."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        os.dup2(devnull, 2)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        work()
+        code = 0
+    except KVPackError:
+        code = REFUSED
+    finally:
+        os._exit(code)
+
+
+def kill() -> None:
+    """End this process at once."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse() -> None:
+    """Fail as a full disk does."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@contextmanager
+def counted_operations(at: int, fault: Callable[[], None]) -> Iterator[None]:
+    """Let something happen before one file operation of the block."""
+    left, before = [at], {name: getattr(os, name) for name in ("fsync", "replace", "unlink")}
+
+    def counting(function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] == -1:
+                fault()
+            return function(*arguments, **options)
+
+        return call
+
+    for name, function in before.items():
+        setattr(os, name, counting(function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(os, name, function)
+
+
+def command(*words: str) -> None:
+    """Run the command line."""
+    from typer.testing import CliRunner
+
+    from kvpack.cli import app
+
+    result = CliRunner().invoke(app, list(words))
+    if result.exit_code:
+        raise RuntimeError(result.output)
+
+
+def generate(model: Path, output: Path) -> None:
+    """Write a video with a checkpoint behind each chunk; smaller frames libx264 encodes to other bits at times."""
+    words = f"generate --model {model} --output {output} --prompt night --seconds 5 --height 64 --width 64 --steps 1"
+    more = "--guidance-scale 1 --call max_sequence_length=8 --device cpu -o topk=2 --checkpoint-every 1 --json"
+    command(*words.split(), *more.split())
+
+
+def pixels(path: Path) -> np.ndarray:
+    """All frames of a video file."""
+    import av
+
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

@@ -1,0 +1,177 @@
+"""What a file of `torch.save` would make of memory, read off its pickle without unpickling anything.
+
+`torch.load(weights_only=True)` runs no code of the file, but takes its word for sizes: it calls `bytearray(n)` and
+`torch.Tensor(n)`, and inflates what is compressed.
+"""
+
+import mmap
+import pickletools
+import zipfile
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from kvpack.errors import InvalidOptionError
+
+#: What the pickles of weights call. Of the rest torch refuses all but what makes memory of a number.
+_CALLED = {
+    "collections OrderedDict",
+    "collections Counter",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_parameter_with_state",
+    "torch.serialization _get_layout",
+    "torch Size",
+    "torch device",
+    "_codecs encode",
+    "__builtin__ set",
+    "builtins set",
+    "builtins complex",
+}
+_TENSORS = {"torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3"}
+_BYTES = {"DoubleStorage": 8, "LongStorage": 8, "FloatStorage": 4, "IntStorage": 4, "HalfStorage": 2, "ShortStorage": 2}
+_BYTES |= {"BFloat16Storage": 2, "ComplexFloatStorage": 8, "ComplexDoubleStorage": 16}
+#: Bytes of a pickle without tensors; Python's objects take sixty times what one byte of it may stand for.
+_MOST = 1 << 18
+_MARK, _GLOBAL = object(), "a name "
+
+
+def require_modest(path: Path) -> None:
+    """Raise `InvalidOptionError` if a file of `torch.save` asks for more memory than its own size.
+
+    A pickle that is broken is let through, for `torch.load` says what is wrong.
+    """
+    size = path.stat().st_size
+    most, claimed = _MOST + size // 32, 0
+    with open(path, "rb") as file:
+        if size == 0:
+            return
+        with closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as mapped:
+            for source in _pickles(path, mapped, most):
+                claimed += _claimed(path, source, most)
+    if claimed > size:
+        raise InvalidOptionError(f"{path} has {size} bytes, but announces storages of {claimed}; it is no checkpoint")
+
+
+def is_archive(path: Path) -> bool:
+    """Return whether torch takes a file for an archive, by how it begins."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _pickles(path: Path, mapped: Any, most: int) -> Iterator[Any]:
+    """Yield the pickles of a file: that of an archive, or the five at the beginning of a file of old torch."""
+    if not is_archive(path):
+        for _ in range(5):
+            yield mapped
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if packed := next((each.filename for each in entries if each.compress_type != zipfile.ZIP_STORED), None):
+                raise InvalidOptionError(f"{path} holds {packed!r} compressed, which torch.save never does")
+            for entry in entries:
+                if entry.filename.endswith("data.pkl"):
+                    yield BytesIO(archive.open(entry).read(most + 1))
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+        raise InvalidOptionError(f"{path} is no checkpoint, or not a whole one: {error}") from error
+
+
+def _claimed(path: Path, source: Any, most: int) -> int:
+    """Return the bytes of all storages that a pickle names, and refuse one that calls what makes memory of a number."""
+    stack: list[Any] = []
+    memo: dict[Any, Any] = {}
+    storages: dict[Any, int] = {}
+    begun, wrong = source.tell(), None
+    with suppress(ValueError, IndexError, KeyError):  # broken, as torch will say when it comes there
+        for code, argument, place in pickletools.genops(source):
+            if place is not None and place - begun > most:
+                break
+            if wrong := _step(code, argument, stack, memo, storages):
+                break
+    if wrong is None and source.tell() - begun > most:
+        wrong = f"has more than {most} bytes beside its tensors; it is no checkpoint"
+    if wrong is not None:
+        raise InvalidOptionError(f"{path} {wrong}")
+    return sum(storages.values())
+
+
+def _step(code: Any, argument: Any, stack: list[Any], memo: dict[Any, Any], storages: dict[Any, int]) -> str | None:
+    """Do to a stack of names, numbers and tuples what an opcode does to the unpickler's; return what is wrong with it.
+
+    A storage is the `_Storage` of its count of numbers.
+    """
+    name = code.name
+    if name in ("REDUCE", "NEWOBJ") and (wrong := _harm(stack[-2], stack[-1])):
+        return wrong
+    if name == "BINPERSID":
+        argument = _storage(stack[-1], storages)
+    if name.endswith("PUT"):
+        memo[argument] = stack[-1]
+    elif name.endswith("GET"):
+        stack.append(memo[argument])
+    elif name == "MARK":
+        stack.append(_MARK)
+    elif pickletools.markobject in code.stack_before:
+        _cut(stack, name)
+    else:
+        count = len(code.stack_before)
+        taken = stack[len(stack) - count :] if count else []
+        del stack[len(stack) - count :]
+        made = tuple(taken) if "TUPLE" in name else f"{_GLOBAL}{argument}" if name == "GLOBAL" else argument
+        kept = taken[:1] if name in ("APPEND", "SETITEM", "BUILD") else [made]
+        stack += kept[: len(code.stack_after)]
+    return None
+
+
+def _cut(stack: list[Any], name: str) -> None:
+    """Take all behind the last mark off a stack, and put a tuple of it there, if that is what the opcode does."""
+    at = len(stack) - 1 - stack[::-1].index(_MARK)
+    items = tuple(stack[at + 1 :])
+    del stack[at:]
+    if name == "TUPLE":
+        stack.append(items)
+    elif name in ("LIST", "DICT", "FROZENSET"):
+        stack.append(None)
+
+
+def _harm(called: Any, given: Any) -> str | None:
+    """Return what is wrong with a call, if it may make memory of nothing but a number."""
+    name = called.removeprefix(_GLOBAL) if isinstance(called, str) else ""
+    if name in _TENSORS:
+        return None if _fits(given) else "has a tensor that is larger than its storage; it is no checkpoint"
+    plain = name != "_codecs encode" or (
+        isinstance(given, tuple) and given[1:] == ("latin1",) and type(given[0]) is str
+    )
+    if (name in _CALLED and plain) or not (name.startswith(("torch", "_codecs")) or name.endswith("bytearray")):
+        return None
+    return f"holds more than tensors: it calls {name.replace(' ', '.')}; save its state dict alone"
+
+
+def _fits(given: Any) -> bool:
+    """Whether a tensor `(storage, offset, sizes, strides, ...)` is within its storage."""
+    if not isinstance(given, tuple) or len(given) < 4 or not isinstance(given[0], _Storage):
+        return False
+    storage, offset, sizes, strides, *_ = given
+    if not (isinstance(sizes, tuple) and isinstance(strides, tuple) and len(sizes) == len(strides)):
+        return False
+    if not all(isinstance(each, int) and each >= 0 for each in (offset, *sizes, *strides)):
+        return False
+    last = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    return bool(0 in sizes or offset + last < storage.count)
+
+
+@dataclass(frozen=True)
+class _Storage:
+    count: int
+
+
+def _storage(identity: Any, storages: dict[Any, int]) -> _Storage | None:
+    """Return a storage `("storage", type, key, device, count, ...)`, and note the bytes that it would take."""
+    if not isinstance(identity, tuple) or len(identity) < 5 or not isinstance(identity[4], int):
+        return None
+    kind, key, count = str(identity[1]).rpartition(" ")[2], str(identity[2]), identity[4]
+    storages[key] = max(storages.get(key, 0), count * _BYTES.get(kind, 1))
+    return _Storage(count)
