@@ -168,7 +168,7 @@ def test_the_guides_name_every_hook_role_and_option_of_a_memory():
     hooked |= {"latent_compressor", "needs_pixels"}
     # What a stack has of its own; the defaults are right for every `StateMemory`.
     hooked |= {"book", "plan", "committed", "rewound", "replays", "written", "fork", "explain"}
-    hooked |= {"composite", "in_place", "keeps_rotated", "committed_queries"}
+    hooked |= {"remember_all", "composite", "in_place", "keeps_rotated", "committed_queries"}
     options = {name for cls in StateMemory.__mro__[:2] for name in vars(cls) if not name.startswith("_")} - hooked
     assert len(hooks) == 3
     assert len(roles) == 6

@@ -5,7 +5,7 @@ import os
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -203,7 +203,7 @@ class PackForcingMixin:
     @property
     def _execution_device(self) -> Any:
         """Return the stock device; to find it walks through all modules, so that a chunk asks once."""
-        enabled, stock = self.__dict__.get("_kvpack"), self._kvpack_base._execution_device
+        enabled, stock = self.__dict__.get("_kvpack"), cast(Any, self._kvpack_base._execution_device)
         if enabled is None or enabled.driving is None:
             return stock.fget(self)
         if enabled.device is None:
