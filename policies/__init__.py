@@ -32,6 +32,7 @@ from kvpack.policies.longlive_rag import LongLiveRAG
 from kvpack.policies.lr import LowResolutionCompressor
 from kvpack.policies.magi import Magi
 from kvpack.policies.memrope import MemRoPE
+from kvpack.policies.mixed_windows import MixedWindows
 from kvpack.policies.native import NativeCompressor
 from kvpack.policies.packed import PackedReindexer
 from kvpack.policies.pool import PoolCompressor
@@ -100,6 +101,7 @@ def kvpack_register_policies(register: Callable[[Any], None]) -> None:
         FlowCache,
         HeavyHitters,
         Magi,
+        MixedWindows,
     ):
         register(policy)
 

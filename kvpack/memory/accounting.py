@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from kvpack.memory.archive import Archive
 from kvpack.memory.codec import stored_bytes
+from kvpack.memory.divided import Divided
+from kvpack.memory.divided_layer import DividedLayer
+from kvpack.memory.layer import LayerCache
 from kvpack.memory.stack_plan import StackBook
 from kvpack.memory.store import StoredBlock
 
@@ -22,11 +26,11 @@ def session_stats(session: "Session") -> dict[str, Any]:
     kept, attended or not, in the form and on the tier that they are stored. `resident_bytes` is all memory beside the
     model that is held between two chunks: arenas with the room for the current chunk, archives with their spare slots
     unless they are on another tier, the states' own tensors, and the workspace, which is `workspace_bytes` of them and
-    is one for all layers.
+    is one for all layers. Where heads attend unlike numbers of tokens, `attended_tokens` is the mean, rounded up.
     """
     memory, book, geometry = session.stack, session.past.book, session.geometry
-    lengths = [length for cache in session.caches for length in cache.lengths]
-    per_layer = geometry.kv_bytes_per_token // geometry.layers
+    per_head = geometry.kv_bytes_per_token // geometry.layers // geometry.heads
+    attended = sum(sum(cache.lengths) * heads for cache, heads in _leaves(session))
     stats: dict[str, Any] = {"stack": memory.name, "chunks": book.chunks, "frames": book.frames}
     blocks, archived = 0, 0
     if isinstance(book, StackBook) and book.ledger is not None:
@@ -43,12 +47,12 @@ def session_stats(session: "Session") -> dict[str, Any]:
     chosen = [cache.selected.tolist() for cache in session.caches if cache.selected is not None]
     return {
         **stats,
-        "attended_tokens": max(session.caches[0].lengths, default=0),
-        "attended_bytes": sum(lengths) * per_layer,
+        "attended_tokens": _attended_tokens(session),
+        "attended_bytes": attended * per_head,
         "archive_blocks": blocks,
         "archive_bytes": archived,
         "resident_bytes": resident_bytes(session),
-        "workspace_bytes": session.workspace.nbytes,
+        "workspace_bytes": _workspace_bytes(session),
         "selected": chosen or None,
         "policy_seconds": dict(session.policy_seconds),
     }
@@ -60,8 +64,29 @@ def resident_bytes(session: "Session") -> int:
     for tensor in _tensors(session.past.states):
         storage = tensor.untyped_storage()
         storages[storage.data_ptr() or id(storage)] = storage.nbytes()
-    held = sum(cache.arena.nbytes for cache in session.caches) + session.workspace.nbytes
+    held = sum(leaf.arena.nbytes for leaf, _ in _leaves(session)) + _workspace_bytes(session)
     return held + sum(storages.values())
+
+
+def _leaves(session: "Session") -> Iterator[tuple[LayerCache, int]]:
+    """Yield what holds keys and values, with the number of heads that it holds them of."""
+    for cache in session.caches:
+        if isinstance(cache, DividedLayer):
+            yield from zip(cache.leaves, (len(part.heads) for part in cache.parts), strict=True)
+        else:
+            yield cache, session.geometry.heads
+
+
+def _workspace_bytes(session: "Session") -> int:
+    return sum(each.nbytes for each in {leaf.workspace for leaf, _ in _leaves(session)})
+
+
+def _attended_tokens(session: "Session") -> int:
+    """Return the tokens of history that the first layer attends; of a divided memory the mean of all heads."""
+    if not isinstance(session.stack, Divided):
+        return max(session.caches[0].lengths, default=0)
+    heads = session.geometry.layers * session.geometry.heads
+    return ceil(sum(max(leaf.lengths, default=0) * count for leaf, count in _leaves(session)) / heads)
 
 
 def _rows(session: "Session") -> int:

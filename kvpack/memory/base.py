@@ -246,9 +246,11 @@ class Memory(Policy, ABC):
                     name = type(self).__name__
                     raise PolicyError(f"{name}.attend returned {what} for layer {layer} that are not finite")
 
-    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data, as JSON takes it."""
+        """Return plain data, as JSON takes it: its name and options."""
+        if not is_dataclass(self):
+            raise InvalidOptionError(f"{type(self).__name__} must be a dataclass to be written as data")
+        return {"memory": self.name, **{each.name: getattr(self, each.name) for each in fields(self)}}
 
 
 class StateMemory(Memory):
@@ -257,9 +259,3 @@ class StateMemory(Memory):
     Nothing is changed in place: `attend` and `remember` return new values, so that a chunk can be done again, a session
     be forked, and a commit is all or nothing.
     """
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return its name and options."""
-        if not is_dataclass(self):
-            raise InvalidOptionError(f"{type(self).__name__} must be a dataclass to be written as data")
-        return {"memory": self.name, **{each.name: getattr(self, each.name) for each in fields(self)}}

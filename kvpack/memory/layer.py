@@ -130,6 +130,16 @@ class LayerCache:
             out.append(self._attend_twin(forward.plan, piece, places, projected, attention))
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
+    @property
+    def leaves(self) -> tuple["LayerCache", ...]:
+        """What holds the layer's keys and values."""
+        return (self,)
+
+    def explain(self, plan: Plan) -> None:
+        """Raise `PolicyError` if what was attended breaks the contract; waits for the device."""
+        if self.attended is not None:
+            self.memory.explain(self.attended, plan, self.index)
+
     def capture(self, piece: BlockEntry, keys: Tensor, values: Tensor) -> None:
         """Keep a twin's keys before RoPE and values, which were made without attention."""
         self.twins[piece] = keys, values

@@ -28,7 +28,11 @@ class Book:
 
     def timeless(self) -> "Book":
         """Return the same past in a book that counts seconds from here on."""
-        return replace(self, seconds={})
+        return self.counting({})
+
+    def counting(self, seconds: dict[str, float]) -> "Book":
+        """Return the same past in a book that counts in `seconds`."""
+        return replace(self, seconds=seconds)
 
 
 class Plan:

@@ -14,6 +14,8 @@ from kvpack.memory.accounting import session_stats
 from kvpack.memory.attribution import memory_call
 from kvpack.memory.base import Book, Event, Memory
 from kvpack.memory.blocks import Span
+from kvpack.memory.divided import Divided
+from kvpack.memory.divided_layer import divided_layers
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.layer import Forward, ForwardLayer, LayerCache, check_layers
 from kvpack.memory.ledger import BlockEntry, require_length
@@ -58,7 +60,10 @@ class Session:
     ) -> None:
         self.stack, self.geometry = memory, geometry
         self.workspace, self._layer = Workspace(), layer
-        self.caches = [layer(memory, index, self.workspace) for index in range(geometry.layers)]
+        if isinstance(memory, Divided):
+            self.caches = divided_layers(memory, geometry, layer)
+        else:
+            self.caches = [layer(memory, index, self.workspace) for index in range(geometry.layers)]
         #: What is known of the chunk in progress, and its denoising step; -1 in a commit and before the first.
         self.plan: Plan | None = None
         self.step = -1
@@ -150,8 +155,8 @@ class Session:
         shard = self.geometry.shard
         with nullcontext() if shard is None else shard.together():
             for cache in self.caches:
-                if cache.attended is not None and self.plan is not None:
-                    self.stack.explain(cache.attended, self.plan, cache.index)
+                if self.plan is not None:
+                    cache.explain(self.plan)
 
     def finish_commit(self) -> None:
         """Write the committed chunk into history, and compress what leaves the recent frames.

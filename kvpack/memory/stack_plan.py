@@ -40,10 +40,10 @@ class StackBook(Book):
         """Return the book of a ledger."""
         return cls(ledger.frames, ledger.chunks, ledger.seconds, ledger, aim)
 
-    def timeless(self) -> "StackBook":
-        """Return the same past in a book that counts seconds from here on."""
+    def counting(self, seconds: dict[str, float]) -> "StackBook":
+        """Return the same past in a book that counts in `seconds`."""
         assert self.ledger is not None
-        return StackBook.of(replace(self.ledger, seconds={}), self.aim)
+        return StackBook.of(replace(self.ledger, seconds=seconds), self.aim)
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,7 +111,7 @@ def plan(
     chunks = -(-frames // stack.chunk_frames)
     chunk_tokens = stack.chunk_frames * geometry.tokens_per_frame
     held = resident(geometry, stack, chunks, batch, latents.channels if latents else 16)
-    history = held.history
+    history = math.ceil(held.history)
     archive, archived = list[int](), 0
     compressor_parameters: dict[str, int] = {}
     compressor_flops: dict[str, int] = {}
@@ -134,7 +134,7 @@ def plan(
         frames=frames,
         chunk_tokens=chunk_tokens,
         attended_tokens=history + chunk_tokens,
-        attended_kv_bytes=history * token_bytes,
+        attended_kv_bytes=int(held.history * token_bytes),
         archive_blocks=len(archive),
         archive_tokens=sum(archive),
         archive_kv_bytes=archived * batch * branches,

@@ -1,7 +1,9 @@
 """All bytes that a generation's memory will hold, as `stats()["resident_bytes"]` reports them, without a model."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
+from fractions import Fraction
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from kvpack.memory.archive import grown_slots
 from kvpack.memory.base import Memory
 from kvpack.memory.codec import stored_bytes
+from kvpack.memory.divided import Divided, narrowed
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import Ledger
 from kvpack.memory.session import Session
@@ -28,18 +31,18 @@ class Resident:
     """Memory of one guidance branch.
 
     Args:
-        history: tokens of history that the last chunk attends.
-        layer_bytes: held by each layer.
+        history: tokens of history that the last chunk attends; of heads that attend unlike numbers, their mean.
+        layer_bytes: held by each layer; of layers that hold unlike numbers, their mean.
         shared_bytes: held once for all layers.
     """
 
-    history: int
-    layer_bytes: int
+    history: int | Fraction
+    layer_bytes: int | Fraction
     shared_bytes: int
 
     def bytes(self, layers: int) -> int:
         """Return the bytes of all layers."""
-        return layers * self.layer_bytes + self.shared_bytes
+        return int(layers * self.layer_bytes) + self.shared_bytes
 
 
 def resident(geometry: Geometry, memory: Memory, chunks: int, batch: int, channels: int = 16) -> Resident:
@@ -52,6 +55,10 @@ def resident(geometry: Geometry, memory: Memory, chunks: int, batch: int, channe
         batch: videos generated together.
         channels: channels of a latent, of which a memory may keep something.
     """
+    if isinstance(memory, Divided):
+        held = _divided(geometry, memory, lambda part, stack: resident(part, stack, chunks, batch, channels))
+        assert held is not None
+        return held
     if not isinstance(memory, Stack):
         return _rehearsed(geometry, memory, chunks, batch, channels)[-1]
     counted = list(islice(_counted(geometry, memory, batch), chunks))
@@ -80,6 +87,9 @@ def most_resident(
         channels: channels of a latent, of which a memory may keep something.
         first_frames: latent frames of the first chunk, if it is shorter than the rest.
     """
+    if isinstance(memory, Divided):
+        size = chunks, batch, channels, first_frames  # all parts hold the most at the end, for they archive nothing
+        return _divided(geometry, memory, lambda part, stack: most_resident(part, stack, *size))
     far = _FAR if chunks is None else chunks
     if isinstance(memory, Stack):
         if chunks is None and memory.archive_blocks is not None:
@@ -93,6 +103,26 @@ def most_resident(
     if chunks is None and len(counted) == far:
         return None
     return max(held, key=lambda each: each.bytes(geometry.layers))
+
+
+def _divided(geometry: Geometry, memory: Divided, one: Callable[[Geometry, Stack], Resident | None]) -> Resident | None:
+    """Return what all parts hold together; None if one grows without end.
+
+    Args:
+        geometry: the model.
+        memory: the policy.
+        one: gives what a stack holds with some heads of the model.
+    """
+    kinds = Counter(part.kind for layer in memory.parts(geometry) for part in layer)
+    history, held, shared = 0, 0, 0
+    for (stack, heads), count in kinds.items():
+        each = one(narrowed(geometry, heads), memory.stacks[stack])
+        if each is None:
+            return None
+        history += int(each.history) * heads * count
+        held += int(each.layer_bytes) * count
+        shared += each.shared_bytes
+    return Resident(Fraction(history, geometry.layers * geometry.heads), Fraction(held, geometry.layers), shared)
 
 
 def _until_settled(chunks: Iterator[Any], most: int) -> list[Any]:

@@ -9,7 +9,9 @@ from kvpack.errors import SnapshotError
 from kvpack.generation.moment import Moment
 from kvpack.generation.replay import CleanFrames
 from kvpack.generation.run import Run
+from kvpack.memory.divided import Divided, DividedBook, narrowed
 from kvpack.memory.geometry import Geometry
+from kvpack.memory.plan import Book
 from kvpack.memory.session import Past
 from kvpack.memory.stack_plan import StackBook
 from kvpack.memory.stack_state import StackState
@@ -82,9 +84,23 @@ def check_sessions(run: Run) -> None:
             raise SnapshotError(f"branch {branch} has {len(past.states)} layers, but the model {geometry.layers}")
         if past.book.frames > (run.position or (0, 0))[1]:
             raise SnapshotError(f"branch {branch} has {past.book.frames} frames, more than were generated")
-        for state in past.states:
-            if isinstance(state, StackState) and isinstance(past.book, StackBook):
+        for layer, state in enumerate(past.states):
+            if isinstance(session.stack, Divided):
+                _check_parts(session.stack, state, past.book, geometry, layer)
+            elif isinstance(state, StackState) and isinstance(past.book, StackBook):
                 _check_state(state, past.book, geometry)
+
+
+def _check_parts(memory: Divided, state: Any, book: Book, geometry: Geometry, layer: int) -> None:
+    parts = memory.parts(geometry)[layer]
+    books = book.books if isinstance(book, DividedBook) else ()
+    if not is_a(state, tuple[StackState, ...]) or len(state) != len(parts) or len(books) != len(memory.stacks):
+        raise SnapshotError(f"layer {layer} does not have the {len(parts)} parts of {memory.name}")
+    for part, each in zip(parts, state, strict=True):
+        own = books[part.stack]
+        if not isinstance(own, StackBook):
+            raise SnapshotError(f"the book of a part of layer {layer} is a {type(own).__name__}")
+        _check_state(each, own, narrowed(geometry, len(part.heads)))
 
 
 def _check_state(state: StackState, book: StackBook, geometry: Geometry) -> None:

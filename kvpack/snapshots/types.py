@@ -10,6 +10,7 @@ from kvpack.generation.adapter import Adapter
 from kvpack.generation.replay import CleanFrames
 from kvpack.memory.base import Book, Memory, Tokens
 from kvpack.memory.blocks import KVBlock, Span
+from kvpack.memory.divided import Divided, DividedBook
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import BlockEntry, Ledger
 from kvpack.memory.roles import Policy
@@ -19,7 +20,8 @@ from kvpack.memory.stack_plan import StackBook
 from kvpack.memory.stack_state import KeptBlock, StackState
 from kvpack.plugins.registry import registry
 
-_CORE = (Past, Book, StackBook, Ledger, BlockEntry, StackState, KeptBlock, KVBlock, Span, Tokens, CleanFrames, Geometry)
+_BOOKS = (Past, Book, StackBook, DividedBook, Ledger, BlockEntry)
+_CORE = (*_BOOKS, StackState, KeptBlock, KVBlock, Span, Tokens, CleanFrames, Geometry)
 
 
 def allowed_classes(stack: Memory, adapter: Adapter) -> dict[str, type]:
@@ -36,7 +38,11 @@ def allowed_classes(stack: Memory, adapter: Adapter) -> dict[str, type]:
 
 
 def policies_of(stack: Memory) -> dict[str, Policy]:
-    """Return the policies of a stack by role, or the memory itself."""
+    """Return the policies of a stack by role, of a divided memory those of all its stacks, or the memory itself."""
+    if isinstance(stack, Divided):
+        each = enumerate(map(policies_of, stack.stacks))
+        numbered = {f"{role} {index}": policy for index, roles in each for role, policy in roles.items()}
+        return {"memory": stack, **numbered, "codec": stack.stacks[0].store}
     if not isinstance(stack, Stack):
         return {"memory": stack}
     return {**{role: getattr(stack, role) for role in ROLES}, "codec": stack.store}

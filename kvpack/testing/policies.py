@@ -210,14 +210,14 @@ def _check_attended(memory: Memory, most_frames: int | None, session: Session) -
         raise PolicyError(
             f"{name} attends {tokens} tokens, but at most {most_frames * TINY.tokens_per_frame} are allowed"
         )
-    for index, cache in enumerate(session.caches):
-        keys, _ = session.attended(index)
+    for cache in (leaf for each in session.caches for leaf in each.leaves):
         assert cache.context is not None
+        keys, _ = cache.context.history()
         for row, length in enumerate(cache.context.lengths):
             for head in range(keys.shape[2]):
                 # Random keys after RoPE are equal only if both token and place are.
                 if keys[row, :length, head].unique(dim=0).shape[0] < length:
-                    raise PolicyError(f"{name} attends a token twice at one place in layer {index}")
+                    raise PolicyError(f"{name} attends a token twice at one place in layer {cache.index}")
 
 
 def _check_replay(memory: Memory, session: Session) -> None:

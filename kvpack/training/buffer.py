@@ -101,7 +101,7 @@ def _joined(
 
 def histories(session: Session) -> list[Cut]:
     """Return the history that every layer attends for the chunk in progress, as it was made and as it is attended."""
-    contexts = [cache.context for cache in session.caches]
+    contexts = [leaf.context for cache in session.caches for leaf in cache.leaves]
     return [cut for each in contexts if isinstance(each, GraphContext) for cut in each.made]
 
 

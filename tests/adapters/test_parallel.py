@@ -47,6 +47,10 @@ MEMORIES = {
     "dual": lambda: learned(DualCompressor),
     "hr": lambda: learned(HighResolutionCompressor, project="direct"),
     "deep-forcing": lambda: ("deep-forcing", DEEP),
+    "mixed-windows": lambda: (
+        "mixed-windows",
+        {"chunk_frames": 2, "windows": (4, 8), "sinks": (1, 2), "shares": ((1,), (0,))},
+    ),
     "h2o": lambda: HeavyHitters(chunk_frames=2, budget_frames=6, recent_frames=2),
 }
 
@@ -106,7 +110,7 @@ def resumed(ranks, memory, folder):
         return torch.cat(list(stream), dim=2)
 
 
-@pytest.mark.parametrize("memory", ["keep-attended", "int8", "lr", "deep-forcing"])
+@pytest.mark.parametrize("memory", ["keep-attended", "int8", "lr", "deep-forcing", "mixed-windows"])
 def test_a_snapshot_is_read_by_any_number_of_processes(memory, alone, tmp_path):
     rest = alone[memory]["latents"][:, :, 8:]
     saved(1, memory, tmp_path / "one")

@@ -5,6 +5,7 @@ import torch
 
 from helpers import context, ledger, placement, record_forwards, seeded
 from kvpack.memory.blocks import grid_coordinates
+from kvpack.memory.divided import Divided
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
@@ -38,6 +39,18 @@ def attended(session, clean):
     (layer,) = session.denoise(0)
     tokens = session.stack.chunk_frames * SMALL.tokens_per_frame
     layer.attend(*torch.randn(3, 1, tokens, SMALL.heads, SMALL.head_dim, generator=seeded(9)), lambda q, k, v: q)
+    if isinstance(session.stack, Divided):  # the one layer has one window, at its places in the video
+        start = 0
+        for piece in session.past.book.books[0].ledger.whole:
+            places = grid_coordinates(piece.frames, SMALL.grid).double().clone()
+            places[:, 0] += piece.first_frame
+            yield (
+                start,
+                torch.cat([clean[frame] for frame in range(piece.first_frame, piece.stop)], dim=1),
+                places[None],
+            )
+            start += len(places)
+        return
     if not isinstance(session.stack, Stack):
         start = 0
         for part in context(session).tokens:

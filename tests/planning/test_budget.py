@@ -103,7 +103,7 @@ def test_every_preset_in_every_budget(name: str, rehearsed_once: None) -> None:
 
 
 #: Of these no option that the budget knows is left to change.
-FIXED = ("fademem", "infinite-forcing", "infinity-rope", "krea", "longlive-rag", "magi")
+FIXED = ("fademem", "infinite-forcing", "infinity-rope", "krea", "longlive-rag", "magi", "mixed-windows")
 
 
 @pytest.mark.parametrize("name", BOUNDED)
