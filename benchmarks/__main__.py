@@ -22,6 +22,7 @@ from benchmarks import (
     resident,
     rivals,
     rotation,
+    simulation,
     snapshots,
     steady,
 )
@@ -40,6 +41,7 @@ BENCHMARKS = {
     "snapshots": snapshots,
     "faults": faults,
     "parallel": parallel,
+    "simulation": simulation,
     "beside": beside,
 }
 

@@ -1,6 +1,7 @@
 """The tables of docs/scaling.md, counted by the planner: `python -m benchmarks.scaling` prints them.
 
-No time is measured here: operations and bytes are exact, and seconds are operations over a rate that is assumed.
+No time is measured here: operations and bytes are exact, and seconds are operations over a rate that is assumed; of one
+video over several cards they are simulated (`benchmarks.simulation`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from benchmarks.gpu import table as cards
 from benchmarks.hotpath import ALLOCATIONS, CHUNK, FIRST, LATER, MOVED, NEEDED, OPERATORS
 from benchmarks.report import RESULTS, figure, read
+from benchmarks.simulation import Machine, Work, formula, simulated
 from kvpack.planning.planner import Plan, plan
 from kvpack.planning.presets import PRESETS, adapter_for
 from kvpack.plugins.registry import registry
@@ -166,6 +168,67 @@ def gpus_table() -> str:
     return table(["GPUs", *(case.name for case in CASES)], rows)
 
 
+#: Measured on an H200 (torch 2.11, eager, bfloat16): operations a second of a large product, and a bare forward of the
+#: 1.3B model at 480p behind a full context, from which attention and all else have their rate.
+H200_LINEAR, H200_FORWARD = 770e12, 0.1079
+#: Assumed: bytes a second out of a card, seconds of a message, and of a host that launches a layer; the spread of an
+#: operation's time where it is not 0.
+NVLINK, MESSAGE, LAUNCH, SPREAD = 450e9, 5e-6, 3e-4, 0.05
+#: Cards that make one video together, as far as they divide its heads.
+SPLITS = (1, 2, 4, 6, 8, 12, 20, 40)
+
+
+def work_of(case: Case) -> Work:
+    """Return a chunk of a case behind a full context."""
+    config, planned = case.configs["transformer"], case.planned(STEADY)
+    return Work(
+        layers=config["num_layers"],
+        heads=config["num_attention_heads"],
+        head_dim=config["attention_head_dim"],
+        ffn=config["ffn_dim"],
+        tokens=planned.chunk_tokens,
+        attended=planned.attended_tokens,
+        text=512,
+        forwards=STEPS + 1,
+        itemsize=2,
+    )
+
+
+def h200(spread: float = 0.0) -> Machine:
+    """Return a card."""
+    work = work_of(CASES[0])
+    left = H200_FORWARD / work.layers - work.linear_flops / H200_LINEAR
+    rate = work.attention_flops / left
+    return Machine(H200_LINEAR, rate, 0.0, 0.0, MESSAGE, NVLINK, launch_seconds=LAUNCH, spread=spread)
+
+
+def split_table() -> str:
+    """Return the chunks of one video over several cards, simulated, and beside the formula."""
+    rows = []
+    for case in CASES:
+        work = work_of(case)
+        alone = simulated(h200(), work, 1)
+        for ranks in (each for each in SPLITS if work.heads % each == 0):
+            smooth, uneven = (simulated(h200(spread), work, ranks) for spread in (0.0, SPREAD))
+            paper = formula(work, ranks, alone, NVLINK)
+            cells = [f"{1000 * each:,.0f} ms" for each in (smooth, paper, uneven)]
+            part = f"{100 * alone / smooth / ranks:.0f} %"
+            rates = 16 / smooth, 16 / smooth * (GPUS[-1] // ranks)
+            rows.append([case.name, str(ranks), *cells, part, *(f"{each:,.3g}" for each in rates)])
+    head = ["model, size", "GPUs a video", "simulated", "formula", "uneven", "of linear", "frames a second"]
+    return table([*head, f"of {GPUS[-1]} GPUs"], rows)
+
+
+def simulation_table() -> str:
+    """Return what the kept results say of the simulation."""
+    rows: dict[str, dict[str, float]] = {}
+    for row in read(RESULTS / "simulation.json"):
+        rows.setdefault(row.subject, {})[row.metric] = row.value
+    asked = ("measured", "simulated", "off", "formula / measured")
+    cells = [[name, *(figure(each[metric]) for metric in asked)] for name, each in rows.items() if "measured" in each]
+    return table(["a chunk in", "measured, s", "simulated, s", "off", "formula / measured"], cells)
+
+
 #: What was measured, and of which file it is which row.
 CONSTANTS = (
     ("all of a chunk / the transformer's work, `pool`, `topk`", "overhead", "kvpack, pool, bf16", OVERHEAD),
@@ -203,6 +266,8 @@ TABLES = {
     "length": lengths_table,
     "full": full_table,
     "gpus": gpus_table,
+    "split": split_table,
+    "simulation": simulation_table,
     "constants": constants_table,
     "cards": cards_table,
 }
