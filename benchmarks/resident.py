@@ -29,6 +29,7 @@ from torch.nn import Parameter
 from benchmarks.report import SEED, Bar, Row, say, script
 from kvpack import Geometry, Session
 from kvpack.memory.base import Memory
+from kvpack.memory.divided import Divided
 from kvpack.memory.stack import Stack
 from kvpack.plugins.registry import registry
 
@@ -79,11 +80,11 @@ class Held:
         )
 
 
-def geometry(heads: int, small: bool) -> Geometry:
-    """Return one layer of Wan2.1-1.3B with fewer heads."""
+def geometry(heads: int, small: bool, layers: int = 1) -> Geometry:
+    """Return a layer of Wan2.1-1.3B, or some, with fewer heads."""
     if small:
-        return Geometry(1, heads, 12, (4, 6), (4, 4, 4), dtype=torch.bfloat16)
-    return Geometry(1, heads, 128, (30, 52), (44, 42, 42), dtype=torch.bfloat16)
+        return Geometry(layers, heads, 12, (4, 6), (4, 4, 4), dtype=torch.bfloat16)
+    return Geometry(layers, heads, 128, (30, 52), (44, 42, 42), dtype=torch.bfloat16)
 
 
 def queries_only(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -103,15 +104,15 @@ def drive(session: Session, chunks: int) -> None:
 
     for _ in range(chunks):
         frames = session.coming_frames
-        (layer,) = session.denoise(0)
-        forward(layer, frames * shape.tokens_per_frame)
+        for layer in session.denoise(0):
+            forward(layer, frames * shape.tokens_per_frame)
         latents = torch.randn((1, LATENT_CHANNELS, frames, 2 * height, 2 * width), generator=generator)
         session.review(latents)
-        (layer,) = session.commit(latents=latents)
-        forward(layer, frames * shape.tokens_per_frame)
+        for layer in session.commit(latents=latents):
+            forward(layer, frames * shape.tokens_per_frame)
         for piece in session.pending_compressions():
-            (layer,) = session.compress(piece)
-            forward(layer, session.twin_span(piece).tokens)
+            for layer in session.compress(piece):
+                forward(layer, session.twin_span(piece).tokens)
         session.finish_commit()
 
 
@@ -156,15 +157,16 @@ def kept_rows(subject: str, layer: Held, layers: int) -> list[Row]:
 def measured(name: str, heads: int | None, small: bool) -> list[Row]:
     """Return the figures of an installed stack, with all heads at once or continued from 1 and 2."""
     memory, chunks = registry().stack(name, {}), 24 if small else CHUNKS
+    layers = len(memory.shares) if isinstance(memory, Divided) else 1  # after so many they repeat
     if heads is None:
-        one, two = (held(memory, geometry(count, small), chunks) for count in (1, 2))
+        one, two = (held(memory, geometry(count, small, layers), chunks) for count in (1, 2))
         layer = one.continued(two, HEADS)
     else:
-        layer = held(memory, geometry(heads, small), chunks)
+        layer = held(memory, geometry(heads, small, layers), chunks)
     say(f"resident: {name}, {layer}")
     searched = RATIO_SEARCHED if hasattr(memory, "archive_frames") else RATIO_OTHER
     kind = RATIO_STACK if isinstance(memory, Stack) else searched
-    return kept_rows(kind + name, layer, LAYERS)
+    return kept_rows(kind + name, layer, LAYERS // layers)
 
 
 @torch.no_grad()
