@@ -14,6 +14,7 @@ from kvpack.errors import GradientError, NonFiniteLatentsError
 from kvpack.generation.guidance import Guidance
 from kvpack.generation.phase import Phase
 from kvpack.generation.replay import CleanFrames
+from kvpack.memory.accounting import stats_of_all
 from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry, ShardedGeometry
 from kvpack.memory.layer import AttendingLayer, LayerCache
@@ -170,15 +171,8 @@ class Denoiser(ABC):
 
     def stats(self) -> dict[str, Any]:
         """Return tokens of one branch, bytes of all, and seconds of each part of the work."""
-        each, shared = [session.stats() for session in self.sessions.values()], {"seconds": dict(self.seconds)}
-        if self.link is not None:
-            shared["sent_bytes"] = dict(self.link.sent)
-        if not each:
-            return {"stack": self.stack.name, "chunks": 0, "branches": [], **shared, "policy_seconds": {}}
-        total = {key: sum(stats[key] for stats in each) for key in each[0] if key.endswith("_bytes")}
-        spent = [stats["policy_seconds"] for stats in each]  # the first branch runs every policy that any branch runs
-        policies = {name: sum(part.get(name, 0.0) for part in spent) for name in spent[0]}
-        return {**each[0], **total, "branches": list(self.sessions), **shared, "policy_seconds": policies}
+        sent = {} if self.link is None else {"sent_bytes": dict(self.link.sent)}
+        return {"stack": self.stack.name, **stats_of_all(self.sessions), "seconds": dict(self.seconds), **sent}
 
     def predict(self, branch: str, latents: Tensor, timesteps: Tensor, step: int) -> Tensor:
         """Return the transformer's output at a denoising step."""

@@ -1,6 +1,6 @@
 """What a session holds, in tokens and bytes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,17 @@ def session_stats(session: "Session") -> dict[str, Any]:
         "selected": chosen or None,
         "policy_seconds": dict(session.policy_seconds),
     }
+
+
+def stats_of_all(sessions: Mapping[str, "Session"]) -> dict[str, Any]:
+    """Return tokens of the first session, and bytes of all, which are one for each guidance branch."""
+    each = [session.stats() for session in sessions.values()]
+    if not each:
+        return {"chunks": 0, "branches": [], "policy_seconds": {}}
+    total = {key: sum(stats[key] for stats in each) for key in each[0] if key.endswith("_bytes")}
+    spent = [stats["policy_seconds"] for stats in each]  # the first branch runs every policy that any branch runs
+    policies = {name: sum(part.get(name, 0.0) for part in spent) for name in spent[0]}
+    return {**each[0], **total, "branches": list(sessions), "policy_seconds": policies}
 
 
 def resident_bytes(session: "Session") -> int:
