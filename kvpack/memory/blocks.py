@@ -46,12 +46,14 @@ class KVBlock:
         span: where the tokens come from.
         queries: some queries before RoPE of the chunk at whose commit the block is compressed, for a compressor that
             asks for them by its `max_queries`.
+        layer: index of the layer, for a compressor that learned something of each.
     """
 
     keys: Float[Tensor, "batch tokens heads head_dim"]
     values: Float[Tensor, "batch tokens heads head_dim"]
     span: Span
     queries: Float[Tensor, "batch some heads head_dim"] | None = None
+    layer: int = 0
 
     @property
     def own_places(self) -> Tensor | None:

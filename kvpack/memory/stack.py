@@ -237,7 +237,9 @@ class Stack(Memory):
         twins = [KVBlock(*each.twin, span) for each in kept if each.twin is not None]
         whole = Span(piece.first_frame, frames, grid_coordinates(frames, geometry.grid))
         seen = twins or [
-            with_all_heads(compressor, geometry, KVBlock(*each.block.resolved(), whole, self._queries(chunk)))
+            with_all_heads(
+                compressor, geometry, KVBlock(*each.block.resolved(), whole, self._queries(chunk), chunk.layer)
+            )
             for each, chunk in zip(kept, chunks, strict=True)
         ]
         blocks = twins

@@ -167,6 +167,21 @@ def test_a_compressor_sees_queries_of_the_chunk_that_is_committed_if_it_asks():
     assert session.caches[0].captured is None
 
 
+def test_a_compressor_knows_the_layer_of_a_block():
+    seen = []
+
+    class Spy(type(policy("keep-grid"))):
+        name = "spy"
+
+        def compress(self, whole, grid):
+            seen.append(whole.layer)
+            return super().compress(whole, grid)
+
+    run_session(Session(registry().stack("packforcing", {"sink_frames": 4, "compressor": Spy()}), TINY), 5)
+    assert seen
+    assert seen == list(range(TINY.layers)) * (len(seen) // TINY.layers)
+
+
 def test_random_is_seeded_and_another_draw_for_each_block():
     whole = block()
     later = replace(whole, span=replace(whole.span, first_frame=12))
