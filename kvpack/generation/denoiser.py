@@ -128,8 +128,6 @@ class Denoiser(ABC):
 
     def forget_chunk(self) -> None:
         """Take back all that is known of the chunk in progress; what is committed stays as it is."""
-        if self.guidance is not None:
-            self.guidance.forget()
         for session in self.sessions.values():
             session.adopt(session.past)
 

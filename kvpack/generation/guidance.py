@@ -65,10 +65,6 @@ class Guidance:
             self._exchange()
         return made
 
-    def forget(self) -> None:
-        """Take back what was asked for in a chunk that is given up."""
-        self._asked = {}
-
     def _exchange(self) -> None:
         asked, self._asked = self._asked, {}
         every = self.link.gather(asked[self.own], 0).chunk(self.link.ranks)
