@@ -170,7 +170,7 @@ def gpus_table() -> str:
 
 #: Measured on an H200 (torch 2.11, eager, bfloat16): operations a second of a large product, and a bare forward of the
 #: 1.3B model at 480p behind a full context, from which attention and all else have their rate.
-H200_LINEAR, H200_FORWARD = 770e12, 0.1079
+H200_LINEAR, H200_FORWARD = 750e12, 0.1075
 #: Assumed: bytes a second out of a card, seconds of a message, and of a host that launches a layer; the spread of an
 #: operation's time where it is not 0.
 NVLINK, MESSAGE, LAUNCH, SPREAD = 450e9, 5e-6, 3e-4, 0.05

@@ -135,6 +135,12 @@ class WanDenoiser(Denoiser):
         assert self.guidance is not None
         return (self.guidance.predicted(branch, lambda: forward()[0], room),)
 
+    def agreed(self, latents: Tensor) -> Tensor:
+        """Return a chunk's latents, in which all guidance branches have a part."""
+        if self.guidance is not None:
+            self.guidance.require_settled()
+        return super().agreed(latents)
+
     def layers_for(self, branch: str, step: int | None = None) -> Sequence[AttendingLayer]:
         """Return each layer's memory, none for a branch that another process runs."""
         if self.guidance is not None and branch != self.guidance.own:

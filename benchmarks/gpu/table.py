@@ -17,17 +17,16 @@ FPS, HELD, PEAK, PLANNED = (
 HEAD = ["card", "memory", "ms a chunk", "frames a second", "over the bare transformer", "held", "peak", "peak / plan"]
 
 
-def cards() -> dict[str, dict[str, Any]]:
-    """Return what was measured, by the card's name."""
-    files = sorted((RESULTS / "gpu").glob("*.json"))
-    found = (json.loads(file.read_text()) for file in files)
-    return {each["machine"]["card"]: each for each in found}
+def cards() -> list[dict[str, Any]]:
+    """Return what was measured, file by file."""
+    return [json.loads(file.read_text()) for file in sorted((RESULTS / "gpu").glob("*.json"))]
 
 
 def rows() -> list[list[str]]:
     """Return a row for each memory that was measured on a card."""
     made = []
-    for card, measured in cards().items():
+    for measured in cards():
+        card = measured["machine"]["card"]
         for section in measured["sections"]:
             values = {(row["subject"], row["metric"]): row["value"] for row in section["rows"]}
             for name in dict.fromkeys(subject for subject, metric in values if metric == OVERHEAD):

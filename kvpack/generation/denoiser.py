@@ -164,8 +164,7 @@ class Denoiser(ABC):
             )
         if self.phase is None:
             raise RuntimeError("a forward over kvpack's memory must be inside Denoiser.during(Phase(...))")
-        session = self.session(branch)
-        return self.phase.announce(session, branch, step)
+        return self.phase.announce(self.session(branch), branch, step)
 
     def stats(self) -> dict[str, Any]:
         """Return tokens of one branch, bytes of all, and seconds of each part of the work."""
@@ -185,8 +184,9 @@ class Denoiser(ABC):
         """Raise `NonFiniteLatentsError`, or the `PolicyError` that is its cause, if a chunk holds NaN or infinity."""
         if bool(latents.isfinite().all()):
             return
-        for session in self.sessions.values():
-            session.check_policies()
+        with nullcontext() if self.guidance is None else self.guidance.link.together():
+            for session in self.sessions.values():
+                session.check_policies()
         raise NonFiniteLatentsError(
             f"chunk {index} holds NaN or infinity after denoising; nothing of it was committed. "
             "Check the weights, the dtype and the callbacks"
@@ -252,7 +252,7 @@ class Denoiser(ABC):
         conditioning = self.conditioning
         pasts: list[tuple[Any, Any]] = [(session, session.past) for session in self.sessions.values()]
         try:
-            with nullcontext() if self.guidance is None else self.guidance.link.together():
+            with nullcontext() if self.guidance is None else self.guidance.block():
                 yield
         except BaseException:
             self.conditioning = conditioning
@@ -283,7 +283,7 @@ class Denoiser(ABC):
             rerun = again or self.stack.commit == "rerun" or session.step < last
             with self.writing():
                 self.commit_branch(branch, latents, tokens, rerun=rerun)
-        finish_commits(list(self.sessions.values()))
+        finish_commits(list(self.sessions.values()), None if self.guidance is None else self.guidance.together())
 
     def commit_branch(self, branch: str, latents: Tensor, tokens: Mapping[BlockEntry, Tensor], *, rerun: bool) -> None:
         """Run the forwards whose keys and values become history of one branch.

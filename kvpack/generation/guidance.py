@@ -1,6 +1,7 @@
 """Guidance branches over processes: each process runs one of them, and is told what the others predict."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class Guidance:
         self.link = Shard(ranks, dist.get_rank(group), group, device)
         self.branches = tuple(branches)
         self._asked: dict[str, Tensor] = {}
+        #: Whether the others were told, in this block, how it goes; whether they know of the error that ends it.
+        self._told = self._known = False
 
     @property
     def own(self) -> str:
@@ -51,19 +54,47 @@ class Guidance:
             room: returns an empty tensor as large as a prediction.
 
         Raises:
-            ParallelError: if a branch is asked for again before another was.
+            ParallelError: if a branch is asked for again before all others were.
         """
         if branch in self._asked:
-            missing = ", ".join(name for name in self.branches if name not in self._asked)
-            raise ParallelError(
-                f"a denoising step asked for branch {branch} again, but not for {missing}, which another process waits "
-                "to be asked for; where guidance is left out of some steps, set packforcing.guidance_group to None"
-            )
+            self.require_settled()
         self._asked[branch] = forward() if branch == self.own else room()
         made = self._asked[branch]
         if len(self._asked) == len(self.branches):
             self._exchange()
         return made
+
+    def require_settled(self) -> None:
+        """Raise `ParallelError` if a step has asked for some of the branches only."""
+        if self._asked:
+            missing = ", ".join(name for name in self.branches if name not in self._asked)
+            raise ParallelError(
+                f"a denoising step asked for branch {', '.join(self._asked)}, but not for {missing}, which another "
+                "process waits to be asked for; where guidance is left out of some steps, set "
+                "packforcing.guidance_group to None"
+            )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise in every process if the block raises in one; inside of `block`."""
+        self._told = self._known = True
+        with self.link.together():
+            yield
+        self._known = False
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """Tell the others of an error of the block, of which they have not learned in `together`."""
+        self._told = self._known = False
+        try:
+            yield
+        except Exception:
+            if not self._known:
+                self.link.largest([1.0])
+            raise
+        if not self._told:
+            with self.link.together():
+                pass
 
     def _exchange(self) -> None:
         asked, self._asked = self._asked, {}

@@ -107,6 +107,9 @@ class Divided(Memory):
                 f"shares must be, for each layer, a list of numbers from 0 to {len(self.stacks) - 1}, one for each "
                 f"head, e.g. [[0], [0, 1]], got {self.shares!r}"
             )
+        unused = sorted(known.difference(*self.shares))
+        if unused:
+            raise InvalidOptionError(f"no share of {self.name} names {unused}, so that it would have no effect")
 
     @cached_property
     def by_head(self) -> bool:  # type: ignore[override]

@@ -1,7 +1,7 @@
 """All memory of one generation and guidance branch: the only mutable thing."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
@@ -169,12 +169,20 @@ class Session:
     def prepared(self) -> Past:
         """Return the past with the committed chunk in it; touches nothing that the present one uses."""
         committed = zip(*(cache.committed() for cache in self.caches), strict=True)
-        states = self.stack.remember_all(*committed)
-        # Last, since it waits for the device, which has its work by now.
-        if not agreed(self.geometry.shard, check_layers(self.caches), [cache.selected for cache in self.caches]):
-            self.check_policies()
+        alone = self.geometry.shard is None
+        if not alone:  # what crosses between processes comes behind what may end one of them
+            self._check_chunk()
+        try:
+            states = self.stack.remember_all(*committed)
+        finally:
+            if alone:  # last, since it waits for the device, which has its work by now
+                self._check_chunk()
         assert self.plan is not None
         return Past(self.stack.committed(self.plan), states)
+
+    def _check_chunk(self) -> None:
+        if not agreed(self.geometry.shard, check_layers(self.caches), [cache.selected for cache in self.caches]):
+            self.check_policies()
 
     def adopt(self, past: Past) -> None:
         """End the chunk in progress."""
@@ -260,12 +268,17 @@ class Session:
         return Session(self.stack, self.geometry, self.state(), self._layer)
 
 
-def finish_commits(sessions: Sequence[Session]) -> None:
+def finish_commits(sessions: Sequence[Session], together: AbstractContextManager[None] | None = None) -> None:
     """Finish the commit of all guidance branches of a generation, or of none.
+
+    Args:
+        sessions: of the branches that this process runs.
+        together: raises if another process that runs a branch cannot finish.
 
     Raises:
         PolicyError: if a policy broke its contract in this chunk; every history is then as it was.
     """
-    pasts = [session.prepared() for session in sessions]
+    with together or nullcontext():
+        pasts = [session.prepared() for session in sessions]
     for session, past in zip(sessions, pasts, strict=True):
         session.adopt(past)

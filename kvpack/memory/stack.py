@@ -247,6 +247,9 @@ class Stack(Memory):
             assert isinstance(chunks[0].plan, StackPlan)
             with policy_call(compressor, "compress", chunks[0].plan.ledger.seconds):
                 blocks = compressor.compress_all(seen, geometry.grid)
+            if len(blocks) != len(seen):
+                name = f"{type(compressor).__name__}.compress_all"
+                raise PolicyError(f"{name} returned {len(blocks)} blocks for {len(seen)} layers")
         for block, given, chunk in zip(blocks, seen, chunks, strict=True):
             check_block(compressor, block, span, given.keys, chunk.layer)
         return blocks if twins else [with_own_heads(compressor, geometry, block) for block in blocks]

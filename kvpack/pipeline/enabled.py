@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from diffusers import DiffusionPipeline
 
-from kvpack.errors import InvalidOptionError, UnsupportedPipelineError, plain
+from kvpack.errors import InvalidOptionError, SnapshotError, UnsupportedPipelineError, plain
 from kvpack.generation.adapter import Adapter
 from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
@@ -82,6 +83,10 @@ class PackForcing:
             raise UnsupportedPipelineError(
                 f"guidance branches of a {type(self._pipeline).__name__} run in one process; WanPipeline splits them"
             )
+        if group is not None and not (dist.is_available() and dist.is_initialized()):
+            raise InvalidOptionError("guidance_group needs torch.distributed.init_process_group() first")
+        if group is not None and dist.get_rank(group) < 0:
+            raise InvalidOptionError("guidance_group must be a group that this process belongs to")
         enabled.guidance_group = group
 
     @property
@@ -177,6 +182,8 @@ class PackForcing:
             InvalidOptionError: if functions are not given again, or others are given.
         """
         require_callback(on_chunk)
+        if self.guidance_group is not None:
+            raise SnapshotError("a snapshot has all guidance branches; set packforcing.guidance_group to None first")
         with alone(self._pipeline):
             run, generation, note = resumed(self._pipeline, Path(folder), given)
             return Stream(self._pipeline, run, on_chunk, generation, note)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 import kvpack
 from helpers import quiet, seeded
 from kvpack.errors import InvalidOptionError, PolicyError, SnapshotError, UnsupportedPipelineError
+from kvpack.policies.h2o import HeavyHitters
 from kvpack.testing import tiny_skyreels_v2_pipeline, tiny_wan_pipeline
 from kvpack.testing.ranks import RanksFailed, run_ranks
 
@@ -81,11 +82,13 @@ def test_what_cannot_be_split_is_refused():
 
 def test_an_error_on_one_process_is_one_on_both_and_nothing_is_committed():
     def work(rank):
-        pipe = kvpack.enable(quiet(tiny_wan_pipeline()), "h2o", **MEMORIES["h2o"][1])
+        pipe = kvpack.enable(quiet(tiny_wan_pipeline()), "packforcing", **SIZES, compressor="pool", selector="topk")
         pipe.packforcing.guidance_group = dist.group.WORLD
         stream = pipe.packforcing.stream(generator=seeded(), **CALL)
-        next(stream)
+        for _ in range(6):
+            next(stream)  # the archive is full
         (session,) = pipe.packforcing.sessions.values()
+        held = session.past.states[0].archive.keys[0].clone()
         if rank == 1:
 
             def broken():
@@ -94,15 +97,21 @@ def test_an_error_on_one_process_is_one_on_both_and_nothing_is_committed():
             session.prepared = broken
         with pytest.raises((RuntimeError, PolicyError)) as raised:
             next(stream)
-        return [str(raised.value), session.frames, type(pipe.transformer.blocks[0].attn1.processor).__name__]
+        return [
+            str(raised.value),
+            session.frames,
+            bool((session.past.states[0].archive.keys[0] == held).all()),
+            type(pipe.transformer.blocks[0].attn1.processor).__name__,
+        ]
 
     first, second = run_ranks(2, work)
     assert "another rank than this one, 0 of 2, has failed" in first[0]
     assert second[0] == "broken here"
-    assert first[1:] == second[1:] == [2, "WanAttnProcessor"]
+    assert first[1:] == second[1:] == [12, True, "WanAttnProcessor"]
 
 
-def test_a_pipeline_that_leaves_guidance_out_of_a_step_is_told():
+@pytest.mark.parametrize("steps", [2, 3])  # the chunk's last step, or one in between
+def test_a_pipeline_that_leaves_guidance_out_of_a_step_is_told(steps):
     def work(rank):
         pipe = kvpack.enable(quiet(tiny_wan_pipeline()), "packforcing", **SIZES)
         pipe.packforcing.guidance_group = dist.group.WORLD
@@ -111,9 +120,35 @@ def test_a_pipeline_that_leaves_guidance_out_of_a_step_is_told():
             pipe._guidance_scale = 1.0
             return tensors
 
-        call = {**CALL, "num_inference_steps": 3, "callback_on_step_end": leave_out}
+        call = {**CALL, "num_inference_steps": steps, "callback_on_step_end": leave_out}
         pipe(generator=seeded(), **call)
 
     with pytest.raises(RanksFailed) as failed:
         run_ranks(2, work)
-    assert all("asked for branch cond again, but not for uncond" in each for each in failed.value.errors.values())
+    assert all("asked for branch cond, but not for uncond" in each for each in failed.value.errors.values())
+
+
+def test_nan_of_one_branch_ends_both_processes_though_nan_is_retried():
+    def work(rank):
+        class Wrong(HeavyHitters):
+            def attend(self, state, chunk):
+                made = super().attend(state, chunk)
+                if rank and chunk.index == 2:
+                    made.tokens[0].keys[:] = torch.nan
+                return made
+
+        pipe = kvpack.enable(quiet(tiny_wan_pipeline()), Wrong(**MEMORIES["h2o"][1]))
+        pipe.packforcing.guidance_group = dist.group.WORLD
+        with pytest.raises(PolicyError) as raised:
+            pipe(generator=seeded(), on_nan="retry", **CALL)
+        return str(raised.value)
+
+    first, second = run_ranks(2, work)
+    assert "another rank than this one" in first
+    assert "keys for layer 0 that are not finite" in second
+
+
+def test_a_group_must_be_there_and_hold_the_process():
+    pipe = kvpack.enable(quiet(tiny_wan_pipeline()))
+    with pytest.raises(InvalidOptionError, match="init_process_group"):
+        pipe.packforcing.guidance_group = object()

@@ -38,11 +38,15 @@ def test_the_contract_is_kept(memory):
     check_policy(memory)
 
 
-@pytest.mark.parametrize("windows", [(9,), (9, 6)])
-def test_one_group_is_the_plain_window_to_the_bit(windows):
-    mixed = run_session(Session(MixedWindows(windows=windows, shares=((0,),)), FOUR), 9, batch=2)
+def test_one_group_is_the_plain_window_to_the_bit():
+    mixed = run_session(Session(MixedWindows(windows=(9,), shares=((0,),)), FOUR), 9, batch=2)
     plain = run_session(Session(self_forcing(window_frames=9, sink_frames=3), FOUR), 9, batch=2)
     assert same(mixed, plain)
+
+
+def test_a_window_that_no_share_names_is_refused():
+    with pytest.raises(InvalidOptionError, match=r"no share of mixed-windows names \[1\]"):
+        MixedWindows(windows=(9, 6), shares=((0,),))
 
 
 def test_two_groups_of_one_window_are_that_window():

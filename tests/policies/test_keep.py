@@ -1,6 +1,7 @@
 """Compressors that keep: their tokens are the block's own, at their own places, chosen as each says."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,8 @@ from torch.nn.functional import normalize
 
 from helpers import archived, quiet, state
 from kvpack import KVBlock, Session, Span
-from kvpack.errors import InvalidOptionError, UnusedOptionError
+from kvpack.errors import InvalidOptionError, PolicyError, UnusedOptionError
+from kvpack.memory import stack as stack_module
 from kvpack.memory.blocks import grid_coordinates
 from kvpack.planning import planner
 from kvpack.planning.resident import resident
@@ -248,6 +250,45 @@ def test_packforcing_hands_the_number_through():
     assert stack_from_dict(made.to_dict()) == made
     with pytest.raises(UnusedOptionError, match="keep_tokens has no effect: compressor 'pool' does not take it"):
         registry().stack("packforcing", {"compressor": "pool", "keep_tokens": 4})
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_layers_that_are_compressed_together_keep_what_each_keeps_alone(name, monkeypatch):
+    """Several layers in one call, and split over calls: what `compress` gives for each."""
+    compressor, blocks = policy(name, keep_tokens=5), [block(seed=seed) for seed in range(3)]
+    for one, other in zip(
+        map(partial(compressor.compress, grid=GRID), blocks), compressor.compress_all(blocks, GRID), strict=True
+    ):
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(one.values, other.values)
+        assert torch.equal(one.span.coordinates, other.span.coordinates)
+    archives = []
+    for together in (1, 10**6):
+        monkeypatch.setattr(stack_module, "_TOGETHER", together)
+        torch.manual_seed(0)
+        session = Session(registry().stack("packforcing", {"compressor": name, "keep_tokens": 5}), TINY)
+        run_session(session, 9, batch=2)
+        archives.append([state(session, layer).archive.keys[0] for layer in range(TINY.layers)])
+    assert all(torch.equal(one, other) for one, other in zip(*archives, strict=True))
+
+
+def test_a_subclass_that_chooses_otherwise_is_asked_and_as_many_blocks_come_back():
+    class First(type(policy("keep-farthest"))):
+        name = "first"
+
+        def choose(self, block, grid, count):
+            return torch.arange(count).expand(block.keys.shape[0], -1)
+
+    class Fewer(type(policy("keep-random"))):
+        name = "fewer"
+
+        def compress_all(self, blocks, grid):
+            return []
+
+    (made,) = First(keep_tokens=3).compress_all([block()], GRID)
+    assert torch.equal(made.keys, block().keys[:, :3])
+    with pytest.raises(PolicyError, match="compress_all returned 0 blocks for 2 layers"):
+        run_session(Session(registry().stack("packforcing", {"compressor": Fewer()}), TINY), 9)
 
 
 @pytest.mark.parametrize("name", KEEPING)
