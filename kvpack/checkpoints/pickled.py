@@ -6,7 +6,6 @@
 
 import mmap
 import pickletools
-import zipfile
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from kvpack.checkpoints.archive import archived_pickle, is_archive
 from kvpack.errors import InvalidOptionError
 
 #: What the pickles of weights call. Of the rest torch refuses all but what makes memory of a number.
@@ -55,28 +55,13 @@ def require_modest(path: Path) -> None:
         raise InvalidOptionError(f"{path} has {size} bytes, but announces storages of {claimed}; it is no checkpoint")
 
 
-def is_archive(path: Path) -> bool:
-    """Return whether torch takes a file for an archive, by how it begins."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
 def _pickles(path: Path, mapped: Any, most: int) -> Iterator[Any]:
     """Yield the pickles of a file: that of an archive, or the five at the beginning of a file of old torch."""
-    if not is_archive(path):
+    if is_archive(path):
+        yield BytesIO(archived_pickle(path, most))
+    else:
         for _ in range(5):
             yield mapped
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if packed := next((each.filename for each in entries if each.compress_type != zipfile.ZIP_STORED), None):
-                raise InvalidOptionError(f"{path} holds {packed!r} compressed, which torch.save never does")
-            for entry in entries:
-                if entry.filename.endswith("data.pkl"):
-                    yield BytesIO(archive.open(entry).read(most + 1))
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
-        raise InvalidOptionError(f"{path} is no checkpoint, or not a whole one: {error}") from error
 
 
 def _claimed(path: Path, source: Any, most: int) -> int:

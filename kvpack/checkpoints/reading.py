@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kvpack.checkpoints.pickled import is_archive, require_modest
+from kvpack.checkpoints.archive import is_archive
+from kvpack.checkpoints.pickled import require_modest
 from kvpack.checkpoints.text import read_json
 from kvpack.errors import InvalidOptionError, first_line
 
