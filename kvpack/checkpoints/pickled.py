@@ -35,7 +35,25 @@ _BYTES = {"DoubleStorage": 8, "LongStorage": 8, "FloatStorage": 4, "IntStorage":
 _BYTES |= {"BFloat16Storage": 2, "ComplexFloatStorage": 8, "ComplexDoubleStorage": 16}
 #: Bytes of a pickle without tensors; Python's objects take sixty times what one byte of it may stand for.
 _MOST = 1 << 18
-_MARK, _GLOBAL = object(), "a name "
+_MARK = object()
+#: What a tensor with attributes of Python is made by, and what it may be.
+_ATTRIBUTED, _TYPES = "torch._tensor _rebuild_from_type_v2", {"torch Tensor", "torch.nn.parameter Parameter"}
+
+
+class _Name(str):
+    """What a function or class is named by."""
+
+
+@dataclass(slots=True)
+class _Items:
+    """A container, or what is made of one; a call may copy as many items as it has."""
+
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """What a function of torch returned."""
 
 
 def require_modest(path: Path) -> None:
@@ -69,12 +87,16 @@ def _claimed(path: Path, source: Any, most: int) -> int:
     stack: list[Any] = []
     memo: dict[Any, Any] = {}
     storages: dict[Any, int] = {}
-    begun, wrong = source.tell(), None
+    begun, copied, wrong = source.tell(), 0, None
     with suppress(ValueError, IndexError, KeyError):  # broken, as torch will say when it comes there
         for code, argument, place in pickletools.genops(source):
+            asked = stack[-1] if stack else None
             if place is not None and place - begun > most:
                 break
             if wrong := _step(code, argument, stack, memo, storages):
+                break
+            if (copied := copied + _copied(code.name, asked)) > most:
+                wrong = f"copies more than {most} bytes or items of itself; it is no checkpoint"
                 break
     if wrong is None and source.tell() - begun > most:
         wrong = f"has more than {most} bytes beside its tensors; it is no checkpoint"
@@ -91,7 +113,11 @@ def _step(code: Any, argument: Any, stack: list[Any], memo: dict[Any, Any], stor
     name = code.name
     if name in ("REDUCE", "NEWOBJ") and (wrong := _harm(stack[-2], stack[-1])):
         return wrong
+    if name == "BUILD" and isinstance(stack[-2], _Tensor):
+        return "sets a tensor anew, which torch.save never does"
     if name == "BINPERSID":
+        if isinstance(stack[-1], tuple) and any(isinstance(each, tuple) for each in stack[-1][:5]):
+            return "names a storage as torch.save never does"
         argument = _storage(stack[-1], storages)
     if name.endswith("PUT"):
         memo[argument] = stack[-1]
@@ -105,10 +131,48 @@ def _step(code: Any, argument: Any, stack: list[Any], memo: dict[Any, Any], stor
         count = len(code.stack_before)
         taken = stack[len(stack) - count :] if count else []
         del stack[len(stack) - count :]
-        made = tuple(taken) if "TUPLE" in name else f"{_GLOBAL}{argument}" if name == "GLOBAL" else argument
-        kept = taken[:1] if name in ("APPEND", "SETITEM", "BUILD") else [made]
+        if name in ("APPEND", "SETITEM"):
+            _grow(taken[0], 1)
+        kept = taken[:1] if name in ("APPEND", "SETITEM", "BUILD") else [_made(name, argument, taken)]
         stack += kept[: len(code.stack_after)]
     return None
+
+
+def _made(name: str, argument: Any, taken: list[Any]) -> Any:
+    """Return what stands for what an opcode puts on the stack."""
+    if name in ("REDUCE", "NEWOBJ"):
+        return _Tensor() if _called(taken[0]).startswith("torch") else _Items(_size(taken[1]))
+    if name in ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"):
+        return _Items()
+    return tuple(taken) if "TUPLE" in name else _Name(argument) if name == "GLOBAL" else argument
+
+
+def _called(called: Any) -> str:
+    return called if isinstance(called, _Name) else ""
+
+
+def _copied(name: str, given: Any) -> int:
+    """Return how much an opcode may copy of what it is given: that may be one object again and again."""
+    if name == "BUILD":
+        return _size((given,))
+    return _size(given) if name in ("REDUCE", "NEWOBJ") else 0
+
+
+def _size(given: Any, inner: bool = True) -> int:
+    """Return the letters and items in the arguments of a call, and in arguments that are tuples themselves."""
+    if not isinstance(given, tuple):
+        return 0
+    counts = (each.count if isinstance(each, _Items) else len(each) if _long(each) else 0 for each in given)
+    return len(given) + sum(counts) + sum(_size(each, False) for each in given if inner)
+
+
+def _long(given: Any) -> bool:
+    return isinstance(given, str | bytes) and not isinstance(given, _Name)
+
+
+def _grow(container: Any, by: int) -> None:
+    if isinstance(container, _Items):
+        container.count += by
 
 
 def _cut(stack: list[Any], name: str) -> None:
@@ -119,20 +183,31 @@ def _cut(stack: list[Any], name: str) -> None:
     if name == "TUPLE":
         stack.append(items)
     elif name in ("LIST", "DICT", "FROZENSET"):
-        stack.append(None)
+        stack.append(_Items(len(items)))
+    elif stack:  # they are put into what is in front of the mark
+        _grow(stack[-1], len(items))
 
 
 def _harm(called: Any, given: Any) -> str | None:
     """Return what is wrong with a call, if it may make memory of nothing but a number."""
-    name = called.removeprefix(_GLOBAL) if isinstance(called, str) else ""
+    name = _called(called)
     if name in _TENSORS:
         return None if _fits(given) else "has a tensor that is larger than its storage; it is no checkpoint"
+    if name == _ATTRIBUTED and _attributed(given):
+        return _harm(given[0], given[2])
     plain = name != "_codecs encode" or (
         isinstance(given, tuple) and given[1:] == ("latin1",) and type(given[0]) is str
     )
     if (name in _CALLED and plain) or not (name.startswith(("torch", "_codecs")) or name.endswith("bytearray")):
         return None
     return f"holds more than tensors: it calls {name.replace(' ', '.')}; save its state dict alone"
+
+
+def _attributed(given: Any) -> bool:
+    """Whether `(function, type, arguments, attributes)` make a plain tensor, which is then given attributes."""
+    if not isinstance(given, tuple) or len(given) != 4:
+        return False
+    return _called(given[0]) in _TENSORS and _called(given[1]) in _TYPES
 
 
 def _fits(given: Any) -> bool:

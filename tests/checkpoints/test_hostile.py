@@ -161,6 +161,47 @@ def test_one_stretch_of_the_file_again_and_again(tmp_path):
         read_checkpoint(path)
 
 
+def called_again(call, given, count=10_000):
+    """A pickle of a list with as many results of one call, whose function and arguments are named again and again."""
+    return b"\x80\x02(" + call + b"q\x01" + given + b"q\x02" + b"h\x01h\x02R" * count + b"t."
+
+
+MANY_NUMBERS = b"](" + b"".join(b"M" + index.to_bytes(2, "little") for index in range(4000)) + b"e"
+COPIES = {
+    "a text": called_again(name("_codecs", "encode"), text("a" * 20_000) + text("latin1") + b"\x86"),
+    "a list": called_again(name("builtins", "set"), MANY_NUMBERS + b"\x85"),
+    "a list of another name": called_again(name("UserDict", "Counter"), MANY_NUMBERS + b"\x85"),
+}
+
+
+@pytest.mark.parametrize("what", COPIES)
+def test_calls_that_copy_one_argument_again_and_again(what, tmp_path):
+    with pytest.raises(InvalidOptionError, match="copies more than"):
+        read_checkpoint(archive(tmp_path / "model.pt", COPIES[what]))
+
+
+def test_tensors_with_attributes_of_python(tmp_path):
+    path, tensor = tmp_path / "model.pt", torch.ones(5, 3)
+    tensor.note = "of a trainer"
+    torch.save({"a.weight": tensor}, path)
+    assert read_checkpoint(path).tensors["a.weight"].sum() == 15
+    with zipfile.ZipFile(path) as file:
+        whole = file.read("model/data.pkl")
+    larger = whole.replace(b"K\x05K\x03\x86", b"J\x00\x00\x00\x40K\x03\x86")
+    assert larger != whole
+    with pytest.raises(InvalidOptionError, match="larger than its storage"):
+        read_checkpoint(archive(path, larger))
+
+
+def test_a_tensor_that_is_set_anew(tmp_path):
+    """By the rules of very old torch a state is a storage and sizes, for which the storage grows."""
+    torch.save([torch.ones(4)], tmp_path / "model.pt")
+    with zipfile.ZipFile(tmp_path / "model.pt") as file:
+        whole = file.read("model/data.pkl")
+    with pytest.raises(InvalidOptionError, match="sets a tensor anew"):
+        read_checkpoint(archive(tmp_path / "model.pt", whole.replace(b"a.", b")ba.")))
+
+
 def small_tensors(path, count):
     header = {f"t{index}.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for index in range(count)}
     content = json.dumps(header).encode()
@@ -172,6 +213,8 @@ MIB = 2**20
 WRITTEN = {
     "lists in a pickle": lambda folder: archive(folder / "a.pt", b"\x80\x02(" + b"]" * 2**18 + b"t."),
     "lists in a large pickle": lambda folder: archive(folder / "a.pt", b"\x80\x02(" + b"]" * 2**24 + b"t."),
+    "a text again and again": lambda folder: archive(folder / "a.pt", COPIES["a text"]),
+    "a list again and again": lambda folder: archive(folder / "a.pt", COPIES["a list"]),
     "a short header": lambda folder: small_tensors(folder / "a.safetensors", 14_000),
     "a long header": lambda folder: small_tensors(folder / "a.safetensors", 100_000),
 }
