@@ -66,9 +66,10 @@ class SnapshotFolder:
         for name, each in tensors.items():
             if each:
                 files[name] = write_file(self.path / name, tensor_parts(each))
-        self._files[number] = files
         whole = {"format": FORMAT, "number": number, **content, "files": files}
         text = json.dumps({**whole, "sha256": _digest(whole)}, allow_nan=False).encode()
+        self._require_readable(text, files)
+        self._files[number] = files
         write_file(self.path / f"snapshot-{number:06d}.json", [text])
         _sync(self.path)
         self._prune()
@@ -158,6 +159,15 @@ class SnapshotFolder:
         for number in self.numbers():
             _remove(self.path / _name(number))
         self._prune()
+
+    def _require_readable(self, text: bytes, files: Mapping[str, Any]) -> None:
+        """Raise `OutputError` if the JSON of a snapshot is one that `content` would refuse to read."""
+        stored = len(text) + sum(each["bytes"] for each in files.values())
+        if len(text) > _MOST_JSON or _parsed_bytes(text) > 2 * stored + _SPARE:
+            self._prune()
+            raise OutputError(
+                f"the snapshot would have {len(text)} bytes of JSON, too many to be resumed; shorten the note"
+            )
 
     def _listed(self, numbers: Iterable[int]) -> dict[str, Any]:
         """Return the tensor files that some snapshots list; damaged ones list nothing."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers import SMALL, SMALL_CALL, quiet, row_seeds, same, seeded
-from kvpack.errors import InvalidOptionError, SnapshotError
+from kvpack.errors import InvalidOptionError, OutputError, SnapshotError
 from kvpack.plugins.registry import registry
 from kvpack.shipped import demo_stack
 from kvpack.testing import (
@@ -220,6 +220,19 @@ def test_another_stack_is_refused_by_what_differs(other, said, tmp_path):
     pipe = quiet(tiny_wan_pipeline()).enable_packforcing("packforcing", **{**SMALL, **other})
     with pytest.raises(SnapshotError, match=said):
         pipe.packforcing.resume(tmp_path)
+
+
+@pytest.mark.parametrize("note", ["a" * 2**26, [[]] * 2**19], ids=["long", "many"])
+def test_a_note_that_could_not_be_resumed(note, tmp_path):
+    pipe = make()
+    with pipe.packforcing.stream(**CALL, generator=seeded()) as stream:
+        next(stream)
+        stream.save(tmp_path, note="short")
+        before = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
+        with pytest.raises(OutputError, match="shorten the note"):
+            stream.save(tmp_path, note)
+        assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before
+    assert pipe.packforcing.resume(tmp_path).note == "short"
 
 
 @pytest.mark.parametrize("note", [object(), {"a": float("nan")}, {1j: 2}], ids=["object", "nan", "key"])
