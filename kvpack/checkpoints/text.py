@@ -7,7 +7,7 @@ from typing import Any
 #: Bytes of the largest config; Python's objects take twenty times what their JSON does.
 _MOST_JSON = 1 << 20
 #: Bytes and lines of the largest file of prompts.
-_MOST_TEXT, _MOST_LINES = 1 << 24, 100_000
+_MOST_TEXT, _MOST_LINES = 1 << 27, 100_000
 
 
 def read_text(path: Path) -> str:
@@ -62,10 +62,12 @@ def prompt_lines(path: Path) -> list[tuple[int, str]]:
         ValueError: if it is not UTF-8, or larger than any such file.
     """
     if (size := path.stat().st_size) > _MOST_TEXT:
-        raise ValueError(f"it has {size} bytes, but prompts have at most {_MOST_TEXT}")
+        raise ValueError(f"it has {size} bytes, but prompts have at most {_MOST_TEXT}; split the file")
     lines = numbered_lines(path)
     if len(lines) > _MOST_LINES:
-        raise ValueError(f"it has {len(lines)} lines, but prompts have at most {_MOST_LINES}")
+        raise ValueError(f"it has {len(lines)} lines, but prompts have at most {_MOST_LINES}; split the file")
+    if long := next((number for number, line in lines if len(line) > _MOST_JSON), None):
+        raise ValueError(f"its line {long} is longer than {_MOST_JSON} characters, which no prompt is")
     return lines
 
 
