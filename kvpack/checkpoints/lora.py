@@ -109,6 +109,7 @@ def read_lora(path: Path, alpha: float | None, rename: Callable[[dict[str, Any]]
     """
     modules, deltas = _sorted(path, read_checkpoint(path, nestings=("generator_lora", *NESTINGS)).tensors)
     strength = Strength.read(path, alpha)
+    strength.require_quick(modules)
     for name, module in modules.items():
         _require_pair(path, name, module)
         scale = strength.scale(name, module.factors["down"].shape[0], module.alpha)

@@ -1,13 +1,14 @@
 """How strong a LoRA is: every place where its files may say so, read in one function."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
+from kvpack.checkpoints.patterns import compiled, require_quick
 from kvpack.checkpoints.reading import header
 from kvpack.checkpoints.text import parsed_json, read_json
 from kvpack.errors import InvalidOptionError
@@ -18,10 +19,8 @@ _METADATA = "lora_adapter_metadata"
 _NOTES = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")
 #: What PEFT computes otherwise than as `scale * up @ down`, and starts that change the model's own weights.
 _OTHER = ("use_dora", "use_qalora", "fan_in_fan_out", "layer_replication", "alora_invocation_tokens")
+_PATTERNS = ("alpha_pattern", "rank_pattern")
 _STARTS = ("pissa", "olora", "corda", "loftq")
-
-#: Characters of a pattern of modules' names, and repetitions in it, each of which a match may try all places for.
-_MOST_PATTERN, _MOST_REPEATED = 500, 3
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,14 @@ class Strength:
         place, config = next(iter(found.items()), (None, {}))
         note = next((told[name] for name in _NOTES if name in told), None)
         return cls(path, asked, config, place, _number(path, note))
+
+    def require_quick(self, modules: Collection[str]) -> None:
+        """Raise `InvalidOptionError` if looking up all modules' strength may take too long."""
+        patterns = [each for name in _PATTERNS for each in self.config.get(name, ())]
+        try:
+            require_quick(patterns, modules if patterns else ())
+        except ValueError as error:
+            raise InvalidOptionError(f"PEFT's config of {self.path} is not followed: {error}") from error
 
     def scale(self, module: str, rank: int, alpha: float | None) -> float:
         """Return the factor of a module's `up @ down`.
@@ -108,8 +115,8 @@ def _config(where: str, read: Callable[[], Any]) -> dict[str, Any]:
         for value in (data["lora_alpha"], *(data.get("alpha_pattern") or {}).values()):
             if not isfinite(float(value)):
                 raise ValueError(f"an alpha in it is {value}")
-        for pattern in (*(data.get("alpha_pattern") or {}), *(data.get("rank_pattern") or {}).keys()):
-            _require_quick(pattern)
+        for name in _PATTERNS:
+            data[name] = {compiled(pattern): value for pattern, value in (data.get(name) or {}).items()}
     except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise InvalidOptionError(f"{where} is not PEFT's: {' '.join(str(error).split())[:300]}") from error
     if str(data.get("peft_type") or "LORA").upper() != "LORA":
@@ -121,26 +128,15 @@ def _config(where: str, read: Callable[[], Any]) -> dict[str, Any]:
     return data
 
 
-def _require_quick(pattern: str) -> None:
-    """Raise `ValueError` if a pattern is none, or one that may be matched for ever: a repetition of repetitions."""
-    repeated = len(re.findall(r"[*+?{]", pattern))
-    try:
-        re.compile(f"({pattern})")
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{pattern[:80]!r} is no pattern of PEFT's ({error})") from error
-    if len(pattern) > _MOST_PATTERN or repeated > _MOST_REPEATED or re.search(r"\)[*+?{]", pattern):
-        raise ValueError(f"{pattern[:80]!r} is no pattern of PEFT's: it could be matched for ever")
-
-
 def _said(config: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(
         config.get(name) or None for name in ("lora_alpha", "alpha_pattern", "r", "rank_pattern", "use_rslora")
     )
 
 
-def _matched(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
+def _matched(patterns: Mapping[re.Pattern[str], Any] | None, module: str, otherwise: Any) -> Any:
     """Return the value of the first pattern that a module's name ends with, as PEFT matches them."""
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
+    return next((value for key, value in (patterns or {}).items() if key.match(module)), otherwise)
 
 
 def _number(path: Path, note: str | None) -> float | None:

@@ -350,6 +350,44 @@ def test_a_delta_that_is_larger_than_its_factors_is_never_made(tmp_path):
         merge({"a.weight": torch.ones(2, 2)}, read_lora(path, None, dict), None)
 
 
+def with_pattern(folder, module, pattern):
+    """A LoRA of one module of rank 1, for which PEFT's config has one pattern."""
+    factors = {f"{module}.lora_A.weight": torch.ones(1, 2), f"{module}.lora_B.weight": torch.ones(2, 1)}
+    save_file(factors, folder / "l.safetensors")
+    config = {"lora_alpha": 1, "alpha_pattern": {pattern: 3}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder / "l.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matched"),
+    [
+        (r".*blocks\.(?:0|1|2)\.(?:attn1|attn2)\.(?:to_q|to_k)", True),
+        (r"^(?!.*text).*blocks\.\d+\.attn1.*", True),
+        (r"^(?!.*attn1).*blocks\.\d+\.attn1.*", False),
+        (r"(?:blocks\.)?0\.attn1\.to_q", True),
+        (rf"blocks\.({'|'.join(map(str, range(40)))})\.(attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)", True),
+        (r"to_q\+", False),
+        (r"[+*]*(\+\+\+\+)?to_q", True),
+    ],
+)
+def test_usual_patterns_are_taken(pattern, matched, tmp_path):
+    path = with_pattern(tmp_path, "blocks.0.attn1.to_q", pattern)
+    (delta,) = read_lora(path, None, dict).values()
+    assert delta.scale == (3 if matched else 1)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "length"),
+    [(".*.*.*.*x", 250), (".*a.*a.*a.*a.*x", 250), ("(a|a)" * 60 + "x", 250), ("(a?b?a|a)?" * 30 + "x", 100)],
+)
+def test_a_pattern_that_takes_long_for_long_names(pattern, length, tmp_path):
+    with pytest.raises(InvalidOptionError, match=r"take too long for 1 modules .*fewer \* \+ \? \{\}"):
+        read_lora(with_pattern(tmp_path, "a" * length, pattern), None, dict)
+    with pytest.raises(InvalidOptionError, match="name has 300 characters; at most 256"):
+        read_lora(with_pattern(tmp_path, "a" * 300, ".*x"), None, dict)
+
+
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*$", "(.*.*.*.*.*)*x", "a" * 5000])
 def test_a_pattern_that_would_be_matched_for_ever(pattern, tmp_path):
     key = f"{'a' * 60}b"
@@ -357,7 +395,7 @@ def test_a_pattern_that_would_be_matched_for_ever(pattern, tmp_path):
         {f"{key}.lora_A.weight": torch.ones(1, 2), f"{key}.lora_B.weight": torch.ones(2, 1)}, tmp_path / "l.safetensors"
     )
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 1, "rank_pattern": {pattern: 1}}))
-    with pytest.raises(InvalidOptionError, match="no pattern of PEFT's"):
+    with pytest.raises(InvalidOptionError, match=r"no pattern of PEFT's .*at most 500 characters"):
         read_lora(tmp_path / "l.safetensors", None, dict)
 
 
