@@ -6,7 +6,7 @@
 
 import mmap
 import pickletools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -35,6 +35,8 @@ _BYTES = {"DoubleStorage": 8, "LongStorage": 8, "FloatStorage": 4, "IntStorage":
 _BYTES |= {"BFloat16Storage": 2, "ComplexFloatStorage": 8, "ComplexDoubleStorage": 16}
 #: Bytes of a pickle without tensors; Python's objects take sixty times what one byte of it may stand for.
 _MOST = 1 << 18
+#: Tuples around an item, of which torch.save writes three; and items of tuples that are counted anew each time.
+_LEVELS, _FEW = 8, 32
 _MARK = object()
 #: What a tensor with attributes of Python is made by, and what it may be.
 _ATTRIBUTED, _TYPES = "torch._tensor _rebuild_from_type_v2", {"torch Tensor", "torch.nn.parameter Parameter"}
@@ -42,6 +44,12 @@ _ATTRIBUTED, _TYPES = "torch._tensor _rebuild_from_type_v2", {"torch Tensor", "t
 
 class _Name(str):
     """What a function or class is named by."""
+
+
+class _Tuple(tuple[Any, ...]):
+    """A tuple of many items, that knows how many items it has with theirs, each as often as it is there."""
+
+    items: int
 
 
 @dataclass(slots=True)
@@ -87,7 +95,7 @@ def _claimed(path: Path, source: Any, most: int) -> int:
     stack: list[Any] = []
     memo: dict[Any, Any] = {}
     storages: dict[Any, int] = {}
-    begun, copied, wrong = source.tell(), 0, None
+    begun, copied, nested, wrong = source.tell(), 0, 0, None
     with suppress(ValueError, IndexError, KeyError):  # broken, as torch will say when it comes there
         for code, argument, place in pickletools.genops(source):
             asked = stack[-1] if stack else None
@@ -97,6 +105,10 @@ def _claimed(path: Path, source: Any, most: int) -> int:
                 break
             if (copied := copied + _copied(code.name, asked)) > most:
                 wrong = f"copies more than {most} bytes or items of itself; it is no checkpoint"
+                break
+            nested += _items(stack[-1]) if code.name.startswith("TUPLE") else 0
+            if nested > _LEVELS * most:  # hashed as a key, one tuple twice in one, and so on, takes for ever
+                wrong = f"has tuples in tuples of more than {_LEVELS * most} items; it is no checkpoint"
                 break
     if wrong is None and source.tell() - begun > most:
         wrong = f"has more than {most} bytes beside its tensors; it is no checkpoint"
@@ -144,7 +156,23 @@ def _made(name: str, argument: Any, taken: list[Any]) -> Any:
         return _Tensor() if _called(taken[0]).startswith("torch") else _Items(_size(taken[1]))
     if name in ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"):
         return _Items()
-    return tuple(taken) if "TUPLE" in name else _Name(argument) if name == "GLOBAL" else argument
+    return _tuple(taken) if "TUPLE" in name else _Name(argument) if name == "GLOBAL" else argument
+
+
+def _tuple(items: Iterable[Any]) -> tuple[Any, ...]:
+    plain = tuple(items)
+    count = _items(plain)
+    if count < _FEW:  # quickly counted again, and half as large
+        return plain
+    made = _Tuple(plain)
+    made.items = count
+    return made
+
+
+def _items(given: Any) -> int:
+    if isinstance(given, _Tuple):
+        return given.items
+    return len(given) + sum(map(_items, given)) if isinstance(given, tuple) else 0
 
 
 def _called(called: Any) -> str:
@@ -178,10 +206,10 @@ def _grow(container: Any, by: int) -> None:
 def _cut(stack: list[Any], name: str) -> None:
     """Take all behind the last mark off a stack, and put a tuple of it there, if that is what the opcode does."""
     at = len(stack) - 1 - stack[::-1].index(_MARK)
-    items = tuple(stack[at + 1 :])
+    items = stack[at + 1 :]
     del stack[at:]
     if name == "TUPLE":
-        stack.append(items)
+        stack.append(_tuple(items))
     elif name in ("LIST", "DICT", "FROZENSET"):
         stack.append(_Items(len(items)))
     elif stack:  # they are put into what is in front of the mark

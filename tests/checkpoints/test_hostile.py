@@ -180,6 +180,12 @@ def test_calls_that_copy_one_argument_again_and_again(what, tmp_path):
         read_checkpoint(archive(tmp_path / "model.pt", COPIES[what]))
 
 
+def test_tuples_of_one_tuple_twice_which_are_hashed_for_ever(tmp_path):
+    nested = b"K\x00\x85" + b"q\x01h\x01\x86" * 60
+    with pytest.raises(InvalidOptionError, match="tuples in tuples of more than"):
+        read_checkpoint(archive(tmp_path / "model.pt", b"\x80\x02}" + nested + b"K\x00s."))
+
+
 def test_tensors_with_attributes_of_python(tmp_path):
     path, tensor = tmp_path / "model.pt", torch.ones(5, 3)
     tensor.note = "of a trainer"
@@ -213,6 +219,9 @@ MIB = 2**20
 WRITTEN = {
     "lists in a pickle": lambda folder: archive(folder / "a.pt", b"\x80\x02(" + b"]" * 2**18 + b"t."),
     "lists in a large pickle": lambda folder: archive(folder / "a.pt", b"\x80\x02(" + b"]" * 2**24 + b"t."),
+    "tuples": lambda folder: archive(folder / "a.pt", b"\x80\x02(" + b"N\x85\x85" * (2**18 // 3) + b"t."),
+    "empty tuples": lambda folder: archive(folder / "a.pt", b"\x80\x02(" + b")" * 2**18 + b"t."),
+    "a tuple in a tuple, and so on": lambda folder: archive(folder / "a.pt", b"\x80\x02N" + b"\x85" * 2**18 + b"."),
     "a text again and again": lambda folder: archive(folder / "a.pt", COPIES["a text"]),
     "a list again and again": lambda folder: archive(folder / "a.pt", COPIES["a list"]),
     "a short header": lambda folder: small_tensors(folder / "a.safetensors", 14_000),
