@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHook, StateManager
 from torch import Tensor
@@ -78,7 +78,8 @@ class _GuidedHook(_BranchHook):
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what `guided` does."""
         given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        return self.guided(self.manager.context.name, partial(self.fn_ref.original_forward, *args, **kwargs), given)
+        forward = cast(Callable[..., Any], self.fn_ref.original_forward)
+        return self.guided(self.manager.context.name, partial(forward, *args, **kwargs), given)
 
 
 @contextmanager
