@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mode
 
 from benchmarks import report
 from benchmarks.leaderboard import figures, lamps, plots, run, tables
@@ -75,12 +76,12 @@ def _bins(found: Sequence[Measured], resamples: int) -> list[Score]:
 
 
 def _pages(rows: Sequence[Score], bins: Sequence[Score], options: argparse.Namespace) -> None:
-    """Write the table and the plot, and one more plot of the subject whose videos are longer than all others'."""
+    """Write the table, plots at the length that most videos have, and one more of the subjects whose are longer."""
     subjects = list(dict.fromkeys(row.subject for row in rows if " minus " not in row.subject))
     page = f"# Memories on the toy world\n\n{tables.leaderboard(rows, subjects, COMPARED)}\n"
     save_bytes(page.encode(), options.out / f"{NAME}.md")
     ends = sorted(max(row.seconds for row in rows if row.subject == name) for name in subjects)
-    most, common = ends[-1], ends[-2:][0]
+    most, common = ends[-1], mode(ends)
     wanted = options.subjects or PLOTTED
     _plot([row for row in bins if row.seconds <= common], wanted, options.out / f"{NAME}.png")
     recalled = options.out / f"{NAME}-recall.png"
