@@ -186,8 +186,8 @@ class Video:
         before = dict(self.denoiser.seconds)
         finish, spent = denoiser_module.finish_commits, [0.0]
 
-        def finished(sessions: Any) -> None:
-            spent[0] += self.machine.seconds(partial(finish, sessions))
+        def finished(*given: Any) -> None:
+            spent[0] += self.machine.seconds(partial(finish, *given))
 
         timed = partial(synced, self.machine, self.denoiser.timed)
         finishing = patch.object(denoiser_module, "finish_commits", finished)
