@@ -38,7 +38,7 @@ ENDS = {
     ),
     "an exception": ("raise ZeroDivisionError('of the user')", 1),
     "an exit": ("raise SystemExit(3)", 3),
-    "a signal": (f"import os; os.kill(os.getpid(), {int(signal.SIGINT)})", -signal.SIGINT),
+    "a signal": (f"import os, time; os.kill(os.getpid(), {int(signal.SIGINT)}); time.sleep(9)", -signal.SIGINT),
 }
 
 
