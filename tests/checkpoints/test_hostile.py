@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hostile import DEEP, JSON, LARGE, tried
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -18,30 +19,11 @@ from kvpack.checkpoints.config import FILE, Settings
 from kvpack.checkpoints.lora import merge, read_lora
 from kvpack.checkpoints.reading import read_checkpoint
 from kvpack.compressors.weights import load_branch
-from kvpack.errors import InvalidOptionError, KVPackError
+from kvpack.errors import InvalidOptionError
 from kvpack.planning.presets import from_folder
 from kvpack.plugins.resolve import resolve_stack
 
 MANY = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-LARGE = 2**40
-NUMBERS = st.integers() | st.sampled_from([-1, 0, LARGE, 10**400]) | st.floats()
-JSON = st.recursive(
-    st.none() | st.booleans() | NUMBERS | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=6,
-)
-DEEP = "[" * 100_000
-
-
-def tried(work, *given):
-    """What some work gives, or None where kvpack refuses it in one line."""
-    try:
-        return work(*given)
-    except KVPackError as error:
-        said = str(error)
-    assert said
-    assert "\n" not in said
-    return None
 
 
 # Pickles

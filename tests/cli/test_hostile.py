@@ -4,6 +4,7 @@ import json
 from hashlib import sha256
 
 import pytest
+from hostile import DEEP, JSON, NUMBERS, tried
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,25 +16,6 @@ from kvpack.media.segments import Segment, SegmentedVideo
 from kvpack.pipeline.checkpoints import Job
 
 MANY = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-NUMBERS = st.integers() | st.sampled_from([-1, 0, 2**70, 10**400]) | st.floats()
-JSON = st.recursive(
-    st.none() | st.booleans() | NUMBERS | st.text(max_size=8) | st.sampled_from(["../../x", "a\0b", "/etc/passwd"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=6,
-)
-DEEP = "[" * 100_000
-
-
-def tried(work, *given):
-    """What some work gives, or None where kvpack refuses it in one line."""
-    try:
-        return work(*given)
-    except KVPackError as error:
-        said = str(error)
-    assert said
-    assert "\n" not in said
-    assert len(said) < 4000
-    return None
 
 
 def objects(*keys, **known):
