@@ -28,7 +28,7 @@ from benchmarks.report import ROOT, Row
 
 SECONDS = 8 * 60.0
 KEYS = 27_872
-#: Name, stack, options, seconds that it may need.
+#: Name, stack, options.
 MEMORIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("packforcing", "packforcing", {}),
     ("self-forcing", "self-forcing", {}),

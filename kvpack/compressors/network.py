@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -145,7 +146,8 @@ class HighResolutionBranch(
                 local_files_only=local_files_only,
                 token=token,
             )
-        with torch.device("meta"):  # a config from a stranger may announce any size; the file has what it has
+        # A config from a stranger may announce any size; the file has what it has, and all of it if that is asked for.
+        with torch.device("meta") if strict else nullcontext():
             branch = cls(**{**options, "patch": tuple(options["patch"])})
         branch.load_state_dict(load_file(path, device=map_location), strict=strict, assign=True)
         return branch.eval()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvpack.compressors import weights as branches
@@ -271,3 +272,14 @@ def _wrong_weights():
 def test_an_unknown_word_is_told_what_else_works():
     with pytest.raises(InvalidOptionError, match=r"did you mean 'dual'.*folder or Hub id of trained weights works too"):
         registry().stack("packforcing", {"compressor": "duall"})
+
+
+def test_weights_that_a_file_lacks_are_those_of_a_new_branch_where_that_is_allowed(trained, tmp_path):
+    trained.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lacking = sorted(weights)[0]
+    save_file({name: each for name, each in weights.items() if name != lacking}, tmp_path / "model.safetensors")
+    found = HighResolutionBranch.from_pretrained(tmp_path, strict=False)
+    assert not any(each.is_meta for each in found.state_dict().values())
+    with pytest.raises(RuntimeError, match=lacking):
+        HighResolutionBranch.from_pretrained(tmp_path)
