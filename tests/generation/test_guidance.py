@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 import kvpack
-from helpers import quiet, seeded
+from helpers import SMALL, quiet, seeded
 from kvpack.errors import InvalidOptionError, PolicyError, SnapshotError, UnsupportedPipelineError
 from kvpack.policies.h2o import HeavyHitters
 from kvpack.testing import tiny_skyreels_v2_pipeline, tiny_wan_pipeline
@@ -22,10 +22,9 @@ CALL = {
     "max_sequence_length": 8,
     "output_type": "latent",
 }
-SIZES = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 2, "archive_blocks": 3}
 MEMORIES = {
-    "keep-farthest": ("packforcing", {**SIZES, "compressor": "keep-farthest", "keep_tokens": 2}),
-    "lr": ("packforcing", {**SIZES, "compressor": "lr", "selector": "topk"}),
+    "keep-farthest": ("packforcing", {**SMALL, "compressor": "keep-farthest", "keep_tokens": 2}),
+    "lr": ("packforcing", {**SMALL, "compressor": "lr", "selector": "topk"}),
     "h2o": ("h2o", {"chunk_frames": 2, "budget_frames": 6, "recent_frames": 2}),
     "longlive": ("longlive", {"chunk_frames": 2, "window_frames": 6}),  # computes anew under a new prompt
 }
@@ -60,13 +59,13 @@ def test_what_cannot_be_split_is_refused():
     def work(rank):
         group, said = dist.group.WORLD, []
         with pytest.raises(InvalidOptionError, match="2 processes, but this call has 1 guidance branches"):
-            generated("packforcing", SIZES, split=True, guidance_scale=1.0)
+            generated("packforcing", SMALL, split=True, guidance_scale=1.0)
         with pytest.raises(UnsupportedPipelineError, match="vetoes chunks"):
             generated("token-trim", {"chunk_frames": 2, "max_retries": 1}, split=True)
         sky = kvpack.enable(quiet(tiny_skyreels_v2_pipeline()))
         with pytest.raises(UnsupportedPipelineError, match="run in one process; WanPipeline splits them"):
             sky.packforcing.guidance_group = group
-        pipe = kvpack.enable(quiet(tiny_wan_pipeline()), "packforcing", **SIZES)
+        pipe = kvpack.enable(quiet(tiny_wan_pipeline()), "packforcing", **SMALL)
         pipe.packforcing.guidance_group = group
         with pipe.packforcing.stream(generator=seeded(), **CALL) as stream:
             next(stream)
@@ -82,7 +81,7 @@ def test_what_cannot_be_split_is_refused():
 
 def test_an_error_on_one_process_is_one_on_both_and_nothing_is_committed():
     def work(rank):
-        pipe = kvpack.enable(quiet(tiny_wan_pipeline()), "packforcing", **SIZES, compressor="pool", selector="topk")
+        pipe = kvpack.enable(quiet(tiny_wan_pipeline()), "packforcing", **SMALL, compressor="pool", selector="topk")
         pipe.packforcing.guidance_group = dist.group.WORLD
         stream = pipe.packforcing.stream(generator=seeded(), **CALL)
         for _ in range(6):
@@ -113,7 +112,7 @@ def test_an_error_on_one_process_is_one_on_both_and_nothing_is_committed():
 @pytest.mark.parametrize("steps", [2, 3])  # the chunk's last step, or one in between
 def test_a_pipeline_that_leaves_guidance_out_of_a_step_is_told(steps):
     def work(rank):
-        pipe = kvpack.enable(quiet(tiny_wan_pipeline()), "packforcing", **SIZES)
+        pipe = kvpack.enable(quiet(tiny_wan_pipeline()), "packforcing", **SMALL)
         pipe.packforcing.guidance_group = dist.group.WORLD
 
         def leave_out(pipe, step, timestep, tensors):
