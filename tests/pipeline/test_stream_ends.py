@@ -38,7 +38,11 @@ ENDS = {
     ),
     "an exception": ("raise ZeroDivisionError('of the user')", 1),
     "an exit": ("raise SystemExit(3)", 3),
-    "a signal": (f"import os, time; os.kill(os.getpid(), {int(signal.SIGINT)}); time.sleep(9)", -signal.SIGINT),
+    "a signal": (  # which is ignored, and by all children, in what a shell has put into the background
+        "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "os.kill(os.getpid(), signal.SIGINT)",
+        -signal.SIGINT,
+    ),
 }
 
 
