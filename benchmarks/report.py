@@ -156,11 +156,15 @@ def write(name: str, rows: Sequence[Row] | Sequence[Score], folder: Path) -> Pat
     return path
 
 
-def merged(path: Path, scores: Sequence[Score]) -> list[Score]:
-    """Scores of a file, if there is one, where these take the places of those of the same figures."""
-    new = {(each.subject, each.seconds, each.metric) for each in scores}
-    old = read(path, Score) if path.exists() else []
-    return [each for each in old if (each.subject, each.seconds, each.metric) not in new] + list(scores)
+def merged(path: Path, figures: Sequence[Figure]) -> list[Figure]:
+    """Figures of a file, if there is one, where these (at least one) take the places of those of the same names."""
+
+    def name(each: Figure) -> tuple[Any, ...]:
+        return each.subject, getattr(each, "seconds", None), each.metric
+
+    new = {name(each) for each in figures}
+    old = read(path, type(figures[0])) if path.exists() else []
+    return [each for each in old if name(each) not in new] + list(figures)
 
 
 @overload

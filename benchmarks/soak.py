@@ -29,7 +29,21 @@ from typing import Any, get_args
 import psutil  # type: ignore[import-untyped,unused-ignore]
 import torch
 
-from benchmarks.report import SEED, Bar, Row, commit, folder, median_ratio, parser, read, samples, say, table, write
+from benchmarks.report import (
+    SEED,
+    Bar,
+    Row,
+    commit,
+    folder,
+    median_ratio,
+    merged,
+    parser,
+    read,
+    samples,
+    say,
+    table,
+    write,
+)
 from kvpack.memory.codec import Tier
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.session import Session
@@ -168,16 +182,20 @@ def apart(work: Callable[[], list[Row]]) -> list[Row]:
 
 
 def run(
-    small: bool = False, chunks: int | None = None, keep: Callable[[list[Row]], None] = lambda rows: None
+    small: bool = False,
+    chunks: int | None = None,
+    only: str = "",
+    keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """All subjects; a small run has a few of them.
 
     Args:
         small: whether the figures mean nothing.
         chunks: of each subject.
+        only: how a subject's name begins.
         keep: called with the rows so far behind each subject.
     """
-    rows, chosen = list[Row](), list(subjects())
+    rows, chosen = list[Row](), [each for each in subjects() if str(each).startswith(only)]
     for subject in chosen[::6] if small else chosen:
         start = time.perf_counter()
         made = apart(lambda subject=subject: soaked(subject, chunks or (SMALL_CHUNKS if small else CHUNKS)))
@@ -192,15 +210,18 @@ def main() -> None:
     """The command line: rows are kept behind each subject, so that a run can be ended early."""
     made = parser(__doc__ or "")
     made.add_argument("--chunks", type=int, help=f"of each subject ({CHUNKS:,})")
+    made.add_argument("--only", default="", help="how a subject's name begins; the other rows stay as they are")
     options = made.parse_args()
     words = ["python", "-m", "benchmarks.soak", *(["--small"] if options.small else [])]
     words += ["--chunks", str(options.chunks)] if options.chunks else []
     stamp = {"command": " ".join(words), "commit": commit()}
 
     def keep(rows: list[Row]) -> None:
-        write("soak", [replace(row, **stamp) for row in rows], folder(options))
+        stamped = [replace(row, **stamp) for row in rows]
+        path = folder(options) / "soak.json"
+        write("soak", merged(path, stamped) if options.only else stamped, folder(options))
 
-    rows = run(options.small, options.chunks, keep)
+    rows = run(options.small, options.chunks, options.only, keep)
     print(f"{(__doc__ or '').splitlines()[0]}\n{table(rows)}")
     for bar in BARS:
         if not (options.small and bar.timed):
