@@ -29,7 +29,6 @@ __all__ = ["BARS", "Faults", "Tally", "kinds", "run"]
 
 def kinds() -> dict[str, Callable[[Faults], Tally]]:
     """All kinds of faults."""
-    lines: set[tuple[str, str]] = set()
     return {
         "kill -9 at a random moment": lambda faults: processes.killed(faults, signal.SIGKILL, 100),
         "SIGINT at a random moment": lambda faults: processes.killed(faults, signal.SIGINT, 20),
@@ -41,14 +40,10 @@ def kinds() -> dict[str, Callable[[Faults], Tally]]:
         "a snapshot's tree is changed, with its checksum": lambda faults: files.hostile(faults, 2000),
         "NaN in a chunk": lambda faults: chunks.failing(faults, chunks.poisoned, NonFiniteLatentsError, 20),
         "an exception in a callback": lambda faults: chunks.failing(faults, chunks.raising, ZeroDivisionError, 20),
-        **{f"no memory: {name}": partial(_starved, name, lines) for name in memory.MEMORIES},
+        **{f"no memory: {name}": partial(memory.out_of_memory, name=name) for name in memory.MEMORIES},
         "clocks that jump or stand still": lambda faults: clocks.jumping(faults, 30),
         "two processes save into one folder": processes.two_writers,
     }
-
-
-def _starved(name: str, lines: set[tuple[str, str]], faults: Faults) -> Tally:
-    return memory.out_of_memory(faults, name, lines, 6)
 
 
 def run(small: bool = False) -> list[Row]:

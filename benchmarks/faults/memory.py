@@ -30,8 +30,6 @@ from kvpack.testing import tiny_wan_pipeline
 #: Two chunks, and then all that a stream can do, so that most blocks are in the archive when it is forked.
 SCRIPT = "save next next save send next next save next rewind next fork save next next resume next call"
 SHORT = "save next next send save next rewind fork save next resume"
-#: Lines that are tried with each memory, which the ones before it have not shown; packforcing alone has 270.
-LINES = 12
 _TWO = {"chunk_frames": 2}
 _SIZES: dict[str, Any] = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 1, "archive_blocks": 3}
 MEMORIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -241,29 +239,25 @@ def _freed(play: Play, scarce: Scarce, most: int) -> bool:
     return all(each() is None for each in sessions) and scarce.held() <= most
 
 
-def points(scarce: Scarce, faults: Faults, tried: set[tuple[str, str]], count: int) -> list[int]:
-    """Return operations: one of each of some lines that need memory and were not tried, and some others.
+def points(scarce: Scarce, faults: Faults) -> list[int]:
+    """Return one operation of each line that needs memory, drawn from those of the line; a small run has a few lines.
 
     Args:
         scarce: knows in whose line each operation is.
         faults: draws.
-        tried: lines that were tried in other memories; those of this one are added.
-        count: of the others.
     """
-    new = [each for each in scarce.places if each not in tried]
-    chosen = faults.draw.sample(new, min(3 if faults.small else LINES, len(new)))
-    tried.update(chosen)
-    each = [faults.draw.choice(scarce.places[place]) for place in chosen]
-    return each + [faults.draw.randrange(scarce.count) for _ in range(faults.times(count))]
+    places = list(scarce.places.values())
+    chosen = faults.draw.sample(places, 5) if faults.small else places
+    return [faults.draw.choice(each) for each in chosen]
 
 
-def out_of_memory(faults: Faults, name: str, tried: set[tuple[str, str]], count: int) -> Tally:
-    """Let an operation of a generation have no memory: in some lines that ask for it, and at random."""
+def out_of_memory(faults: Faults, name: str) -> Tally:
+    """Let an operation of a generation have no memory: in each line of kvpack that asks for it."""
     tally, pipe, script = Tally(), starved_pipeline(name), SHORT if faults.small else SCRIPT
     with faults.new_folder() as folder, quiet():
         plenty(pipe, folder / "first", script)  # what the pipeline keeps from its first call on is made now
         whole, scarce, most = plenty(pipe, folder / "whole", script)
-        for at in points(scarce, faults, tried, count):
+        for at in points(scarce, faults):
             tally.tried += 1
             with faults.new_folder() as own:
                 try:

@@ -29,7 +29,7 @@ def test_every_kind_of_fault_is_survived(tmp_path):
 
 def test_no_memory_at_some_operations(tmp_path):
     """The pipeline is the stock one, what ended is freed, and what goes on has the same bits."""
-    tally = faults.memory.out_of_memory(drawing(tmp_path), "packforcing, int8 on the host", set(), 2)
+    tally = faults.memory.out_of_memory(drawing(tmp_path), "packforcing, int8 on the host")
     assert (tally.tried, tally.survived, tally.identical) == (5, 5, 5)
 
 
