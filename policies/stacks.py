@@ -57,7 +57,7 @@ def packforcing(
         selector: name or instance.
         reindexer: name or instance of a re-indexer.
         train_frames: latent frames seen in training, for a re-indexer by name that takes it, 20 if None.
-        archive_blocks: most compressed blocks kept, the oldest go first, so that memory is bounded; None keeps all.
+        archive_blocks: most compressed blocks kept, so that memory is bounded; None keeps all.
         coordinates: where pooled tokens sit, for a compressor by name that takes it (see `PoolCompressor`); "centered"
             if None.
         keep_tokens: tokens kept of each block, or a share of them below 1, for a compressor by name that takes it; as

@@ -64,7 +64,7 @@ def options(thing: Any) -> list[dict[str, str]]:
     meanings = [_meanings(each) for each in sources]
     defaults = {each.name: each.default for each in inspect.signature(thing).parameters.values()}
     if thing in stacks and _archives(thing):
-        defaults = {**defaults, "store": DENSE.name, "tier": Stack.tier}
+        defaults = {**defaults, "store": DENSE.name, "tier": Stack.tier, "eviction": Stack.eviction}
     return [
         {
             "option": name,

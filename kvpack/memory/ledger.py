@@ -11,6 +11,7 @@ from typing import Literal
 
 from kvpack.errors import InvalidOptionError, PolicyError
 from kvpack.memory.attribution import policy_call
+from kvpack.memory.eviction import Eviction, evicted
 from kvpack.memory.roles import Part, Partitioner, Segment
 
 
@@ -69,7 +70,8 @@ class Ledger:
     Args:
         partitioner: decides the part of every frame.
         chunk_frames: latent frames of a chunk.
-        archive_blocks: most compressed blocks that are kept, the oldest go; None keeps all.
+        archive_blocks: most compressed blocks that are kept; None keeps all.
+        eviction: which of them go.
         frames: committed latent frames.
         chunks: committed chunks.
         expected: latent frames of the coming chunk, if it is of another length than the rest.
@@ -81,6 +83,7 @@ class Ledger:
     partitioner: Partitioner
     chunk_frames: int
     archive_blocks: int | None = None
+    eviction: Eviction = "oldest"
     frames: int = 0
     chunks: int = 0
     expected: int | None = None
@@ -131,9 +134,12 @@ class Ledger:
         while archive and part_of(archive[0]) is None:
             del archive[0]
         new = [index for index, piece in enumerate(pieces) if piece.part == "mid"]
-        if self.archive_blocks is not None:
-            new = new[max(0, len(new) - self.archive_blocks) :]
-            archive = archive[max(0, len(archive) + len(new) - self.archive_blocks) :]
+        mid = [*archive, *(pieces[index] for index in new)]
+        while self.archive_blocks is not None and len(mid) > self.archive_blocks:
+            del mid[evicted([piece.first_frame for piece in mid], history, self.eviction)]
+        left = {piece.first_frame for piece in mid}
+        archive = [piece for piece in archive if piece.first_frame in left]
+        new = [index for index in new if pieces[index].first_frame in left]
         taken = {piece.slot for piece in archive}
         free = (slot for slot in count() if slot not in taken)
         leaving = list(zip(new, free, strict=False))

@@ -1,6 +1,6 @@
 """The memory of four small policies: what is kept whole, how the rest is compressed, which of it is attended, where."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, get_args
@@ -15,6 +15,7 @@ from kvpack.memory.base import Attended, Chunk, Commit, Memory
 from kvpack.memory.blocks import KVBlock, Span, check_block, grid_coordinates
 from kvpack.memory.choice import check_choice, choose
 from kvpack.memory.codec import DENSE, Codec, Tier
+from kvpack.memory.eviction import Eviction
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import BlockEntry, Ledger
 from kvpack.memory.plan import Book, Plan
@@ -28,7 +29,7 @@ from kvpack.memory.roles import (
 )
 from kvpack.memory.sharded import with_all_heads, with_own_heads
 from kvpack.memory.stack_plan import StackBook, StackPlan
-from kvpack.memory.stack_state import KeptBlock, StackState, attended_tokens
+from kvpack.memory.stack_state import KeptBlock, StackState, attended_tokens, new_blocks
 
 ROLES: dict[str, type[Policy]] = {
     "partitioner": Partitioner,
@@ -52,7 +53,7 @@ class Stack(Memory):
         selector: which mid blocks a chunk attends.
         reindexer: temporal positions of everything attended.
         chunk_frames: latent frames generated together; the length that the model was trained with.
-        archive_blocks: most compressed blocks kept, the oldest go first, so that memory is bounded; None keeps all.
+        archive_blocks: most compressed blocks kept, so that memory is bounded; None keeps all.
         share_selection: whether the first layer chooses mid blocks for all layers, instead of each its own; for each
             batch row either way.
         commit: which keys and values of a chunk become history: those of a "rerun" of the clean chunk at t = 0, or
@@ -60,6 +61,7 @@ class Stack(Memory):
         replay_frames: last latent frames that are computed anew under a new prompt, as far as they are still whole.
         store: in what form compressed blocks are archived.
         tier: where they are archived: on the "device" of the model, in the memory of the "host", or on "disk".
+        eviction: which of them leave a full archive (see `evicted`).
 
     Raises:
         InvalidOptionError: if a size or word is wrong, a policy is in the wrong role, or the roles do not fit together.
@@ -77,6 +79,7 @@ class Stack(Memory):
     replay_frames: int = 21
     store: Codec = DENSE
     tier: Tier = "device"
+    eviction: Eviction = "oldest"
 
     def __post_init__(self) -> None:
         for role, base in ROLES.items():
@@ -88,6 +91,7 @@ class Stack(Memory):
             require_int("archive_blocks", self.archive_blocks)
         require_int("replay_frames", self.replay_frames)
         require_choice("tier", self.tier, get_args(Tier))
+        require_choice("eviction", self.eviction, get_args(Eviction))
         if not isinstance(self.store, Codec):
             raise InvalidOptionError(f"store must be a Codec, got {self.store!r}")
         require_bool("share_selection", self.share_selection)
@@ -120,9 +124,13 @@ class Stack(Memory):
         parts = (self.partitioner.partition(history, self.chunk_frames) for history in lengths)
         return self.archive_blocks != 0 and any(each.part == "mid" for segments in parts for each in segments)
 
+    def ledger(self) -> Ledger:
+        """Return an empty ledger."""
+        return Ledger(self.partitioner, self.chunk_frames, self.archive_blocks, self.eviction)
+
     def book(self) -> StackBook:
         """Return the book of an empty ledger."""
-        return StackBook.of(Ledger(self.partitioner, self.chunk_frames, self.archive_blocks))
+        return StackBook.of(self.ledger())
 
     def plan(self, book: Book, coming: int, geometry: Geometry) -> StackPlan:
         """List the attended blocks."""
@@ -178,7 +186,7 @@ class Stack(Memory):
         """Do as `remember` for all layers, of which a few compress their blocks together."""
         plan, count = chunks[0].plan, len(chunks)
         assert isinstance(plan, StackPlan)
-        wholes = [(*state.whole, *_new_blocks(chunk, plan)) for state, chunk in zip(states, chunks, strict=True)]
+        wholes = [(*state.whole, *new_blocks(chunk, plan)) for state, chunk in zip(states, chunks, strict=True)]
         pieces = (*plan.ledger.whole, *plan.new_pieces)
         leaving: list[list[tuple[int, Encoded]]] = [[] for _ in chunks]
         for i, slot in plan.step.leaving:
@@ -271,15 +279,6 @@ class Stack(Memory):
                 f"{type(self.compressor).__name__}.compress gave some blocks of layer {layer} places of their own and "
                 "others the announced ones; give all blocks, or none, coordinates with an axis of rows"
             )
-
-
-def _new_blocks(chunk: Chunk, plan: StackPlan) -> Iterator[KeptBlock]:
-    """Yield the chunk in the pieces that it is kept in."""
-    each, block = chunk.geometry.tokens_per_frame, chunk.tokens.block
-    assert block is not None
-    for piece in plan.new_pieces:
-        cut = slice((piece.first_frame - chunk.first_frame) * each, (piece.stop - chunk.first_frame) * each)
-        yield KeptBlock(piece.first_frame * each, block.part(cut), chunk.twins.get(piece))
 
 
 def _policy_dict(policy: Policy) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One layer of a stack's past, and what a chunk attends of it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,15 @@ class StackState:
     archive: Archive
     tokens: int = 0
     leaving: tuple[tuple[int, Encoded], ...] = ()
+
+
+def new_blocks(chunk: Chunk, plan: StackPlan) -> Iterator[KeptBlock]:
+    """Yield the chunk in the pieces that it is kept in."""
+    each, block = chunk.geometry.tokens_per_frame, chunk.tokens.block
+    assert block is not None
+    for piece in plan.new_pieces:
+        cut = slice((piece.first_frame - chunk.first_frame) * each, (piece.stop - chunk.first_frame) * each)
+        yield KeptBlock(piece.first_frame * each, block.part(cut), chunk.twins.get(piece))
 
 
 def attended_tokens(

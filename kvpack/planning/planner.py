@@ -116,7 +116,7 @@ def plan(
     compressor_parameters: dict[str, int] = {}
     compressor_flops: dict[str, int] = {}
     if isinstance(stack, Stack):
-        before = after = Ledger(stack.partitioner, stack.chunk_frames, stack.archive_blocks)
+        before = after = stack.ledger()
         # What the last chunk attends is what was held before it was committed.
         for _ in range(chunks):
             before, after = after, after.commit().ledger

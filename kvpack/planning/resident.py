@@ -15,7 +15,6 @@ from kvpack.memory.base import Memory
 from kvpack.memory.codec import stored_bytes
 from kvpack.memory.divided import Divided, narrowed
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.ledger import Ledger
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 from kvpack.memory.stack_plan import StackBook, StackPlan
@@ -157,7 +156,7 @@ class _Counted:
 
 def _counted(geometry: Geometry, stack: Stack, batch: int, first_frames: int | None = None) -> Iterator[_Counted]:
     """Count by the ledger, chunk after chunk."""
-    ledger = Ledger(stack.partitioner, stack.chunk_frames, stack.archive_blocks)
+    ledger = stack.ledger()
     number, each, tokens_of = geometry.dtype.itemsize, geometry.tokens_per_frame, stack.compressor.span
     block = stack.start(geometry, 0).archive.slot_tokens
     shape = geometry.heads, geometry.head_dim, geometry.dtype

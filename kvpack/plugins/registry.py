@@ -18,7 +18,7 @@ from kvpack.memory.stack import Stack
 from kvpack.plugins import hookspecs
 
 #: Options of every stack that archives blocks.
-_STORAGE = ("store", "tier")
+_STORAGE = ("store", "tier", "eviction")
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,10 @@ class Registry:
             return made
         if not isinstance(made, Stack) or not made.archives:
             raise UnusedOptionError(next(iter(storage)), f"{made.name} archives no blocks; leave it out")
+        if "eviction" in storage and made.archive_blocks is None:
+            raise UnusedOptionError("eviction", f"{made.name} keeps all blocks; give archive_blocks= too")
         codec = self.policy("codec", storage.get("store", made.store))
-        return replace(made, store=codec, tier=storage.get("tier", made.tier))
+        return replace(made, **{**storage, "store": codec})
 
     def taken(self, stack: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return those options that a stack by name takes; none if the stack is not installed."""

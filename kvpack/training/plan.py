@@ -6,7 +6,6 @@ from typing import Any
 
 from kvpack.memory.costs import LatentShape, ModelCost
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.ledger import Ledger
 from kvpack.memory.roles import LatentCompressor
 from kvpack.memory.stack import Stack
 from kvpack.planning.planner import attended_tokens, twin_tokens
@@ -77,7 +76,7 @@ def training_plan(
         InvalidOptionError: if clips of this length attend nothing compressed.
     """
     last, chunk = targets(stack, frames)[-1], stack.chunk_frames * geometry.tokens_per_frame
-    ledger, histories, twins = Ledger(stack.partitioner, stack.chunk_frames, stack.archive_blocks), [], []
+    ledger, histories, twins = stack.ledger(), [], []
     for _ in range(last):
         histories.append(attended_tokens(geometry, stack, ledger))
         twins.append(twin_tokens(geometry, stack, ledger))

@@ -1,7 +1,6 @@
 """Which chunks of a clip there is something to learn from."""
 
 from kvpack.errors import InvalidOptionError
-from kvpack.memory.ledger import Ledger
 from kvpack.memory.stack import Stack
 
 
@@ -15,7 +14,7 @@ def targets(stack: Stack, frames: int) -> list[int]:
     >>> targets(registry().stack("packforcing", {"sink_frames": 4}), 20)
     [3, 4]
     """
-    ledger, found = Ledger(stack.partitioner, stack.chunk_frames, stack.archive_blocks), []
+    ledger, found = stack.ledger(), []
     for chunk in range(frames // stack.chunk_frames):
         if stack.selector.limit(len(ledger.archive)):
             found.append(chunk)

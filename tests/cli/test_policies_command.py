@@ -23,7 +23,7 @@ def test_every_option_of_every_stack_has_default_and_meaning(stack):
     (found,) = [each for each in json.loads(result.stdout)["policies"] if each["role"] in ("stack", "memory")][:1]
     defaults = {name: each.default for name, each in inspect.signature(registry().stacks[stack]).parameters.items()}
     if stack in ("packforcing", "packforcing-paper", "framepack"):  # those that archive blocks
-        defaults |= {"store": "dense", "tier": "device"}
+        defaults |= {"store": "dense", "tier": "device", "eviction": "oldest"}
     assert [each["option"] for each in found["options"]] == list(defaults)
     for each in found["options"]:
         assert each["default"] == repr(defaults[each["option"]])

@@ -60,8 +60,25 @@ def test_archive_blocks_bounds_the_archive_oldest_out():
     assert max(piece.slot for piece in ledger.archive) <= 2
 
 
-def test_a_new_block_never_takes_a_slot_of_what_is_kept():
-    ledger = Ledger(SinkMidRecentPartitioner(4, 4), 4, archive_blocks=2)
+@settings(max_examples=60, deadline=None)
+@given(blocks=st.integers(1, 12), chunk=st.integers(1, 5), chunks=st.integers(20, 60))
+def test_a_spread_archive_is_full_and_reaches_back_to_the_beginning(blocks, chunk, chunks):
+    """Gaps between neighbours grow with age, and the newest block is always there."""
+    *_, ledger = grow(Ledger(SinkMidRecentPartitioner(4, 4), chunk, blocks, "spread"), chunks)
+    firsts = [piece.first_frame for piece in ledger.archive]
+    newest = [
+        piece.first_frame for piece in list(grow(Ledger(SinkMidRecentPartitioner(4, 4), chunk), chunks))[-1].archive
+    ]
+    assert len(firsts) == min(blocks, len(newest))
+    assert firsts == sorted(set(firsts))
+    assert firsts[-1] == newest[-1]
+    if blocks > 2:
+        assert firsts[0] == newest[0]
+
+
+@pytest.mark.parametrize("eviction", ["oldest", "spread"])
+def test_a_new_block_never_takes_a_slot_of_what_is_kept(eviction):
+    ledger = Ledger(SinkMidRecentPartitioner(4, 4), 4, archive_blocks=2, eviction=eviction)
     for _ in range(30):
         step = ledger.commit()
         kept = {piece.slot for piece in ledger.archive if piece in step.ledger.archive}
