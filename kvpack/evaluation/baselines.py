@@ -1,32 +1,12 @@
-"""What a measure says of the truth, of the truth through a VAE, and of videos that must not win."""
+"""What a measure is held against: the truth through a VAE, and videos that must not win."""
 
 from typing import Any
 
 import numpy as np
 
-from kvpack.evaluation.facts import Facts
-from kvpack.evaluation.measures import METRICS, measures
-from kvpack.evaluation.observer import Observer
 from kvpack.media.video import Frames
 
-TRUTH, CEILING = "truth", "truth through the VAE"
 CHUNK = 4  # frames that a latent frame of a causal VAE stands for, after the first one
-
-
-def baselines(truth: Frames, facts: Facts, vae: Any = None, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Measure a true video [T, H, W, 3], its reconstruction by a VAE, and the floors, over all frames.
-
-    Args:
-        truth: the video.
-        facts: what is known of it.
-        vae: a causal video VAE of diffusers; without, there is no such row.
-        seed: of the noise and of the shuffling.
-    """
-    videos = {TRUTH: truth}
-    if vae is not None:
-        videos[CEILING] = through_vae(vae, truth)
-    videos.update(floors(truth, seed))
-    return {name: _all_of(video, facts) for name, video in videos.items()}
 
 
 def floors(truth: Frames, seed: int = 0) -> dict[str, Frames]:
@@ -55,17 +35,3 @@ def through_vae(vae: Any, frames: Frames) -> Frames:
         out = vae.decode(vae.encode(video).latent_dist.mode()).sample[0].float()
     pixels = ((out / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return pixels.permute(1, 2, 3, 0)[: len(frames)].cpu().numpy()
-
-
-def against_truth(row: dict[str, float], truth: dict[str, float]) -> float:
-    """Return the mean ratio of a video's measures to the truth's, each at most 1; an unknown measure counts as 0."""
-    known = [name for name in METRICS if truth[name] > 0]
-    shares = [min(1.0, row[name] / truth[name]) if np.isfinite(row[name]) else 0.0 for name in known]
-    return float(np.mean(shares)) if shares else float("nan")
-
-
-def _all_of(video: Frames, facts: Facts) -> dict[str, float]:
-    observer = Observer(facts)
-    observer.add(video)
-    observation = observer.finish()
-    return measures(observation, 0, observation.frames)
