@@ -95,16 +95,8 @@ def demo(
     print_tracks(result, result["stacks"], result["files"], as_json)
 
 
-app.command()(generate)
-app.command()(resume)
-app.command()(batch)
-app.command()(convert)
-app.command()(evaluate)
-app.command()(train_compressor)
-app.command()(plan)
-app.command()(env)
-app.command()(report)
-app.command()(ui)
+for _command in (generate, resume, batch, convert, evaluate, train_compressor, plan, env, report, ui):
+    app.command()(_command)
 
 
 @app.command()
