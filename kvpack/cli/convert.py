@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kvpack.cli.support import DTYPES, parse_dtype, print_json, print_table
+from kvpack.cli.support import DTYPES, Json, parse_dtype, print_json, print_table
 from kvpack.errors import InvalidOptionError
 
 
@@ -33,7 +33,7 @@ def convert(
     dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES), show_default="the checkpoint's")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of the transformer.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Make a diffusers folder of a causal Wan checkpoint, with the scheduler, chunk length and memory that it needs."""
     if not source.exists():  # before what takes seconds to import

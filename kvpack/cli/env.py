@@ -2,11 +2,9 @@
 
 import platform
 import warnings
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from kvpack.cli.support import default_device, print_json, print_table, size_text
+from kvpack.cli.support import Json, default_device, print_json, print_table, size_text
 
 #: What a video depends on, and what may be switched on beside it.
 PACKAGES = (
@@ -26,9 +24,7 @@ PACKAGES = (
 )
 
 
-def env(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
-) -> None:
+def env(as_json: Json = False) -> None:
     """Say what is installed: versions, devices, attention backends, plugins. Paste it into a report."""
     found = environment()
     if as_json:

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpack.cli.support import default_device, print_json, print_table
+from kvpack.cli.support import Json, default_device, print_json, print_table
 from kvpack.errors import InvalidOptionError
 
 
 def evaluate(
     videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Video files of any kind.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: Json = False,
     vbench: Annotated[bool, typer.Option("--vbench", help="Run VBench instead, where it is installed.")] = False,
     prompts: Annotated[
         Path | None, typer.Option(help="Text file with the prompt of each video, one a line; for --vbench.")
@@ -87,15 +87,11 @@ def _vbench(videos: Sequence[Path], prompts: Path | None, output: Path | None, a
         print_table(f"VBench, {len(made)} videos", ("dimension", "value"), [[n, _text(v)] for n, v in found.items()])
 
 
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(value: Any) -> Any:
     """Replace NaN, which JSON does not have, by None."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return _plain(value)
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    return {name: plain(value) for name, value in row.items()}
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _text(value: float) -> str:

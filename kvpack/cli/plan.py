@@ -1,12 +1,25 @@
 """`kvpack plan`: what a video, or training a compressor, will cost."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpack.cli.support import DTYPES, StackName, parse_dtype, parse_options, parse_size, print_json, print_table
+from kvpack.cli.call import Fps
+from kvpack.cli.support import (
+    DTYPES,
+    Json,
+    Options,
+    Seconds,
+    StackName,
+    parse_dtype,
+    parse_options,
+    parse_size,
+    print_json,
+    print_table,
+)
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 
 if TYPE_CHECKING:
@@ -25,14 +38,11 @@ def plan(
     preset: Annotated[str | None, typer.Option(help="A well-known model, e.g. wan2.1-t2v-1.3b.")] = None,
     model: Annotated[Path | None, typer.Option(help="Folder of a diffusers pipeline; no weights needed.")] = None,
     size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels of the video.")] = "832x480",
-    seconds: Annotated[float, typer.Option(help="Length of the video.")] = 120.0,
+    seconds: Seconds = 120.0,
     stack: StackName = None,
-    option: Annotated[
-        list[str],
-        typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the stack, e.g. topk=8."),
-    ] = [],  # noqa: B006
+    option: Options = [],  # noqa: B006
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bfloat16",
-    fps: Annotated[float | None, typer.Option(help="Frames a second.", show_default="the model's own")] = None,
+    fps: Fps = None,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps of a chunk.", show_default="the model's own, else 4")
     ] = None,
@@ -54,12 +64,9 @@ def plan(
     ] = None,
     bandwidth: Annotated[float | None, typer.Option(help="And 10^9 bytes a second of its memory, e.g. 2000.")] = None,
     training: Annotated[bool, typer.Option("--training", help="Training a compressor instead, on 5 s clips.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say what a video, or training a compressor, will cost: tokens, bytes, operations. Needs no weights."""
-    from dataclasses import replace
-    from functools import partial
-
     if (tflops is None) != (bandwidth is None):
         raise InvalidOptionError("seconds of a chunk need both --tflops and --bandwidth, e.g. 400 and 2000")
     described = _described(preset, model)
@@ -98,16 +105,17 @@ def plan(
         return budget.choice(asked, geometry, chunks, batch=batch, branches=branches, channels=channels)
 
     choice = choose(most)
-    needed, speed = None, None
-    placed: list[Placed] = []
+    needed, speed, card = None, None, None
+    all_cards: list[Placed] = []
     if gpu_memory is not None or cards or tflops is not None or weights is not None:
         text = UMT5_XXL if model is None else text_encoder_config(model)
         precision, frames = parse_dtype(dtype), asked.chunk_frames
         needed = fit(configs, text, (height, width), precision, chunk_frames=frames, rows=batch, weights=weights)
-        sizes = [*(() if gpu_memory is None else (gpu_memory,)), *(CARDS if cards else ())]
-        placed = [place(needed, each, choose, choice.held_bytes) for each in sizes]
-        if gpu_memory is not None and placed[0].choice is not None:
-            choice = placed[0].choice
+        placed = partial(place, needed, choose=choose, held=choice.held_bytes)
+        card = None if gpu_memory is None else placed(gpu_memory)
+        all_cards = [placed(each) for each in CARDS] if cards else []
+        if card is not None and card.choice is not None:
+            choice = card.choice
         needed = replace(needed, kv=choice.held_bytes)
     planned = planner.plan(
         geometry,
@@ -122,8 +130,7 @@ def plan(
     if needed is not None and tflops is not None and bandwidth is not None:
         forwards = steps + (choice.memory.commit == "rerun")
         speed = roofline(planned, forwards, branches, needed.transformer, tflops, bandwidth)
-    one, all_cards = (placed[0] if gpu_memory is not None else None), (placed[-len(CARDS) :] if cards else [])
-    answer = _Answer(planned, choice, budget_gb is not None, needed, one, all_cards, speed)
+    answer = _Answer(planned, choice, budget_gb is not None, needed, card, all_cards, speed)
     if as_json:
         given = {"model": described.name, "size": size, "dtype": dtype, "seconds": seconds}
         print_json({**given, "pixel_frames": pixel_frames, **answer.to_dict()})
@@ -194,8 +201,6 @@ def _plan_training(
     batch: int,
     as_json: bool,
 ) -> None:
-    from functools import partial
-
     from kvpack.cli.tables import training_rows
     from kvpack.planning.planner import video_frames
     from kvpack.planning.presets import adapter_for

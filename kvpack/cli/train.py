@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kvpack.cli.support import parse_options, parse_size, print_json
+from kvpack.cli.support import Options, parse_options, parse_size, print_json
 from kvpack.errors import InvalidOptionError
 
 
@@ -25,9 +25,7 @@ def train_compressor(
     seed: Annotated[int, typer.Option(help="Of the weights, the order of clips and all noise.")] = 0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
     stack: Annotated[str, typer.Option("--stack", help="Memory that it is trained in.")] = "packforcing",
-    option: Annotated[
-        list[str], typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the stack, e.g. topk=8.")
-    ] = [],  # noqa: B006  # typer reads it, nobody changes it
+    option: Options = [],  # noqa: B006  # typer reads it, nobody changes it
     branches: Annotated[str, typer.Option(help="dual (both branches) or hr (the learned one alone).")] = "dual",
     project: Annotated[
         str, typer.Option(help="layers (through the whole model) or direct (each layer's own projections).")
