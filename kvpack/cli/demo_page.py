@@ -5,6 +5,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from textwrap import fill
 
 import numpy as np
 
@@ -109,8 +110,7 @@ def _videos(sheet: Sheet, story: Story) -> None:
 
 def _named(sheet: Sheet, name: str) -> None:
     sheet.label(sheet.margin, sheet.top + 8, name, 17)
-    lines = _broken(KEEPS.get(name, ""), 30)
-    sheet.label(sheet.margin, sheet.top + 32, lines, 14, FAINT)
+    sheet.label(sheet.margin, sheet.top + 32, fill(KEEPS.get(name, ""), 30), 14, FAINT)
 
 
 def counted(again: Sequence[tuple[float, bool]], seconds: float) -> str:
@@ -123,13 +123,6 @@ def counted(again: Sequence[tuple[float, bool]], seconds: float) -> str:
     if not late:
         return "no wall was lit again"
     return f"{'after a minute ' if seconds > 60 else ''}{sum(late)} of {len(late)} right"
-
-
-def _broken(words: str, length: int) -> str:
-    lines = [""]
-    for word in words.split():
-        lines[-1:] = [f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < length else [lines[-1], word]
-    return "\n".join(lines)
 
 
 def _curves(sheet: Sheet, story: Story) -> None:
