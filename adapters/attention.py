@@ -74,10 +74,7 @@ class PackedAttnProcessor(OpaqueAttention):
     def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the stock output but for the keys and values; rotations given by the model are not used."""
         queries, keys, values = self.project(attn, hidden_states)
-        if torch.compiler.is_compiling():
-            attended = attend(self, queries, [keys, values])
-        else:
-            attended = self.attended(queries, [keys, values])
+        attended = attend(self, queries, [keys, values])
         return self.output(attn, hidden_states, attended.type_as(queries))
 
     def attended(self, queries: Tensor, others: list[Tensor]) -> Tensor:

@@ -37,17 +37,14 @@ def attend(attention: OpaqueAttention, queries: Tensor, others: list[Tensor]) ->
     if not torch.compiler.is_compiling():
         return attention.attended(queries, others)
     if torch.is_grad_enabled():
-        attended: Tensor = _outside(attention, queries, others)
-        return attended
+        return _outside(attention, queries, others)
     return _attend(queries, others, attention.number)
 
 
-def _directly(attention: OpaqueAttention, queries: Tensor, others: list[Tensor]) -> Tensor:
-    return attention.attended(queries, others)
-
-
 # Gradients pass through the memory's own operations, at the price of a break in the graph.
-_outside: Any = torch.compiler.disable(_directly)
+@torch.compiler.disable()  # type: ignore[untyped-decorator]
+def _outside(attention: OpaqueAttention, queries: Tensor, others: list[Tensor]) -> Tensor:
+    return attention.attended(queries, others)
 
 
 # Recent versions of torch can be told that a CUDA graph must not replay it.
