@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kvpack.generation.denoiser import Denoiser
 from kvpack.memory.layer import LayerCache
-from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 
 
@@ -25,9 +24,8 @@ class Rollout:
     """
 
     def __init__(self, denoiser: Denoiser, branch: str, decoder: Callable[[Tensor], Tensor] | None = None) -> None:
-        session = denoiser.session(branch)
-        assert isinstance(session, Session)
-        self.denoiser, self.session, self.branch, self.decoder = denoiser, session, branch, decoder
+        self.denoiser, self.branch, self.decoder = denoiser, branch, decoder
+        self.session = denoiser.session(branch)
 
     def attached(self) -> AbstractContextManager[None]:
         """Put the memory into the transformer; `predict` and `commit` need it, and one rollout at a time has it."""
