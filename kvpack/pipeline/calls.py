@@ -89,14 +89,8 @@ class Enabled:
 
     def as_kwargs(self) -> dict[str, Any]:
         """Return what copies take along: all but generations."""
-        return {
-            "stack": self.stack,
-            "adapter": self.adapter,
-            "fps": self.fps,
-            "first_chunk_frames": self.first_chunk_frames,
-            "call": self.call,
-            "budget": self.budget,
-        }
+        taken = ("stack", "adapter", "fps", "first_chunk_frames", "call", "budget")
+        return {name: getattr(self, name) for name in taken}
 
 
 def bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

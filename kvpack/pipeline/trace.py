@@ -30,7 +30,6 @@ LAYERS = 8
 #: Most ranges of frames or positions of a layer; what is beyond is left out, and counted.
 RANGES = 256
 _PICTURE = 96  # pixels of the longer side
-_PARTS = ("sink", "mid", "recent")
 
 
 def traced(run: Run, path: Path | None) -> Iterator[GeneratedChunk]:
@@ -166,8 +165,8 @@ def _pieces(plan: StackPlan, cache: LayerCache) -> list[tuple[int, int, str]]:
         "recent": [plan.ledger.whole[index] for index in plan.recent],
     }
     ranges: list[tuple[int, int, str]] = []
-    for part in _PARTS:
-        for block in sorted(blocks[part], key=lambda each: each.first_frame):
+    for part, those in blocks.items():
+        for block in sorted(those, key=lambda each: each.first_frame):
             first, frames = block.first_frame, block.frames
             if ranges and ranges[-1][2] == part and sum(ranges[-1][:2]) == first:
                 first, frames = ranges[-1][0], ranges.pop()[1] + frames
