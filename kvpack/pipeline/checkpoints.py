@@ -161,8 +161,7 @@ def reopened(folder: Path, job: Job, dtype: torch.dtype, device: str, pipeline: 
         SnapshotError: if it holds none that can be read.
         InvalidOptionError: if the model does not load, or is another one.
     """
-    stack, _ = saved_stack(folder)
-    memory = resolve_stack(stack, {})
+    memory = resolve_stack(saved_stack(folder), {})
     pipeline = pipeline or load_pipeline(Path(job.model), dtype, device)
     pipeline.set_progress_bar_config(disable=True)
     enable(pipeline, memory).packforcing.fps = job.fps

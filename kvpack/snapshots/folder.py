@@ -140,6 +140,16 @@ class SnapshotFolder:
             raise SnapshotError(f"{path} does not list its files")
         return content
 
+    def require_own(self, generation: str) -> None:
+        """Raise `OutputError` if the newest snapshot that can be read is another generation's."""
+        for number in self.numbers():
+            with suppress(SnapshotError):
+                if str(self.content(number).get("generation")) == generation:
+                    return
+                raise OutputError(
+                    f"{self.path} holds snapshots of another generation; give an empty folder, or resume that one"
+                )
+
     def chunks(self) -> dict[int, int]:
         """Return the number of the newest snapshot behind each count of chunks."""
         behind: dict[int, int] = {}
@@ -216,9 +226,3 @@ def _sync(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def require_apart(path: Path, generation: str, known: str | None) -> None:
-    """Raise `OutputError` if a folder holds the snapshots of another generation."""
-    if known is not None and known != generation:
-        raise OutputError(f"{path} holds snapshots of another generation; give an empty folder, or resume that one")

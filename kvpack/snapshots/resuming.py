@@ -24,18 +24,18 @@ from kvpack.snapshots.writing import KIND, TreeWriter
 _SAID = {"pipeline", "adapter", "models", "lora", "scheduler", "stack", "geometry", "state", "generation"}
 
 
-def saved_stack(folder: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """Return the stack of a folder's newest readable snapshot, as `to_dict` gave it, and all that its JSON says.
+def saved_stack(folder: Path) -> Mapping[str, Any]:
+    """Return the stack of a folder's newest readable snapshot, as `to_dict` gave it.
 
     Raises:
         SnapshotError: if no snapshot can be read.
     """
 
-    def use(content: dict[str, Any], files: TensorFiles) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    def use(content: dict[str, Any], files: TensorFiles) -> Mapping[str, Any]:
         stack = TreeReader({}, {}, torch.device("cpu"), files).value(content.get("stack"))
         if not isinstance(stack, Mapping):
             raise SnapshotError("it does not say its stack")
-        return stack, content
+        return stack
 
     return SnapshotFolder(folder).read(use)
 

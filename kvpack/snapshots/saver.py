@@ -2,7 +2,7 @@
 
 import json
 import uuid
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from kvpack.generation.run import Run
 from kvpack.media.video import make_folder
 from kvpack.memory.shard import Shard
 from kvpack.snapshots.fingerprint import fingerprints, model_digests
-from kvpack.snapshots.folder import SnapshotFolder, require_apart, tensor_files
+from kvpack.snapshots.folder import SnapshotFolder, tensor_files
 from kvpack.snapshots.heads import gathering
 from kvpack.snapshots.lock import FolderLock
 from kvpack.snapshots.types import allowed_classes, policies_of
@@ -94,7 +94,7 @@ class Saver:
     def _open(self, path: Path) -> None:
         self._lock = FolderLock(make_folder(path))
         try:
-            require_apart(path, self.generation, _generation_in(self.folder))
+            self.folder.require_own(self.generation)
         except KVPackError:
             self.close()
             raise
@@ -150,11 +150,3 @@ def require_json(note: Any) -> None:
 def versions() -> dict[str, str]:
     """Return the versions that a snapshot is written with."""
     return {"kvpack": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
-
-
-def _generation_in(folder: SnapshotFolder) -> str | None:
-    """Return the generation whose snapshots a folder holds; None if it has none that can be read."""
-    for number in folder.numbers():
-        with suppress(SnapshotError):
-            return str(folder.content(number).get("generation"))
-    return None

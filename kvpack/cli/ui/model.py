@@ -75,7 +75,7 @@ class Model:
             SnapshotError: if there is none, or it is another model's.
         """
         pipeline: Any = copy.copy(self.pipeline)
-        pipeline.enable_packforcing(saved_stack(folder)[0])
+        pipeline.enable_packforcing(saved_stack(folder))
         stream = pipeline.packforcing.resume(folder)
         note = stream.note if isinstance(stream.note, dict) else {}
         label, frames = str(note.get("label", pipeline.packforcing.stack.name)), int(note.get("frames", 0))
