@@ -82,12 +82,8 @@ def read_videos(
     Raises:
         InvalidOptionError: if it cannot be read, or a line is wrong; the message names the line.
     """
-    try:
-        lines = prompt_lines(path)
-    except (OSError, ValueError) as error:
-        raise InvalidOptionError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     videos: dict[int, Video] = {}
-    for number, line in lines:
+    for number, line in prompt_lines(path):
         try:
             videos[number] = _video(line, {"name": f"{number:04d}", "seed": seed, "seconds": seconds})
             check(videos[number])

@@ -1,13 +1,11 @@
 """The model card of a converted checkpoint: what it was made of, and how it is used."""
 
-import re
 from pathlib import Path
 
 from kvpack.checkpoints.recipes import Recipe
 from kvpack.version import __version__
 
 FILE = "README.md"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(recipe: Recipe, source: Path, base: Path, lora: Path | None, name: str) -> str:
@@ -22,7 +20,7 @@ def model_card(recipe: Recipe, source: Path, base: Path, lora: Path | None, name
     """
     from huggingface_hub import ModelCardData
 
-    settings, on_the_hub = recipe.settings, bool(_HUB_ID.fullmatch(str(base))) and not base.is_dir()
+    settings, on_the_hub = recipe.settings, not base.is_dir()
     about = ModelCardData(
         base_model=str(base) if on_the_hub else None,
         library_name="diffusers",

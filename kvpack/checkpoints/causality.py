@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvpack.checkpoints.reading import PICKLED
+from kvpack.checkpoints.reading import SUFFIXES
 from kvpack.errors import BidirectionalWarning
 
 #: Folders of stock Wan models, as `plain` writes them: task, size, resolution.
@@ -23,7 +23,7 @@ def plain(path: Path) -> str:
     >>> plain(Path("/Causal-Forcing/causal-forcing++/framewise-2step.pt"))
     '/causalforcing/causalforcing/framewise2step'
     """
-    whole = path.absolute().with_suffix("") if path.suffix in (".safetensors", *PICKLED) else path.absolute()
+    whole = path.absolute().with_suffix("") if path.suffix in SUFFIXES else path.absolute()
     cached = re.sub(r"/models--[^/]*--([^/]*)/snapshots/[^/]*(?=/|$)", r"/\1", whole.as_posix())
     return re.sub("[^a-z0-9/]", "", cached.lower())
 

@@ -18,26 +18,13 @@ from kvpack.checkpoints.hub import model_folder
 from kvpack.checkpoints.lora import merge, read_lora
 from kvpack.checkpoints.reading import NESTINGS, read_checkpoint
 from kvpack.checkpoints.recipes import Recipe
-from kvpack.checkpoints.text import read_json
+from kvpack.checkpoints.text import read_config
 from kvpack.errors import InvalidOptionError, OutputError, UnsupportedPipelineError
 
 _INDEX = "model_index.json"
 #: What a base without other parts lacks; they can be passed to `from_pretrained`.
 _ALONE = {"_class_name": "WanPipeline", "text_encoder": [None, None], "tokenizer": [None, None], "vae": [None, None]}
 _TRANSFORMER = ["diffusers", "WanTransformer3DModel"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """How checkpoints of a model family are laid out.
-
-    Args:
-        rename: gives weights by name their diffusers names.
-        build: makes a diffusers model of renamed weights and a config.
-    """
-
-    rename: Callable[..., dict[str, Any]]
-    build: Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -90,8 +77,13 @@ class Converted:
     absent: tuple[str, ...]
 
 
-def convert(asked: Conversion, family: Family) -> Converted:
+def convert(asked: Conversion, rename: Callable[..., dict[str, Any]], build: Callable[..., Any]) -> Converted:
     """Convert a checkpoint into a diffusers folder; on an error the output stays as it was.
+
+    Args:
+        asked: what is converted.
+        rename: gives weights by name their diffusers names.
+        build: makes a diffusers model of renamed weights and a config.
 
     Raises:
         InvalidOptionError: if the checkpoint, the LoRA or the base is not what it must be, or the output is in the way.
@@ -103,14 +95,14 @@ def convert(asked: Conversion, family: Family) -> Converted:
     _require_free(asked)
     prefer = (asked.recipe.nesting,) if asked.recipe.nesting else ()
     checkpoint = read_checkpoint(asked.source, asked.weights, (*prefer, *NESTINGS))
-    weights = family.rename(checkpoint.tensors)
+    weights = rename(checkpoint.tensors)
     deltas = {}
     if asked.lora is not None:
-        deltas = read_lora(asked.lora, asked.lora_alpha, family.rename)
+        deltas = read_lora(asked.lora, asked.lora_alpha, rename)
         weights = merge(weights, deltas, asked.dtype)
     if asked.dtype is not None:
         weights = {name: each.to(asked.dtype) for name, each in weights.items()}
-    model = family.build(weights, config)
+    model = build(weights, config)
     # Nothing is written before all that can be wrong with the weights has been found.
     with _replacing(asked.output) as folder:
         model.save_pretrained(folder / "transformer", max_shard_size=asked.max_shard_size)
@@ -125,7 +117,7 @@ def convert(asked: Conversion, family: Family) -> Converted:
 
 def _base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the base's model index and its transformer's config."""
-    index = _json(base / _INDEX) if (base / _INDEX).is_file() else dict(_ALONE)
+    index = read_config(base / _INDEX) if (base / _INDEX).is_file() else dict(_ALONE)
     require_one_in_index(base, index)
     if index.get("_class_name") != _ALONE["_class_name"]:
         raise UnsupportedPipelineError(
@@ -136,17 +128,7 @@ def _base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise InvalidOptionError(f"{base} has neither transformer/config.json nor config.json")
-    return index, _json(found)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = read_json(path)
-    except ValueError as error:
-        raise InvalidOptionError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise InvalidOptionError(f"{path} must hold a JSON object, got a {type(data).__name__}")
-    return data
+    return index, read_config(found)
 
 
 def _copy_parts(asked: Conversion, folder: Path, index: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:

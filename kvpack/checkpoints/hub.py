@@ -8,7 +8,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 
 from kvpack.errors import InvalidOptionError
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+#: What `owner/name` of the Hub looks like.
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _RIGHT = "give the folder of a whole diffusers pipeline, or a Hub id, which is owner/name"
 
 
@@ -28,7 +29,7 @@ def model_folder(
     """
     if Path(name).is_dir():
         return Path(name)
-    if not _HUB_ID.fullmatch(str(name)):
+    if not HUB_ID.fullmatch(str(name)):
         raise InvalidOptionError(f"no {what} folder {name}; {_RIGHT}")
     try:
         return Path(snapshot_download(str(name), allow_patterns=only, ignore_patterns=without))

@@ -18,7 +18,8 @@ from kvpack.errors import InvalidOptionError, first_line
 
 #: Where a checkpoint keeps the generator's weights: the first of these that is there, again and again.
 NESTINGS = ("generator_ema", "generator", "model", "state_dict")
-PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+#: Endings of files that are read.
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 #: Bytes that weights may take beyond twice those of their files, for a number such as alpha in the place of a tensor.
 _SPARE = 1 << 20
 #: What wrappers put into names, anywhere, and in front of them.
@@ -165,17 +166,17 @@ def _shards(folder: Path) -> list[Path]:
         if missing:
             raise InvalidOptionError(f"{index} names {len(missing)} files that are not there, e.g. {missing[0]}")
         return [folder / name for name in names]
-    for suffix in (".safetensors", *PICKLED):
+    for suffix in SUFFIXES:
         if found := sorted(folder.glob(f"*{suffix}")):
             return found
-    raise InvalidOptionError(f"no checkpoint in {folder}; it needs files in {', '.join(('.safetensors', *PICKLED))}")
+    raise InvalidOptionError(f"no checkpoint in {folder}; it needs files in {', '.join(SUFFIXES)}")
 
 
 def _load_file(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise InvalidOptionError(f"no checkpoint {path}; give a file or a folder of shards")
-    if path.suffix not in (".safetensors", *PICKLED):
-        raise InvalidOptionError(f"{path} is none of {', '.join(('.safetensors', *PICKLED))}")
+    if path.suffix not in SUFFIXES:
+        raise InvalidOptionError(f"{path} is none of {', '.join(SUFFIXES)}")
     mapped = is_archive(path)  # files of old torch cannot be mapped
     try:
         if path.suffix == ".safetensors":

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kvpack.errors import InvalidOptionError
+
 #: Bytes of the largest config; Python's objects take twenty times what their JSON does.
 _MOST_JSON = 1 << 20
 #: Bytes and lines of the largest file of prompts.
@@ -32,6 +34,23 @@ def read_json(path: Path) -> Any:
     return parsed_json(read_text(path))
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a config that is an object, of a pipeline or of one of its parts.
+
+    Raises:
+        InvalidOptionError: if it cannot be read, or is none.
+    """
+    try:
+        data = read_json(path)
+    except OSError as error:
+        raise InvalidOptionError(f"cannot read {path}: {error.strerror}; give a diffusers pipeline's folder") from error
+    except ValueError as error:
+        raise InvalidOptionError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise InvalidOptionError(f"{path} must hold a JSON object, got a {type(data).__name__}")
+    return data
+
+
 def parsed_json(text: str) -> Any:
     """Return what JSON says.
 
@@ -58,16 +77,20 @@ def prompt_lines(path: Path) -> list[tuple[int, str]]:
     """Read the numbered lines of a file of prompts, each of which becomes objects many times its size.
 
     Raises:
-        OSError: if the file cannot be read.
-        ValueError: if it is not UTF-8, or larger than any such file.
+        InvalidOptionError: if it cannot be read, is not UTF-8, or larger than any such file.
     """
-    if (size := path.stat().st_size) > _MOST_TEXT:
-        raise ValueError(f"it has {size} bytes, but prompts have at most {_MOST_TEXT}; split the file")
-    lines = numbered_lines(path)
+    try:
+        if (size := path.stat().st_size) > _MOST_TEXT:
+            raise InvalidOptionError(f"{path} has {size} bytes, but prompts have at most {_MOST_TEXT}; split the file")
+        lines = numbered_lines(path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise InvalidOptionError(f"cannot read {path}: {reason}") from error
     if len(lines) > _MOST_LINES:
-        raise ValueError(f"it has {len(lines)} lines, but prompts have at most {_MOST_LINES}; split the file")
+        count = len(lines)
+        raise InvalidOptionError(f"{path} has {count} lines, but prompts have at most {_MOST_LINES}; split the file")
     if long := next((number for number, line in lines if len(line) > _MOST_JSON), None):
-        raise ValueError(f"its line {long} is longer than {_MOST_JSON} characters, which no prompt is")
+        raise InvalidOptionError(f"{path}: line {long} is longer than {_MOST_JSON} characters, which no prompt is")
     return lines
 
 

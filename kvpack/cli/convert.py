@@ -39,7 +39,7 @@ def convert(
     if not source.exists():  # before what takes seconds to import
         raise InvalidOptionError(f"no checkpoint {source}; give a file or a folder of shards")
 
-    from kvpack.checkpoints.convert import Conversion, Family
+    from kvpack.checkpoints.convert import Conversion
     from kvpack.checkpoints.convert import convert as run
     from kvpack.checkpoints.recipes import recipe_for
     from kvpack.plugins.registry import registry
@@ -47,7 +47,7 @@ def convert(
     known = recipe_for(source, recipe)
     precision = None if dtype is None else parse_dtype(dtype)
     asked = Conversion(source, base, output, known, weights, lora, lora_alpha, precision, max_shard_size, overwrite)
-    done = run(asked, Family(*registry().adapters["wan"].checkpoint_layout()))
+    done = run(asked, *registry().adapters["wan"].checkpoint_layout())
     notes = [known.note] * bool(known.note)
     if known.lora and lora is None:
         notes.append(f"{known.name} is a base and a LoRA, and no --lora was given")

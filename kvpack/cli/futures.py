@@ -39,13 +39,7 @@ def read_futures(path: Path) -> list[Future]:
     Raises:
         InvalidOptionError: if it cannot be read, a line is none, or there are not two different ones.
     """
-    try:
-        lines = prompt_lines(path)
-    except (OSError, ValueError) as error:
-        unreadable = "it is no UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
-        reason = getattr(error, "strerror", None) or unreadable
-        raise InvalidOptionError(f"--prompts {path} cannot be read: {reason}") from error
-    futures = [_future(line, f"{path}, line {number}") for number, line in lines]
+    futures = [_future(line, f"{path}, line {number}") for number, line in prompt_lines(path)]
     if len(futures) < 2 or len(set(futures)) < len(futures):
         raise InvalidOptionError(f"--prompts {path} has {len(futures)} lines; give two or more, each another one")
     return futures

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 
+from kvpack.checkpoints.hub import HUB_ID
 from kvpack.checkpoints.text import read_json
 from kvpack.compressors.network import CONFIG_FILE, WEIGHTS_FILE, HighResolutionBranch
 from kvpack.errors import InvalidOptionError
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _RIGHT = "give a folder that HighResolutionBranch.save_pretrained wrote, or a Hub id, which is owner/name"
 
 
@@ -112,7 +111,7 @@ def _file(source: str, name: str) -> Path:
         if not path.is_file():
             raise InvalidOptionError(f"compressor folder {source} has no {name}; {_RIGHT}")
         return path
-    if not _HUB_ID.fullmatch(source):
+    if not HUB_ID.fullmatch(source):
         raise InvalidOptionError(f"no compressor folder {source}; {_RIGHT}")
     try:
         return Path(hf_hub_download(source, name))

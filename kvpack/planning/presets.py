@@ -8,8 +8,8 @@ from typing import Any
 from kvpack.checkpoints.config import Settings, frame_rate, require_model_folder
 from kvpack.checkpoints.experts import require_one_in_index
 from kvpack.checkpoints.recipes import RECIPES, Recipe
-from kvpack.checkpoints.text import read_json
-from kvpack.errors import InvalidOptionError, KVPackError, UnsupportedPipelineError, unknown_name
+from kvpack.checkpoints.text import read_config
+from kvpack.errors import KVPackError, UnsupportedPipelineError, unknown_name
 
 Configs = Mapping[str, Mapping[str, Any]]
 
@@ -114,11 +114,11 @@ def from_folder(name: Path) -> ModelDescription:
         UnsupportedPipelineError: if the pipeline has two transformers.
     """
     folder = require_model_folder(name, only=["*.json"])
-    index = _read(folder / "model_index.json")
+    index = read_config(folder / "model_index.json")
     require_one_in_index(folder, index)
     absent = [None, None]  # what diffusers writes for an optional part
     configs = {
-        part: {} if index.get(part) == absent else _read(folder / part / "config.json")
+        part: {} if index.get(part) == absent else read_config(folder / part / "config.json")
         for part in ("transformer", "vae")
     }
     pipeline_class = str(index.get("_class_name"))
@@ -132,7 +132,7 @@ def text_encoder_config(name: Path) -> dict[str, Any]:
     Raises:
         InvalidOptionError: if it is missing or broken.
     """
-    return _read(require_model_folder(name, only=["*.json"]) / "text_encoder" / "config.json")
+    return read_config(require_model_folder(name, only=["*.json"]) / "text_encoder" / "config.json")
 
 
 def adapter_for(model: ModelDescription) -> Any:
@@ -169,15 +169,3 @@ def timing(folder: Path) -> tuple[Settings, int]:
         return described.settings, adapter_for(described).temporal_scale(described.configs)
     except KVPackError:
         return own or Settings(), 4
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = read_json(path)
-    except OSError as error:
-        raise InvalidOptionError(f"cannot read {path}: {error.strerror}; give a diffusers pipeline's folder") from error
-    except ValueError as error:
-        raise InvalidOptionError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise InvalidOptionError(f"{path} must hold a JSON object, got a {type(data).__name__}")
-    return data

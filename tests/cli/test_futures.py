@@ -81,7 +81,7 @@ def test_in_the_last_chunk(model, file, tmp_path):
         (["--fork-at", 5, "--prompts", "{file}"], "--fork-at must be > 0 and < --seconds 1.85, got 5"),
         (["--fork-at", 0.6, "--prompts", "{file}", "--checkpoint-every", 1], "does not go with --checkpoint-every"),
         (["--fork-at", 0.6, "--prompts", "{file}", "--trace", "t.jsonl"], "does not go with --trace"),
-        (["--fork-at", 0.6, "--prompts", "nowhere.txt"], "cannot be read: No such file"),
+        (["--fork-at", 0.6, "--prompts", "nowhere.txt"], "cannot read nowhere.txt: No such file"),
     ],
 )
 def test_wrong_words(more, message, model, file, tmp_path, monkeypatch):
