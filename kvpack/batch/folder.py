@@ -1,6 +1,5 @@
 """The folder of a batch: its videos, what was asked for, and what was made."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -11,7 +10,7 @@ from typing import Any
 from kvpack.batch.videos import Settings, Video, is_name
 from kvpack.checkpoints.text import parsed_json
 from kvpack.errors import OutputError
-from kvpack.media.video import make_folder, save_bytes
+from kvpack.media.video import checksum, make_folder, save_bytes
 
 _ASKED, _MANIFEST = "batch.json", "manifest.jsonl"
 
@@ -113,9 +112,3 @@ class BatchFolder:
                     f"{self.path} holds a batch that asked for something else: {what} {key} {before.get(key)!r}, now "
                     f"it is {now.get(key)!r}; ask for the same, or give another --output"
                 )
-
-
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

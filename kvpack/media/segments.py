@@ -1,9 +1,7 @@
 """A video in segments: each an mp4 of its own, whole once a checkpoint says so, and joined without encoding anew."""
 
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from kvpack.errors import OutputError
-from kvpack.media.video import FrameRate, Frames, PartialFile, VideoWriter, make_folder
+from kvpack.media.video import FrameRate, Frames, PartialFile, VideoWriter, checksum, make_folder
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,8 @@ class SegmentedVideo:
             writer.__exit__(None, None, None)
             with open(writer.path, "rb+") as file:
                 os.fsync(file.fileno())
-            self.segments.append(Segment(writer.path.name, writer.frames, *_checksum(writer.path)))
+            size = writer.path.stat().st_size
+            self.segments.append(Segment(writer.path.name, writer.frames, size, checksum(writer.path)))
         return [asdict(each) for each in self.segments]
 
     def __enter__(self) -> "SegmentedVideo":
@@ -129,19 +128,18 @@ class SegmentedVideo:
         with self._opened(segment) as source:
             return int(source.streams.video[0].start_time or 0)
 
-    @contextmanager
-    def _opened(self, segment: Segment) -> Iterator[Any]:
+    def _opened(self, segment: Segment) -> Any:
         import av
 
-        with av.open(str(self.folder / segment.name)) as source:
-            yield source
+        return av.open(str(self.folder / segment.name))
 
     def _check(self, segment: Segment) -> None:
         kinds = (segment.name, str), (segment.frames, int), (segment.bytes, int)
         if not all(isinstance(value, kind) for value, kind in kinds) or segment.frames < 1 or "\0" in segment.name:
             raise OutputError(f"{self.folder} cannot be gone on with: its checkpoint does not list segments")
         path = self.folder / segment.name
-        if path.parent != self.folder or not path.is_file() or _checksum(path) != (segment.bytes, segment.sha256):
+        there = path.parent == self.folder and path.is_file() and path.stat().st_size == segment.bytes
+        if not there or checksum(path) != segment.sha256:
             raise OutputError(f"{path} is missing or not what was written; the video cannot be gone on with from there")
 
 
@@ -153,8 +151,3 @@ def _copy(source: Any, given: Any, container: Any, stream: Any, first: int, dela
         shown = round((packet.pts - start) / each) + first
         packet.pts, packet.dts, packet.stream = round(shown * each) + delay, round(index * each), stream
         container.mux(packet)
-
-
-def _checksum(path: Path) -> tuple[int, str]:
-    with open(path, "rb") as file:
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()

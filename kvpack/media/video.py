@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and videos that are encoded while they are generated."""
 
+import hashlib
 import os
 import signal
 import threading
@@ -249,6 +250,12 @@ def save_bytes(data: bytes, path: Path) -> None:
         file.commit()
     finally:
         file.discard()
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _partial(path: Path) -> Path:

@@ -13,10 +13,11 @@ import pytest
 from benchmarks import batch, report
 from helpers import command, complaint, told
 from kvpack.batch.cluster import cluster
-from kvpack.batch.folder import BatchFolder, checksum
+from kvpack.batch.folder import BatchFolder
 from kvpack.batch.pool import Pool
 from kvpack.batch.videos import Settings, Video
 from kvpack.errors import InvalidOptionError
+from kvpack.media.video import checksum
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason='needs Ray; pip install "kvpack[ray]"')
 CALL = {"height": 64, "width": 64, "num_inference_steps": 1, "guidance_scale": 1.0, "max_sequence_length": 8}
