@@ -41,10 +41,10 @@ def tiny_wan_transformer(seed: int = 0, **config: Any) -> Any:
     """Return a `WanTransformer3DModel` of two layers with random weights."""
     from diffusers import WanTransformer3DModel
 
-    return _random(WanTransformer3DModel, seed, {**_TINY, **config})
+    return random_transformer(WanTransformer3DModel, seed, {**_TINY, **config})
 
 
-def _random(model: Any, seed: int, config: dict[str, Any]) -> Any:
+def random_transformer(model: Any, seed: int, config: dict[str, Any]) -> Any:
     """Build a transformer whose random weights are large enough for its output to depend on every input."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -86,7 +86,7 @@ def tiny_skyreels_v2_pipeline(seed: int = 0, pipeline_class: Any = None, schedul
     flow = {"flow_shift": 8.0, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     return (pipeline_class or SkyReelsV2DiffusionForcingPipeline)(
         scheduler=scheduler or UniPCMultistepScheduler(**flow),
-        transformer=_random(SkyReelsV2Transformer3DModel, seed, {**_TINY, **config}),
+        transformer=random_transformer(SkyReelsV2Transformer3DModel, seed, {**_TINY, **config}),
         **_tiny_coders(seed),
     )
 
@@ -118,6 +118,6 @@ def tiny_anyflow_far_pipeline(seed: int = 0, **config: Any) -> Any:
     defaults = {**_TINY, "attention_head_dim": 16, "chunk_partition": (1, 3, 3, 3, 3, 3, 3, 2)}
     return AnyFlowFARPipeline(
         scheduler=FlowMapEulerDiscreteScheduler(shift=5.0),
-        transformer=_random(AnyFlowFARTransformer3DModel, seed, {**defaults, **config}),
+        transformer=random_transformer(AnyFlowFARTransformer3DModel, seed, {**defaults, **config}),
         **_tiny_coders(seed),
     )

@@ -151,13 +151,7 @@ def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
     for sizes in ((8, 4), (3, 5)):
         stack = _stack_with(policy, sizes, chunk_frames)
         whole, again = _outputs(stack, policy, slice(0, 2)), _outputs(stack, policy, slice(0, 2))
-        if not all(torch.equal(a, b) for a, b in zip(whole, again, strict=True)):
-            raise PolicyError(f"{name} is not deterministic: the same run gave other bits")
-        row = _outputs(stack, policy, slice(1, 2))
-        if not all(torch.allclose(a[1:], b, atol=1e-5) for a, b in zip(whole, row, strict=True)):
-            raise PolicyError(f"{name} lets batch rows influence each other: a row alone gave another result")
-        if any(not bool(out.isfinite().all()) for out in whole):
-            raise PolicyError(f"{name} made the output of attention infinite or NaN")
+        _check_outputs(name, whole, again, _outputs(stack, policy, slice(1, 2)))
     if isinstance(policy, LatentCompressor):
         _check_tokens(policy, chunk_frames)
 
@@ -184,12 +178,7 @@ def check_memory(memory: Memory, most_frames: int | None = None) -> None:
         return run_session(session, chunks, batch=2, rows=rows, seed=seed)
 
     whole, again, row = (outputs(Session(memory, TINY), 12, rows) for rows in (slice(0, 2), slice(0, 2), slice(1, 2)))
-    if not all(torch.equal(a, b) for a, b in zip(whole, again, strict=True)):
-        raise PolicyError(f"{name} is not deterministic: the same run gave other bits")
-    if not all(torch.allclose(a[1:], b, atol=1e-5) for a, b in zip(whole, row, strict=True)):
-        raise PolicyError(f"{name} lets batch rows influence each other: a row alone gave another result")
-    if any(not bool(out.isfinite().all()) for out in whole):
-        raise PolicyError(f"{name} made the output of attention infinite or NaN")
+    _check_outputs(name, whole, again, row)
     session = Session(memory, TINY)
     outputs(session, 8)
     fork = session.snapshot()
@@ -201,6 +190,16 @@ def check_memory(memory: Memory, most_frames: int | None = None) -> None:
         for chunk in range(12):  # a dtype that is not kept raises
             run_session(session, 1, batch=2, seed=chunk, inspect=partial(_check_attended, memory, most_frames))
         _check_replay(memory, session)
+
+
+def _check_outputs(name: str, whole: list[Tensor], again: list[Tensor], row: list[Tensor]) -> None:
+    """Raise `PolicyError` if two runs differ, their second row alone gave something else, or they are not finite."""
+    if not all(torch.equal(a, b) for a, b in zip(whole, again, strict=True)):
+        raise PolicyError(f"{name} is not deterministic: the same run gave other bits")
+    if not all(torch.allclose(a[1:], b, atol=1e-5) for a, b in zip(whole, row, strict=True)):
+        raise PolicyError(f"{name} lets batch rows influence each other: a row alone gave another result")
+    if any(not bool(out.isfinite().all()) for out in whole):
+        raise PolicyError(f"{name} made the output of attention infinite or NaN")
 
 
 def _check_attended(memory: Memory, most_frames: int | None, session: Session) -> None:
@@ -262,11 +261,10 @@ def _stack_with(policy: Policy, sizes: tuple[int, int], chunk_frames: int) -> St
         "selector": _Newest(),
         "reindexer": registry().policy("reindexer", "contiguous"),
     }
-    if isinstance(policy, Codec):
-        return Stack("check", **roles, chunk_frames=chunk_frames, store=policy)
-    if not isinstance(policy, (Partitioner, Compressor, Selector, Reindexer)):
+    if not isinstance(policy, (Partitioner, Compressor, Selector, Reindexer, Codec)):
         raise PolicyError(f"{type(policy).__name__} fills none of the roles {', '.join(roles)}")
-    return Stack("check", **{**roles, policy.role: policy}, chunk_frames=chunk_frames)
+    roles["store" if isinstance(policy, Codec) else policy.role] = policy
+    return Stack("check", **roles, chunk_frames=chunk_frames)
 
 
 def _check_tokens(policy: LatentCompressor, frames: int) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from kvpack.testing.pipelines import tiny_tokenizer
+from kvpack.testing.pipelines import random_transformer, tiny_tokenizer
 
 _TEXT = {"width": 16, "layers": 2, "tokens": 16}
 
@@ -27,13 +27,7 @@ def tiny_sana_wm_transformer(seed: int = 0, **config: Any) -> Any:
         "audio_attention_head_dim": 12,
         "audio_cross_attention_dim": 12,
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        transformer = SanaWMLTX2RefinerTransformer3DModel(**{**defaults, **config}).eval()
-        for parameter in transformer.parameters():
-            if parameter.ndim > 1:
-                parameter.data.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
-    return transformer
+    return random_transformer(SanaWMLTX2RefinerTransformer3DModel, seed, {**defaults, **config})
 
 
 def tiny_sana_wm_refiner(seed: int = 0, *, vae: bool = True, **config: Any) -> Any:
