@@ -9,6 +9,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 
 from kvpack.adapters.parallel import check_parallel
 from kvpack.errors import UnsupportedPipelineError
+from kvpack.generation.compile_boundary import compiled_from
 
 #: Diffusers' hooks that leave layers out or give their old output; a commit through them would leave stale keys.
 _SKIPPING = {
@@ -49,11 +50,6 @@ def check_placement(
         )
     for backend in {getattr(each, "_attention_backend", None) for each in processors}:
         check_backend(backend, device, transformer.dtype, head_dim)
-
-
-def compiled_from(transformer: Any) -> Any:
-    """Return the model that `torch.compile(model)` wraps; a model that is not wrapped as it is."""
-    return getattr(transformer, "_orig_mod", transformer)
 
 
 def _check_caches(transformer: Any) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from kvpack.errors import UnsupportedPipelineError
+from kvpack.generation.compile_boundary import compiled_from
 from kvpack.memory.layer import AttendingLayer, ForwardLayer
 from kvpack.memory.shard import Shard
 
@@ -13,9 +14,9 @@ def shard_of(transformer: Any) -> Shard | None:
     """Return this process's part of a transformer on which `enable_parallelism` was called; None if it was not.
 
     Args:
-        transformer: the model itself, not what a compiler has wrapped around it.
+        transformer: the model, as it is or compiled.
     """
-    config = getattr(transformer, "_parallel_config", None)
+    config = getattr(compiled_from(transformer), "_parallel_config", None)
     context = getattr(config, "context_parallel_config", None)
     if context is None:
         return None

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvpack.adapters.compatibility import check_placement, compiled_from
+from kvpack.adapters.compatibility import check_placement
 from kvpack.adapters.parallel import shard_of
 from kvpack.adapters.wan.checkpoint import diffusers_names, transformer
 from kvpack.adapters.wan.compression import check_compressor, native_window, patch_of
@@ -52,7 +52,7 @@ class WanAdapter(Adapter):
 
     def shard(self, pipeline: Any) -> Shard | None:
         """Return the process's part, if context parallelism is enabled."""
-        return shard_of(compiled_from(pipeline.transformer))
+        return shard_of(pipeline.transformer)
 
     def memories(self, pipeline: Any) -> int:
         """Return how many experts there are."""

@@ -9,8 +9,8 @@ from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHo
 from torch import Tensor
 
 from kvpack.adapters import attention
-from kvpack.adapters.compatibility import compiled_from
 from kvpack.adapters.wan.prompt_cache import PromptedLayers
+from kvpack.generation.compile_boundary import compiled_from
 from kvpack.memory.layer import AttendingLayer
 from kvpack.memory.shard import Shard
 

@@ -10,7 +10,6 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvpack.adapters.compatibility import compiled_from
 from kvpack.adapters.parallel import same_shard, shard_of
 from kvpack.adapters.wan.attention import attached
 from kvpack.adapters.wan.compression import (
@@ -30,7 +29,6 @@ from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.layer import AttendingLayer, LayerCache
 from kvpack.memory.ledger import BlockEntry
-from kvpack.memory.shard import Shard
 from kvpack.memory.sharded import require_by_head
 
 
@@ -66,7 +64,7 @@ class WanDenoiser(Denoiser):
         check_compressor(pipeline.transformer, stack)
         super().__init__(pipeline, stack, geometry, conditioning, buffer)
         self.attention_kwargs, self.compressor, self.prompt = attention_kwargs, stack.latent_compressor, prompt
-        self.shard = self._shard()
+        self.shard = shard_of(self.transformer)
         if self.shard is not None:
             require_by_head(stack)
             if buffer.differentiable:
@@ -99,9 +97,6 @@ class WanDenoiser(Denoiser):
         finally:
             self.transformer, self.prompt = before
 
-    def _shard(self) -> Shard | None:
-        return shard_of(compiled_from(self.transformer))
-
     def _guidance(self) -> Guidance | None:
         group = getattr(vars(self.pipeline).get("_kvpack"), "guidance_group", None)
         if group is None:
@@ -118,7 +113,7 @@ class WanDenoiser(Denoiser):
 
     def seam(self) -> AbstractContextManager[None]:
         """Put kvpack's processors into the transformer for the block."""
-        if not same_shard(self.shard, self._shard()):
+        if not same_shard(self.shard, shard_of(self.transformer)):
             raise UnsupportedPipelineError("enable_parallelism() was called inside a generation; begin another one")
         guided = None if self.guidance is None else self._guided
         return attached(self.transformer, self.layers_for, self._prompted(), self.shard, guided)
@@ -129,7 +124,7 @@ class WanDenoiser(Denoiser):
             return forward()  # a commit, of the process's own branch
 
         def room() -> Tensor:
-            channels = compiled_from(self.transformer).config.out_channels
+            channels = self.transformer.config.out_channels
             return latents.new_empty(latents.shape[0], channels, *latents.shape[2:])
 
         assert self.guidance is not None
@@ -158,7 +153,7 @@ class WanDenoiser(Denoiser):
         super().expect(frames)
 
     def _prompted(self) -> PromptedLayers:
-        return PromptedLayers(compiled_from(self.transformer), self.prompt, self.cross_processor)
+        return PromptedLayers(self.transformer, self.prompt, self.cross_processor)
 
     def forget_prompt(self) -> None:
         """Compute the prompt's keys and values anew when they are needed next."""

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kvpack.adapters.compatibility import compiled_from
 from kvpack.adapters.parallel import same_shard, shard_of
 from kvpack.adapters.wan.attention import attached
 from kvpack.adapters.wan.denoiser import WanDenoiser
@@ -26,11 +25,11 @@ def experts_of(pipeline: Any) -> list[Any]:
         UnsupportedPipelineError: if there are others, or two that do not go together.
     """
     parts: Mapping[str, Any] = {**pipeline.config, **pipeline.components}
-    both = [parts.get(name) for name in ("transformer", "transformer_2")]
+    both: list[Any] = [parts.get(name) for name in ("transformer", "transformer_2")]
     if parts.get("boundary_ratio") is None or None in both:
         require_one_transformer("this pipeline", parts)
         return both[:1]
-    first, second = (compiled_from(each).config for each in both)
+    first, second = (each.config for each in both)
     for name in _ALIKE:
         if first[name] != second[name]:
             raise UnsupportedPipelineError(
@@ -60,7 +59,7 @@ class ExpertsDenoiser(WanDenoiser):
         _require_both(self.stack)
         if self.buffer.differentiable:
             raise UnsupportedPipelineError("two experts cannot be trained through; load the pipeline with one of them")
-        if not same_shard(self.shard, shard_of(compiled_from(self.second))):
+        if not same_shard(self.shard, shard_of(self.second)):
             raise UnsupportedPipelineError("call enable_parallelism() on both experts, or on neither")
 
     @property
@@ -71,7 +70,7 @@ class ExpertsDenoiser(WanDenoiser):
     @contextmanager
     def seam(self) -> Iterator[None]:
         """Put kvpack's processors into both transformers for the block."""
-        prompted = PromptedLayers(compiled_from(self.second), self.second_prompt, self.cross_processor)
+        prompted = PromptedLayers(self.second, self.second_prompt, self.cross_processor)
         with super().seam(), attached(self.second, self._second_layers, prompted, self.shard):
             yield
 

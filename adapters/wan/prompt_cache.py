@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from kvpack.generation.compile_boundary import OpaqueAttention, attend
+from kvpack.generation.compile_boundary import OpaqueAttention, attend, compiled_from
 
 #: Keys and values of the prompt in one layer, once they are computed.
 _Kept = list[Tensor]
@@ -91,12 +91,13 @@ class PromptedLayers:
     """A transformer's cross-attentions whose prompt is computed once.
 
     Args:
-        transformer: has `blocks` with an `attn2`.
+        transformer: has `blocks` with an `attn2`; as it is or compiled.
         prompt: what is kept; None leaves all of them stock.
         stock: the processor that the family's cross-attentions have; any other stays.
     """
 
     def __init__(self, transformer: Any, prompt: PromptCache | None, stock: type) -> None:
+        transformer = compiled_from(transformer)
         every = [] if prompt is None else [block.attn2 for block in transformer.blocks]
         attentions = [attention for attention in every if serves(attention, stock)]
         self._forward: list[_Kept] = []

@@ -7,9 +7,9 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 
-from kvpack.adapters.compatibility import compiled_from
 from kvpack.adapters.offload import onload
 from kvpack.errors import UnsupportedPipelineError
+from kvpack.generation.compile_boundary import compiled_from
 
 
 class StreamingDecoder:

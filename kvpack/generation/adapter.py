@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
+from kvpack.generation.compile_boundary import compiled_from
 from kvpack.generation.run import Run
 from kvpack.generation.trainee import Trainee
 from kvpack.memory.base import Memory
@@ -131,6 +132,6 @@ class Adapter(ABC):
 
 def _described(transformer: Any) -> dict[str, Any]:
     """Return class, dtype and config of a transformer, compiled or not, but for names that are private."""
-    transformer = getattr(transformer, "_orig_mod", transformer)
+    transformer = compiled_from(transformer)
     config = {name: value for name, value in getattr(transformer, "config", {}).items() if not name.startswith("_")}
     return {"class": type(transformer).__name__, "dtype": getattr(transformer, "dtype", None), **config}

@@ -15,6 +15,11 @@ _numbers = count()
 _alive: "WeakValueDictionary[int, OpaqueAttention]" = WeakValueDictionary()
 
 
+def compiled_from(model: Any) -> Any:
+    """Return the model that `torch.compile(model)` wraps; a model that is not wrapped as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
 class OpaqueAttention(ABC):
     """Attention that compiled code reaches by a number; freed with its last reference."""
 

@@ -7,6 +7,7 @@ from threading import Thread, get_ident
 from typing import Any
 
 from kvpack.errors import BusyPipelineError, UnsupportedPipelineError
+from kvpack.generation.compile_boundary import compiled_from
 
 _HOLDER = "_kvpack_thread"
 
@@ -23,7 +24,7 @@ def one_thread(transformer: Any) -> Iterator[None]:
     Raises:
         BusyPipelineError: if another thread is in it.
     """
-    model = getattr(transformer, "_orig_mod", transformer)
+    model = compiled_from(transformer)
     if model is None:
         yield
         return
@@ -41,7 +42,7 @@ def one_thread(transformer: Any) -> Iterator[None]:
 
 def holder(transformer: Any) -> Thread | None:
     """Return the thread that is in a transformer; None if none is."""
-    model = getattr(transformer, "_orig_mod", transformer)
+    model = compiled_from(transformer)
     found = [None] if model is None else vars(model).get(_HOLDER, [None])
     return next((each for each in threading.enumerate() if each.ident == found[0]), None)
 
