@@ -77,8 +77,7 @@ def run(demo: Demo, on_chunk: Callable[[Track], None]) -> dict[str, Any]:
     starts = sorted({round(start) for start in np.linspace(0, total - 1, COLUMNS)})
     seen, labels = [Seen(starts) for _ in stacks], [_label(*each) for each in demo.stacks]
     arguments = {**CALL, "prompt": demo.prompt, "num_inference_steps": demo.steps}
-    with ExitStack() as open_things:
-        open_things.enter_context(_one_thread())
+    with ExitStack() as open_things, _one_thread():
         # The weights are shared; a pipeline is the stock one whenever another's turn comes.
         tracks = [
             open_things.enter_context(

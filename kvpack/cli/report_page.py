@@ -89,11 +89,11 @@ def figures(trace: Traced) -> list[Any]:
     """Draw a trace: the past that is attended, bytes, seconds, and drift."""
     import plotly.graph_objects as go
 
-    def stacked(key: str, title: str, unit: float, kind: Any) -> Any:
+    def stacked(key: str, title: str, unit: float) -> Any:
         parts = list(trace.chunks[0][key])
         series = {part: [chunk[key][part] / unit for chunk in trace.chunks] for part in parts}
         drawn = [
-            kind(x=trace.seconds, y=values, name=part, marker={"color": colour})
+            go.Bar(x=trace.seconds, y=values, name=part, marker={"color": colour})
             for (part, values), colour in zip(series.items(), _COLOURS, strict=False)
         ]
         made = go.Figure(drawn)
@@ -109,8 +109,8 @@ def figures(trace: Traced) -> list[Any]:
     drift.update_layout(title="drift from the first chunk")
     made = [
         _attention(trace),
-        stacked("bytes", "held, MB", 1e6, go.Bar),
-        stacked("seconds", "seconds a chunk, by phase", 1, go.Bar),
+        stacked("bytes", "held, MB", 1e6),
+        stacked("seconds", "seconds a chunk, by phase", 1),
         drift,
     ]
     for each in made:

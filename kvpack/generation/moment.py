@@ -41,11 +41,6 @@ class Moment:
     decoder: Any
     own_generators: tuple[Tensor, ...]
 
-    @property
-    def call(self) -> dict[str, Any]:
-        """Arguments of the pipeline's call."""
-        return self.run["call"]
-
 
 def require_between_chunks(run: Run) -> None:
     """Raise `SnapshotError` if a generation is in the middle of a chunk, or was interrupted or failed in one."""

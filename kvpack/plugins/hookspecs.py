@@ -1,4 +1,4 @@
-"""The three hooks of a plugin, called once at discovery. See CONTRIBUTING.md, "A plugin"."""
+"""The three hooks of a plugin, called once at discovery. See docs/extend/plugin.md."""
 
 from collections.abc import Callable
 

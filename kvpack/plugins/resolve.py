@@ -130,13 +130,10 @@ def stack_from_dict(data: Mapping[str, Any]) -> Stack:
             f"a stack needs name, {', '.join(ROLES)}; missing {sorted(missing)}, unknown {sorted(unknown)}"
         )
     policies = {}
-    for role in ROLES:
-        options = dict(data[role])
-        name = options.pop("policy", None)
-        policies[role] = registry().policy(role, str(name), options)
-    if "store" in data:
-        options = dict(data["store"])
-        policies["store"] = registry().policy("codec", str(options.pop("policy", None)), options)
+    for name, role in (*zip(ROLES, ROLES, strict=True), ("store", "codec")):
+        if name in data:
+            options = dict(data[name])
+            policies[name] = registry().policy(role, str(options.pop("policy", None)), options)
     return Stack(**{**data, **policies})
 
 

@@ -70,7 +70,7 @@ class SnapshotFolder:
         text = json.dumps({**whole, "sha256": _digest(whole)}, allow_nan=False).encode()
         self._require_readable(text, files)
         self._files[number] = files
-        write_file(self.path / f"snapshot-{number:06d}.json", [text])
+        write_file(self.path / _name(number), [text])
         _sync(self.path)
         self._prune()
 
@@ -166,8 +166,7 @@ class SnapshotFolder:
 
     def clear(self) -> None:
         """Remove all snapshots, and nothing else."""
-        for number in self.numbers():
-            _remove(self.path / _name(number))
+        self.forget_after(-1)
         self._prune()
 
     def _require_readable(self, text: bytes, files: Mapping[str, Any]) -> None:

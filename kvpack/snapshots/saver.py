@@ -105,7 +105,7 @@ class Saver:
         heads = None if self._shard is None else gathering(self._shard)
         writer = TreeWriter(allowed_classes(run.stack, run.adapter), policies, device, files, written, heads)
         moment = captured(run, apart=False)
-        call = {name: GIVEN_AGAIN if callable(value) else value for name, value in moment.call.items()}
+        call = {name: GIVEN_AGAIN if callable(value) else value for name, value in moment.run["call"].items()}
         parts = {each.name: getattr(moment, each.name) for each in fields(moment)}
         parts["run"] = {**moment.run, "call": call}
         index, first = run.position or (0, 0)
