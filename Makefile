@@ -59,7 +59,7 @@ TRAIN := train-compressor --model $(TOY) --base-model kvpack-toyworld --max-sequ
 # on two cores. Then the learned branch alone, on clips of 8 seconds, with up to four blocks.
 compressor: $(STAMP)
 	test -e $(CLIPS)-80/latents-1.txt || $(ENCODE) --out $(CLIPS)-80 --clips 800 --frames 80 --seed 50000000
-	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node 2 -m kvpack.cli $(TRAIN) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node 2 -m kvpack $(TRAIN) \
 		--data $(CLIPS)-80 --frames 80 --batch 4 --chunks 4 --steps 800 --warmup 30 --denoising-steps 3 \
 		--branches dual --output runs/compressor/dual
 	test -e $(CLIPS)/latents-1.txt || $(ENCODE) --out $(CLIPS) --clips 1600 --frames 32 --seed 30000000

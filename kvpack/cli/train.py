@@ -55,7 +55,7 @@ def train_compressor(
     base_model: Annotated[str | None, typer.Option(help="What the saved config calls the model.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Train a compressor for a model, which stays frozen; `accelerate launch -m kvpack.cli` for several processes.
+    """Train a compressor for a model, which stays frozen; `accelerate launch -m kvpack` for several processes.
 
     Without --teacher, what the model predicts behind packed history learns to be what it predicts behind all of it.
     """

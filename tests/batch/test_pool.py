@@ -69,7 +69,7 @@ def test_no_video_of_the_benchmark_differed():
 
 def accelerate(*words):
     launch = ["--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
-    words = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "kvpack.cli", *words]
+    words = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "kvpack", *words]
     return subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
 
 

@@ -132,7 +132,7 @@ def test_sizes_for_readers() -> None:
 
 def test_the_command_itself() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "kvpack.cli", *REFERENCE, "--json"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "kvpack", *REFERENCE, "--json"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["attended_tokens"] == 27_872

@@ -236,7 +236,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 def test_a_signal_from_outside_leaves_no_half_file(model: Path, tmp_path: Path, signalled: int, code: int) -> None:
     words = [str(word) for word in generate(model, tmp_path / "a.mp4", "--seconds", 3600)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "kvpack.cli", *words],
+        [sys.executable, "-m", "kvpack", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

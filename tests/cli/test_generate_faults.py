@@ -176,7 +176,7 @@ def test_a_signal_completes_the_file(command, signalled, tmp_path):
         "demo": ["--output", tmp_path, "--steps", 1],
     }[command]
     process = subprocess.Popen(
-        [sys.executable, "-m", "kvpack.cli", command, "--seconds", "3600", *map(str, words)],
+        [sys.executable, "-m", "kvpack", command, "--seconds", "3600", *map(str, words)],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_costs_no_frame(model, whole, tmp_path, monkeypatch
 def test_killed(model, whole, tmp_path):
     output = tmp_path / "a.mp4"
     words = [str(word) for word in generate(model, output, "--checkpoint-every", 1)]
-    process = subprocess.Popen([sys.executable, "-m", "kvpack.cli", *words], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "kvpack", *words], stderr=subprocess.DEVNULL)
     folder = tmp_path / "a.mp4.checkpoint"
     while not list(folder.glob("snapshot-*3.json")) and process.poll() is None:
         time.sleep(0.01)

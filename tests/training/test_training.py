@@ -155,7 +155,7 @@ def test_a_killed_process_goes_on(training, model, data, tmp_path):
     """The same with a process that has no time to say goodbye."""
     recipe = {"steps": 12, "save_every": 1}
     training("whole", recipe).run()
-    command = [sys.executable, "-m", "kvpack.cli", *words(model, data, tmp_path / "cut", 12, "--save-every", 1)]
+    command = [sys.executable, "-m", "kvpack", *words(model, data, tmp_path / "cut", 12, "--save-every", 1)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     kills = 0
     for pause in (0.0, 0.3, None):
