@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvpack.checkpoints.text import read_text
+from kvpack.checkpoints.text import parsed_json, read_text
 from kvpack.errors import InvalidOptionError
 
 #: Most bins of a heat map in each direction, whatever the length of the video.
@@ -44,10 +44,10 @@ def read_trace(path: Path) -> Traced:
     """
     try:
         lines = read_text(path).splitlines()
-        head, chunks = json.loads(lines[0]), []
+        head, chunks = parsed_json(lines[0]), []
         for number, line in enumerate(lines[1:], 2):
             try:
-                chunks.append(json.loads(line))
+                chunks.append(parsed_json(line))
             except ValueError:
                 if number < len(lines):
                     raise
@@ -154,9 +154,9 @@ def page(traces: list[Traced]) -> str:
     except ImportError as error:
         raise InvalidOptionError('a report needs plotly; pip install "kvpack[report]"') from error
     columns = "\n".join(_column(index, trace) for index, trace in enumerate(traces))
-    pictures = json.dumps([[chunk.get("picture") for chunk in trace.chunks] for trace in traces])
-    starts = json.dumps([trace.seconds for trace in traces])
-    script = _SCRIPT.replace("PICTURES", pictures).replace("STARTS", starts)
+    pictures = _in_script([[chunk.get("picture") for chunk in trace.chunks] for trace in traces])
+    starts = _in_script([trace.seconds for trace in traces])
+    script = _SCRIPT.replace("STARTS", starts).replace("PICTURES", pictures)
     return _PAGE.format(plotly=get_plotlyjs(), columns=columns, script=script)
 
 
@@ -175,11 +175,15 @@ def _column(index: int, trace: Traced) -> str:
 
 
 def _plain(figure: Any) -> str:
-    """Return data and layout as arguments of a script, which no text in them can end."""
+    """Return data and layout as arguments of a script."""
     data = json.loads(figure.to_json())
     data["layout"].pop("template", None)
-    texts = (json.dumps(data[key]).replace("</", "<\\/") for key in ("data", "layout"))
-    return ", ".join((*texts, '{"responsive": true, "displayModeBar": false}'))
+    return ", ".join(map(_in_script, (data["data"], data["layout"], {"responsive": True, "displayModeBar": False})))
+
+
+def _in_script(data: Any) -> str:
+    """Return data as JSON, in which no text can end the script that it stands in."""
+    return json.dumps(data).replace("<", "\\u003c")
 
 
 _PAGE = """<!DOCTYPE html>

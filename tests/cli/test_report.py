@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from hostile import DEEP
 
 from helpers import command, complaint, enable_small, quiet
 from kvpack.testing import tiny_wan_pipeline
@@ -44,7 +45,20 @@ def test_one_trace_and_the_end_of_a_crash(traces, tmp_path):
     assert command("report", broken, "--output", tmp_path / "one.html").exit_code == 0
 
 
-@pytest.mark.parametrize("text", ["", "no json", "[]", "{}", '{"stack": "x", "layers": [0], "seconds_a_frame": 1}'])
+def test_no_text_of_a_trace_ends_the_script(traces, tmp_path):
+    """A trace may be a stranger's: what stands in it is shown, and never run."""
+    head, first, *rest = traces[0].read_text().splitlines()
+    chunk = {**json.loads(first), "picture": "</script><script>STARTS"}
+    (tmp_path / "t.jsonl").write_text("\n".join([head, json.dumps(chunk), *rest]))
+    assert command("report", tmp_path / "t.jsonl", "--output", tmp_path / "r.html").exit_code == 0
+    own = (tmp_path / "r.html").read_text().split("</script>", 1)[1]  # behind plotly itself
+    assert "STARTS" in own
+    assert "<script>STARTS" not in own
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no json", "[]", "{}", DEEP, '{"stack": "x", "layers": [0], "seconds_a_frame": 1}']
+)
 def test_what_is_no_trace_is_one_line(text, tmp_path):
     (tmp_path / "t.jsonl").write_text(text)
     assert "a trace" in complaint("report", tmp_path / "t.jsonl", "--output", tmp_path / "r.html")
