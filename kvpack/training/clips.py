@@ -124,7 +124,7 @@ class ClipFolder(Sequence[Clip]):
 
     def _usable(self, file: Path, broken: Broken) -> Iterator[_Row]:
         try:
-            source = file if file.suffix == LATENTS else self._encoded(file)
+            source = file if file.suffix.lower() == LATENTS else self._encoded(file)
             captions = _captions(file)
             count = self._count(source)
             if len(captions) != count:

@@ -303,6 +303,13 @@ def test_a_broken_clip_is_named_or_skipped(changed, told, model, data, tmp_path)
     assert [clip.name for clip in clips[:2]] == ["a-good.safetensors[0]", "a-good.safetensors[1]"]
 
 
+def test_the_case_of_an_ending_makes_no_difference(model, tmp_path):
+    folder = write_clips(tmp_path / "data", "clips")
+    (folder / "clips.safetensors").rename(folder / "clips.SAFETENSORS")
+    trainee = kvpack.plugins.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
+    assert len(ClipFolder(folder, trainee, 2 * CHUNKS, 16)) == len(CAPTIONS)
+
+
 def test_other_broken_files(model, tmp_path):
     trainee = kvpack.plugins.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
     folder = tmp_path / "data"
