@@ -21,6 +21,7 @@ from kvpack.plugins.resolve import resolve_stack
 from kvpack.snapshots.folder import SnapshotFolder
 from kvpack.snapshots.lock import LOCK
 from kvpack.snapshots.resuming import saved_stack
+from kvpack.snapshots.types import fits
 
 #: Frames a second, or chunks between two checkpoints.
 _MOST = 1e6
@@ -74,11 +75,9 @@ class Job:
             raise SnapshotError(f"{folder} holds no generation: {path} cannot be read ({error.strerror})") from error
         except (ValueError, TypeError) as error:
             raise SnapshotError(f"{path} is damaged: {str(error)[:200]}") from error
-        kinds: dict[str, Any] = {"every": int, "seed": int, "fps": (int, float)}
-        for name, value in asdict(job).items():
-            wrong = not isinstance(value, kinds.get(name, str)) or isinstance(value, bool)
-            if wrong or (name in ("every", "fps") and not 0 < value < _MOST):
-                raise SnapshotError(f"{path} is damaged: its {name} is {str(value)[:80]!r}")
+        wrong = [name for name, _ in fits(cls, asdict(job))]
+        if wrong := wrong or [name for name in ("every", "fps") if not 0 < getattr(job, name) < _MOST]:
+            raise SnapshotError(f"{path} is damaged: its {wrong[0]} is {str(getattr(job, wrong[0]))[:80]!r}")
         if Path(job.output).suffix.lower() != ".mp4":  # a stranger's folder replaces no other file
             raise SnapshotError(f"{path} is damaged: its output is {job.output[:80]!r}, which is no mp4")
         return job
