@@ -15,8 +15,7 @@ def diffusers_names(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Return weights by their diffusers names; those that have them already keep them."""
     if any(".attn1." in name or name.startswith("condition_embedder.") for name in weights):
         return dict(weights)
-    renamed: dict[str, Any] = convert_wan_transformer_to_diffusers(dict(weights))  # empties the dict that it is given
-    return renamed
+    return convert_wan_transformer_to_diffusers(dict(weights))  # empties the dict that it is given
 
 
 def transformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> WanTransformer3DModel:
@@ -38,8 +37,7 @@ def transformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Wan
         model: Any = WanTransformer3DModel.from_config(dict(config))
     _require_same(weights, model.state_dict())
     model.load_state_dict({name: each.contiguous() for name, each in weights.items()}, assign=True)
-    built: WanTransformer3DModel = model.eval()
-    return built
+    return model.eval()
 
 
 def _require_same(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -57,5 +55,5 @@ def _require_same(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
             )
 
 
-def _first(kind: str, names: Sequence[str], most: int = 5) -> str:
-    return f"{len(names)} {kind} keys" + (f", first {', '.join(names[:most])}" if names else "")
+def _first(kind: str, names: Sequence[str]) -> str:
+    return f"{len(names)} {kind} keys" + (f", first {', '.join(names[:5])}" if names else "")

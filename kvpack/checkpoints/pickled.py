@@ -38,6 +38,8 @@ _MOST = 1 << 18
 #: Tuples around an item, of which torch.save writes three; and items of tuples that are counted anew each time.
 _LEVELS, _FEW = 8, 32
 _MARK = object()
+#: What a function of torch returned.
+_TENSOR = object()
 #: What a tensor with attributes of Python is made by, and what it may be.
 _ATTRIBUTED, _TYPES = "torch._tensor _rebuild_from_type_v2", {"torch Tensor", "torch.nn.parameter Parameter"}
 
@@ -57,11 +59,6 @@ class _Items:
     """A container, or what is made of one; a call may copy as many items as it has."""
 
     count: int = 0
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """What a function of torch returned."""
 
 
 def require_modest(path: Path) -> None:
@@ -125,7 +122,7 @@ def _step(code: Any, argument: Any, stack: list[Any], memo: dict[Any, Any], stor
     name = code.name
     if name in ("REDUCE", "NEWOBJ") and (wrong := _harm(stack[-2], stack[-1])):
         return wrong
-    if name == "BUILD" and isinstance(stack[-2], _Tensor):
+    if name == "BUILD" and stack[-2] is _TENSOR:
         return "sets a tensor anew, which torch.save never does"
     if name == "BINPERSID":
         if isinstance(stack[-1], tuple) and any(isinstance(each, tuple) for each in stack[-1][:5]):
@@ -153,7 +150,7 @@ def _step(code: Any, argument: Any, stack: list[Any], memo: dict[Any, Any], stor
 def _made(name: str, argument: Any, taken: list[Any]) -> Any:
     """Return what stands for what an opcode puts on the stack."""
     if name in ("REDUCE", "NEWOBJ"):
-        return _Tensor() if _called(taken[0]).startswith("torch") else _Items(_size(taken[1]))
+        return _TENSOR if _called(taken[0]).startswith("torch") else _Items(_size(taken[1]))
     if name in ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"):
         return _Items()
     return _tuple(taken) if "TUPLE" in name else _Name(argument) if name == "GLOBAL" else argument

@@ -209,6 +209,6 @@ def _require_short_header(path: Path) -> None:
         raise InvalidOptionError(f"{path} is not a whole checkpoint: of its {size} bytes the header has {announced}")
 
 
-def _listed(names: Iterable[object], most: int = 5) -> str:
+def _listed(names: Iterable[object]) -> str:
     texts = [str(name) for name in names]
-    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "") or "nothing"
+    return ", ".join(texts[:5]) + (f" and {len(texts) - 5} more" if len(texts) > 5 else "") or "nothing"

@@ -168,8 +168,7 @@ def parse_dtype(name: str) -> "torch.dtype":
 
     if name not in DTYPES:
         raise unknown_name("dtype", name, DTYPES)
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+    return getattr(torch, name)
 
 
 def size_text(count: float) -> str:

@@ -46,14 +46,12 @@ class Track:
             return None
         self.chunk_seconds.append(time.perf_counter() - start)
         self.frames += chunk.shape[1]
-        pixels: Frames = np.round(chunk[0] * 255).astype(np.uint8)
-        return pixels
+        return np.round(chunk[0] * 255).astype(np.uint8)
 
     @property
     def choice(self) -> Choice | None:
         """What a budget chose; None without one."""
-        choice: Choice | None = self.pipeline.packforcing.choice
-        return choice
+        return self.pipeline.packforcing.choice
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -132,8 +130,7 @@ def started(
     except (TypeError, ValueError) as error:
         raise InvalidOptionError(f"{type(pipeline).__name__} refuses the call: {first_line(error)}") from error
     memory: Memory = pipeline.packforcing.stack
-    latent_frames = (frames - 1) // getattr(pipeline, "vae_scale_factor_temporal", 4) + 1
     try:
-        yield Track(pipeline, memory, stream.chunks or -(-latent_frames // memory.chunk_frames), stream)
+        yield Track(pipeline, memory, stream.chunks or 0, stream)
     finally:
         stream.close()
