@@ -128,8 +128,8 @@ def generate(
 
     (settings, scale), defaults = timing(model), call_defaults(model)
     fps = float(settings.fps) if fps is None else fps
-    writer = VideoWriter(output, fps)
     frames, _ = video_frames(seconds, fps, scale)
+    writer = VideoWriter(output, fps)
     resolve_stack(stack, parse_options(option), settings)  # finds out now whether it is one
     if budget_gb is not None:
         Budget(budget_gb)  # and whether it is a number

@@ -144,6 +144,8 @@ def frames(path):
         (["--call", "num_frames=9"], "--seconds says how long"),
         (["--call", "generator=3"], "--seed says"),
         (["--call", "height=64"], "height was given twice"),
+        (["--fps", "nan"], "fps must be a number > 0, got nan"),
+        (["--fps", "inf"], "fps must be a number > 0, got inf"),
         (["--seed", 2**64], "--seed must be between -2^63 and 2^64 - 1, got 18446744073709551616"),
         (
             ["--negative-prompt", "green", "--guidance-scale", 1],
