@@ -88,8 +88,8 @@ class Fit:
         Raises:
             InvalidOptionError: if the card has no memory.
         """
-        if not gpu_memory > 0:
-            raise InvalidOptionError(f"--gpu-memory must be above 0 GiB, e.g. 24, got {gpu_memory:g}")
+        if not 0 < gpu_memory < math.inf:
+            raise InvalidOptionError(f"--gpu-memory must be a number above 0 GiB, e.g. 24, got {gpu_memory:g}")
         card = int(gpu_memory * GIB) - RESERVED_BYTES
         if call == MODEL_OFFLOAD and self.text_encoder > card:
             return 0

@@ -83,6 +83,7 @@ def test_plan_for_a_folder_without_weights(model: Path, tmp_path: Path) -> None:
         (["--dtype", "bfloat"], "no dtype named 'bfloat'; did you mean 'bfloat16'?"),
         (["--batch", "0"], "batch must be >= 1, got 0"),
         (["--fps", "0"], "fps must be a number > 0, got 0"),
+        (["--gpu-memory", "inf"], "--gpu-memory must be a number above 0 GiB, e.g. 24, got inf"),
     ],
 )
 def test_what_plan_cannot_do(words: list[str], message: str) -> None:
