@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,8 @@ class CompressorTraining:
         for name in ("critic_steps", "frames", "denoising_steps", "chunks"):
             require_int(name, getattr(self, name), minimum=1)
         require_int("lora_rank", self.lora_rank)
+        if self.fps is not None and not 0 < self.fps < inf:
+            raise InvalidOptionError(f"fps must be a number > 0, got {self.fps}")
         if self.lora_rank and self.teacher is None:
             raise InvalidOptionError(
                 "lora_rank needs a teacher: context distillation asks that the model stays what it is; give a teacher"

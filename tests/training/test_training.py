@@ -363,6 +363,8 @@ def test_options_that_cannot_work(training):
         training(options={"compressor": "pool"})
     with pytest.raises(InvalidOptionError, match="mixed_precision must be one of"):
         training(mixed_precision="int8")
+    with pytest.raises(InvalidOptionError, match="fps must be a number > 0, got -1"):
+        training(fps=-1.0)
     with pytest.raises(InvalidOptionError, match="no chunk of 2 attends anything that"):
         training(options={**STACK, "sink_frames": 8}).run()
     with pytest.raises(InvalidOptionError, match="learning_rate must be a number > 0"):
