@@ -83,8 +83,14 @@ def finite(run: "Run", index: int, first: int, frames: int) -> GeneratedChunk:
                 raise
             logger.warning(f"{str(error).partition(';')[0]}; it is made again of other noise, {left} tries are left")
             run.denoiser.forget_chunk()
-            run._bar.total += run.steps
+            prolong(run)
     raise AssertionError  # the last try returns or raises
+
+
+def prolong(run: "Run") -> None:
+    """Let the progress bar wait for one more try of a chunk; that of a video without end has no total."""
+    if run._bar.total is not None:
+        run._bar.total += run.steps
 
 
 def require_room(given: Tensor | None, total_frames: int | None) -> Tensor | None:

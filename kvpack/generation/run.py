@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpack.errors import InvalidOptionError
-from kvpack.generation.chunks import GeneratedChunk, finite, require_room, rewinding, trimmed, watched
+from kvpack.generation.chunks import GeneratedChunk, finite, prolong, require_room, rewinding, trimmed, watched
 from kvpack.generation.denoiser import Denoiser
 from kvpack.generation.phase import Phase
 from kvpack.generation.prompts import Prompt, Shot, shots
@@ -233,7 +233,7 @@ class Run(ABC):
     def _denoised(self, index: int, first: int, noise: Tensor, rewind: Callable[[], None] | None = None) -> Tensor:
         """Return a chunk's latents; another try begins with the same noise."""
         if rewind is not None:
-            self._bar.total += self.steps
+            prolong(self)
             rewind()
         with self.denoiser.timed("denoise"), self.stock() as call, self.denoiser.during(self.phase(first)):
             made = call(**self.stock_call(noise))

@@ -476,6 +476,11 @@ def test_a_vetoed_row_is_made_again_and_the_other_kept(monkeypatch):
     assert torch.equal(both[1], plain[1])
     assert not torch.allclose(both[0, :, 3], plain[0, :, 3], atol=1e-4)
     torch.testing.assert_close(both[:1], run([FOX], (1,), 1), rtol=0, atol=1e-5)
+    endless = pipeline(TokenTrim(chunk_frames=1, window_frames=4)).packforcing.stream(
+        [FOX, DOG], num_frames=None, generator=[seeded(1), seeded(2)], **CALL
+    )
+    with endless as stream:
+        assert torch.equal(torch.cat([next(stream) for _ in range(5)], dim=2), both[:, :, :5])
 
 
 def test_a_memory_that_replays_must_be_able_to_forget():

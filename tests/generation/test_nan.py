@@ -69,6 +69,13 @@ def test_it_is_made_again_of_the_noise_that_comes_next(times, pipe, monkeypatch,
     assert not torch.equal(tries[0][2], tries[1][2])
 
 
+def test_a_stream_without_end_has_its_tries_too(pipe):
+    expected = parts(pipe, on_nan="retry", callback_on_step_end=Spoiler(2, 1))
+    endless = {**CALL, "num_frames": None, "generator": seeded(), "callback_on_step_end": Spoiler(2, 1)}
+    with pipe.packforcing.stream(**endless, on_nan="retry") as stream:
+        assert same([next(stream) for _ in range(4)], expected[:4])
+
+
 def test_not_for_ever(pipe):
     stock = quiet(tiny_wan_pipeline())
     spoiler = Spoiler(1, 100)
