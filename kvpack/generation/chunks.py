@@ -134,7 +134,7 @@ def require_generators(given: Any) -> None:
 
     >>> require_generators([torch.Generator(), torch.Generator()])
     """
-    for each in given if isinstance(given, list | tuple) and given else [given]:
+    for each in given if isinstance(given, list) and given else [given]:
         if each is not None and not isinstance(each, torch.Generator):
             seed = each if isinstance(each, int) else 0
             raise InvalidOptionError(

@@ -103,7 +103,7 @@ def test_stock_takes_them_too():
     assert torch.equal(generated(pipe, **given), generated(pipe, **call))
 
 
-@pytest.mark.parametrize("wrong", [1, "a", [1], [seeded(), 1], np.int64(1)])
+@pytest.mark.parametrize("wrong", [1, "a", [1], [seeded(), 1], (seeded(),), np.int64(1)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_seed_is_no_generator(family, wrong):
     make, call = FAMILIES[family]
