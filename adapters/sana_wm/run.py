@@ -131,7 +131,8 @@ class SanaWMRun(Run):
         if index:
             return super().generated(index, first, frames)
         sink = self._sink.to(self.pipeline._execution_device, self.pipeline.transformer.dtype).contiguous()
-        self.commit_given(sink)
+        if not self.denoiser.frames:  # or a try before this one has
+            self.commit_given(sink)
         chunk = super().generated(index, first, frames)
         return replace(chunk, latents=torch.cat([sink, chunk.latents], dim=2))
 

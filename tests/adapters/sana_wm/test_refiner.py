@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, SanaWMLTX2Refiner
 from diffusers.models.attention_dispatch import attention_backend
 
 from helpers import distance, quiet, seeded
+from kvpack.adapters.sana_wm.denoiser import SanaWMDenoiser
 from kvpack.memory import Attended, StateMemory
 from kvpack.plugins.registry import registry
 from kvpack.testing import check_adapter, tiny_sana_wm_refiner
@@ -160,6 +161,20 @@ def test_what_a_memory_vetoes_is_made_again_of_the_same_noise(pipe):
     vetoed = pipe.enable_packforcing(Doubting())(**arguments(13))
     assert forwards.count("inject") == 4 * 3 * 2
     assert torch.equal(vetoed, accepted)
+
+
+def test_a_first_block_that_holds_nan_is_made_again_behind_one_sink(pipe, monkeypatch):
+    pipe.enable_packforcing("full")
+    check, tries = SanaWMDenoiser.check_finite, []
+
+    def spoiled(denoiser, latents, index):
+        tries.append(index)
+        return check(denoiser, latents * torch.nan if len(tries) == 1 else latents, index)
+
+    monkeypatch.setattr(SanaWMDenoiser, "check_finite", spoiled)
+    assert pipe(**call(2), on_nan="retry").shape[2] == 7
+    assert tries == [0, 0, 1]
+    assert pipe.packforcing.stats()["frames"] == 7
 
 
 def test_stats_say_what_is_kept(pipe):
