@@ -73,7 +73,7 @@ class Int8Codec(Codec):
 
     def _decode(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         codes, start, step = stored
-        return torch.addcmul(start.float(), self._unpacked(codes).float(), step.float()).to(dtype)
+        return torch.addcmul(start.float(), self._unpacked(codes), step.float()).to(dtype)
 
     def _packed(self, codes: Tensor) -> Tensor:
         return codes

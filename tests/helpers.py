@@ -239,7 +239,7 @@ def archive_bytes(session):
 
 def room(session):
     """Tokens, current ones included, that the first layer has room for."""
-    return session.caches[0].arena.keys.shape[1]
+    return session.caches[0].arena.values.shape[1]
 
 
 def places(session):
@@ -256,12 +256,14 @@ def spoil(session):
         each.fill_(torch.nan)
     for cache in session.caches:
         arena = cache.arena
-        free = torch.ones(arena.keys.shape[1] if arena.keys.ndim == 4 else 0, dtype=torch.bool)
-        for block in (each() for each in arena._residents):
-            if block is not None:
-                free[block.places[arena] : block.places[arena] + len(block)] = False
-        for each in (arena.keys, arena.values) if free.any() else ():
-            each[:, free] = torch.nan
+        for each, place in ((arena.keys, arena.key_place), (arena.values, int)):
+            free = torch.ones(each.shape[1] if each.ndim == 4 else 0, dtype=torch.bool)
+            for block in (each() for each in arena._residents):
+                if block is not None:
+                    first = place(block.places[arena])
+                    free[first : first + len(block)] = False
+            if free.any():
+                each[:, free] = torch.nan
 
 
 def record_forwards(monkeypatch, inspect=lambda keys, values: None):

@@ -1,6 +1,6 @@
 """Compressed blocks of a layer, in slots, attended or not."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvpack.memory.codec import DENSE, Codec, Stored, Tier, lengthened, room
+from kvpack.memory.tokens import Later
 
 Decode = Callable[[Sequence[Tensor], int, torch.dtype], Tensor]
+
+_AT_ONCE = 16  # blocks: at 832x480, 9 MB of keys in bfloat16
 
 
 class Mark:
@@ -59,6 +62,11 @@ class Archive:
         #: Of keys and values once they are decoded.
         self.dtype = torch.float32
         self._shared = False
+
+    @property
+    def decodes_later(self) -> bool:
+        """Whether keys of chosen blocks are decoded in every forward; from elsewhere they come once a chunk."""
+        return self.codec != DENSE and self.tier == "device"
 
     @property
     def slots(self) -> int:
@@ -174,17 +182,32 @@ class Archive:
 
     def gather(
         self, rows: slice, slots: Int[Tensor, "some chosen"], tokens: int
-    ) -> tuple[Float[Tensor, "some all heads head_dim"], Float[Tensor, "some all heads head_dim"]]:
-        """Return keys and values of the chosen slots, the first `tokens` of each, joined; each row has its choice."""
+    ) -> tuple[Float[Tensor, "some all heads head_dim"], Float[Tensor, "some all heads head_dim"], Later | None]:
+        """Return keys and values of the chosen slots, the first `tokens` of each, joined; each row has its choice.
+
+        Keys of a codec that computes are made of what lies beside the model whenever they are rotated, by what is
+        returned last, for else all layers would hold them decoded: the keys are then of the right shape, and no more.
+        """
         # On another tier than the model's the host must know what is chosen: the one wait of a chunk and layer.
         known = None if self.tier == "device" else slots.tolist()
+        row = torch.arange(slots.shape[0], device=slots.device)[:, None]
 
-        def joined(stored: Stored, decode: Decode) -> Tensor:
-            chosen = [_chosen(each[rows], slots, known) for each in stored]  # [some * chosen, ...]
+        def joined(stored: Stored, decode: Decode, some: Tensor) -> Tensor:
+            chosen = [  # [some * chosen, ...]
+                each[rows][row, some].flatten(0, 1) if known is None else _fetched(each[rows], known, slots.device)
+                for each in stored
+            ]
             blocks = decode(chosen, self.slot_tokens, self.dtype)[:, :tokens]
-            return blocks.unflatten(0, tuple(slots.shape)).flatten(1, 2)  # [some, chosen * tokens, heads, head_dim]
+            return blocks.unflatten(0, tuple(some.shape)).flatten(1, 2)  # [some, chosen * tokens, heads, head_dim]
 
-        return joined(self.keys, self.codec.decode_keys), joined(self.values, self.codec.decode_values)
+        def later() -> Iterator[Tensor]:
+            for some in slots.split(_AT_ONCE, dim=1):
+                yield joined(self.keys, self.codec.decode_keys, some)
+
+        values = joined(self.values, self.codec.decode_values, slots)
+        if self.decodes_later:
+            return values, values, later
+        return joined(self.keys, self.codec.decode_keys, slots), values, None
 
     def fork(self) -> "Archive":
         """Return an independent archive that shares all memory with this one until either is written."""
@@ -222,19 +245,18 @@ class Archive:
         self._shared = False
 
 
-def _chosen(stored: Tensor, slots: Int[Tensor, "rows chosen"], known: list[list[int]] | None) -> Tensor:
-    """Return slots of each row, one behind the other, on the device of `slots`.
+def _fetched(stored: Tensor, slots: list[list[int]], device: torch.device) -> Tensor:
+    """Return slots of each row, one behind the other, on a device.
+
+    Each is copied from where it lies, which is pinned memory beside CUDA, and nobody waits for it.
 
     Args:
         stored: `[rows, slots, ...]`.
         slots: those that each row has chosen.
-        known: the same in numbers, if `stored` is elsewhere: each slot is copied from where it lies, which is pinned
-            memory beside CUDA, and nobody waits for it.
+        device: where they are wanted.
     """
-    if known is None:
-        return stored[torch.arange(slots.shape[0], device=slots.device)[:, None], slots].flatten(0, 1)
-    fetched = torch.empty(slots.numel(), *stored.shape[2:], dtype=stored.dtype, device=slots.device)
-    places = ((row, slot) for row, some in enumerate(known) for slot in some)
+    places = [(row, slot) for row, some in enumerate(slots) for slot in some]
+    fetched = torch.empty(len(places), *stored.shape[2:], dtype=stored.dtype, device=device)
     for number, (row, slot) in enumerate(places):
         fetched[number].copy_(stored[row, slot], non_blocking=True)
     return fetched

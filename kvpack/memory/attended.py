@@ -13,7 +13,7 @@ from kvpack.memory.base import Attended
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.rope import joined_places, rotate, rotations
 from kvpack.memory.store import Arena, KeysValues, StoredBlock, Workspace
-from kvpack.memory.tokens import Tokens
+from kvpack.memory.tokens import Later, Tokens
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Rotations = Complex[Tensor, "rows tokens one_or_heads half"]
@@ -75,16 +75,19 @@ class InPlace:
         assert isinstance(attended.tokens, tuple)
         self.arena, self.workspace, self.geometry, self.rotated = arena, workspace, geometry, rotated
         self.turns = attended.rotations
-        blocks, loose, start = [], [], 0
+        self.later: Later | None = None
+        blocks, loose, start, keyless = [], [], 0, range(0)
         for tokens in attended.tokens:
-            if tokens.block is None:
-                loose.append((start, tokens))
-            else:
+            if tokens.block is not None:
                 blocks.append((start, tokens.block))
+            else:
+                loose.append((start, tokens))
+            if tokens.later is not None:
+                self.later, keyless = tokens.later, range(start, start + len(tokens))
             start += len(tokens)
-        arena.arrange(blocks, start + like.shape[1], like)
+        arena.arrange(blocks, start + like.shape[1], like, keyless)
         for place, tokens in loose:
-            arena.write(place, tokens.keys, tokens.values)
+            arena.write(place, None if place in keyless else tokens.keys, tokens.values)
         self.places = [tokens.coordinates for tokens in attended.tokens]
         self.tokens = start
         self.lengths = [start] * like.shape[0]
@@ -100,10 +103,9 @@ class InPlace:
 
     def keep(self, keys: Tensor, values: Tensor) -> StoredBlock:
         """Make a block of the current tokens, whose values are already there."""
-        start, stop = self.tokens, self.tokens + keys.shape[1]
         if not self.rotated:
-            self.arena.keys[:, start:stop] = keys
-        return self.arena.admit(StoredBlock(keys.shape[1]), start)
+            self.arena.write_keys(self.tokens, keys)
+        return self.arena.admit(StoredBlock(keys.shape[1]), self.tokens)
 
     def history(self) -> KeysValues:
         """Return views, which hold until the next forward of any layer."""
@@ -119,16 +121,28 @@ class InPlace:
         self.arena.values[:, place] = saved
 
     def _rotated_history(self, stop: int) -> Tensor:
-        like = self.arena.keys
+        like = self.arena.values
         room = self.workspace.keys(like.shape[0], max(stop, like.shape[1]), like)
         if self.workspace.owner is not self:
-            start = 0
+            first = start = 0
             for turns in self._turns():
-                end = start + turns.shape[1]
-                rotate(self.arena.keys[:, start:end], turns, out=room[:, start:end])
-                start = end
+                for keys in self._keys(first, first + turns.shape[1]):
+                    end = start + keys.shape[1]
+                    rotate(keys, turns[:, start - first : end - first], out=room[:, start:end])
+                    start = end
+                first += turns.shape[1]
             self.workspace.owner = self
         return room
+
+    def _keys(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Yield keys of a run of history, in order; it has all tokens without keys here, or none of them."""
+        arena, apart = self.arena, self.arena.keyless
+        if start < apart.start:
+            yield arena.keys[:, start : min(stop, apart.start)]
+        if self.later is not None and start <= apart.start < stop:
+            yield from self.later()
+        if stop > apart.stop:
+            yield arena.keys[:, arena.key_place(max(start, apart.stop)) : arena.key_place(stop)]
 
     def _turns(self) -> tuple[Tensor, ...]:
         if self.turns is not None:

@@ -134,8 +134,8 @@ def _mid(
             index = torch.arange(plan.chosen, device=device)[None]
         slots = plan.on(device)[0][index.clamp(0, len(plan.mid) - 1)]
         slots = slots.expand(chunk.queries[rows].shape[0], -1)
-        keys, values = archive.gather(rows, slots, plan.tokens[0])
-        return [Tokens(keys, values, _own_places(archive, rows, slots, plan, placed))]
+        keys, values, later = archive.gather(rows, slots, plan.tokens[0])
+        return [Tokens(keys, values, _own_places(archive, rows, slots, plan, placed), later=later)]
     tokens = []
     for column, block in enumerate(range(plan.chosen) if chosen is None else chosen):
         piece, count, first = plan.mid[int(block)], plan.tokens[int(block)], len(plan.sink) + column

@@ -76,21 +76,30 @@ class StoredBlock:
         if self._own is not None:
             return self._own
         arena, start = next(iter(self.places.items()))
-        return arena.keys[:, start : start + self.tokens], arena.values[:, start : start + self.tokens]
+        first = arena.key_place(start)
+        return arena.keys[:, first : first + self.tokens], arena.values[:, start : start + self.tokens]
 
 
 class Arena:
-    """Keys and values of one layer in attended order, the current chunk behind them; as large as was ever needed."""
+    """Keys and values of one layer in attended order, the current chunk behind them; as large as was ever needed.
+
+    Tokens in `keyless` have values here alone, and no room for keys.
+    """
 
     def __init__(self) -> None:
         self.keys = torch.empty(0)
         self.values = torch.empty(0)
+        self.keyless = range(0)
         self._residents: list[ref[StoredBlock]] = []
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return self.keys.nbytes + self.values.nbytes
+
+    def key_place(self, start: int) -> int:
+        """Return where the key of a token lies that is not in `keyless`."""
+        return start - len(self.keyless) if start >= self.keyless.stop else start
 
     def admit(self, block: StoredBlock, start: int) -> StoredBlock:
         """Make a block of tokens that are already here."""
@@ -99,7 +108,11 @@ class Arena:
         return block
 
     def arrange(
-        self, blocks: Sequence[tuple[int, StoredBlock]], tokens: int, like: Float[Tensor, "rows any heads head_dim"]
+        self,
+        blocks: Sequence[tuple[int, StoredBlock]],
+        tokens: int,
+        like: Float[Tensor, "rows any heads head_dim"],
+        keyless: range = range(0),
     ) -> None:
         """Bring blocks to their places, in room for `tokens` tokens; what else lies here is moved out if it is held.
 
@@ -107,34 +120,52 @@ class Arena:
             blocks: the first token of each and the block, ascending, none over another.
             tokens: room that is needed.
             like: whose rows, heads, dtype and device these are.
+            keyless: tokens between blocks that need no room for keys.
         """
-        wanted = {id(block) for _, block in blocks}
+        # Where keys lie changes with it: all come anew.
+        wanted = {id(block) for _, block in blocks} if keyless == self.keyless else set()
         residents = [block for each in self._residents if (block := each()) is not None]
         # Known before they come: if memory is short on the way, whoever lies here is moved out the next time.
         self._residents += [ref(block) for _, block in blocks]
         for block in residents:
             if id(block) not in wanted and self in block.places:
                 block.move_out(self)
-        shape = (like.shape[0], tokens, *like.shape[2:])
-        fits = self.keys.ndim == 4 and self.keys.shape[1] >= tokens
-        fits = fits and (self.keys.shape[0], *self.keys.shape[2:]) == (shape[0], *shape[2:])
-        if not fits or self.keys.dtype != like.dtype or self.keys.device != like.device:
-            self._grow(blocks, shape, like)
+        self.keyless = keyless
+        sizes = tokens - len(keyless), tokens
+        if any(held < size for held, size in zip(self._sizes(like), sizes, strict=True)):
+            self._grow(blocks, sizes, like)
         else:
             self._move([(start, block) for start, block in blocks if block.places.get(self) != start])
         self._residents = [ref(block) for _, block in blocks]
 
-    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
-        """Write tokens that are no block, from `start` on."""
-        self.keys[:, start : start + keys.shape[1]] = keys
-        self.values[:, start : start + keys.shape[1]] = values
+    def write(self, start: int, keys: Tensor | None, values: Tensor) -> None:
+        """Write tokens that are no block, from `start` on; those of `keyless` without keys."""
+        if keys is not None:
+            self.write_keys(start, keys)
+        self.values[:, start : start + values.shape[1]] = values
 
-    def _grow(self, blocks: Sequence[tuple[int, StoredBlock]], shape: tuple[int, ...], like: Tensor) -> None:
+    def write_keys(self, start: int, keys: Tensor) -> None:
+        """Write keys whose values are here, from `start` on."""
+        first = self.key_place(start)
+        self.keys[:, first : first + keys.shape[1]] = keys
+
+    def _sizes(self, like: Tensor) -> tuple[int, int]:
+        """Return how many keys and values there is room for, of such rows, heads, dtype and device."""
+        held = self.keys
+        alike = held.ndim == 4 and (held.shape[0], *held.shape[2:]) == (like.shape[0], *like.shape[2:])
+        if not alike or held.dtype != like.dtype or held.device != like.device:
+            return 0, 0
+        return held.shape[1], self.values.shape[1]
+
+    def _grow(self, blocks: Sequence[tuple[int, StoredBlock]], sizes: tuple[int, int], like: Tensor) -> None:
         # Exactly: a bounded memory is soon as large as it gets, and spare room would be held for good.
-        larger = like.new_empty(shape), like.new_empty(shape)
+        larger = [
+            like.new_empty(like.shape[0], max(size, held), *like.shape[2:])
+            for size, held in zip(sizes, self._sizes(like), strict=True)
+        ]
         for start, block in blocks:
-            for new, old in zip(larger, (block.keys, block.values), strict=True):
-                new[:, start : start + len(block)] = old
+            for new, old, first in zip(larger, block.resolved(), (self.key_place(start), start), strict=True):
+                new[:, first : first + len(block)] = old
         self.keys, self.values = larger
         for start, block in blocks:
             block.placed(self, start)
@@ -145,8 +176,10 @@ class Arena:
                 if self in block.places:
                     block.move_out(self)
         for start, block in moving:
-            keys, values = block.keys, block.values
-            if block.places.get(self, start) - start in range(1, len(block)):  # the two places overlap
+            keys, values = block.resolved()
+            place = block.places.get(self, start)
+            shifts = place - start, self.key_place(place) - self.key_place(start)
+            if any(shift in range(1, len(block)) for shift in shifts):  # the two places overlap
                 keys, values = keys.clone(), values.clone()
             self.write(start, keys, values)
             block.placed(self, start)

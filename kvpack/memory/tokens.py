@@ -1,6 +1,6 @@
 """Keys and values of some tokens of one layer, and where each token sits in the video."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.rope import joined_places, rotate, rotations
 from kvpack.memory.store import StoredBlock
+
+#: Makes keys of what is stored, some tokens after the others, whenever they are rotated.
+Later = Callable[[], Iterator[Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +26,7 @@ class Tokens:
             axis of heads only where each head keeps tokens of its own.
         bias: what is added to the logits of queries that attend these tokens.
         block: the handle of tokens that the engine stores.
+        later: makes the keys, of which `keys` has no more than the shape, so that they are not held.
     """
 
     keys: Float[Tensor, "batch tokens heads head_dim"]
@@ -30,6 +34,7 @@ class Tokens:
     coordinates: Float[Tensor, "rows tokens 3"] | Float[Tensor, "rows tokens heads 3"]
     bias: float = 0.0
     block: StoredBlock | None = None
+    later: Later | None = None
 
     def __len__(self) -> int:
         return self.keys.shape[1]

@@ -158,13 +158,14 @@ def _counted(geometry: Geometry, stack: Stack, batch: int, first_frames: int | N
     """Count by the ledger, chunk after chunk."""
     ledger = stack.ledger()
     number, each, tokens_of = geometry.dtype.itemsize, geometry.tokens_per_frame, stack.compressor.span
-    block = stack.start(geometry, 0).archive.slot_tokens
+    archive = stack.start(geometry, 0).archive
+    block = archive.slot_tokens
     shape = geometry.heads, geometry.head_dim, geometry.dtype
     stored = stored_bytes(stack.store, block, *shape) if stack.tier == "device" else 0
     placed = {"span": 0, "row": 1, "head": geometry.heads}[stack.compressor.places]
     # Of a slot: sums of keys in float32, (t, y, x) of tokens that have places of their own, and the block itself.
     slot_bytes = 4 * geometry.width + 12 * block * placed + stored
-    room = joined = slots = 0
+    room = keys = joined = slots = 0
     due, apart = set[int](), set[int]()
     coming = first_frames or stack.chunk_frames
     while True:
@@ -176,6 +177,7 @@ def _counted(geometry: Geometry, stack: Stack, batch: int, first_frames: int | N
         new, needed = {piece.first_frame for piece in plan.new_pieces}, history + coming * each
         if in_place:
             room, apart = max(room, needed), set()
+            keys = max(keys, needed - (mid if archive.decodes_later and plan.uniform else 0))
         else:  # rows differ: each is gathered in a workspace of its own, and what is new lies in no arena
             joined, apart = max(joined, needed), apart | new
         for _, slot in plan.step.leaving:
@@ -189,7 +191,7 @@ def _counted(geometry: Geometry, stack: Stack, batch: int, first_frames: int | N
             if piece.first_frame in due
         )
         loose = sum(piece.frames for piece in ledger.whole if piece.first_frame in apart) * each
-        layer = batch * (geometry.width * 2 * number * (room + loose + twins) + slots * slot_bytes)
+        layer = batch * (geometry.width * number * (room + keys + 2 * (loose + twins)) + slots * slot_bytes)
         rotated = 0 if stack.keeps_rotated else batch * room
         shared = geometry.width * number * (max(rotated, joined) + joined)
         whole = tuple(piece.frames for piece in ledger.whole)

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from helpers import ledger
-from kvpack import Session
+from kvpack import Geometry, Session
 from kvpack.errors import InvalidOptionError, OutputError, UnusedOptionError
 from kvpack.memory import codec as codec_module
+from kvpack.memory.archive import Archive
 from kvpack.memory.codec import DENSE, stored_bytes
 from kvpack.planning.resident import resident
 from kvpack.plugins.registry import registry
@@ -75,6 +76,28 @@ def test_bytes_at_the_size_of_a_model(codec, most):
     assert counted <= most * stored_bytes(DENSE, *shape)
 
 
+@pytest.mark.parametrize(("store", "most"), [("int8", 0.55), ("fp8", 0.55), ("int4", 0.32)])
+def test_bytes_of_archive_and_attended_blocks_at_the_size_of_a_model(store, most):
+    geometry = Geometry(1, 12, 128, (30, 52), (44, 42, 42), dtype=torch.bfloat16)
+    held = [
+        resident(geometry, registry().stack("packforcing", {"store": each}), 134, 1).layer_bytes
+        for each in ("dense", store)
+    ]
+    whole = 16 * 1560 * geometry.kv_bytes_per_token  # sink, recent and current frames
+    assert held[1] - whole <= most * (held[0] - whole)
+
+
+@pytest.mark.parametrize("store", ["int8", "int4", "fp8"])
+def test_keys_that_are_decoded_whenever_they_are_rotated_are_those_that_would_be_held(store, monkeypatch):
+    options = {"store": store, "topk": 3, "compressor": "keep-farthest"}
+    later, session = outputs(options, chunks=12)
+    assert all(len(each.arena.keyless) for each in session.caches)
+    monkeypatch.setattr(Archive, "decodes_later", False)
+    at_once, session = outputs(options, chunks=12)
+    assert not any(len(each.arena.keyless) for each in session.caches)
+    assert torch.equal(later, at_once)
+
+
 @pytest.mark.parametrize("codec", [DENSE, *CODECS], ids=repr)
 def test_the_contract_of_a_codec(codec):
     check_policy(codec)
@@ -116,7 +139,9 @@ def test_planned_bytes_are_those_that_are_held(store, tier, dtype):
     assert stats["archive_bytes"] == held  # no spare slots in so short a video
     if tier == "device":
         other = outputs({"store": store, "tier": "disk"}, geometry=geometry)[1].stats()
-        assert stats["resident_bytes"] - other["resident_bytes"] == held
+        keys = sum(each.arena.values.nbytes - each.arena.keys.nbytes for each in session.caches)
+        assert (keys == 0) == (store == "dense")
+        assert stats["resident_bytes"] - other["resident_bytes"] == held - keys
 
 
 def test_nothing_stays_on_the_disk(tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from helpers import archive, attention, chosen, ledger, placement
 from kvpack.memory.blocks import KVBlock, Span, grid_coordinates
@@ -28,6 +30,9 @@ from kvpack.testing import TINY, run_session
 from kvpack.training.buffer import GraphLayer
 
 LIKE = torch.empty(2, 0, 2, 12)
+ORDERS = st.permutations(range(5)) | st.lists(st.sampled_from(range(5)), unique=True).map(sorted)
+#: Which blocks, behind how many of them the tokens without keys lie, and how many those are.
+ARRANGEMENTS = st.tuples(ORDERS, st.integers(0, 4), st.integers(0, 6))
 
 
 def filled(arena, tokens, sizes):
@@ -113,6 +118,36 @@ def test_a_block_in_two_arenas_is_copied_only_once_it_leaves_both():
     second.arrange([], 6, LIKE)
     assert len(block.own) == 2
     assert same(block, keys, values)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.sampled_from(range(5)), unique=True), st.integers(0, 4), st.integers(0, 6), st.booleans()
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_blocks_are_what_they_were_however_they_lie_about_tokens_without_keys(arrangements):
+    arena, sizes = Arena(), (2, 3, 4, 1, 5)
+    kept = filled(arena, sum(sizes), sizes)
+    rooms = [sum(sizes)] * 2
+    for order, before, count in arrangements:
+        first = sum(sizes[each] for each in order[:before])
+        places, start = [], 0
+        for number, each in enumerate(order):
+            start += count if number == before else 0
+            places.append((start, kept[each][0]))
+            start += sizes[each]
+        stop = start if len(order) > before else start + count
+        arena.arrange(places, stop, LIKE, range(first, first + count))
+        arena.write(first, None, torch.zeros(2, count, 2, 12))
+        assert all(same(*each) for each in kept)
+        assert [block.places[arena] for _, block in places] == [start for start, _ in places]
+        rooms = [max(rooms[0], stop - count), max(rooms[1], stop)]
+        assert [arena.keys.shape[1], arena.values.shape[1]] == rooms
 
 
 def test_an_arena_grows_exactly_and_never_shrinks():
@@ -326,8 +361,9 @@ def placement_of(session, index, row):
 
 
 @pytest.mark.parametrize("tokens", [16, 40])  # in the same room, and in a larger one
-@pytest.mark.parametrize("at", range(4))
-def test_no_memory_while_blocks_are_arranged(at, tokens, monkeypatch):
+@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("keyless", [range(0), range(8, 10)], ids=str)
+def test_no_memory_while_blocks_are_arranged(at, tokens, keyless, monkeypatch):
     """Whatever could not be brought to its place is whole, and is brought there the next time."""
     arena, left = Arena(), [at]
     kept = filled(arena, 16, (4, 4, 4))
@@ -348,10 +384,10 @@ def test_no_memory_while_blocks_are_arranged(at, tokens, monkeypatch):
         for name in ("clone", "new_empty"):
             patch.setattr(torch.Tensor, name, scarce(getattr(torch.Tensor, name)))
         try:
-            arena.arrange(wanted, tokens, LIKE)
+            arena.arrange(wanted, tokens, LIKE, keyless)
         except torch.OutOfMemoryError:
             assert all(same(*each) for each in kept)
     for again in (wanted, [(0, kept[2][0])], wanted):
-        arena.arrange(again, tokens, LIKE)
+        arena.arrange(again, tokens, LIKE, keyless)
         assert all(same(*each) for each in kept)
         assert [block.places[arena] for _, block in again] == [start for start, _ in again]
