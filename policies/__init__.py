@@ -37,7 +37,7 @@ from kvpack.policies.native import NativeCompressor
 from kvpack.policies.packed import PackedReindexer
 from kvpack.policies.pool import PoolCompressor
 from kvpack.policies.pool_time import TimePoolCompressor
-from kvpack.policies.quantized import Float8Codec, Int4Codec, Int8Codec
+from kvpack.policies.quantized import Float8Codec, Int4Codec, Int8Codec, ResidualCodec
 from kvpack.policies.random_blocks import RandomSelector
 from kvpack.policies.recency import RecencySelector
 from kvpack.policies.rolling_sink import RollingSink
@@ -88,6 +88,7 @@ def kvpack_register_policies(register: Callable[[Any], None]) -> None:
         DenseCodec,
         Int8Codec,
         Int4Codec,
+        ResidualCodec,
         Float8Codec,
         DeepForcing,
         MemRoPE,

@@ -1,4 +1,4 @@
-"""Archived keys and values in eight or four bits (after KIVI, arXiv 2402.02750)."""
+"""Archived keys and values in eight or fewer bits (after KIVI, arXiv 2402.02750)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvpack.errors import require_int
+from kvpack.errors import InvalidOptionError, require_int
 from kvpack.memory.codec import Codec, Stored, lengthened
 
 _LARGEST = torch.finfo(torch.float16).max
@@ -102,6 +102,53 @@ class Int4Codec(Int8Codec):
 
     def _unpacked(self, codes: Tensor) -> Tensor:
         return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+
+
+@dataclass(frozen=True)
+class ResidualCodec(Int8Codec):
+    """Stores as `Int8Codec`, in stages of two bits: each has what is left by the one before, in a quarter of its step.
+
+    After the progressive residual quantisation of QVG. Differs from it: no stage has centroids, nor steps of its own,
+    which cost more bytes than they save. So two stages are as exact as `int4`, four as `int8`, and three lie between
+    them. Four channels of a stage are a byte.
+
+    Args:
+        group_tokens: most tokens whose keys share a step in each channel.
+        stages: how many, 1 to 4.
+
+    Raises:
+        InvalidOptionError: if `group_tokens` is less than 1, or `stages` out of range; later, if the channels of a head
+            are no multiple of 4.
+    """
+
+    stages: int = 3
+    name = "residual"
+    by_head = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if require_int("stages", self.stages, minimum=1) > 4:
+            raise InvalidOptionError(f"stages must be at most 4, which are 8 bits, got {self.stages}")
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]  # follows from an option
+        """Bits of a number."""
+        return 2 * self.stages
+
+    def _packed(self, codes: Tensor) -> Tensor:
+        if codes.shape[-1] % 4:
+            raise InvalidOptionError(
+                f"store residual packs four channels in a byte, but heads have {codes.shape[-1]}; take int4 or int8"
+            )
+        stages = torch.stack([codes >> 2 * stage & 3 for stage in range(self.stages)], dim=-2)
+        return stages[..., ::4] | stages[..., 1::4] << 2 | stages[..., 2::4] << 4 | stages[..., 3::4] << 6
+
+    def _unpacked(self, codes: Tensor) -> Tensor:
+        stages = torch.stack([codes >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(-2)
+        first, *others = stages.unbind(-2)
+        for stage, left in enumerate(others, 1):
+            first = first | left << 2 * stage
+        return first
 
 
 @dataclass(frozen=True)

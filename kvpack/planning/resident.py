@@ -220,12 +220,13 @@ def _scaled(
     geometry: Geometry, memory: Memory, chunks: int, batch: int, channels: int, first_frames: int | None = None
 ) -> list[Resident]:
     """Run the memory in tiny heads, three times: its bytes are linear in heads and in all their channels."""
-    shapes = ((1, 6), (1, 12), (2, 6))
+    few = 12 if isinstance(memory, Stack) else 6  # codecs may pack four channels
+    shapes = ((1, few), (1, 2 * few), (2, few))
     runs = [islice(_run(geometry, memory, batch, channels, first_frames, *shape), chunks) for shape in shapes]
 
     def scaled(small: int, wide: int, two: int) -> int:
-        by_channel, by_head = (wide - small) // 6, two - wide
-        return by_channel * geometry.width + by_head * geometry.heads + small - 6 * by_channel - by_head
+        by_channel, by_head = (wide - small) // few, two - wide
+        return by_channel * geometry.width + by_head * geometry.heads + small - few * by_channel - by_head
 
     held = []
     for each in zip(*runs, strict=True):

@@ -134,7 +134,7 @@ def test_room_on_another_tier_is_for_the_model_s_device(monkeypatch):
     assert devices == ["meta"] * 4
 
 
-@pytest.mark.parametrize("store", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("store", ["int8", "int4", "residual", "fp8"])
 def test_keys_of_several_blocks_are_those_of_each(store, monkeypatch):
     """What a selector sees is the same whether blocks are decoded together or one by one, and in any order."""
     from kvpack.memory import choice

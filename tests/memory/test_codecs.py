@@ -18,10 +18,11 @@ from kvpack.memory.codec import DENSE, stored_bytes
 from kvpack.planning.resident import resident
 from kvpack.plugins.registry import registry
 from kvpack.plugins.resolve import stack_from_dict
-from kvpack.policies.quantized import Float8Codec, Int4Codec, Int8Codec
+from kvpack.policies.quantized import Float8Codec, Int4Codec, Int8Codec, ResidualCodec
 from kvpack.testing import TINY, check_policy, run_session
 
 CODECS = [Int8Codec(), Int8Codec(3), Int4Codec(), Int4Codec(5), Float8Codec()]
+CODECS += [ResidualCodec(stages=stages) for stages in (1, 2, 3, 4)]
 SHAPE = (2, 7, 3, 4)
 NUMBERS = arrays.arrays("float32", SHAPE, elements=st.floats(-60_000, 60_000, width=32))
 
@@ -46,6 +47,24 @@ def test_errors_are_bounded_whatever_the_numbers(codec, numbers):
         assert (back - given).abs().le(bound).all()
 
 
+@pytest.mark.parametrize(("stages", "same"), [(2, Int4Codec()), (4, Int8Codec())], ids=repr)
+def test_stages_of_two_bits_are_digits_of_one_number(stages, same):
+    block, codec = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)), ResidualCodec(stages=stages)
+    for kind in ("keys", "values"):
+        stored, other = (getattr(each, f"encode_{kind}")(block) for each in (codec, same))
+        decoded = [getattr(codec, f"decode_{kind}")(stored, 7, torch.float32)]
+        decoded.append(getattr(same, f"decode_{kind}")(other, 7, torch.float32))
+        assert torch.equal(*decoded)
+        assert [each.nbytes for each in stored] == [each.nbytes for each in other]
+
+
+def test_stages_that_cannot_be():
+    with pytest.raises(InvalidOptionError, match="stages must be at most 4, which are 8 bits, got 5"):
+        ResidualCodec(stages=5)
+    with pytest.raises(InvalidOptionError, match="packs four channels in a byte, but heads have 6; take int4 or int8"):
+        ResidualCodec().encode_keys(torch.zeros(1, 2, 1, 6))
+
+
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
 @pytest.mark.parametrize("number", [0.0, 1.0, -3.5, 60_000.0])
 def test_a_constant_comes_back(codec, number):
@@ -67,7 +86,11 @@ def test_what_is_not_finite_is_not_hidden(codec, number):
     assert values[0].isfinite().all()
 
 
-@pytest.mark.parametrize(("codec", "most"), [(Int8Codec(), 0.55), (Int4Codec(), 0.32), (Float8Codec(), 0.55)], ids=repr)
+@pytest.mark.parametrize(
+    ("codec", "most"),
+    [(Int8Codec(), 0.55), (ResidualCodec(), 0.42), (Int4Codec(), 0.32), (Float8Codec(), 0.55)],
+    ids=repr,
+)
 def test_bytes_at_the_size_of_a_model(codec, most):
     shape = (182, 12, 128, torch.bfloat16)
     block = torch.randn(1, *shape[:3]).bfloat16()
@@ -76,7 +99,7 @@ def test_bytes_at_the_size_of_a_model(codec, most):
     assert counted <= most * stored_bytes(DENSE, *shape)
 
 
-@pytest.mark.parametrize(("store", "most"), [("int8", 0.55), ("fp8", 0.55), ("int4", 0.32)])
+@pytest.mark.parametrize(("store", "most"), [("int8", 0.55), ("fp8", 0.55), ("residual", 0.42), ("int4", 0.32)])
 def test_bytes_of_archive_and_attended_blocks_at_the_size_of_a_model(store, most):
     geometry = Geometry(1, 12, 128, (30, 52), (44, 42, 42), dtype=torch.bfloat16)
     held = [
@@ -87,7 +110,7 @@ def test_bytes_of_archive_and_attended_blocks_at_the_size_of_a_model(store, most
     assert held[1] - whole <= most * (held[0] - whole)
 
 
-@pytest.mark.parametrize("store", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("store", ["int8", "int4", "residual", "fp8"])
 def test_keys_that_are_decoded_whenever_they_are_rotated_are_those_that_would_be_held(store, monkeypatch):
     options = {"store": store, "topk": 3, "compressor": "keep-farthest"}
     later, session = outputs(options, chunks=12)
@@ -108,7 +131,7 @@ def outputs(options, name="packforcing", chunks=9, geometry=TINY):
     return torch.cat(run_session(session, chunks, batch=2), dim=1), session
 
 
-@pytest.mark.parametrize("store", ["dense", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("store", ["dense", "int8", "int4", "residual", "fp8"])
 @pytest.mark.parametrize("options", [{}, {"compressor": "pool"}, {"sink_frames": 6, "recent_frames": 3}], ids=repr)
 def test_every_tier_gives_the_same_bits(store, options):
     there, _ = outputs({"store": store, **options})
@@ -120,13 +143,16 @@ def test_every_tier_gives_the_same_bits(store, options):
 
 def test_forms_are_as_close_as_their_bits():
     true, _ = outputs({})
-    off = {store: (outputs({"store": store})[0] - true).norm() / true.norm() for store in ("int8", "fp8", "int4")}
+    off = {
+        store: (outputs({"store": store})[0] - true).norm() / true.norm()
+        for store in ("int8", "fp8", "residual", "int4")
+    }
     assert 0 < off["int8"] < off["fp8"]
-    assert off["int8"] < off["int4"] < 0.2
+    assert off["int8"] < off["residual"] < off["int4"] < 0.2
     assert off["int8"] < 0.01
 
 
-@pytest.mark.parametrize("store", ["dense", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("store", ["dense", "int8", "int4", "residual", "fp8"])
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_planned_bytes_are_those_that_are_held(store, tier, dtype):

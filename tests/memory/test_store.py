@@ -121,15 +121,7 @@ def test_a_block_in_two_arenas_is_copied_only_once_it_leaves_both():
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.lists(st.sampled_from(range(5)), unique=True), st.integers(0, 4), st.integers(0, 6), st.booleans()
-        ),
-        min_size=1,
-        max_size=6,
-    )
-)
+@given(st.lists(ARRANGEMENTS, min_size=1, max_size=6))
 def test_blocks_are_what_they_were_however_they_lie_about_tokens_without_keys(arrangements):
     arena, sizes = Arena(), (2, 3, 4, 1, 5)
     kept = filled(arena, sum(sizes), sizes)

@@ -151,7 +151,7 @@ def test_what_loses_least_comes_first_and_each_line_says_its_bytes() -> None:
         "packforcing holds at most 3.947 GB of 4 GB",
     ]
     assert lines(8, named("packforcing", tier="device"))[0] == (
-        "store dense -> int8: 9.177 GB -> 7.315 GB; archived blocks are rounded to 8 bits"
+        "store dense -> int8: 9.177 GB -> 7.047 GB; archived blocks are rounded to 8 bits"
     )
     order = list(dict.fromkeys(option for step in STEPS for option in step.options))
     assert order[:6] == ["tier", "store", "topk", "keep_tokens", "archive_blocks", "window_frames"]
