@@ -193,10 +193,11 @@ class Archive:
         row = torch.arange(slots.shape[0], device=slots.device)[:, None]
 
         def joined(stored: Stored, decode: Decode, some: Tensor) -> Tensor:
-            chosen = [  # [some * chosen, ...]
-                each[rows][row, some].flatten(0, 1) if known is None else _fetched(each[rows], known, slots.device)
-                for each in stored
-            ]
+            if known is None:
+                index = (row * self.slots + some).flatten()  # in every forward: a commit that failed may have made room
+                chosen = [each[rows].flatten(0, 1).index_select(0, index) for each in stored]
+            else:
+                chosen = [_fetched(each[rows], known, slots.device) for each in stored]
             blocks = decode(chosen, self.slot_tokens, self.dtype)[:, :tokens]
             return blocks.unflatten(0, tuple(some.shape)).flatten(1, 2)  # [some, chosen * tokens, heads, head_dim]
 
