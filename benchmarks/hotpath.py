@@ -45,7 +45,7 @@ SMALL = Geometry(1, 2, 12, (4, 6), (4, 4, 4), dtype=torch.bfloat16)
 CHUNKS = 134
 MEMORIES: dict[str, tuple[str, dict[str, Any]]] = {
     "packforcing": ("packforcing", {}),
-    "packforcing, int8": ("packforcing", {"store": "int8"}),
+    "int8, packforcing": ("packforcing", {"store": "int8"}),
     "self-forcing": ("self-forcing", {}),
     "streaming-llm": ("streaming-llm", {}),
     "deep-forcing": ("deep-forcing", {}),
@@ -58,6 +58,8 @@ BARS = (
     Bar("a later step of a plain window launches fewer", "self-forcing", f"{LATER}: {OPERATORS}", 3, timed=False),
     Bar("nothing is allocated but the rotated queries", "packforcing", f"{LATER}: {ALLOCATIONS}", 1, timed=False),
     Bar("a later step moves what it must", "packforcing", f"{LATER}: {NEEDED}", 1.1),
+    Bar("in int8 it decodes keys of chosen blocks too", "int8", f"{LATER}: {OPERATORS}", 16, timed=False),
+    Bar("and moves little more for it", "int8", f"{LATER}: {NEEDED}", 1.4),
     Bar("a later step sends nothing to the device", "", f"{LATER}: {SENT}", 0, timed=False),
 )
 

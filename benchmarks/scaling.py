@@ -234,7 +234,7 @@ CONSTANTS = (
     ("all of a chunk / the transformer's work, `pool`, `topk`", "overhead", "kvpack, pool, bf16", OVERHEAD),
     ("kernels that kvpack launches a layer and later step", "hotpath", "packforcing", f"{LATER}: {OPERATORS}"),
     ("the same in a chunk's first step", "hotpath", "packforcing", f"{FIRST}: {OPERATORS}"),
-    ("the same in its first step, `int8`", "hotpath", "packforcing, int8", f"{FIRST}: {OPERATORS}"),
+    ("the same in its first step, `int8`", "hotpath", "int8, packforcing", f"{FIRST}: {OPERATORS}"),
     ("tensors allocated in a later step", "hotpath", "packforcing", f"{LATER}: {ALLOCATIONS}"),
     ("bytes moved in a layer and later step / needed", "hotpath", "packforcing", f"{LATER}: {NEEDED}"),
     ("kernels of a whole chunk, a layer", "hotpath", "packforcing", f"{CHUNK}: {OPERATORS}"),
