@@ -69,7 +69,7 @@ def watched(found: dict[tuple[int, int, str], list[float]]) -> Iterator[None]:
 @torch.no_grad()
 def measure(small: bool) -> list[Row]:
     """Make videos of some captions with each compressor."""
-    captions, frames = (1, 257) if small else (4, 481)
+    captions, frames = (1, 129) if small else (4, 481)
     torch.set_num_threads(1)  # tensors this small are slower on several
     pipe = load_pipeline(shipped_folder(), torch.float32, "cpu")
     pipe.set_progress_bar_config(disable=True)

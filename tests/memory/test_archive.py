@@ -150,3 +150,21 @@ def test_keys_of_several_blocks_are_those_of_each(store, monkeypatch):
         assert all(torch.equal(keys(block), alone[block]) for block in order)
     assert len(alone) > 3
     assert decoded[:2] == [len(alone), 1]  # in order all at once, backwards one by one
+
+
+@pytest.mark.parametrize("store", ["int8", "int4", "residual", "fp8"])
+def test_keys_to_come_are_the_same_once_there_is_more_room(store, monkeypatch):
+    """A commit that fails may have made room for its block, and the chunk is attended again."""
+    archive, slots = Archive(4, registry().policy("codec", store)), torch.tensor([[0, 2, 1], [2, 3, 0]])
+    for slot in range(4):
+        block = torch.randn(2, 2, 4, 2, 12, generator=torch.Generator().manual_seed(slot))
+        archive.reserve(slot, block[0])
+        archive.write(slot, archive.encoded(*block))
+    monkeypatch.setattr(archive_module, "_AT_ONCE", 2)
+    keys, _, later = archive.gather(slice(0, 2), slots, 3)
+    wanted = torch.stack([torch.cat([archive.block_keys(slot, 3)[row] for slot in slots[row]]) for row in range(2)])
+    assert torch.equal(torch.cat(list(later()), dim=1), wanted)
+    assert keys.shape == wanted.shape
+    archive.reserve(7, block[0])
+    assert archive.slots == 8
+    assert torch.equal(torch.cat(list(later()), dim=1), wanted)
