@@ -190,11 +190,10 @@ class Archive:
         """
         # On another tier than the model's the host must know what is chosen: the one wait of a chunk and layer.
         known = None if self.tier == "device" else slots.tolist()
-        row = torch.arange(slots.shape[0], device=slots.device)[:, None]
 
         def joined(stored: Stored, decode: Decode, some: Tensor) -> Tensor:
             if known is None:
-                index = (row * self.slots + some).flatten()  # in every forward: a commit that failed may have made room
+                index = _flat(some, self.slots)  # in every forward: a commit that failed may have made room
                 chosen = [each[rows].flatten(0, 1).index_select(0, index) for each in stored]
             else:
                 chosen = [_fetched(each[rows], known, slots.device) for each in stored]
@@ -244,6 +243,13 @@ class Archive:
         self.key_sums = self.key_sums.clone()
         self.coordinates = None if self.coordinates is None else self.coordinates.clone()
         self._shared = False
+
+
+def _flat(chosen: Int[Tensor, "rows chosen"], slots: int) -> Int[Tensor, " all"]:
+    """Return where what each row has chosen of so many slots lies among those of all rows."""
+    if chosen.shape[0] == 1:
+        return chosen[0]
+    return (chosen + slots * torch.arange(chosen.shape[0], device=chosen.device)[:, None]).flatten()
 
 
 def _fetched(stored: Tensor, slots: list[list[int]], device: torch.device) -> Tensor:
