@@ -58,7 +58,7 @@ BARS = (
     Bar("a later step of a plain window launches fewer", "self-forcing", f"{LATER}: {OPERATORS}", 3, timed=False),
     Bar("nothing is allocated but the rotated queries", "packforcing", f"{LATER}: {ALLOCATIONS}", 1, timed=False),
     Bar("a later step moves what it must", "packforcing", f"{LATER}: {NEEDED}", 1.1),
-    Bar("in int8 it decodes keys of chosen blocks too", "int8", f"{LATER}: {OPERATORS}", 16, timed=False),
+    Bar("in int8 it decodes keys of chosen blocks too", "int8", f"{LATER}: {OPERATORS}", 14, timed=False),
     Bar("and moves half as much again", "int8", f"{LATER}: {NEEDED}", 1.55),
     Bar("a later step sends nothing to the device", "", f"{LATER}: {SENT}", 0, timed=False),
 )
