@@ -117,7 +117,7 @@ def test_every_form_and_tier_of_an_archive(store, tier, tmp_path):
     check_resumed(tmp_path, partial(wan, **SMALL, store=store, tier=tier), call, 5)
 
 
-@pytest.mark.parametrize("store", ["dense", "int8"])
+@pytest.mark.parametrize("store", ["dense", "int8", "residual"])
 def test_another_tier(store, tmp_path):
     """From the device to the disk, to the host and back; each save is of the tier that it is on."""
 
