@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 from kvpack import memory
+from kvpack.memory.stack import Stack
 from kvpack.plugins.registry import registry
 from kvpack.shipped import STACK_OPTIONS, shipped_compressor
 
@@ -24,6 +25,13 @@ COMPARED = (HERO, POOLED, TRAINED)
 
 
 @dataclass(frozen=True)
+class ChoosingAtEachStep(Stack):
+    """A stack that chooses in every forward, not once a chunk."""
+
+    every_step: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class Memory:
     """A memory as plain data.
 
@@ -31,11 +39,13 @@ class Memory:
         name: what tables call it.
         factory: name of an installed stack.
         options: of its factory; a policy with options of its own is a mapping `{"policy": name, ...}`.
+        every_step: whether it chooses at each step.
     """
 
     name: str
     factory: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    every_step: bool = False
 
     def stack(self) -> memory.Memory:
         """Return the stack, at the sizes of the toy pipeline.
@@ -45,7 +55,12 @@ class Memory:
             InvalidOptionError: if an option is wrong.
         """
         options = {option: _policy(option, value) for option, value in self.options.items()}
-        return registry().stack(self.factory, options, registry().taken(self.factory, SIZES))
+        made = registry().stack(self.factory, options, registry().taken(self.factory, SIZES))
+        return ChoosingAtEachStep(**_options(made)) if self.every_step else made
+
+
+def _options(stack: memory.Memory) -> dict[str, Any]:
+    return {each.name: getattr(stack, each.name) for each in fields(stack)}  # type: ignore[arg-type]  # it is one
 
 
 def _policy(option: str, value: Any) -> Any:
@@ -66,7 +81,17 @@ RIVALS = (
     # The newest blocks instead of those that the queries ask for, and more tokens of more blocks.
     Memory("packforcing, newest blocks", "packforcing", {"keep_tokens": 8, "topk": 4, "selector": "recency"}),
     Memory("packforcing, 16 tokens of 8", "packforcing", {"keep_tokens": 16, "topk": 8}),
-    Memory("packforcing, int8", "packforcing", {"keep_tokens": 8, "topk": 4, "store": "int8"}),
+    *(
+        Memory(f"packforcing, {words}", "packforcing", {"keep_tokens": 8, "topk": 4, **options})
+        for words, options in (
+            ("int8", {"store": "int8"}),
+            ("int4", {"store": "int4"}),
+            ("one choice for all layers", {"share_selection": True}),
+            ("unbounded archive", {"archive_blocks": None}),
+            ("spread archive", {"eviction": "spread"}),
+        )
+    ),
+    Memory("packforcing, choosing at each step", "packforcing", {"keep_tokens": 8, "topk": 4}, every_step=True),
     # Blocks of two tokens that are means: 16 of them are the same number of attended tokens.
     Memory(POOLED, "packforcing", {"compressor": "pool", "selector": "topk"}),
     Memory("packforcing, lr", "packforcing", {"compressor": "lr", "selector": "topk"}),

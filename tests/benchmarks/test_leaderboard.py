@@ -239,6 +239,12 @@ def test_labels_do_not_cover_each_other() -> None:
     assert plots.apart([], 0.1) == []
 
 
+def test_every_subject_of_the_kept_rows_can_be_made_again() -> None:
+    known = {memory.name for memory in subjects.memories()} | set(subjects.REFERENCES)
+    kept = report.read(report.RESULTS / "leaderboard.json", report.Score)
+    assert {name for row in kept for name in row.subject.split(" minus ")} <= known
+
+
 def test_every_subject_fits_and_an_unknown_option_is_named() -> None:
     names = [memory.name for memory in subjects.memories()]
     assert len(set(names)) == len(names)
