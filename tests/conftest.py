@@ -1,12 +1,17 @@
 """Shapes in signatures are checked in every test: wrong ones raise where they happen."""
 
 import os
+from functools import partial
+from typing import get_args
+from unittest.mock import patch
 
+import jaxtyping
 import pytest
 import torch
+from beartype import beartype
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from hypothesis import settings
-from jaxtyping import install_import_hook
+from jaxtyping import AbstractArray, install_import_hook, jaxtyped
 
 # Unchecked: tests give the core integers for floats, and wrong values that it has to refuse itself.
 import kvpack.pipeline.enable
@@ -16,7 +21,26 @@ import kvpack.scheduler
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-with install_import_hook("kvpack", "beartype.beartype"):
+
+
+def _shaped(hint):
+    """Whether a hint names a shape, or may, since it is a string yet."""
+    named = isinstance(hint, str) or (isinstance(hint, type) and issubclass(hint, AbstractArray))
+    return named or any(_shaped(each) for each in get_args(hint))
+
+
+def _checked(thing, *, typechecker):
+    """Check shapes where signatures name some, else types alone: names of dimensions cost ten times as much."""
+    if isinstance(thing, type | classmethod | staticmethod | property):
+        return jaxtyped(thing, typechecker=typechecker)
+    shaped = any(map(_shaped, thing.__annotations__.values()))
+    return jaxtyped(thing, typechecker=typechecker) if shaped else beartype(thing)
+
+
+with (
+    patch.object(jaxtyping, "jaxtyped", lambda *, typechecker: partial(_checked, typechecker=typechecker)),
+    install_import_hook("kvpack", "beartype.beartype"),
+):
     import kvpack.adapters
     import kvpack.policies  # noqa: F401
     from kvpack.testing import tiny_wan_pipeline

@@ -23,9 +23,12 @@ def _entry(rank: int, world: int, meeting: str, main: Callable[..., None], args:
 
 
 def launch(main: Callable[..., None], args: tuple[Any, ...], processes: int) -> None:
-    """Run `main(rank, world, *args)` in so many processes that can average their gradients."""
+    """Run `main(rank, world, *args)` in so many processes that can average their gradients; one is this process."""
     with tempfile.TemporaryDirectory() as folder:
         meeting = os.path.join(folder, "meeting")
+        if processes == 1:
+            _entry(0, 1, meeting, main, args)
+            return
         mp.spawn(_entry, args=(processes, meeting, main, args), nprocs=processes)  # type: ignore[attr-defined]
 
 

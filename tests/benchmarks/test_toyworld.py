@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from itertools import product
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.toyworld import __main__ as recipe
-from benchmarks.toyworld import chunked, export, sampler, text, train_transformer, vae_full, world
+from benchmarks.toyworld import chunked, export, parallel, sampler, text, train_transformer, vae_full, world
 from benchmarks.toyworld.optim import orthogonalise
 
 ROOT = Path(__file__).parents[2]
@@ -222,12 +223,31 @@ def check_pipeline(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smoke_chain_runs_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.toyworld", "--smoke", "--out", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True)
+def test_smoke_chain_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(words: list[str], check: bool) -> None:
+        """Run a step as `python -m` does, in this process, which has imported what it needs."""
+        monkeypatch.setattr(sys, "argv", words[2:])
+        runpy.run_path(str(ROOT / f"{words[2].replace('.', '/')}.py"), run_name="__main__")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe.subprocess, "run", here)
+        recipe.make(tmp_path, tmp_path / "pipeline", smoke=True)
     assert (tmp_path / "pipeline" / "model_index.json").exists()
+    command = [sys.executable, "-m", "benchmarks.toyworld", "--smoke", "--out", str(tmp_path)]
     again = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert again.count("done before") == len(recipe.STEPS)
+
+
+def averaged(rank: int, processes: int, folder: Path) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.full((3,), float(rank))
+    extra = parallel.average_gradients([parameter], 10.0 * rank)
+    (folder / str(rank)).write_text(f"{processes} {extra} {parameter.grad.tolist()}")
+
+
+def test_processes_average_their_gradients(tmp_path: Path) -> None:
+    parallel.launch(averaged, (tmp_path,), 2)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["2 5.0 [0.5, 0.5, 0.5]"] * 2
 
 
 def test_the_readme_says_every_step() -> None:
