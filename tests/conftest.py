@@ -1,7 +1,11 @@
 """Shapes in signatures are checked in every test: wrong ones raise where they happen."""
 
+import json
 import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import get_args
 from unittest.mock import patch
 
@@ -20,7 +24,6 @@ import kvpack.scheduler
 # The tensors are tiny: threads, also of the commands that tests start, only wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-
 
 
 def _shaped(hint):
@@ -63,3 +66,21 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny"
     tiny_wan_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory):
+    """What does what `python -c` does, in a fork of an interpreter that has imported neither kvpack nor diffusers."""
+    files = [tmp_path_factory.mktemp("python") / name for name in ("stdout", "stderr")]
+    command = [sys.executable, "-P", Path(__file__).with_name("interpreter.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+
+        def run(code, *words, folder=".", path=()):
+            for file in files:
+                file.write_text("")
+            asked = {"code": code, "words": words, "folder": folder, "path": path, "files": files}
+            server.stdin.write(json.dumps(asked, default=str) + "\n")
+            server.stdin.flush()
+            return subprocess.CompletedProcess(code, int(server.stdout.readline()), *(f.read_text() for f in files))
+
+        yield run

@@ -1,8 +1,11 @@
 """What many tests do: seeds, distances, calls of a pipeline and of the command line."""
 
 import json
+import multiprocessing
 import os
 import re
+import signal
+import sys
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from typer.testing import CliRunner
 
 import kvpack
-from kvpack.cli import app
+from kvpack.cli import app, main
 from kvpack.compressors.network import HighResolutionBranch
 from kvpack.errors import KVPackError
 from kvpack.memory.layer import ForwardLayer
@@ -136,6 +139,22 @@ def complaint(*words):
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+def forked(*words, told=os.devnull, **environment):
+    """`kvpack` with these words in a process of its own that writes to the file `told`; a fork imports nothing anew."""
+
+    def run():
+        sys.stdout = sys.stderr = Path(told).open("w")  # noqa: SIM115
+        # In the background a shell lets SIGINT be ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.update(environment)
+        sys.argv = ["kvpack", *map(str, words)]
+        main()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
 def pixels(path: Path) -> np.ndarray:

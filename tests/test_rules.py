@@ -13,14 +13,6 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def python(code):
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -30,14 +22,15 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_importing_kvpack_loads_no_policy_and_no_model():
+def test_importing_kvpack_loads_no_policy_and_no_model(python):
     """Beyond what diffusers itself loads for its pipelines."""
-    loaded = python(
+    done = python(
         "import sys; from diffusers import DiffusionPipeline, FlowMatchLCMScheduler; before = set(sys.modules); "
         "import kvpack; wrong = ('kvpack.policies', 'kvpack.adapters', 'diffusers.models', 'diffusers.pipelines'); "
-        "print([m for m in set(sys.modules) - before if m.startswith(wrong)])"
+        "print([m for m in set(sys.modules) - before if m.startswith(wrong)])",
+        folder=ROOT.parent,
     )
-    assert loaded == "[]"
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_policies_and_adapters_import_only_public_core():
@@ -47,8 +40,7 @@ def test_policies_and_adapters_import_only_public_core():
 
 
 def test_import_enable_and_disable_change_nothing_for_the_process():
-    out = python(
-        """
+    code = """
 import torch, diffusers, sys, warnings
 from diffusers import DiffusionPipeline, WanPipeline
 from diffusers.models.transformers import transformer_wan
@@ -69,8 +61,9 @@ after = state()
 assert before == after, [i for i, (a, b) in enumerate(zip(before, after)) if a != b]
 print(sorted(set(vars(DiffusionPipeline)) - methods))
 """
-    )
-    assert out == "['disable_packforcing', 'enable_packforcing']"
+    command = [sys.executable, "-P", "-c", code]  # nothing is imported there yet
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent, check=False)
+    assert done.stdout == "['disable_packforcing', 'enable_packforcing']\n", done.stderr
 
 
 def test_packages_are_those_of_the_folders():

@@ -189,11 +189,13 @@ def test_a_soak_leaves_memory_and_files_as_they_are(tmp_path) -> None:
     assert set(figures(rows, "", "chunks")) == {soak.SMALL_CHUNKS}
 
 
-def test_a_soak_of_one_subject_keeps_the_rows_of_the_others(tmp_path) -> None:
+def test_a_soak_of_one_subject_keeps_the_rows_of_the_others(tmp_path, monkeypatch, capsys) -> None:
     other = report.Row("memory: another", "chunks", 1, 1, 1, "chunks", 1)
     report.write("soak", [other, replace(other, subject="memory: h2o", value=0, low=0)], tmp_path)
-    command = ["-m", "benchmarks.soak", "--small", "--chunks", "20", "--only", "memory: h2o", "--out", str(tmp_path)]
-    subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=True)
+    words = ["--small", "--chunks", "20", "--only", "memory: h2o", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["soak", *words])
+    soak.main()
+    assert capsys.readouterr().out.startswith("Ten thousand chunks on end")
     rows = report.read(tmp_path / "soak.json")
     assert rows[0] == other
     assert len(rows) == 1 + 7

@@ -7,8 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import command, complaint
+from helpers import command, complaint, forked
 from kvpack.cli import demo
 from kvpack.media import video
 from kvpack.pipeline import track as generation
@@ -227,33 +225,25 @@ def test_demo_compares_stacks(model: Path, tmp_path: Path) -> None:
     assert "--compare names no stack" in complaint(*words, "--compare", ",")
 
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 @pytest.mark.parametrize(
     ("signalled", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
-def test_a_signal_from_outside_leaves_no_half_file(model: Path, tmp_path: Path, signalled: int, code: int) -> None:
-    words = [str(word) for word in generate(model, tmp_path / "a.mp4", "--seconds", 3600)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kvpack", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ONE_THREAD,
-        # A test run in the background inherits an ignored SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+def test_a_signal_from_outside_leaves_no_half_file(
+    model: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, signalled: int, code: int
+) -> None:
+    told = tmp_path_factory.mktemp("told") / "stderr"
+    process = forked(*generate(model, tmp_path / "a.mp4", "--seconds", 3600), told=told)
     try:
         deadline = time.monotonic() + 120
-        while not any(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < deadline:
+        while not any(tmp_path.iterdir()) and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.1)
-        time.sleep(1)
-        process.send_signal(signalled)
-        _, stderr = process.communicate(timeout=60)
+        time.sleep(0.3)
+        os.kill(process.pid, signalled)
+        process.join(60)
     finally:
         process.kill()
-    assert process.returncode == code, stderr
+    stderr = told.read_text()
+    assert process.exitcode == code, stderr
     assert "Traceback" not in stderr
     assert [path.name for path in tmp_path.iterdir()] in ([], ["a.mp4"])
     assert "error: interrupted; " in stderr

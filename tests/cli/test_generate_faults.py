@@ -18,6 +18,7 @@ from diffusers import (
 from PIL import Image
 from typer.testing import CliRunner
 
+from helpers import forked
 from kvpack.cli import app
 from kvpack.media.video import VideoWriter
 from kvpack.shipped import CALL, FPS, shipped_folder
@@ -172,30 +173,27 @@ def test_the_shipped_model_says_its_own_size(tmp_path):
 
 @pytest.mark.parametrize("signalled", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("command", ["generate", "demo"])
-def test_a_signal_completes_the_file(command, signalled, tmp_path):
+def test_a_signal_completes_the_file(command, signalled, tmp_path, tmp_path_factory):
+    told = tmp_path_factory.mktemp("told") / "stderr"
     words = {
         "generate": ["--model", shipped_folder(), "--prompt", "a", "--output", tmp_path / "demo.mp4", "--steps", 1],
         "demo": ["--output", tmp_path, "--steps", 1],
     }[command]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kvpack", command, "--seconds", "3600", *map(str, words)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = forked(command, "--seconds", 3600, *words, told=told)
     try:
         deadline = time.monotonic() + 120
         while not any(each.stat().st_size > 20_000 for each in tmp_path.iterdir()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        process.send_signal(signalled)
-        _, told = process.communicate(timeout=60)
+        os.kill(process.pid, signalled)
+        process.join(60)
     finally:
         process.kill()
-    assert process.returncode == 128 + signalled
+    assert process.exitcode == 128 + signalled
     count = sum(1 for _ in frames(tmp_path / "demo.mp4"))
     assert [each.name for each in tmp_path.iterdir()] == ["demo.mp4"]
-    assert f"error: interrupted; {tmp_path / 'demo.mp4'} holds the {count / 16:.1f} s that were made" in told
+    assert (
+        f"error: interrupted; {tmp_path / 'demo.mp4'} holds the {count / 16:.1f} s that were made" in told.read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,11 +227,13 @@ def test_help_and_wrong_paths_do_not_wait_for_torch(words):
         "import kvpack, diffusers; P = diffusers.DiffusionPipeline",
     ],
 )
-def test_the_two_methods_are_there_whatever_is_imported_first(code):
+def test_the_two_methods_are_there_whatever_is_imported_first(code, python):
     """And nothing else of the process is changed."""
+    code = f"import sys; assert not {{'kvpack', 'diffusers'}} & set(sys.modules); {code}"
     code += "; assert P.enable_packforcing is kvpack.enable and P.disable_packforcing is kvpack.disable"
-    code += "; import sys; assert not [f for f in sys.meta_path if type(f).__module__ == 'kvpack']"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    code += "; assert not [f for f in sys.meta_path if type(f).__module__ == 'kvpack']"
+    done = python(code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_import_does_not_wait_for_torch():

@@ -2,15 +2,12 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
-from helpers import command, complaint, pixels, told
+from helpers import command, complaint, forked, pixels, told
 from kvpack.pipeline import checkpoints
 from kvpack.pipeline.track import Track
 from kvpack.snapshots.lock import FolderLock
@@ -99,13 +96,12 @@ def test_a_damaged_checkpoint_costs_no_frame(model, whole, tmp_path, monkeypatch
 
 def test_killed(model, whole, tmp_path):
     output = tmp_path / "a.mp4"
-    words = [str(word) for word in generate(model, output, "--checkpoint-every", 1)]
-    process = subprocess.Popen([sys.executable, "-m", "kvpack", *words], stderr=subprocess.DEVNULL)
+    process = forked(*generate(model, output, "--checkpoint-every", 1))
     folder = tmp_path / "a.mp4.checkpoint"
-    while not list(folder.glob("snapshot-*3.json")) and process.poll() is None:
+    while not list(folder.glob("snapshot-*3.json")) and process.is_alive():
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     if folder.exists():  # it may have been faster
         told("resume", folder, "--json")
     assert np.array_equal(pixels(output), pixels(whole))

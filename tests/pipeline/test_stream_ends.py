@@ -2,8 +2,6 @@
 
 import gc
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -61,9 +59,9 @@ def pipe():
         *(pytest.param(each, marks=pytest.mark.slow) for each in ("in a circle", "an exit", "a signal")),
     ],
 )
-def test_an_open_stream_does_not_hold_up_the_interpreter(end):
+def test_an_open_stream_does_not_hold_up_the_interpreter(end, python):
     code, status = ENDS[end]
-    done = subprocess.run([sys.executable, "-c", OPENED + code], capture_output=True, text=True, check=False)
+    done = python(OPENED + code)
     assert done.returncode == status, done.stderr
     assert done.stdout == "freed\n"
     assert "Exception ignored" not in done.stderr

@@ -1,6 +1,5 @@
 """What plugins and users hand in: used, or refused in one line that says what would be right."""
 
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
@@ -100,21 +99,17 @@ def test_what_is_no_plugin_is_told_at_once(source, message, plugin):
         "@kvpack.hookimpl\ndef kvpack_register_stacks(register):\n    packforcing(topk=3)\n    1 / 0",
     ],
 )
-def test_a_plugin_that_asks_for_names_while_it_loads_is_loaded_once(body, tmp_path):
+def test_a_plugin_that_asks_for_names_while_it_loads_is_loaded_once(body, tmp_path, python):
     info = tmp_path / "acme-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[kvpack]\nacme = acme_module\n")
     source = f"import kvpack\nfrom kvpack.policies.stacks import packforcing\nprint('loaded')\n{body}\n"
     (tmp_path / "acme_module.py").write_text(source)
-    code = "import kvpack; from kvpack.plugins.registry import registry as found"
+    code = "import warnings; warnings.simplefilter('always'); import kvpack"
+    code += "; from kvpack.plugins.registry import registry as found"
     code += "; print(len(found().failures), found().stack('full', {}).name)"
-    done = subprocess.run(
-        [sys.executable, "-W", "always", "-c", code],
-        env={"PYTHONPATH": ":".join([str(tmp_path), *sys.path])},
-        capture_output=True,
-        text=True,
-    )
+    done = python(code, path=[tmp_path])
     assert done.stdout.split() == ["loaded", "1", "full"], done.stderr
     assert done.stderr.count("was left out") == 1
 

@@ -1,7 +1,5 @@
 """A generation that was saved and resumed is the one that was not interrupted, bit for bit."""
 
-import subprocess
-import sys
 from functools import partial
 from itertools import islice
 
@@ -299,7 +297,7 @@ def test_again_and_again(tmp_path):
     assert same(parts, whole)
 
 
-def test_in_another_process(model, tmp_path):
+def test_in_another_process(model, tmp_path, python):
     pipe = helpers.quiet(kvpack_pipeline(model))
     call = {**CALL, "num_frames": 45}
     whole = list(pipe.packforcing.stream(**call, generator=seeded()))
@@ -320,7 +318,7 @@ from safetensors.torch import save_file
 save_file({{str(i): part for i, part in enumerate(stream)}}, {str(tmp_path / "rest.out")!r})
 """
     stream.close()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = python(code)
     assert done.returncode == 0, done.stderr
     from safetensors.torch import load_file
 

@@ -1,7 +1,7 @@
 """What a training is planned to hold is what it holds."""
 
 import importlib.util
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -58,6 +58,7 @@ def test_the_graph_is_as_large_as_planned(layers, head_dim, ffn, size, monkeypat
     assert cost.parameters == sum(p.numel() for part in (pipe.transformer, pipe.vae) for p in part.parameters())
 
 
+@cache
 def planned(**options):
     adapter, configs = WanAdapter(), presets.preset("wan2.1-t2v-1.3b").configs
     return training_plan(

@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
+import socket
 import time
 
 import pytest
@@ -15,7 +12,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 import kvpack.plugins.registry
-from helpers import told
+from helpers import forked, told
 from kvpack.errors import BrokenClipError, InvalidOptionError, TrainingError
 from kvpack.training.clips import ClipFolder
 from kvpack.training.compressor import CompressorTraining, frozen
@@ -29,6 +26,7 @@ CAPTIONS = ["a red circle", "the blue square", "a green triangle"]
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
     """Accelerate keeps precision for the process; each of these tests stands for one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -130,20 +128,17 @@ def words(model, data, output, steps, *more):
 
 @pytest.mark.slow
 def test_two_processes_are_an_accumulation_of_two(training, model, data, tmp_path):
+    with socket.create_server(("localhost", 0)) as free:
+        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = []
+    for rank in ("0", "1"):  # as torch.distributed.run starts them
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **meeting}
+        given = words(model, data, tmp_path / "two", 3)
+        processes.append(forked(*given, told=tmp_path / f"told-{rank}", **place))
+    for rank, process in enumerate(processes):
+        process.join()
+        assert process.exitcode == 0, (tmp_path / f"told-{rank}").read_text()
     training("one", {"steps": 3, "save_every": 3, "accumulation": 2}).run()
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "kvpack.cli",
-    ]
-    command = [*launch, *words(model, data, tmp_path / "two", 3)]
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert told.returncode == 0, told.stderr
     assert json.loads((tmp_path / "two" / "recipe.json").read_text())["processes"] == 2
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
@@ -153,27 +148,22 @@ def test_two_processes_are_an_accumulation_of_two(training, model, data, tmp_pat
 @pytest.mark.slow
 def test_a_killed_process_goes_on(training, model, data, tmp_path):
     """The same with a process that has no time to say goodbye."""
-    recipe = {"steps": 12, "save_every": 1}
-    training("whole", recipe).run()
-    command = [sys.executable, "-m", "kvpack", *words(model, data, tmp_path / "cut", 12, "--save-every", 1)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    kills = 0
+    command, kills = words(model, data, tmp_path / "cut", 12, "--save-every", 1), 0
     for pause in (0.0, 0.3, None):
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        process = forked(*command, told=tmp_path / "told")
         before = (tmp_path / "cut" / "state.pt").stat().st_mtime_ns if (tmp_path / "cut" / "state.pt").exists() else 0
-        while pause is not None and process.poll() is None:
+        while pause is not None and process.is_alive():
             state = tmp_path / "cut" / "state.pt"
             if state.exists() and state.stat().st_mtime_ns != before:
                 time.sleep(pause)
-                process.send_signal(signal.SIGKILL)
+                process.kill()
                 kills += 1
                 break
             time.sleep(0.01)
-        _, told = process.communicate()
+        process.join()
     assert kills == 2
-    assert process.returncode == 0, told
+    assert process.exitcode == 0, (tmp_path / "told").read_text()
+    training("whole", {"steps": 12, "save_every": 1}).run()
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
