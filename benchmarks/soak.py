@@ -59,7 +59,8 @@ BARS = (
     Bar("memory of the session does not grow", "", HELD, 1.0, timed=False),
     Bar("no file is left open", "", FILES, 0, timed=False),
 )
-CHUNKS, SMALL_CHUNKS, BLOCKS = 10_000, 250, 32
+CHUNKS, BLOCKS = 10_000, 32
+SMALL_CHUNKS, SMALL_BLOCKS = 80, 8
 GEOMETRY = Geometry(layers=1, heads=2, head_dim=12, grid=(2, 3), rope_split=(4, 4, 4))
 CALL = {
     "prompt": "a red circle",
@@ -98,10 +99,10 @@ def keeps_blocks(stack: Stack) -> bool:
     return bool(session.past.states[0].archive.slots)
 
 
-def subjects() -> Iterator[Subject]:
-    """Every stack in every tier."""
+def subjects(blocks: int = BLOCKS) -> Iterator[Subject]:
+    """Every stack in every tier, with so many compressed blocks at most."""
     absolute = registry().stack(
-        "packforcing", {"compressor": "pool", "reindexer": "absolute", "archive_blocks": BLOCKS}
+        "packforcing", {"compressor": "pool", "reindexer": "absolute", "archive_blocks": blocks}
     )
     stacks = [absolute]
     for name in sorted(set(registry().stacks) - {"full"}):
@@ -109,7 +110,7 @@ def subjects() -> Iterator[Subject]:
         if not isinstance(stack, Stack) or not keeps_blocks(stack):
             stacks.append(stack)
             continue
-        bounded = replace(stack, archive_blocks=min(BLOCKS, stack.archive_blocks or BLOCKS))
+        bounded = replace(stack, archive_blocks=min(blocks, stack.archive_blocks or blocks))
         stacks += [replace(bounded, tier=tier) for tier in get_args(Tier)]
     yield Subject("pipeline", absolute)
     yield from (Subject("memory", stack) for stack in stacks)
@@ -195,7 +196,10 @@ def run(
         only: how a subject's name begins.
         keep: called with the rows so far behind each subject.
     """
-    rows, chosen = list[Row](), [each for each in subjects() if str(each).startswith(only)]
+    rows, chosen = (
+        list[Row](),
+        [each for each in subjects(SMALL_BLOCKS if small else BLOCKS) if str(each).startswith(only)],
+    )
     for subject in chosen[::6] if small else chosen:
         start = time.perf_counter()
         made = apart(lambda subject=subject: soaked(subject, chunks or (SMALL_CHUNKS if small else CHUNKS)))

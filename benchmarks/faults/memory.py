@@ -247,7 +247,7 @@ def points(scarce: Scarce, faults: Faults) -> list[int]:
         faults: draws.
     """
     places = list(scarce.places.values())
-    chosen = faults.draw.sample(places, 5) if faults.small else places
+    chosen = faults.draw.sample(places, faults.times(40)) if faults.small else places
     return [faults.draw.choice(each) for each in chosen]
 
 

@@ -14,6 +14,7 @@ def drawing(folder):
     """What faults are drawn by, without the generation that they are done to."""
     made = object.__new__(faults.Faults)
     made.folder, made.small, made.draw = folder, True, Random(0)
+    made.times = lambda _: 5
     return made
 
 

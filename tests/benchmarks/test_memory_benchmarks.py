@@ -1,5 +1,7 @@
 """Benchmarks of what a memory holds, moves and costs without a model: their counts, and the results that are kept."""
 
+import os
+
 import pytest
 import torch
 
@@ -80,7 +82,14 @@ def test_the_window_is_what_its_last_chunks_were(on_read):
 
 
 @pytest.mark.slow
-def test_a_checkout_costs_what_it_costs(tmp_path):
+def test_a_checkout_costs_what_it_costs(tmp_path, python, monkeypatch):
+    def run(words, cwd, env, **_):
+        code = f"import runpy; runpy.run_path({words[1]!r}, run_name='__main__')"
+        done = python(code, *words[2:], folder=cwd, path=env["PYTHONPATH"].split(os.pathsep))
+        done.check_returncode()
+        return done
+
+    monkeypatch.setattr(bookkeeping.subprocess, "run", run)
     rows = bookkeeping.run(report.ROOT, ["packforcing", "memrope"], turns=2, chunks=8)
     assert report.read(report.write("rows", rows, tmp_path)) == rows
     assert len(figures(rows, "four-role stack, packforcing", bookkeeping.RATIO)) == 1

@@ -1,5 +1,7 @@
 """Every stack for a thousand chunks: memory as promised, and keys as exactly in place at the end as at the start."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -37,12 +39,15 @@ def attended(session, clean):
         clean: keys of each frame before RoPE, as they were committed.
     """
     (layer,) = session.denoise(0)
-    tokens = session.stack.chunk_frames * SMALL.tokens_per_frame
-    layer.attend(*torch.randn(3, 1, tokens, SMALL.heads, SMALL.head_dim, generator=seeded(9)), lambda q, k, v: q)
+    tokens = session.stack.chunk_frames * session.geometry.tokens_per_frame
+    layer.attend(
+        *torch.randn(3, 1, tokens, session.geometry.heads, session.geometry.head_dim, generator=seeded(9)),
+        lambda q, k, v: q,
+    )
     if isinstance(session.stack, Divided):  # the one layer has one window, at its places in the video
         start = 0
         for piece in session.past.book.books[0].ledger.whole:
-            places = grid_coordinates(piece.frames, SMALL.grid).double().clone()
+            places = grid_coordinates(piece.frames, session.geometry.grid).double().clone()
             places[:, 0] += piece.first_frame
             yield (
                 start,
@@ -64,8 +69,8 @@ def attended(session, clean):
     for index, piece in enumerate(pieces):
         block = index if index < sinks else index - len(pieces)
         if index == sinks:
-            start = keys.shape[1] - sum(each.frames for each in pieces[sinks:]) * SMALL.tokens_per_frame
-        places = grid_coordinates(piece.frames, SMALL.grid).double().clone()
+            start = keys.shape[1] - sum(each.frames for each in pieces[sinks:]) * session.geometry.tokens_per_frame
+        places = grid_coordinates(piece.frames, session.geometry.grid).double().clone()
         places[:, 0] = starts[block] + (places[:, 0] + 0.5) * lengths[block] / piece.frames - 0.5
         yield start, torch.cat([clean[frame] for frame in range(piece.first_frame, piece.stop)], dim=1), places[None]
         start += len(places)
@@ -75,7 +80,9 @@ def attended(session, clean):
 def test_a_thousand_chunks(name, monkeypatch):
     forwards = record_forwards(monkeypatch)
     stack = registry().stack(name, GROWING.get(name, {}))
-    session = Session(stack, SMALL)
+    # What is attended of all of the past is copied in each chunk.
+    shape = replace(SMALL, heads=1, grid=(1, 2)) if name == "full" else SMALL
+    session = Session(stack, shape)
     run_session(session, 500, steps=1)
     before = session.stats()
     run_session(session, 500, seed=1, steps=1)
@@ -86,9 +93,9 @@ def test_a_thousand_chunks(name, monkeypatch):
     assert (after["resident_bytes"] == before["resident_bytes"]) == constant
     assert (after["attended_tokens"] == before["attended_tokens"]) == (name != "full")
     # The last forward of a whole chunk is its commit; those of a compressor's tokens are shorter.
-    whole = stack.chunk_frames * SMALL.tokens_per_frame
+    whole = stack.chunk_frames * shape.tokens_per_frame
     chunks = {first: keys for first, keys, _ in forwards(session) if keys.shape[1] == whole}
-    frames = [keys.split(SMALL.tokens_per_frame, dim=1) for keys in chunks.values()]
+    frames = [keys.split(shape.tokens_per_frame, dim=1) for keys in chunks.values()]
     clean = {first + index: each for first, part in zip(chunks, frames, strict=True) for index, each in enumerate(part)}
     parts = list(attended(session, clean))
     given, _ = session.attended(0)
