@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -44,7 +45,7 @@ from benchmarks.report import (
     table,
     write,
 )
-from kvpack.memory.codec import Tier
+from kvpack.memory.codec import DENSE, Tier
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
@@ -89,6 +90,7 @@ class Subject:
         parts = [self.stack.name]
         if isinstance(self.stack, Stack) and keeps_blocks(self.stack):
             parts += [f"tier {self.stack.tier}", self.stack.reindexer.name]
+            parts += [self.stack.store.name] if self.stack.store != DENSE else []
         return f"{self.kind}: {', '.join(parts)}"
 
 
@@ -112,6 +114,8 @@ def subjects(blocks: int = BLOCKS) -> Iterator[Subject]:
             continue
         bounded = replace(stack, archive_blocks=min(blocks, stack.archive_blocks or blocks))
         stacks += [replace(bounded, tier=tier) for tier in get_args(Tier)]
+        if name == "packforcing":  # whose keys are then decoded in every forward
+            stacks.append(replace(bounded, store=registry().policy("codec", "int8")))
     yield Subject("pipeline", absolute)
     yield from (Subject("memory", stack) for stack in stacks)
     yield from (Subject("pipeline", stack) for stack in stacks[1:])
@@ -196,10 +200,10 @@ def run(
         only: how a subject's name begins.
         keep: called with the rows so far behind each subject.
     """
-    rows, chosen = (
-        list[Row](),
-        [each for each in subjects(SMALL_BLOCKS if small else BLOCKS) if str(each).startswith(only)],
-    )
+    rows, every = list[Row](), subjects(SMALL_BLOCKS if small else BLOCKS)
+    chosen = [each for each in every if str(each).startswith(only)]
+    if not chosen:
+        sys.exit(f"no subject's name begins with {only!r}; take one of soak.json, or its beginning")
     for subject in chosen[::6] if small else chosen:
         start = time.perf_counter()
         made = apart(lambda subject=subject: soaked(subject, chunks or (SMALL_CHUNKS if small else CHUNKS)))
@@ -218,6 +222,7 @@ def main() -> None:
     options = made.parse_args()
     words = ["python", "-m", "benchmarks.soak", *(["--small"] if options.small else [])]
     words += ["--chunks", str(options.chunks)] if options.chunks else []
+    words += ["--only", shlex.quote(options.only)] if options.only else []
     stamp = {"command": " ".join(words), "commit": commit()}
 
     def keep(rows: list[Row]) -> None:

@@ -108,17 +108,17 @@ class Int4Codec(Int8Codec):
 class ResidualCodec(Int8Codec):
     """Stores as `Int8Codec`, in stages of two bits: each has what is left by the one before, in a quarter of its step.
 
-    After the progressive residual quantisation of QVG. Differs from it: no stage has centroids, nor steps of its own,
-    which cost more bytes than they save. So two stages are as exact as `int4`, four as `int8`, and three lie between
-    them. Four channels of a stage are a byte.
+    After progressive residual quantisation (Quant VideoGen, arXiv 2602.02958). Differs from it: no stage has centroids,
+    nor steps of its own, which cost more bytes than they save. So two stages are as exact as `int4`, four as `int8`,
+    and three lie between them. Four channels of a stage are a byte.
 
     Args:
         group_tokens: most tokens whose keys share a step in each channel.
         stages: how many, 1 to 4.
 
     Raises:
-        InvalidOptionError: if `group_tokens` is less than 1, or `stages` out of range; later, if the channels of a head
-            are no multiple of 4.
+        InvalidOptionError: if `group_tokens` is less than 1, or `stages` out of range; as a generation begins, if the
+            channels of a head are no multiple of 4.
     """
 
     stages: int = 3

@@ -8,6 +8,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from kvpack.policies.softmax_mass import products
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -20,6 +24,12 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom):
             yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_tests_check_the_shapes_of_signatures():
+    """These products would be made without a word: one row of queries, and keys of two."""
+    with pytest.raises(TypeCheckError, match="keys"):
+        products(torch.zeros(1, 3, 2, 4), torch.zeros(2, 5, 3, 2, 4))
 
 
 def test_importing_kvpack_loads_no_policy_and_no_model(python):

@@ -34,6 +34,7 @@ _TWO = {"chunk_frames": 2}
 _SIZES: dict[str, Any] = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 1, "archive_blocks": 3}
 MEMORIES: dict[str, tuple[str, dict[str, Any]]] = {
     "packforcing": ("packforcing", _SIZES),
+    "packforcing, int8": ("packforcing", {**_SIZES, "store": "int8"}),
     "packforcing, int8 on the host": ("packforcing", {**_SIZES, "store": "int8", "tier": "host"}),
     "packforcing, int4 on the disk": ("packforcing", {**_SIZES, "store": "int4", "tier": "disk"}),
     "packforcing, hr and fixed window": ("packforcing", {**_SIZES, "compressor": "hr", "reindexer": "contiguous"}),

@@ -206,7 +206,7 @@ class Archive:
 
         values = joined(self.values, self.codec.decode_values, slots)
         if self.decodes_later:
-            return values, values, later
+            return values.new_full((), torch.nan).expand_as(values), values, later
         return joined(self.keys, self.codec.decode_keys, slots), values, None
 
     def fork(self) -> "Archive":

@@ -122,6 +122,8 @@ class InPlace:
 
     def _rotated_history(self, stop: int) -> Tensor:
         like = self.arena.values
+        if self.workspace.owner is not self:
+            self.workspace.owner = None  # until it is filled: what fails on the way is done again
         room = self.workspace.keys(like.shape[0], max(stop, like.shape[1]), like)
         if self.workspace.owner is not self:
             first = start = 0

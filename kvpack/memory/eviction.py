@@ -11,7 +11,8 @@ def evicted(first_frames: Sequence[int], history: int, rule: Eviction) -> int:
 
     "oldest" forgets what is longest ago. "spread" thins out: of all blocks but the first and the last, that one goes
     whose neighbours are nearest to each other for its age. The archive then reaches back to the beginning, and blocks
-    lie the denser the newer they are. Neither depends on what was seen, so that all layers and rows keep the same.
+    lie the denser the newer they are; of fewer than three the oldest goes. Neither depends on what was seen, so that
+    all layers and rows keep the same.
 
     Args:
         first_frames: of each block, ascending.

@@ -14,7 +14,7 @@ from kvpack.memory.attribution import policy_call
 from kvpack.memory.base import Attended, Chunk, Commit, Memory
 from kvpack.memory.blocks import KVBlock, Span, check_block, grid_coordinates
 from kvpack.memory.choice import check_choice, choose
-from kvpack.memory.codec import DENSE, Codec, Tier
+from kvpack.memory.codec import DENSE, Codec, Tier, stored_bytes
 from kvpack.memory.eviction import Eviction
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import BlockEntry, Ledger
@@ -61,7 +61,7 @@ class Stack(Memory):
         replay_frames: last latent frames that are computed anew under a new prompt, as far as they are still whole.
         store: in what form compressed blocks are archived.
         tier: where they are archived: on the "device" of the model, in the memory of the "host", or on "disk".
-        eviction: which of them leave a full archive (see `evicted`).
+        eviction: which blocks leave a full archive, the "oldest", or such that the rest are "spread" over all the past.
 
     Raises:
         InvalidOptionError: if a size or word is wrong, a policy is in the wrong role, or the roles do not fit together.
@@ -158,6 +158,7 @@ class Stack(Memory):
     def start(self, geometry: Geometry, layer: int) -> StackState:
         """Return an empty archive, whose slots hold the longest block."""
         spans = (self.compressor.span(0, frames, geometry.grid) for frames in range(1, self.chunk_frames + 1))
+        stored_bytes(self.store, 1, geometry.heads, geometry.head_dim, geometry.dtype)  # refuses heads that do not fit
         return StackState((), Archive(max(span.tokens for span in spans), self.store, self.tier))
 
     def attend(self, state: StackState, chunk: Chunk) -> Attended:

@@ -26,7 +26,7 @@ class Tokens:
             axis of heads only where each head keeps tokens of its own.
         bias: what is added to the logits of queries that attend these tokens.
         block: the handle of tokens that the engine stores.
-        later: makes the keys, of which `keys` has no more than the shape, so that they are not held.
+        later: makes the keys, of which `keys` has no more than the shape (it is NaN), so that they are not held.
     """
 
     keys: Float[Tensor, "batch tokens heads head_dim"]

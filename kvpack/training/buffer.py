@@ -90,7 +90,8 @@ def _joined(
     parts: tuple[Tokens, ...], nothing: Tensor, turns: tuple[Tensor, ...] | None, geometry: Geometry
 ) -> KeysValues:
     """Return rotated keys and values of parts in one."""
-    keys = torch.cat([nothing, *(each.keys for each in parts)], dim=1)
+    made = [[each.keys] if each.later is None else each.later() for each in parts]
+    keys = torch.cat([nothing, *(each for some in made for each in some)], dim=1)
     values = torch.cat([nothing, *(each.values for each in parts)], dim=1)
     if not parts:
         return keys, values

@@ -63,7 +63,7 @@ def test_archive_blocks_bounds_the_archive_oldest_out():
 @settings(max_examples=60, deadline=None)
 @given(blocks=st.integers(1, 12), chunk=st.integers(1, 5), chunks=st.integers(20, 60))
 def test_a_spread_archive_is_full_and_reaches_back_to_the_beginning(blocks, chunk, chunks):
-    """Gaps between neighbours grow with age, and the newest block is always there."""
+    """The newest block is always there, and of three or more the first."""
     *_, ledger = grow(Ledger(SinkMidRecentPartitioner(4, 4), chunk, blocks, "spread"), chunks)
     firsts = [piece.first_frame for piece in ledger.archive]
     newest = [

@@ -26,6 +26,7 @@ from kvpack.policies import (
     SinkMidRecentPartitioner,
     WindowPartitioner,
 )
+from kvpack.policies.quantized import Int8Codec
 from kvpack.testing import TINY, run_session
 from kvpack.training.buffer import GraphLayer
 
@@ -305,13 +306,36 @@ def test_tokens_are_attended_where_they_sit(by_head, selector, reindexer, sizes)
     assert len({tuple(places.flatten().tolist()) for places in found}) == len(found)  # other ones in each row and layer
 
 
+@pytest.mark.parametrize("store", ["dense", "int8"])
 @pytest.mark.parametrize("by_head", [False, True])
 @torch.no_grad()
-def test_training_attends_them_there_too(by_head):
-    memory = stack(compressor=Loudest(by_head))
+def test_training_attends_them_there_too(by_head, store):
+    memory = replace(stack(compressor=Loudest(by_head)), store=registry().policy("codec", store))
     plain, graph = (run_session(Session(memory, TINY, layer=layer), 6, batch=2) for layer in (LayerCache, GraphLayer))
     for one, other in zip(plain, graph, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+def test_a_step_that_failed_while_it_decoded_is_done_again(monkeypatch):
+    """Layer 1 fails in the room that it shares with layer 0, which must not attend what is then left there."""
+    session = Session(registry().stack("packforcing", {"topk": 2, "store": "int8"}), TINY)
+    run_session(session, 6)
+    shape = (3, 1, session.coming_frames * TINY.tokens_per_frame, TINY.heads, TINY.head_dim)
+    given = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    for layer in session.denoise(0):
+        layer.attend(*given, attention)
+    first, second, *_ = session.denoise(1)
+    right = first.attend(*given, attention)
+
+    def broken(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Int8Codec, "decode_keys", broken)
+        with pytest.raises(torch.OutOfMemoryError):
+            second.attend(*given, attention)
+    assert torch.equal(session.denoise(1)[0].attend(*given, attention), right)
 
 
 def reference(session, index, row, chunks):
