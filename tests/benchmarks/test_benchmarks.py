@@ -17,6 +17,7 @@ from benchmarks import (
     anyflow,
     choices,
     clock,
+    codecs,
     flashdreams,
     keeping,
     overhead,
@@ -43,6 +44,17 @@ def assert_rows(rows: list[Row], bars: tuple[Bar, ...], folder: Path) -> None:
     assert report.read(report.write("rows", rows, folder)) == rows
     for bar in bars:
         assert bar.verdict(rows).startswith("met " if not bar.timed else ("met ", "NOT MET")), bar
+
+
+def test_codecs_hold_and_miss_what_their_bits_allow(tmp_path) -> None:
+    rows = codecs.measure(small=True)
+    assert_rows(rows, codecs.BARS, tmp_path)
+    for metric in ("error of keys", "error of values"):
+        for data in ("outliers", "toy"):
+            int4, residual, int8 = (
+                figures(rows, name, f"{metric}, {data}")[0] for name in ("int4", "residual", "int8")
+            )
+            assert int4 > residual > int8 > 0
 
 
 def test_rotation_stays_within_two_roundings_and_repeated_rotation_does_not(tmp_path) -> None:
