@@ -1,22 +1,25 @@
 """What each form of an archive holds, and how far it is off, beside bfloat16 as it is.
 
 Bytes are those of one layer of Wan2.1-1.3B at 832x480 behind a full archive of 128 blocks, of which 16 are attended, as
-planned: what `packforcing` holds, minus what it holds without a middle. Errors are relative L2. "outliers" are blocks of
-182 normal numbers a channel, where a thirtieth of the channels of keys are ten times as wide and off centre, and one
+planned: what `packforcing` holds, minus what it holds without a middle. Errors are relative L2. "outliers" are blocks
+of 182 normal numbers a channel, where a thirtieth of the channels of keys are ten times as wide and off centre, and one
 number in 10,000 is thirty times as large; "toy" are all blocks of a video of the shipped pipeline before compression.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from benchmarks.report import SEED, Bar, Row, script
+from kvpack.memory.base import Chunk
 from kvpack.memory.codec import Codec, stored_bytes
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.stack_state import new_blocks
+from kvpack.memory.stack_plan import StackPlan
+from kvpack.memory.stack_state import KeptBlock, new_blocks
 from kvpack.pipeline.track import load_pipeline
 from kvpack.planning.resident import resident
 from kvpack.plugins.registry import registry
@@ -53,7 +56,7 @@ def toy(frames: int) -> tuple[Tensor, Tensor]:
     """Return keys and values `[blocks, 64, 4, 32]` of all layers of a video."""
     found: list[tuple[Tensor, Tensor]] = []
 
-    def kept(chunk, plan):  # type: ignore[no-untyped-def]  # as the function in whose place it stands
+    def kept(chunk: Chunk, plan: StackPlan) -> Iterator[KeptBlock]:
         found.append((chunk.tokens.keys.clone(), chunk.tokens.values.clone()))
         return new_blocks(chunk, plan)
 
