@@ -1,7 +1,7 @@
 """One call of a `WanPipeline`: a chunk of it has latents, embeddings and a length of its own."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -128,8 +128,14 @@ class WanRun(Run):
         return _same_batch(embeds, call["latents"])
 
     def new_denoiser(self, geometry: Geometry, conditioning: dict[str, Tensor]) -> WanDenoiser:
-        """Return the transformer over a new memory."""
+        """Return the transformer over a new memory.
+
+        Raises:
+            InvalidOptionError: if `attention_kwargs` are none.
+        """
         kwargs = self.call["attention_kwargs"]
+        if not isinstance(kwargs, Mapping | None):
+            raise InvalidOptionError(f"attention_kwargs must be a dict or None, got {type(kwargs).__name__}")
         return self.denoiser_class()(
             self.pipeline, self.stack, geometry, conditioning, attention_kwargs=kwargs, prompt=PromptCache()
         )

@@ -263,6 +263,7 @@ def latents(*shape):
         ({"num_frames": 0}, InvalidOptionError, "num_frames must be >= 1, got 0"),
         ({"num_frames": -8}, InvalidOptionError, "num_frames must be >= 1, got -8"),
         ({"num_frames": None}, InvalidOptionError, "num_frames None is endless"),
+        ({"attention_kwargs": 1}, InvalidOptionError, "attention_kwargs must be a dict or None, got int"),
         ({"num_frames": "81"}, InvalidOptionError, "num_frames must be a whole number"),
         ({"num_inference_steps": 0}, InvalidOptionError, "num_inference_steps must be >= 1"),
         ({"num_videos_per_prompt": -1}, InvalidOptionError, "num_videos_per_prompt must be >= 1"),
