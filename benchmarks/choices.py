@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.leaderboard.rollout import pipeline
 from benchmarks.report import SEED, Bar, Row, say, script
 from benchmarks.toyworld import world
-from kvpack.pipeline.track import load_pipeline
 from kvpack.shipped import CALL, STACK_OPTIONS, TRAINING, shipped_folder
 
 SINK_FRAMES, RECENT_FRAMES = 8, 4  # latent frames of `packforcing` that are no blocks
@@ -65,8 +65,7 @@ def measure(small: bool) -> list[Row]:
     """Make videos of some captions, and compare what their layers choose."""
     captions, frames = (1, 381) if small else (8, 961)
     torch.set_num_threads(1)  # tensors this small are slower on several
-    pipe = load_pipeline(shipped_folder(), torch.float32, "cpu")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pipeline(shipped_folder())
     videos = []
     with TemporaryDirectory() as folder:
         for seed, scene in enumerate(world.HELD_OUT[:captions]):

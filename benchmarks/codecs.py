@@ -14,13 +14,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from benchmarks.leaderboard.rollout import pipeline
 from benchmarks.report import SEED, Bar, Row, script
 from kvpack.memory.base import Chunk
 from kvpack.memory.codec import Codec, stored_bytes
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.stack_plan import StackPlan
 from kvpack.memory.stack_state import KeptBlock, new_blocks
-from kvpack.pipeline.track import load_pipeline
 from kvpack.planning.resident import resident
 from kvpack.plugins.registry import registry
 from kvpack.shipped import CALL, shipped_folder
@@ -60,8 +60,7 @@ def toy(frames: int) -> tuple[Tensor, Tensor]:
         found.append((chunk.tokens.keys.clone(), chunk.tokens.values.clone()))
         return new_blocks(chunk, plan)
 
-    pipe = load_pipeline(shipped_folder(), torch.float32, "cpu")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pipeline(shipped_folder())
     pipe.enable_packforcing()
     call = {**CALL, "num_inference_steps": 6, "generator": torch.Generator().manual_seed(SEED)}
     with patch("kvpack.memory.stack.new_blocks", kept):

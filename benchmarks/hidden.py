@@ -19,13 +19,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from benchmarks.leaderboard.rollout import pipeline
 from benchmarks.report import Bar, Row, say, script
 from benchmarks.toyworld import world
 from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.memory.ledger import BlockEntry
 from kvpack.memory.roles import Compressor
 from kvpack.memory.store import KeysValues
-from kvpack.pipeline.track import load_pipeline
 from kvpack.policies import LowResolutionCompressor
 from kvpack.shipped import CALL, TRAINING, shipped_compressor, shipped_folder
 
@@ -71,8 +71,7 @@ def measure(small: bool) -> list[Row]:
     """Make videos of some captions with each compressor."""
     captions, frames = (1, 129) if small else (4, 481)
     torch.set_num_threads(1)  # tensors this small are slower on several
-    pipe = load_pipeline(shipped_folder(), torch.float32, "cpu")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pipeline(shipped_folder())
     rows = []
     for name, compressor in COMPRESSORS.items():
         found: dict[tuple[int, int, str], list[float]] = defaultdict(list)

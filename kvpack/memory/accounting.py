@@ -40,12 +40,10 @@ def session_stats(session: "Session") -> dict[str, Any]:
             stats[f"{part}_tokens"] = frames * geometry.tokens_per_frame
         blocks = len(book.ledger.archive)
         compressor = memory.compressor  # type: ignore[attr-defined]  # it is a stack
-        lengths = [each.frames for each in book.ledger.archive]
-        tokens_of = {frames: compressor.span(0, frames, geometry.grid).tokens for frames in set(lengths)}
-        sizes = [tokens_of[frames] for frames in lengths]
         shape, codec = (geometry.heads, geometry.head_dim, geometry.dtype), memory.store  # type: ignore[attr-defined]
-        stored = {tokens: stored_bytes(codec, tokens, *shape) for tokens in set(sizes)}
-        archived = sum(stored[tokens] for tokens in sizes) * _rows(session) * geometry.layers
+        lengths = [each.frames for each in book.ledger.archive]
+        stored = {n: stored_bytes(codec, compressor.span(0, n, geometry.grid).tokens, *shape) for n in set(lengths)}
+        archived = sum(stored[frames] for frames in lengths) * _rows(session) * geometry.layers
     chosen = [cache.selected.tolist() for cache in session.caches if cache.selected is not None]
     return {
         **stats,

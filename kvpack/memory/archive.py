@@ -12,7 +12,8 @@ from kvpack.memory.tokens import Later
 
 Decode = Callable[[Sequence[Tensor], int, torch.dtype], Tensor]
 
-_AT_ONCE = 16  # blocks: at 832x480, 9 MB of keys in bfloat16
+#: Most blocks that are decoded together: at 832x480, 9 MB of keys in bfloat16.
+AT_ONCE = 16
 
 
 class Mark:
@@ -201,7 +202,7 @@ class Archive:
             return blocks.unflatten(0, tuple(some.shape)).flatten(1, 2)  # [some, chosen * tokens, heads, head_dim]
 
         def later() -> Iterator[Tensor]:
-            for some in slots.split(_AT_ONCE, dim=1):
+            for some in slots.split(AT_ONCE, dim=1):
                 yield joined(self.keys, self.codec.decode_keys, some)
 
         values = joined(self.values, self.codec.decode_values, slots)

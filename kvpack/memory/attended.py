@@ -122,18 +122,18 @@ class InPlace:
 
     def _rotated_history(self, stop: int) -> Tensor:
         like = self.arena.values
-        if self.workspace.owner is not self:
-            self.workspace.owner = None  # until it is filled: what fails on the way is done again
         room = self.workspace.keys(like.shape[0], max(stop, like.shape[1]), like)
-        if self.workspace.owner is not self:
-            first = start = 0
-            for turns in self._turns():
-                for keys in self._keys(first, first + turns.shape[1]):
-                    end = start + keys.shape[1]
-                    rotate(keys, turns[:, start - first : end - first], out=room[:, start:end])
-                    start = end
-                first += turns.shape[1]
-            self.workspace.owner = self
+        if self.workspace.owner is self:
+            return room
+        self.workspace.owner = None  # until it is filled: what fails on the way is done again
+        first = start = 0
+        for turns in self._turns():
+            for keys in self._keys(first, first + turns.shape[1]):
+                end = start + keys.shape[1]
+                rotate(keys, turns[:, start - first : end - first], out=room[:, start:end])
+                start = end
+            first += turns.shape[1]
+        self.workspace.owner = self
         return room
 
     def _keys(self, start: int, stop: int) -> Iterator[Tensor]:

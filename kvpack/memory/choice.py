@@ -10,15 +10,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvpack.errors import PolicyError
-from kvpack.memory.archive import Archive
+from kvpack.memory.archive import AT_ONCE, Archive
 from kvpack.memory.attribution import policy_call
 from kvpack.memory.base import Chunk
 from kvpack.memory.codec import DENSE
 from kvpack.memory.roles import Candidates, Query, Selector
 from kvpack.memory.rope import rotate
 from kvpack.memory.stack_plan import StackPlan
-
-_AHEAD = 16  # blocks: at 832x480, 9 MB of keys in bfloat16
 
 
 def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) -> Int[Tensor, "rows chosen"] | None:
@@ -88,7 +86,7 @@ def _keys(archive: Archive, plan: StackPlan) -> Callable[[int], Tensor]:
     def keys(block: int) -> Tensor:
         if block not in ahead:
             in_order = block - 1 in ahead or block == 0
-            run = range(block, min(block + (_AHEAD if in_order else 1), len(plan.mid)))
+            run = range(block, min(block + (AT_ONCE if in_order else 1), len(plan.mid)))
             ahead.clear()
             blocks = archive.blocks_keys([plan.mid[each].slot for each in run])
             ahead.update(zip(run, blocks.unbind(1), strict=True))

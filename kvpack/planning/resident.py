@@ -220,7 +220,7 @@ def _scaled(
     geometry: Geometry, memory: Memory, chunks: int, batch: int, channels: int, first_frames: int | None = None
 ) -> list[Resident]:
     """Run the memory in tiny heads, three times: its bytes are linear in heads and in all their channels."""
-    few = 12 if isinstance(memory, Stack) else 6  # codecs may pack four channels
+    few = 12  # channels: codecs may pack four, and each of three axes has pairs
     shapes = ((1, few), (1, 2 * few), (2, few))
     runs = [islice(_run(geometry, memory, batch, channels, first_frames, *shape), chunks) for shape in shapes]
 

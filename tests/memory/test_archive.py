@@ -160,7 +160,7 @@ def test_keys_to_come_are_the_same_once_there_is_more_room(store, monkeypatch):
         block = torch.randn(2, 2, 4, 2, 12, generator=torch.Generator().manual_seed(slot))
         archive.reserve(slot, block[0])
         archive.write(slot, archive.encoded(*block))
-    monkeypatch.setattr(archive_module, "_AT_ONCE", 2)
+    monkeypatch.setattr(archive_module, "AT_ONCE", 2)
     keys, _, later = archive.gather(slice(0, 2), slots, 3)
     assert later is not None
     wanted = torch.stack([torch.cat([archive.block_keys(slot, 3)[row] for slot in slots[row]]) for row in range(2)])
