@@ -4,10 +4,10 @@
 compressed blocks once on each tier, at most 32 blocks. "pipeline" is a tiny Wan pipeline of one layer with random
 weights, streamed as latents, one step a chunk. Each runs in a process of its own.
 
-late / early compares the last fifth of the chunks with the second; the time is the processor's, of which other
-processes take nothing, a sample being the mean of 50 chunks. Low and high are the ends of the ratio's 95 % bootstrap
-interval. Resident memory is that of the process, once what malloc keeps free was given back. `full` keeps everything,
-and grows: it is not here.
+late / early compares the last fifth of the chunks with the second. The time is the processor's; a sample is the mean of
+50 chunks over that of the first chunks of a generation that begins beside it, since a machine's clock drifts by more
+than a tenth within minutes. Low and high are the ends of the ratio's 95 % bootstrap interval. Resident memory is the
+process's, once what malloc keeps free was given back. `full` keeps everything, and grows: it is not here.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ BARS = (
     Bar("no file is left open", "", FILES, 0, timed=False),
 )
 CHUNKS, BLOCKS = 10_000, 32
+YOUNG = 15  # chunks of a generation that begins anew for each sample
 SMALL_CHUNKS, SMALL_BLOCKS = 80, 8
 GEOMETRY = Geometry(layers=1, heads=2, head_dim=12, grid=(2, 3), rope_split=(4, 4, 4))
 CALL = {
@@ -138,16 +139,30 @@ def pipeline(stack: Any) -> Iterator[int]:
         yield pipe.packforcing.stats()["resident_bytes"]
 
 
+def timed(running: Iterator[int], chunks: int) -> tuple[float, int]:
+    """Seconds of the processor that a chunk takes, and the most that the memory holds behind one."""
+    start = time.process_time()
+    held = max(islice(running, chunks))
+    return (time.process_time() - start) / chunks, held
+
+
 def soaked(subject: Subject, chunks: int) -> list[Row]:
     """Rows of one subject."""
     each, process = chunks // 200 or 1, psutil.Process()
-    running = {"memory": memory, "pipeline": pipeline}[subject.kind](subject.stack)
+    kind = {"memory": memory, "pipeline": pipeline}[subject.kind]
+    running = kind(subject.stack)
     gc.freeze()  # what is there already, so that collecting is no work
-    seconds, held, resident, files = list[float](), list[int](), list[int](), list[int]()
+    seconds, relative, held = list[float](), list[float](), list[int]()
+    resident, files = list[int](), list[int]()
     for _ in range(chunks // each):
-        start = time.process_time()
-        held.append(max(islice(running, each)))
-        seconds.append((time.process_time() - start) / each)
+        young = kind(subject.stack)
+        next(young)  # builds its pipeline
+        reference, _ = timed(young, YOUNG)
+        del young
+        took, most = timed(running, each)
+        seconds.append(took)
+        relative.append(took / reference)
+        held.append(most)
         gc.collect()
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
@@ -160,7 +175,7 @@ def soaked(subject: Subject, chunks: int) -> list[Row]:
         samples(name, "chunks", [each * len(seconds)], "chunks"),
         samples(name, "time of a chunk, early", [1e3 * one for one in seconds[early]], "ms"),
         samples(name, "resident memory, late", [one / 2**20 for one in resident[late]], "MiB"),
-        median_ratio(name, TIME, seconds[late], seconds[early]),
+        median_ratio(name, TIME, relative[late], relative[early]),
         median_ratio(name, HELD, held[late], held[early]),
         median_ratio(name, RESIDENT, resident[late], resident[early]),
         Row(name, FILES, opened, opened, opened, "files", len(files)),
