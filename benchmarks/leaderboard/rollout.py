@@ -55,7 +55,7 @@ def pipeline(folder: Path) -> Any:
 
 def _watched(task: Task, folder: Path) -> store.Result:
     settings, pipe = task.settings, pipeline(task.settings.pipeline)
-    scenes = world.HELD_OUT[: settings.captions]
+    scenes = world.first_scenes(settings.captions)
     observations: list[Observation] = []
     costs: list[npt.NDArray[np.float64]] = []
     stills: dict[int, Video] = {}

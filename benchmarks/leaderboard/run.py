@@ -31,7 +31,7 @@ def parser(doc: str, seconds: int, seeds: int) -> argparse.ArgumentParser:
     made.add_argument("--pipeline", type=Path, default=shipped_folder(), help="default: the shipped one")
     made.add_argument("--seconds", type=int, default=seconds, help="length of the videos, 16 frames each second")
     made.add_argument("--seeds", type=int, default=seeds, help="noise seeds of each caption")
-    made.add_argument("--captions", type=int, default=len(world.HELD_OUT), help="of the held-out ones")
+    made.add_argument("--captions", type=int, default=len(world.HELD_OUT), help="the held-out ones first")
     made.add_argument("--steps", type=int, default=6, help="denoising steps of a chunk")
     made.add_argument("--batch", type=int, default=8, help="captions generated together; no figure depends on it")
     made.add_argument("--processes", type=int, default=1, help="of one thread each; times are kept with 1 only")

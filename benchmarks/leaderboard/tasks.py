@@ -25,7 +25,7 @@ class Settings:
     Args:
         pipeline: folder of the diffusers pipeline.
         seconds: length of the videos.
-        captions: how many of the held-out captions.
+        captions: how many, the held-out ones first.
         steps: denoising steps of a chunk.
         batch: captions that are generated together; no figure depends on it.
         video: whether the first caption's mp4 is kept.

@@ -7,6 +7,7 @@ the four lamps are in the video only, so what a wall looks like when it is lit a
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from itertools import product
 
@@ -127,6 +128,11 @@ def _held_out() -> tuple[Scene, ...]:
 
 HELD_OUT = _held_out()
 TRAIN = tuple(scene for scene in SCENES if scene not in HELD_OUT)
+
+
+def first_scenes(count: int) -> tuple[Scene, ...]:
+    """Return so many scenes: the held-out ones, and behind them some that training saw, in a seeded order."""
+    return (*HELD_OUT, *random.Random(0).sample(TRAIN, len(TRAIN)))[:count]
 
 
 def scenes_of(rules: Rules) -> tuple[Scene, ...]:

@@ -112,6 +112,9 @@ def test_held_out_scenes_are_disjoint_and_fair() -> None:
     assert not set(world.TRAIN) & set(world.HELD_OUT)
     assert set(world.TRAIN) | set(world.HELD_OUT) == set(world.SCENES)
     assert len({scene.caption for scene in world.SCENES}) == 96
+    assert world.first_scenes(5) == world.HELD_OUT[:5]
+    assert world.first_scenes(20)[:16] == world.HELD_OUT
+    assert set(world.first_scenes(96)) == set(world.SCENES)
     assert len(set(world.HELD_OUT)) == 16
     assert set(world.scenes_of(world.LIT)) == set(world.TRAIN)
     assert {scene.colour for scene in world.scenes_of(world.PLAIN)} == set(world.LAMPS)
