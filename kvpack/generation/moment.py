@@ -38,7 +38,7 @@ class Moment:
     conditioning: dict[str, Any]
     pasts: dict[str, Past]
     clean: CleanFrames
-    decoder: Any
+    decoder: dict[str, Any] | None
     own_generators: tuple[Tensor, ...]
 
 

@@ -7,16 +7,14 @@ from torch import Tensor
 
 from kvpack.errors import SnapshotError
 from kvpack.generation.moment import Moment
-from kvpack.generation.replay import CleanFrames
 from kvpack.generation.run import Run
 from kvpack.memory.divided import Divided, DividedBook, narrowed
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.plan import Book
-from kvpack.memory.session import Past
 from kvpack.memory.stack_plan import StackBook
 from kvpack.memory.stack_state import StackState
 from kvpack.memory.store import StoredBlock
-from kvpack.snapshots.types import is_a
+from kvpack.snapshots.types import fits, is_a
 
 #: What every run remembers, and of what kind it is.
 _ATTRIBUTES: dict[str, Any] = {
@@ -57,18 +55,11 @@ def check_attributes(run_class: type, value: Any) -> dict[str, Any]:
     return value
 
 
-def check_moment(moment: Moment) -> None:
-    """Raise `SnapshotError` if parts of a moment are of the wrong kind."""
-    kinds: dict[str, tuple[Any, type]] = {
-        "conditioning": (moment.conditioning, dict),
-        "pasts": (moment.pasts, dict),
-        "clean": (moment.clean, CleanFrames),
-        "own_generators": (moment.own_generators, tuple),
-        **{f"pasts.{name}": (past, Past) for name, past in dict(moment.pasts).items()},
-    }
-    for name, (value, wanted) in kinds.items():
-        if not isinstance(value, wanted):
-            raise SnapshotError(f"{name} is a {type(value).__name__}, but must be a {wanted.__name__}")
+def check_moment(moment: Moment, run: Run) -> None:
+    """Raise `SnapshotError` if parts of a moment are not of the kinds that it has and its run takes."""
+    wrong = [*fits(Moment, vars(moment)), *fits(run.new_denoiser, {"conditioning": moment.conditioning})]
+    for name, hint in wrong:
+        raise SnapshotError(f"{name} is a {type(getattr(moment, name)).__name__}, but must be {hint}")
 
 
 def check_sessions(run: Run) -> None:

@@ -89,7 +89,7 @@ def _resumed(
     reader, own = TreeReader(*known, tier), TreeReader(*known, tier, None if shard is None else shard.own)
     readers = {name: own if name == "pasts" else reader for name in state if name != "run"}
     moment = Moment(run=attributes, **{name: each.value(state[name]) for name, each in readers.items()})
-    check_moment(moment)
+    check_moment(moment, run)
     _require_generators(attributes["call"].get("generator"), device)
     go_on(run, moment)
     _require_equal("geometry", content["geometry"], run.denoiser.geometry, run)

@@ -53,10 +53,10 @@ def _is_data(cls: Any) -> bool:
     return frozen and not issubclass(cls, Policy)
 
 
-def fits(cls: type, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the name and type of each field that a value does not fit, as far as its type can be looked at."""
+def fits(annotated: Any, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the name and type of each field or argument that a value does not fit, as far as it can be looked at."""
     try:
-        hints = get_type_hints(cls)
+        hints = get_type_hints(annotated)
     except (NameError, TypeError):  # a name that only type checkers import
         hints = {}
     for name, value in values.items():
@@ -79,6 +79,10 @@ def is_a(value: Any, hint: Any) -> bool:
         if len(arguments) == 2 and arguments[1] is ...:
             return all(is_a(each, arguments[0]) for each in value)
         return len(value) == len(arguments) and all(map(is_a, value, arguments))
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            is_a(key, arguments[0]) and is_a(each, arguments[1]) for key, each in value.items()
+        )
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:

@@ -108,6 +108,17 @@ def test_any_json_tree(data, pipe, saved, folder):
     resume(pipe, folder)
 
 
+@pytest.mark.parametrize("part", ["conditioning", "decoder"])
+def test_a_key_that_is_no_name_is_refused_by_the_part_that_has_it(part, pipe, saved, folder):
+    (path,) = saved.glob("snapshot-*")
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    content["state"][part]["of"][0][0] = 1
+    (folder / path.name).write_text(json.dumps({**content, "sha256": folders._digest(content)}))
+    with pytest.raises(SnapshotError, match=rf"{part} is a dict, but must be dict\[str, "):
+        pipe.packforcing.resume(folder)
+
+
 @MANY
 @given(data=st.data(), kind=st.sampled_from(["snapshot", "tensors", "blocks"]))
 def test_any_bytes(data, kind, pipe, saved, folder):
