@@ -157,7 +157,7 @@ def soaked(subject: Subject, chunks: int) -> list[Row]:
     for _ in range(chunks // each):
         young = kind(subject.stack)
         next(young)  # builds its pipeline
-        reference, _ = timed(young, YOUNG)
+        reference, _ = timed(young, min(YOUNG, each))
         del young
         took, most = timed(running, each)
         seconds.append(took)

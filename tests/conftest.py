@@ -1,5 +1,6 @@
 """Shapes in signatures are checked in every test: wrong ones raise where they happen."""
 
+import gc
 import json
 import os
 import subprocess
@@ -50,6 +51,11 @@ with (
 
 settings.register_profile("same", derandomize=True, deadline=None, database=None)
 settings.load_profile("same")
+
+
+def pytest_collection_finish():
+    """Leave what is imported out of garbage collection, which would look through it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

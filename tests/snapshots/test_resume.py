@@ -26,6 +26,8 @@ from kvpack.testing import (
 )
 
 CALL = SMALL_CALL
+#: Where no frames are given: the decoder's own memory is that of the tests of batches, prompts and beginnings.
+LATENTS = {**CALL, "output_type": "latent"}
 picture, clip = partial(helpers.picture, 32), partial(helpers.clip, size=32)
 
 
@@ -67,7 +69,7 @@ def test_every_stack(name, tmp_path):
     chunk = wan(name).packforcing.stack.chunk_frames
     frames = 4 * 10 * chunk - 3
     at = 7 if chunk > 1 else 9
-    check_resumed(tmp_path, partial(wan, name), lambda: {**CALL, "num_frames": frames, "generator": seeded()}, at)
+    check_resumed(tmp_path, partial(wan, name), lambda: {**LATENTS, "num_frames": frames, "generator": seeded()}, at)
 
 
 BATCH = {"prompt": ["a red circle", "the blue square"]}
@@ -101,7 +103,7 @@ def test_compressors(compressor, tmp_path):
     check_resumed(
         tmp_path / "snapshots",
         partial(wan, **SMALL, **options),
-        lambda: {**CALL, "num_frames": 61, "generator": seeded()},
+        lambda: {**LATENTS, "num_frames": 61, "generator": seeded()},
         5,
     )
 
@@ -110,7 +112,7 @@ def test_compressors(compressor, tmp_path):
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
 def test_every_form_and_tier_of_an_archive(store, tier, tmp_path):
     def call():
-        return {**CALL, "num_frames": 61, "generator": seeded()}
+        return {**LATENTS, "num_frames": 61, "generator": seeded()}
 
     check_resumed(tmp_path, partial(wan, **SMALL, store=store, tier=tier), call, 5)
 
@@ -125,7 +127,7 @@ def test_another_tier(store, tmp_path):
     def archive(stream):
         return next(iter(stream._run.sessions.values())).state().states[0].archive
 
-    call = {**CALL, "num_frames": 77}
+    call = {**LATENTS, "num_frames": 77}
     expected = list(on("device").packforcing.stream(**call, generator=seeded()))
     stream, parts = on("device").packforcing.stream(**call, generator=seeded()), []
     for tier in ("disk", "host", "device"):
