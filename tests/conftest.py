@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -59,11 +60,14 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(autouse=True)
-def _backend():
-    """`set_attention_backend` sets diffusers' backend for the whole process; the next test has the one of before."""
-    before = _AttentionBackendRegistry._active_backend
+def _process():
+    """Give the next test what was there before: diffusers' attention backend, and what loggers tell."""
+    loggers = [logging.getLogger(name) for name in ("kvpack", "diffusers")]
+    levels, backend = [each.level for each in loggers], _AttentionBackendRegistry._active_backend
     yield
-    _AttentionBackendRegistry._active_backend = before
+    _AttentionBackendRegistry._active_backend = backend
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")

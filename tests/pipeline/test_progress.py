@@ -31,13 +31,6 @@ def pipe():
     return quiet(tiny_wan_pipeline()).enable_packforcing("self-forcing", **WINDOW)
 
 
-@pytest.fixture
-def verbosity():
-    before = kvpack.logging.get_verbosity()
-    yield
-    kvpack.logging.set_verbosity(before)
-
-
 @pytest.mark.parametrize("output_type", ["latent", "pt"])
 @pytest.mark.parametrize("streams", [True, False])
 def test_a_callback_is_told_of_each_chunk(streams, output_type, pipe):
@@ -110,7 +103,7 @@ def test_every_family_counts_its_frames():
     assert [each.frames for each in told] == [17, 33]  # 8 pixel frames a latent frame; the sink is in the first chunk
 
 
-def test_the_log_has_a_line_a_chunk(pipe, caplog, verbosity):
+def test_the_log_has_a_line_a_chunk(pipe, caplog):
     pipe(**CALL, num_frames=21)
     assert not caplog.messages
     kvpack.logging.set_verbosity_info()
