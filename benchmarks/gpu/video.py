@@ -194,7 +194,7 @@ class Video:
         with patch.object(self.denoiser, "timed", timed), finishing:
             whole = self.machine.seconds(self.chunk)
         parts = {name: seconds - before[name] for name, seconds in self.denoiser.seconds.items() if name != "decode"}
-        parts = {**parts, FINISH: spent[0]}
+        parts = {**parts, "commit": parts["commit"] - spent[0], FINISH: spent[0]}
         return whole, {**parts, "the rest": whole - sum(parts.values())}
 
     def inputs(self) -> tuple[Tensor, Tensor]:

@@ -283,7 +283,8 @@ class Denoiser(ABC):
             rerun = again or self.stack.commit == "rerun" or session.step < last
             with self.writing():
                 self.commit_branch(branch, latents, tokens, rerun=rerun)
-        finish_commits(list(self.sessions.values()), None if self.guidance is None else self.guidance.together())
+        with self.timed("commit"):
+            finish_commits(list(self.sessions.values()), None if self.guidance is None else self.guidance.together())
 
     def commit_branch(self, branch: str, latents: Tensor, tokens: Mapping[BlockEntry, Tensor], *, rerun: bool) -> None:
         """Run the forwards whose keys and values become history of one branch.

@@ -52,6 +52,8 @@ class Run(ABC):
         self.adapter, self.pipeline, self.streaming = adapter, pipeline, streaming
         name = "prompt_embeds" if arguments["prompt"] is None and "prompt_embeds" in arguments else "prompt"
         schedule = shots(arguments[name])
+        if isinstance(schedule[0].prompt, Tensor) and "prompt_embeds" in arguments:
+            name, arguments = "prompt_embeds", {**arguments, "prompt": None}
         self.call = self.checked({**arguments, name: schedule[0].prompt})
         self.output_type, self.total_frames = self.call["output_type"], self.latent_frames()
         self.stack = self.fit(stack)
@@ -235,10 +237,11 @@ class Run(ABC):
         if rewind is not None:
             prolong(self)
             rewind()
-        with self.denoiser.timed("denoise"), self.stock() as call, self.denoiser.during(self.phase(first)):
-            made = call(**self.stock_call(noise))
-        latents = self.denoiser.agreed(made if isinstance(made, Tensor) else made[0])
-        self.denoiser.check_finite(latents, index)
+        with self.denoiser.timed("denoise"):
+            with self.stock() as call, self.denoiser.during(self.phase(first)):
+                made = call(**self.stock_call(noise))
+            latents = self.denoiser.agreed(made if isinstance(made, Tensor) else made[0])
+            self.denoiser.check_finite(latents, index)  # which waits for the device
         return latents
 
     def set_prompt(self, prompt: Prompt | None, *, cut: bool = False) -> None:

@@ -171,6 +171,7 @@ def test_embeddings_may_change_as_texts_do():
         )
     spoken = generate(pipe, [(0, FOX), (0.5, DOG)], 6)
     assert torch.equal(generate(pipe, None, 6, prompt_embeds=[(0, fox), (0.5, dog)]), spoken)
+    assert torch.equal(generate(pipe, [(0, fox), (0.5, dog)], 6), spoken)
     stream = pipe.packforcing.stream(prompt_embeds=fox, num_frames=21, generator=seeded(), **CALL)
     parts = [next(stream), next(stream), next(stream), stream.send(dog), *stream]
     assert torch.equal(torch.cat(parts, dim=2), spoken)
