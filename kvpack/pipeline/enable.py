@@ -72,16 +72,16 @@ def enable(
     asked = stack, options, settings, partial(adapter.default_options, configs)
     resolved = resolve_stack(*asked)
     budget = None if budget_gb is None else Budget(budget_gb, named_stack(*asked))
-    if settings.first_chunk_frames is not None:
-        require_length(settings.first_chunk_frames, resolved.chunk_frames)
+    first_frames = settings.first_chunk_frames if before is None else before.first_chunk_frames
+    if first_frames is not None:
+        require_length(first_frames, resolved.chunk_frames)
     adapter.check_stack(pipeline, resolved)
     if not isinstance(pipeline, PackForcingMixin):
         if own is None:
             warn_if_bidirectional(getattr(pipeline, "transformer", None))
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
     kept = {"fps": float(settings.fps)} if before is None else {name: getattr(before, name) for name in _KEPT}
-    own_call = {"first_chunk_frames": settings.first_chunk_frames, "call": settings.call}
-    attach(pipeline, resolved, adapter, **own_call, budget=budget, **kept)
+    attach(pipeline, resolved, adapter, first_chunk_frames=first_frames, call=settings.call, budget=budget, **kept)
     return pipeline
 
 

@@ -109,7 +109,10 @@ def test_what_the_model_is_holds_for_every_stack(folder):
         pipe.enable_packforcing(stack)
         assert (pipe.packforcing.fps, pipe.packforcing.first_chunk_frames) == (24.0, 1)
     pipe.packforcing.fps = 12
-    assert pipe.enable_packforcing().packforcing.fps == 12.0  # the user's own stays
+    pipe.packforcing.first_chunk_frames = 2
+    again = pipe.enable_packforcing().packforcing
+    assert (again.fps, again.first_chunk_frames) == (12.0, 2)  # the user's own stay
+    pipe.disable_packforcing()
     change(folder, first_chunk_frames=5)
     with pytest.raises(InvalidOptionError, match="a chunk has 1 to 3 latent frames with this stack, got 5"):
         pipe.enable_packforcing()
