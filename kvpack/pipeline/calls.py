@@ -118,11 +118,15 @@ def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool, on_nan: 
     if on_nan == "retry" and arguments.get("latents") is not None:
         raise InvalidOptionError('on_nan="retry" draws other noise, but latents are given; leave one of them out')
     enabled = pipeline._kvpack
-    run: Run = enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
-    choice = enabled.choice_for(run, run.denoiser.conditioning)
-    if choice is not None and choice.memory is not run.stack:
-        run.stack = choice.memory
-        run.denoiser = run.new_denoiser(run.denoiser.geometry, run.denoiser.conditioning)
+    try:
+        run: Run = enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
+        choice = enabled.choice_for(run, run.denoiser.conditioning)
+        if choice is not None and choice.memory is not run.stack:
+            run.stack = choice.memory
+            run.denoiser = run.new_denoiser(run.denoiser.geometry, run.denoiser.conditioning)
+    except BaseException:
+        pipeline.maybe_free_model_hooks()  # offloading may have brought the text encoder
+        raise
     run.retries_nan, enabled.choice = on_nan == "retry", choice
     return run
 

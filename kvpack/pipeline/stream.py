@@ -3,12 +3,13 @@
 import time
 import weakref
 from collections.abc import Generator
+from inspect import GEN_CREATED, getgeneratorstate
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from kvpack.errors import SnapshotError
+from kvpack.errors import BusyPipelineError, SnapshotError
 from kvpack.generation.branches import Seed, forked, reseed
 from kvpack.generation.chunks import own_generators, rewinding
 from kvpack.generation.moment import require_between_chunks
@@ -61,11 +62,12 @@ class Stream(Generator[Any, Prompt | None, None]):
 
     def _follow(self, run: Run) -> None:
         """Hand out the frames of a run from here on."""
-        self._run, self._frames = run, frames(self._pipeline, run, self._on_chunk, self._beside)
+        self._run: Run | None = run
+        self._frames = frames(self._pipeline, run, self._on_chunk, self._beside)
         if self._end is not None:
             self._end.detach()
         # Before modules are torn down, which closing needs; a generator that is left to the interpreter comes after.
-        self._end = weakref.finalize(self, _close, self._frames, self._pipeline)
+        self._end = weakref.finalize(self, _close, self._frames, run)
         #: Chunks of the whole video, as far as they can be counted.
         self.chunks = run.count
 
@@ -94,7 +96,7 @@ class Stream(Generator[Any, Prompt | None, None]):
         with alone(self._pipeline):
             ended = self._frames.gi_frame is None  # type: ignore[attr-defined]
             if not ended and (prompt is not None or cut):
-                self._run.set_prompt(prompt, cut=cut)
+                self._open().set_prompt(prompt, cut=cut)
             return next(self._frames)
 
     def save(self, folder: str | Path, note: Any = None) -> None:
@@ -111,20 +113,27 @@ class Stream(Generator[Any, Prompt | None, None]):
             OutputError: if it cannot be written.
         """
         with alone(self._pipeline):
-            self._require_all_here()
-            require_between_chunks(self._run)
+            run, saver = self._all_here(), self._saver
+            require_between_chunks(run)
             path = Path(folder).resolve()  # the same folder has many names, and a relative one may mean another later
-            if self._saver is None or self._saver.folder.path != path:
-                saver = Saver(path, self._generation, self._run.denoiser.shard)
+            if saver is None or saver.folder.path != path:
+                saver = Saver(path, self._generation, run.denoiser.shard)
+            try:
+                saver.save(run, note)
+            except BaseException:
+                if saver is not self._saver:
+                    saver.close()
+                raise
+            if saver is not self._saver:
                 self._release()
                 self._saver = saver
-            self._saver.save(self._run, note)
 
     def fork(self, *, seed: Seed | None = None, prompt: Prompt | None = None, cut: bool = False) -> Self:
         """Return another future of the same past, which shares its blocks; the two may be drawn from in any order.
 
         Args:
-            seed: of the other one's noise, one for each generator of the call; None draws the same noise in both.
+            seed: of the other one's noise, one for each generator of the call; None draws the same noise in both, if
+                the call has a generator.
             prompt: what the other one goes on with, as in `send`.
             cut: whether another scene begins there.
 
@@ -133,8 +142,7 @@ class Stream(Generator[Any, Prompt | None, None]):
             InvalidOptionError: if seeds or prompts are not as many as they were.
         """
         with alone(self._pipeline):
-            self._require_all_here()
-            run = forked(self._run)
+            run = forked(self._all_here())
             _turn(run, seed, prompt, cut)
         return type(self)(self._pipeline, run, self._on_chunk)
 
@@ -143,7 +151,8 @@ class Stream(Generator[Any, Prompt | None, None]):
 
         Args:
             chunks: how many, back from here.
-            seed: of the noise from there on, one for each generator of the call; None draws the same as before.
+            seed: of the noise from there on, one for each generator of the call; None draws the same as before, if the
+                call has a generator.
             prompt: what it goes on with, as in `send`.
             cut: whether another scene begins there.
 
@@ -151,14 +160,15 @@ class Stream(Generator[Any, Prompt | None, None]):
             SnapshotError: if no snapshot is kept there, or it is damaged.
             InvalidOptionError: if seeds or prompts are not as many as they were.
         """
-        index, _ = self._run.position or (0, 0)
-        behind = {} if self._saver is None else self._saver.folder.chunks()
-        if self._saver is None or index - chunks not in behind:
-            kept = ", ".join(f"rewind({index - each})" for each in behind) or "none; save() keeps the last two"
-            raise SnapshotError(f"no snapshot is kept {chunks} chunks back; those that are: {kept}")
-        number, folder = behind[index - chunks], self._saver.folder
-        functions = {name: value for name, value in self._run.call.items() if callable(value)}
         with alone(self._pipeline):
+            before = self._open()
+            index, _ = before.position or (0, 0)
+            behind = {} if self._saver is None else self._saver.folder.chunks()
+            if self._saver is None or index - chunks not in behind:
+                kept = ", ".join(f"rewind({index - each})" for each in behind) or "none; save() keeps the last two"
+                raise SnapshotError(f"no snapshot is kept {chunks} chunks back; those that are: {kept}")
+            number, folder = behind[index - chunks], self._saver.folder
+            functions = {name: value for name, value in before.call.items() if callable(value)}
             undo = rewinding(own_generators())
             try:
                 run, _, note = resumed(self._pipeline, folder.path, functions, number)
@@ -166,13 +176,19 @@ class Stream(Generator[Any, Prompt | None, None]):
             except BaseException:
                 undo()
                 raise
-        self.note = note
-        self._frames.close()
-        folder.forget_after(number)
-        self._follow(run)
+            self.note = note
+            self._frames.close()
+            folder.forget_after(number)
+            self._follow(run)
 
-    def _require_all_here(self) -> None:
-        if self._run.denoiser.guidance is not None:
+    def _open(self) -> Run:
+        if self._run is None:
+            raise SnapshotError("the stream was closed, and holds nothing any more; save or fork it before")
+        return self._run
+
+    def _all_here(self) -> Run:
+        run = self._open()
+        if run.denoiser.guidance is not None:
             raise SnapshotError(
                 "each process has the memory of one guidance branch, and no snapshot holds both; set "
                 "packforcing.guidance_group to None before the generation to save or fork it"
@@ -182,15 +198,33 @@ class Stream(Generator[Any, Prompt | None, None]):
                 "a stream with decode_device is a chunk ahead of the frames that it has handed out, and cannot be "
                 "saved or forked; leave decode_device out"
             )
+        return run
 
     def throw(self, *error: Any) -> Any:
-        """End the generation with an error."""
+        """End the generation with an error.
+
+        Raises:
+            BusyPipelineError: if another thread makes its next chunk.
+        """
+        self._require_waiting()
         return self._frames.throw(*error)
 
     def close(self) -> None:
-        """End the generation."""
-        self._frames.close()
+        """End the generation, and free what it holds.
+
+        Raises:
+            BusyPipelineError: if another thread makes its next chunk.
+        """
+        self._require_waiting()
+        self._end()
+        self._run = None
         self._release()
+
+    def _require_waiting(self) -> None:
+        if self._frames.gi_running:  # type: ignore[attr-defined]
+            raise BusyPipelineError(
+                "another thread makes this stream's next chunk; close it there, or behind pipe._interrupt = True"
+            )
 
     def _release(self) -> None:
         if self._saver is not None:
@@ -205,9 +239,11 @@ def _turn(run: Run, seed: Seed | None, prompt: Prompt | None, cut: bool) -> None
         run.set_prompt(prompt, cut=cut)
 
 
-def _close(frames: Generator[Any, None, None], pipeline: Any) -> None:
+def _close(frames: Generator[Any, None, None], run: Run) -> None:
     """Close frames; another thread that makes one is asked to stop, or the interpreter would abort in its forward."""
-    thread = None
+    pipeline, thread = run.pipeline, None
+    if getgeneratorstate(frames) == GEN_CREATED:
+        run.close()  # which is theirs once one was drawn
     for _ in range(int(_PATIENCE / _PAUSE)):  # counted: a clock may stand still
         try:
             frames.close()

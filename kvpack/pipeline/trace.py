@@ -52,9 +52,12 @@ def traced(run: Run, path: Path | None) -> Iterator[GeneratedChunk]:
     with file:
         trace = Trace(run, file, _frame=0 if run.position is None else run.position[1])
         run.watch = trace.look
-        for chunk in run.chunks():
-            trace.write(chunk)
-            yield chunk
+        try:
+            for chunk in run.chunks():
+                trace.write(chunk)
+                yield chunk
+        finally:
+            vars(run).pop("watch", None)  # the two hold each other
 
 
 @dataclass

@@ -2,10 +2,12 @@
 
 import gc
 import signal
+import weakref
 
 import pytest
 
 from helpers import quiet
+from kvpack.errors import SnapshotError
 from kvpack.testing import tiny_wan_pipeline
 
 CALL = {
@@ -85,6 +87,45 @@ def fail_inside(stream):
     with stream:
         next(stream)
         raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("with_trace", [False, True])
+def test_a_closed_stream_holds_nothing_and_says_so(with_trace, pipe, tmp_path):
+    if with_trace:
+        pipe.packforcing.trace(tmp_path / "trace.jsonl")
+    with pipe.packforcing.stream(**CALL) as stream:
+        next(stream)
+        past = weakref.ref(pipe.packforcing.sessions["cond"].past)
+        gc.disable()
+    try:
+        assert past() is None
+    finally:
+        gc.enable()
+    for use in (stream.fork, lambda: stream.save(tmp_path / "snapshots"), lambda: stream.rewind(1)):
+        with pytest.raises(SnapshotError, match="the stream was closed, and holds nothing any more"):
+            use()
+    assert list(stream) == []
+    stream.close()
+
+
+@pytest.mark.parametrize("end", [lambda stream: stream.close(), lambda stream: None])
+def test_a_stream_of_which_nothing_was_drawn_frees_the_models(end, pipe, monkeypatch):
+    freed = []
+    monkeypatch.setattr(type(pipe)._kvpack_base, "maybe_free_model_hooks", lambda pipe: freed.append(1))
+    stream = pipe.packforcing.stream(**CALL)
+    assert not freed
+    end(stream)
+    del stream
+    assert freed == [1]
+
+
+def test_a_call_that_is_refused_frees_the_models(pipe, monkeypatch):
+    freed = []
+    monkeypatch.setattr(type(pipe)._kvpack_base, "maybe_free_model_hooks", lambda pipe: freed.append(1))
+    monkeypatch.setattr(type(pipe._kvpack), "choice_for", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pipe(**CALL, num_frames=9)
+    assert freed == [1]
 
 
 def test_a_dropped_stream_ends(pipe):

@@ -119,6 +119,27 @@ def test_an_open_stream_waits_for_its_turn(pipe):
     assert torch.equal(torch.cat(parts, dim=2), wanted)
 
 
+def test_a_stream_is_not_ended_while_another_thread_draws_from_it(pipe):
+    reached, go_on = threading.Event(), threading.Event()
+
+    def pause(pipe, step, timestep, tensors):
+        reached.set()
+        assert go_on.wait(60)
+        return tensors
+
+    stream = pipe.packforcing.stream(**CALL, generator=seeded(), callback_on_step_end=pause)
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(next, stream)
+        assert reached.wait(60)
+        for end in (stream.close, lambda: stream.throw(ZeroDivisionError)):
+            with pytest.raises(BusyPipelineError, match="another thread makes this stream's next chunk"):
+                end()
+        go_on.set()
+        assert made.result().shape[2] == 2
+    stream.close()
+    assert pipe.packforcing.sessions == {}
+
+
 def test_a_stream_may_go_on_in_another_thread(pipe):
     wanted = generate(pipe)
     stream = pipe.packforcing.stream(**CALL, generator=seeded())

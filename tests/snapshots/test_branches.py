@@ -168,6 +168,13 @@ def test_forks_are_saved_apart(tmp_path):
         each.save(tmp_path / name)
     with pytest.raises(OSError, match="being written by another"):
         stream.save(tmp_path / "b")
+    with pytest.raises(SnapshotError):  # the folder of before is still its own, another one nobody's
+        stream.save(tmp_path / "c", note=object())
+    other.save(tmp_path / "c")
+    with pytest.raises(OSError, match="being written by another"):
+        other.save(tmp_path / "a")
+    stream.save(tmp_path / "a")
+    other.save(tmp_path / "b")
     for name, each in (("a", stream), ("b", other)):
         expected = list(each)
         each.close()
