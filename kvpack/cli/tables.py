@@ -165,6 +165,7 @@ def fit_rows(fit: Fit, plan: Plan, tier: str) -> list[list[str]]:
         *elsewhere,
         ("activations of a forward", fit.denoising),
         ("activations of decoding a chunk", fit.decoding),
+        ("of these kept for the next one, in a stream", fit.features),
         *((f"together, {call}", total) for call, total in fit.totals.items()),
     ]
     return [[name, size_text(count)] for name, count in rows]

@@ -48,7 +48,8 @@ class Fit:
         text_encoder: weights; it is needed before the first chunk only.
         block: weights of the largest block of the transformer.
         denoising: what one forward of a chunk holds beside weights, keys and values.
-        decoding: what decoding a chunk holds beside weights.
+        decoding: what decoding a chunk holds beside weights, features among it.
+        features: what a decoder that goes on chunk by chunk keeps meanwhile, as in a stream.
         kv: the most that the memory holds on the card.
     """
 
@@ -58,16 +59,18 @@ class Fit:
     block: int
     denoising: int
     decoding: int
+    features: int = 0
     kv: int = 0
 
     @property
     def beside(self) -> dict[str, int]:
         """What is on the card beside keys and values, by the calls that bring it there; the fastest first."""
-        work = max(self.denoising, self.decoding)
+        denoising = self.denoising + self.features
+        work = max(denoising, self.decoding)
         return {
             WHOLE: self.transformer + self.vae + self.text_encoder + work,
             # Denoising and decoding take turns; with model offload so do their weights.
-            MODEL_OFFLOAD: max(self.transformer + self.denoising, self.vae + self.decoding),
+            MODEL_OFFLOAD: max(self.transformer + denoising, self.vae + self.decoding),
             SEQUENTIAL_OFFLOAD: self.block + work,
         }
 
@@ -152,7 +155,17 @@ def fit(
         block=block,
         denoising=peak_bytes(lambda: model(latents, times, text, return_dict=False)) + largest,
         decoding=peak_bytes(lambda: vae.decode(latents, return_dict=False)),
+        features=_kept_bytes(vae, latents),
     )
+
+
+def _kept_bytes(vae: Any, latents: Tensor) -> int:
+    """Return the bytes of features that a decoder keeps of a chunk for the next one."""
+    features: list[Any] = [None] * vae._cached_conv_counts["decoder"]
+    with torch.no_grad():
+        for index, frame in enumerate(vae.post_quant_conv(latents).split(1, dim=2)):
+            vae.decoder(frame, feat_cache=features, feat_idx=[0], first_chunk=index == 0)
+    return sum(each.nbytes for each in features if isinstance(each, Tensor))
 
 
 def _stored(model: torch.nn.Module, dtype: torch.dtype, weights: str | None) -> int:

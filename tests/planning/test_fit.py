@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from kvpack.adapters.wan.vae import StreamingDecoder
 from kvpack.cli import app
 from kvpack.errors import BudgetError, InvalidOptionError, UnsupportedPipelineError
 from kvpack.planning.budget import Choice
@@ -56,9 +57,12 @@ def test_activations_are_those_of_a_real_forward():
     weights = sum(each.numel() for each in pipe.transformer.parameters()) * 4
     assert found.transformer == weights
     assert found.text_encoder == sum(each.numel() for each in pipe.text_encoder.parameters()) * 4
+    decoder = StreamingDecoder(pipe.vae, 64, 64)
+    decoder(latents)
+    assert found.features == sum(each.nbytes for each in decoder.features if isinstance(each, torch.Tensor))
 
 
-PARTS = Fit(10 * GIB, 1 * GIB, 11 * GIB, GIB // 2, 2 * GIB, 3 * GIB)
+PARTS = Fit(10 * GIB, 1 * GIB, 11 * GIB, GIB // 2, GIB, 3 * GIB, GIB)
 HELD = {"": 4, "tier=host": 2, "tier=host topk=1": 1}
 
 
