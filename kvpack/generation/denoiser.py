@@ -262,8 +262,7 @@ class Denoiser(ABC):
 
     def _replay(self, clean: CleanFrames, coming: int = 0) -> None:
         """Commit the last frames again; `coming` of them, the newest, for the first time."""
-        plan = self._first.replays(coming)
-        if not plan:
+        if not (plan := self._first.replays(coming)):
             return
         latents = clean.last(sum(plan))
         if self.stack.reencodes and sum(plan) < self.frames + coming:
@@ -277,14 +276,14 @@ class Denoiser(ABC):
             self._commit(part, tokens, again=True)
 
     def _commit(self, latents: Tensor, tokens: Mapping[BlockEntry, Tensor], *, again: bool) -> None:
-        last = max(session.step for session in self.sessions.values())
+        last = max(each.step for each in self.sessions.values())
         for branch, session in self.sessions.items():
             # A branch that guidance left out of the last step has nothing of it to keep.
             rerun = again or self.stack.commit == "rerun" or session.step < last
             with self.writing():
                 self.commit_branch(branch, latents, tokens, rerun=rerun)
         with self.timed("commit"):
-            finish_commits(list(self.sessions.values()), None if self.guidance is None else self.guidance.together())
+            finish_commits([*self.sessions.values()], None if self.guidance is None else self.guidance.together())
 
     def commit_branch(self, branch: str, latents: Tensor, tokens: Mapping[BlockEntry, Tensor], *, rerun: bool) -> None:
         """Run the forwards whose keys and values become history of one branch.

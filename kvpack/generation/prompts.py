@@ -1,5 +1,6 @@
 """Prompts that change while a video is generated."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -72,6 +73,20 @@ def shots(prompt: Any) -> list[Shot]:
     if len(batches) > 1:
         raise InvalidOptionError(f"all prompts of a schedule are of one batch, got batches of {sorted(batches)}")
     return schedule
+
+
+def scheduled(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[Shot]]:
+    """Return the arguments of a call with the first prompt in them alone, and all shots; embeddings go by their name.
+
+    Raises:
+        InvalidOptionError: if the prompt is meant as a schedule, but is none.
+    """
+    embeds = arguments["prompt"] is None and "prompt_embeds" in arguments
+    schedule = shots(arguments["prompt_embeds" if embeds else "prompt"])
+    first = schedule[0].prompt
+    if embeds or (isinstance(first, Tensor) and arguments.get("prompt_embeds", first) is None):
+        return {**arguments, "prompt": None, "prompt_embeds": first}, schedule
+    return {**arguments, "prompt": first}, schedule
 
 
 def _shot(entry: Any) -> Shot:

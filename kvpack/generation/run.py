@@ -14,7 +14,7 @@ from kvpack.errors import InvalidOptionError
 from kvpack.generation.chunks import GeneratedChunk, finite, prolong, require_room, rewinding, trimmed, watched
 from kvpack.generation.denoiser import Denoiser
 from kvpack.generation.phase import Phase
-from kvpack.generation.prompts import Prompt, Shot, shots
+from kvpack.generation.prompts import Prompt, Shot, scheduled, shots
 from kvpack.generation.threads import require_enabled
 from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
@@ -50,11 +50,8 @@ class Run(ABC):
         self, adapter: "Adapter", pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool
     ) -> None:
         self.adapter, self.pipeline, self.streaming = adapter, pipeline, streaming
-        name = "prompt_embeds" if arguments["prompt"] is None and "prompt_embeds" in arguments else "prompt"
-        schedule = shots(arguments[name])
-        if isinstance(schedule[0].prompt, Tensor) and "prompt_embeds" in arguments:
-            name, arguments = "prompt_embeds", {**arguments, "prompt": None}
-        self.call = self.checked({**arguments, name: schedule[0].prompt})
+        arguments, schedule = scheduled(arguments)
+        self.call = self.checked(arguments)
         self.output_type, self.total_frames = self.call["output_type"], self.latent_frames()
         self.stack = self.fit(stack)
         height, width = self.frame_size()
