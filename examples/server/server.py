@@ -108,7 +108,8 @@ def app_of(host: Host) -> FastAPI:
 
     @app.get("/sessions")
     async def sessions() -> dict[str, Any]:
-        each = {name: {"chunks": it.chunks, "in_memory": it.stream is not None} for name, it in host.users.items()}
+        users = list(host.users.items())  # at once: the worker adds and removes some meanwhile
+        each = {name: {"chunks": it.chunks, "in_memory": it.stream is not None} for name, it in users}
         return {"capacity": host.capacity, "session_bytes": host.session_bytes, "sessions": each}
 
     @app.post("/sessions/{name}/prompt", status_code=204)

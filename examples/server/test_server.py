@@ -18,7 +18,7 @@ pytest.importorskip("fastapi", reason="the server's example needs fastapi, uvico
 import av
 from fastapi import WebSocketDisconnect
 from fastapi.testclient import TestClient
-from hosting import Host, session_bytes
+from hosting import Host, User, session_bytes
 from server import app_of
 
 import kvpack
@@ -155,6 +155,19 @@ def test_another_prompt(alone, serve):
         made += [chunk(client, name, number) for number in range(2, 4)]
     assert same(made, single(alone, "a red circle", 1, 4, change=(2, "a blue square")))
     assert not same(made, single(alone, "a red circle", 1, 4))
+
+
+def test_sessions_are_listed_while_others_begin(serve):
+    with serve() as client:
+        users = client.host.users
+
+        class Begins(User):
+            stream = property(lambda _: users.setdefault("another", User("another")).stream, lambda *_: None)
+
+        users["one"] = Begins("one")
+        assert list(client.get("/sessions").json()["sessions"]) == ["one"]
+        assert list(users) == ["one", "another"]
+        users.clear()
 
 
 def test_an_answer_that_was_lost(serve):
