@@ -2,6 +2,7 @@
 
 import io
 import random
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from hosting import Host, User, session_bytes
 from server import app_of
 
 import kvpack
+from kvpack.errors import OutputError
 from kvpack.pipeline.track import load_pipeline
 from kvpack.shipped import shipped_folder
 
@@ -84,6 +86,10 @@ def chunk(client, name, number):
 
 def same(parts, others):
     return len(parts) == len(others) and all(np.array_equal(a, b) for a, b in zip(parts, others, strict=True))
+
+
+def full(*_):
+    raise OutputError("No space left on device")
 
 
 def metric(client, name):
@@ -230,6 +236,33 @@ def test_stop_and_start_again(alone, serve):
     changes = [None, None, (2, "a red circle")]
     expected = [single(alone, *each, 4, change) for each, change in zip(USERS.items(), changes, strict=True)]
     assert all(map(same, made.values(), expected))
+
+
+def test_a_kill_behind_another_prompt(alone, serve, tmp_path):
+    """What was saved when it came is what makes the chunks again: under the prompt that they had."""
+    with serve() as client:
+        name = begin(client, "a red circle", 1)
+        made = [chunk(client, name, number) for number in range(2)]
+        client.post(f"/sessions/{name}/prompt", json={"prompt": "a blue square"})
+        made += [chunk(client, name, number) for number in range(2, 4)]
+        shutil.copytree(tmp_path / "sessions", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "sessions")
+    (tmp_path / "killed").rename(tmp_path / "sessions")
+    with serve() as client:
+        chunks = client.get("/sessions").json()["sessions"][name]["chunks"]
+        assert chunks < 4
+        again = made[:chunks] + [chunk(client, name, number) for number in range(chunks, 4)]
+    assert same(again, made)
+    assert same(again, single(alone, "a red circle", 1, 4, change=(2, "a blue square")))
+
+
+def test_a_change_that_cannot_be_saved_is_none(alone, serve, monkeypatch):
+    with serve() as client:
+        name = begin(client, "a red circle", 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(client.host.users[name].stream, "save", full)
+            assert client.post(f"/sessions/{name}/prompt", json={"prompt": "a blue square"}).status_code == 422
+        assert same([chunk(client, name, 0)], single(alone, "a red circle", 1, 1))
 
 
 def test_an_mp4_and_its_end(serve):
