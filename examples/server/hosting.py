@@ -169,9 +169,11 @@ class Host:
         return sorted((each for each in users if each.used <= before), key=lambda each: each.used)
 
     def _tidy(self) -> None:
-        self._evict(*self._idle())
-        with suppress(OSError, AttributeError):  # glibc keeps what is freed between blocks that are held
-            ctypes.CDLL(None).malloc_trim(0)
+        try:
+            self._evict(*self._idle())
+        finally:
+            with suppress(OSError, AttributeError):  # glibc keeps what is freed between blocks that are held
+                ctypes.CDLL(None).malloc_trim(0)
 
     def _make_room(self) -> None:
         if self._resident() < self.capacity:
@@ -241,11 +243,19 @@ class Host:
         user.stream.save(self.folder / user.name, {"prompt": prompt, "chunks": user.chunks})
 
     def _evict(self, *users: User) -> None:
+        failed: list[Exception] = []
         for user in users:
-            self._save(user, user.prompt)
+            try:
+                self._save(user, user.prompt)
+            except Exception as error:  # it stays in memory, and the others are saved all the same
+                failed.append(error)
+                failed[0].add_note(f"session {user.name} was not saved: {error}")
+                continue
             user.stream.close()
             user.stream = user.last = None
             self.moved.labels("disk").inc()
+        if failed:
+            raise failed[0]
 
     def _end(self, user: User) -> None:
         if user.stream is not None:

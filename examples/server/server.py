@@ -174,8 +174,8 @@ async def _tidy(host: Host) -> None:
         await asyncio.sleep(max(1.0, host.idle_seconds / 2))
         try:
             await asyncio.wrap_future(host.tidy())
-        except KVPackError as error:  # e.g. a full disk: the sessions stay in memory, and the next turn tries again
-            logger.warning("idle sessions could not be saved: %s", error)
+        except Exception as error:  # e.g. a full disk: the sessions stay in memory, and the next turn tries again
+            logger.warning("idle sessions could not be saved: %s", "; ".join(getattr(error, "__notes__", [str(error)])))
 
 
 class Server(uvicorn.Server):

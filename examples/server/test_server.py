@@ -1,11 +1,12 @@
 """Clients that share one pipeline get the frames of their own single runs, whatever happens to the others."""
 
+import asyncio
 import io
 import random
 import shutil
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import count
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import av
 from fastapi import WebSocketDisconnect
 from fastapi.testclient import TestClient
 from hosting import Host, User, session_bytes
-from server import app_of
+from server import _tidy, app_of
 
 import kvpack
 from kvpack.errors import OutputError
@@ -88,8 +89,8 @@ def same(parts, others):
     return len(parts) == len(others) and all(np.array_equal(a, b) for a, b in zip(parts, others, strict=True))
 
 
-def full(*_):
-    raise OutputError("No space left on device")
+def fail(error, *_):
+    raise error
 
 
 def metric(client, name):
@@ -260,9 +261,43 @@ def test_a_change_that_cannot_be_saved_is_none(alone, serve, monkeypatch):
     with serve() as client:
         name = begin(client, "a red circle", 1)
         with monkeypatch.context() as patch:
-            patch.setattr(client.host.users[name].stream, "save", full)
+            patch.setattr(client.host.users[name].stream, "save", partial(fail, OutputError("a full disk")))
             assert client.post(f"/sessions/{name}/prompt", json={"prompt": "a blue square"}).status_code == 422
         assert same([chunk(client, name, 0)], single(alone, "a red circle", 1, 1))
+
+
+def test_a_session_that_cannot_be_saved_holds_no_other_up(serve, monkeypatch):
+    """Neither where the idle are saved nor at the stop, both of which tell of it."""
+    with pytest.raises(RuntimeError, match="a bug") as told, serve(idle_seconds=0) as client:  # noqa: PT012  # at its end
+        names = [begin(client, *each) for each in USERS.items()]
+        monkeypatch.setattr(client.host.users[names[0]].stream, "save", partial(fail, RuntimeError("a bug")))
+        with pytest.raises(RuntimeError, match="a bug"):
+            client.host.tidy().result()
+        sessions = client.get("/sessions").json()["sessions"]
+        assert [sessions[name]["in_memory"] for name in names] == [True, False, False]
+        for name in names[1:]:
+            chunk(client, name, 0)
+        assert metric(client, "kvpack_sessions_in_memory") == 3
+    assert told.value.__notes__[-1] == f"session {names[0]} was not saved: a bug"
+    client.host.users[names[0]].stream.close()
+    with serve() as client:
+        sessions = client.get("/sessions").json()["sessions"]
+    assert [sessions[name]["chunks"] for name in names] == [0, 1, 1]
+
+
+def test_idle_sessions_are_saved_in_the_turn_behind_one_that_fails(monkeypatch, caplog):
+    turns, ended = [], Future()
+    ended.set_exception(RuntimeError("a bug"))
+
+    async def sleep(_):
+        if len(turns) == 2:
+            raise KeyboardInterrupt
+
+    host = SimpleNamespace(idle_seconds=2, tidy=lambda: turns.append("turn") or ended)
+    monkeypatch.setattr("server.asyncio.sleep", sleep)
+    with pytest.raises(KeyboardInterrupt), caplog.at_level("WARNING", "uvicorn.error"):
+        asyncio.run(_tidy(host))
+    assert caplog.messages == ["idle sessions could not be saved: a bug"] * 2
 
 
 def test_an_mp4_and_its_end(serve):
