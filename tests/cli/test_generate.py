@@ -111,6 +111,16 @@ def test_an_existing_directory_as_output(model: Path, tmp_path: Path) -> None:
     assert "a.mp4: it is a directory; give the name of a file in it" in complaint(*generate(model, tmp_path / "a.mp4"))
 
 
+@pytest.mark.usefixtures("nothing_generated")
+@pytest.mark.parametrize(
+    ("trace", "message"),
+    [("absent/t.jsonl", "absent does not exist; give a file in a directory that exists"), (".", "it is a directory")],
+)
+def test_a_trace_that_cannot_be_written(model: Path, tmp_path: Path, trace: str, message: str) -> None:
+    assert message in complaint(*generate(model, tmp_path / "a.mp4", "--trace", tmp_path / trace))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
