@@ -169,9 +169,11 @@ class Host:
         return sorted((each for each in users if each.used <= before), key=lambda each: each.used)
 
     def _tidy(self) -> None:
-        self._evict(*self._idle())
-        with suppress(OSError, AttributeError):  # glibc keeps what is freed between blocks that are held
-            ctypes.CDLL(None).malloc_trim(0)
+        try:
+            self._evict(*self._idle())
+        finally:
+            with suppress(OSError, AttributeError):  # glibc keeps what is freed between blocks that are held
+                ctypes.CDLL(None).malloc_trim(0)
 
     def _make_room(self) -> None:
         if self._resident() < self.capacity:
@@ -186,7 +188,7 @@ class Host:
         user = User(uuid.uuid4().hex, used=time.monotonic())
         noise = torch.Generator("cpu").manual_seed(seed)
         user.stream = self.pipeline.packforcing.stream(prompt=prompt, generator=noise, output_type="np")
-        self._save(user)  # from here on it outlives the process
+        self._save(user, None)  # from here on it outlives the process
         self.users[user.name] = user
         return user.name
 
@@ -218,13 +220,15 @@ class Host:
         user.chunks += 1
         self.made.inc()
         if user.chunks % SAVE_EVERY == 0:
-            self._save(user)
+            self._save(user, None)
         return user.chunks - 1, user.last
 
     def _change(self, user: User, prompt: str | None, cut: bool) -> None:
-        self._wake(user)  # what it is told is saved with it
+        self._wake(user)
         before = user.prompt or (None, False)
-        user.prompt = (prompt if prompt is not None else before[0], cut or before[1])
+        told = (prompt if prompt is not None else before[0], cut or before[1])
+        self._save(user, told)  # chunks made again behind SIGKILL are made under it too
+        user.prompt = told
 
     def _wake(self, user: User) -> None:
         if user.stream is not None:
@@ -235,15 +239,23 @@ class Host:
         user.prompt, user.chunks = None if told is None else tuple(told), user.stream.note["chunks"]
         self.moved.labels("memory").inc()
 
-    def _save(self, user: User) -> None:
-        user.stream.save(self.folder / user.name, {"prompt": user.prompt, "chunks": user.chunks})
+    def _save(self, user: User, prompt: tuple[str | None, bool] | None) -> None:
+        user.stream.save(self.folder / user.name, {"prompt": prompt, "chunks": user.chunks})
 
     def _evict(self, *users: User) -> None:
+        failed: list[Exception] = []
         for user in users:
-            self._save(user)
+            try:
+                self._save(user, user.prompt)
+            except Exception as error:  # it stays in memory, and the others are saved all the same
+                failed.append(error)
+                failed[0].add_note(f"session {user.name} was not saved: {error}")
+                continue
             user.stream.close()
             user.stream = user.last = None
             self.moved.labels("disk").inc()
+        if failed:
+            raise failed[0]
 
     def _end(self, user: User) -> None:
         if user.stream is not None:

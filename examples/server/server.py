@@ -108,7 +108,8 @@ def app_of(host: Host) -> FastAPI:
 
     @app.get("/sessions")
     async def sessions() -> dict[str, Any]:
-        each = {name: {"chunks": it.chunks, "in_memory": it.stream is not None} for name, it in host.users.items()}
+        users = list(host.users.items())  # at once: the worker adds and removes some meanwhile
+        each = {name: {"chunks": it.chunks, "in_memory": it.stream is not None} for name, it in users}
         return {"capacity": host.capacity, "session_bytes": host.session_bytes, "sessions": each}
 
     @app.post("/sessions/{name}/prompt", status_code=204)
@@ -173,8 +174,8 @@ async def _tidy(host: Host) -> None:
         await asyncio.sleep(max(1.0, host.idle_seconds / 2))
         try:
             await asyncio.wrap_future(host.tidy())
-        except KVPackError as error:  # e.g. a full disk: the sessions stay in memory, and the next turn tries again
-            logger.warning("idle sessions could not be saved: %s", error)
+        except Exception as error:  # e.g. a full disk: the sessions stay in memory, and the next turn tries again
+            logger.warning("idle sessions could not be saved: %s", "; ".join(getattr(error, "__notes__", [str(error)])))
 
 
 class Server(uvicorn.Server):

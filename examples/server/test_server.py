@@ -1,10 +1,12 @@
 """Clients that share one pipeline get the frames of their own single runs, whatever happens to the others."""
 
+import asyncio
 import io
 import random
+import shutil
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import count
 from types import SimpleNamespace
@@ -18,10 +20,11 @@ pytest.importorskip("fastapi", reason="the server's example needs fastapi, uvico
 import av
 from fastapi import WebSocketDisconnect
 from fastapi.testclient import TestClient
-from hosting import Host, session_bytes
-from server import app_of
+from hosting import Host, User, session_bytes
+from server import _tidy, app_of
 
 import kvpack
+from kvpack.errors import OutputError
 from kvpack.pipeline.track import load_pipeline
 from kvpack.shipped import shipped_folder
 
@@ -84,6 +87,10 @@ def chunk(client, name, number):
 
 def same(parts, others):
     return len(parts) == len(others) and all(np.array_equal(a, b) for a, b in zip(parts, others, strict=True))
+
+
+def fail(error, *_):
+    raise error
 
 
 def metric(client, name):
@@ -157,6 +164,19 @@ def test_another_prompt(alone, serve):
     assert not same(made, single(alone, "a red circle", 1, 4))
 
 
+def test_sessions_are_listed_while_others_begin(serve):
+    with serve() as client:
+        users = client.host.users
+
+        class Begins(User):
+            stream = property(lambda _: users.setdefault("another", User("another")).stream, lambda *_: None)
+
+        users["one"] = Begins("one")
+        assert list(client.get("/sessions").json()["sessions"]) == ["one"]
+        assert list(users) == ["one", "another"]
+        users.clear()
+
+
 def test_an_answer_that_was_lost(serve):
     with serve() as client:
         name = begin(client, "a red circle", 1)
@@ -217,6 +237,67 @@ def test_stop_and_start_again(alone, serve):
     changes = [None, None, (2, "a red circle")]
     expected = [single(alone, *each, 4, change) for each, change in zip(USERS.items(), changes, strict=True)]
     assert all(map(same, made.values(), expected))
+
+
+def test_a_kill_behind_another_prompt(alone, serve, tmp_path):
+    """What was saved when it came is what makes the chunks again: under the prompt that they had."""
+    with serve() as client:
+        name = begin(client, "a red circle", 1)
+        made = [chunk(client, name, number) for number in range(2)]
+        client.post(f"/sessions/{name}/prompt", json={"prompt": "a blue square"})
+        made += [chunk(client, name, number) for number in range(2, 4)]
+        shutil.copytree(tmp_path / "sessions", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "sessions")
+    (tmp_path / "killed").rename(tmp_path / "sessions")
+    with serve() as client:
+        chunks = client.get("/sessions").json()["sessions"][name]["chunks"]
+        assert chunks < 4
+        again = made[:chunks] + [chunk(client, name, number) for number in range(chunks, 4)]
+    assert same(again, made)
+    assert same(again, single(alone, "a red circle", 1, 4, change=(2, "a blue square")))
+
+
+def test_a_change_that_cannot_be_saved_is_none(alone, serve, monkeypatch):
+    with serve() as client:
+        name = begin(client, "a red circle", 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(client.host.users[name].stream, "save", partial(fail, OutputError("a full disk")))
+            assert client.post(f"/sessions/{name}/prompt", json={"prompt": "a blue square"}).status_code == 422
+        assert same([chunk(client, name, 0)], single(alone, "a red circle", 1, 1))
+
+
+def test_a_session_that_cannot_be_saved_holds_no_other_up(serve, monkeypatch):
+    """Neither where the idle are saved nor at the stop, both of which tell of it."""
+    with pytest.raises(RuntimeError, match="a bug") as told, serve(idle_seconds=0) as client:  # noqa: PT012  # at its end
+        names = [begin(client, *each) for each in USERS.items()]
+        monkeypatch.setattr(client.host.users[names[0]].stream, "save", partial(fail, RuntimeError("a bug")))
+        with pytest.raises(RuntimeError, match="a bug"):
+            client.host.tidy().result()
+        sessions = client.get("/sessions").json()["sessions"]
+        assert [sessions[name]["in_memory"] for name in names] == [True, False, False]
+        for name in names[1:]:
+            chunk(client, name, 0)
+        assert metric(client, "kvpack_sessions_in_memory") == 3
+    assert told.value.__notes__[-1] == f"session {names[0]} was not saved: a bug"
+    client.host.users[names[0]].stream.close()
+    with serve() as client:
+        sessions = client.get("/sessions").json()["sessions"]
+    assert [sessions[name]["chunks"] for name in names] == [0, 1, 1]
+
+
+def test_idle_sessions_are_saved_in_the_turn_behind_one_that_fails(monkeypatch, caplog):
+    turns, ended = [], Future()
+    ended.set_exception(RuntimeError("a bug"))
+
+    async def sleep(_):
+        if len(turns) == 2:
+            raise KeyboardInterrupt
+
+    host = SimpleNamespace(idle_seconds=2, tidy=lambda: turns.append("turn") or ended)
+    monkeypatch.setattr("server.asyncio.sleep", sleep)
+    with pytest.raises(KeyboardInterrupt), caplog.at_level("WARNING", "uvicorn.error"):
+        asyncio.run(_tidy(host))
+    assert caplog.messages == ["idle sessions could not be saved: a bug"] * 2
 
 
 def test_an_mp4_and_its_end(serve):

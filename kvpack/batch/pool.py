@@ -93,6 +93,8 @@ class Pool:
         for _ in range(workers):
             self._start()
         self.making: dict[Any, tuple[Any, int, Attempt]] = {}
+        #: Why a worker was lost last while it loaded the pipeline.
+        self.ended = ""
 
     def run(self) -> None:
         """Make all videos; each has its line in the manifest as soon as it is made, or has failed.
@@ -102,7 +104,8 @@ class Pool:
         """
         while self.waiting or self.making:
             if not self.starting and not self.making:
-                raise InvalidOptionError("no worker is left: each ended several times while it loaded the pipeline")
+                said = f"each ended several times while it loaded the pipeline, at last: {self.ended}"
+                raise InvalidOptionError(f"no worker is left: {said}")
             for ready in self.ray.wait([*self.starting, *self.making])[0]:
                 self._started(ready) if ready in self.starting else self._heard(ready)
 
@@ -114,7 +117,8 @@ class Pool:
         worker, lost = self.starting.pop(ready)
         try:
             process, wrong = self.ray.get(ready)
-        except self.ray.exceptions.RayError:
+        except self.ray.exceptions.RayError as error:
+            self.ended = _why(error)
             if lost < self.retries:
                 self._start(lost + 1)
             return
@@ -148,7 +152,7 @@ class Pool:
     def _lost(self, stream: Any, error: Exception) -> None:
         """Go on with the video elsewhere, and start another worker."""
         worker, process, attempt = self.making.pop(stream)
-        why = first_line(getattr(error, "cause", None) or error)
+        why = _why(error)
         if isinstance(error, self.ray.exceptions.RayTaskError):  # its process lives, but may have spoiled its GPU
             self.ray.kill(worker)
         self._start()
@@ -164,3 +168,8 @@ class Pool:
         self.folder.note({**entry, "begun": attempt.begun})
         kind = "failed" if "error" in entry else "made"
         self.on_event(Event(kind, attempt.video, process, entry.get("frames", 0), entry.get("error", "")))
+
+
+def _why(error: Exception) -> str:
+    """Return in one line why a worker was lost: what was raised in it, where Ray says that."""
+    return first_line(getattr(error, "cause", None) or error)

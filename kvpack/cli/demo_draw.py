@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,15 @@ class Sheet:
 
     def __init__(self, width: int, margin: int = 24) -> None:
         self.width, self.margin, self.top = width, margin, margin
-        self._image = Image.new("RGB", (width, 4000), "white")
+        self._image = Image.new("RGB", (width, 2000), "white")
         self.draw: Any = ImageDraw.Draw(self._image)
+
+    def _reach(self, bottom: float) -> None:
+        """Make the sheet longer where something is to be drawn below its end."""
+        if bottom > self._image.height:
+            shorter, self._image = self._image, Image.new("RGB", (self.width, 2 * ceil(bottom)), "white")
+            self._image.paste(shorter)
+            self.draw = ImageDraw.Draw(self._image)
 
     def text(self, words: str, size: int = 17, left: int | None = None, colour: str = INK) -> None:
         """Write lines below what is there, broken where the sheet ends."""
@@ -54,15 +62,18 @@ class Sheet:
 
     def label(self, x: float, y: float, words: str, size: int = 15, colour: str = INK, anchor: str = "la") -> None:
         """Write something at a place."""
+        self._reach(y + 2 * size * len(words.splitlines()))
         self.draw.multiline_text((x, y), words, colour, font=ImageFont.load_default(size=size), anchor=anchor)
 
     def tile(self, x: int, y: int, picture: Frames, side: int) -> None:
         """Put a small picture at a place, its pixels enlarged."""
+        self._reach(y + side)
         self._image.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST), (x, y))
 
     def ticks(self, box: tuple[int, int, int, int], again: Sequence[tuple[float, bool]], end: float) -> None:
         """Draw a lane of ticks over time: upwards what was right, downwards what was wrong."""
         left, top, right, bottom = box
+        self._reach(bottom)
         middle = (top + bottom) // 2
         self.draw.line((left, middle, right, middle), FAINT)
         for second, good in again:
@@ -72,6 +83,7 @@ class Sheet:
     def chart(self, box: tuple[int, int, int, int], title: str, curves: Sequence[Curve], end: float) -> None:
         """Draw curves over the seconds of the video; each is named at its end."""
         left, top, right, bottom = box
+        self._reach(bottom)
         self.label(left, top - 26, title, 17)
         highest = max((max(curve.y) for curve in curves), default=0) or 1.0
         step = _step(highest)
@@ -92,12 +104,14 @@ class Sheet:
             self.draw.line(points, curve.colour, width=3, joint="curve")
             names.append((points[-1][1], curve))
         place = bottom + 20.0
-        for y, curve in sorted(names, key=lambda each: -each[0]):
-            place = min(y, place - 20)  # names do not lie upon each other
+        for count, (y, curve) in enumerate(sorted(names, key=lambda each: -each[0]), 1):
+            # Names lie neither upon each other nor above the chart.
+            place = max(min(y, place - 20), top + 20 * (len(names) - count))
             self.label(right + 8, place, curve.name, 15, curve.colour, "lm")
 
     def image(self) -> Image.Image:
         """Return what was drawn, cut below."""
+        self._reach(self.top + self.margin)
         return self._image.crop((0, 0, self.width, self.top + self.margin))
 
 

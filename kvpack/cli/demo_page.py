@@ -5,6 +5,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import cycle
 from textwrap import fill
 
 import numpy as np
@@ -128,9 +129,10 @@ def counted(again: Sequence[tuple[float, bool]], seconds: float) -> str:
 def _curves(sheet: Sheet, story: Story) -> None:
     """Draw memory and time over the length of the video."""
     sheet.top += 44
-    top, bottom, middle = sheet.top, sheet.top + 210, WIDTH // 2
+    height = max(210, 20 * len(story.names))  # room for the names at their ends
+    top, bottom, middle = sheet.top, sheet.top + height, WIDTH // 2
     held, spent = [], []
-    for name, seen, colour in zip(story.names, story.seen, COLOURS, strict=False):
+    for name, seen, colour in zip(story.names, story.seen, cycle(COLOURS), strict=False):
         held.append(Curve(name, colour, seen.ends, [count / 1e6 for count in seen.held]))
         spent.append(Curve(name, colour, seen.ends, smoothed(seen.seconds)))
     sheet.chart((70, top, middle - 130, bottom), "memory held, MB", held, story.seconds)
@@ -163,11 +165,14 @@ def _ends(sheet: Sheet, story: Story) -> None:
         colour=FAINT,
     )
     sheet.top += 10
+    beside = (WIDTH - LABEL) // (TILE + GAP)
     for name, ends in story.ends.items():
         _named(sheet, name)
         sheet.label(sheet.margin, sheet.top + 88, f"mean {np.mean(ends.likeness):.2f}", 17)
         for column, (frame, alike) in enumerate(zip(ends.pictures, ends.likeness, strict=True)):
-            x = LABEL + column * (TILE + GAP)
+            if column and column % beside == 0:
+                sheet.top += TILE + 28
+            x = LABEL + column % beside * (TILE + GAP)
             sheet.tile(x, sheet.top, frame, TILE)
             sheet.label(x + TILE // 2, sheet.top + TILE + 3, f"{alike:.2f}", 14, FAINT, "ma")
         sheet.top += TILE + 28

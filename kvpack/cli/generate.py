@@ -94,7 +94,7 @@ def generate(
     """
     from kvpack.checkpoints.config import require_model_folder
     from kvpack.media.reading import is_picture
-    from kvpack.media.video import VideoWriter
+    from kvpack.media.video import VideoWriter, require_writable
 
     named = call_options(height, width, steps, guidance_scale, negative_prompt)
     if prompts is not None and fork_at is None:
@@ -111,6 +111,8 @@ def generate(
     # What is wrong is told before torch is imported, and all but the weights before they are loaded.
     model = require_model_folder(model)
     VideoWriter(output, 1)
+    if trace is not None and not (trace.is_symlink() or trace.is_fifo() or trace.is_char_device()):
+        require_writable(trace)  # a link, a pipe or a device is written where it leads, not beside it
     require_seed(seed)
     folder = checkpoint_folder(output, checkpoint_every, checkpoint)
     others = {"--checkpoint-every": checkpoint_every, "--trace": trace}

@@ -44,9 +44,9 @@ def plan(
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bfloat16",
     fps: Fps = None,
     steps: Annotated[
-        int | None, typer.Option(help="Denoising steps of a chunk.", show_default="the model's own, else 4")
+        int | None, typer.Option(min=1, help="Denoising steps of a chunk.", show_default="the model's own, else 4")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Videos generated together.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Videos generated together.")] = 1,
     guidance: Annotated[bool, typer.Option("--guidance", help="Classifier-free guidance: two branches.")] = False,
     gpu_memory: Annotated[
         float | None, typer.Option(metavar="GIB", help="Say whether it fits a card of this memory, and how, e.g. 24.")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+#: What torch says on any device where there is too little; "memory" alone it also says of bugs.
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory")
 TRACK_COLUMNS = ("stack", "fps", "KV attended", "KV archive")
 
 Seconds = Annotated[float, typer.Option(help="Length of the video.")]
@@ -59,7 +61,7 @@ class CommandGroup(TyperGroup):
         except (KVPackError, OSError) as error:
             _fail("; ".join([str(error), *getattr(error, "__notes__", [])]))  # a note names the policy that raised
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError) or "memory" in str(error):
+            if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
                 _fail(f"out of memory: {error}; try a smaller size, a smaller dtype or a stack that keeps less")
             raise
 

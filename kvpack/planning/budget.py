@@ -7,7 +7,7 @@ from decimal import ROUND_CEILING, Context
 from itertools import pairwise, takewhile
 from typing import Any
 
-from kvpack.errors import BudgetError, InvalidOptionError, plain
+from kvpack.errors import BudgetError, InvalidOptionError, plain, require_int
 from kvpack.generation.chunks import with_chunk_frames
 from kvpack.generation.run import Run
 from kvpack.memory.base import Memory
@@ -169,7 +169,10 @@ class Budget:
 
         Raises:
             BudgetError: if nothing fits; it says the least that would do.
+            InvalidOptionError: if there is nothing to make.
         """
+        for name, count in {"chunks": 1 if chunks is None else chunks, "batch": batch, "branches": branches}.items():
+            require_int(name, count, minimum=1)
         free = {} if self.named is None else _free(self.named, asked, geometry, chunks)
 
         def made(taken: list[Taken]) -> Memory:
@@ -190,10 +193,7 @@ class Budget:
                 known[changes] = math.inf if most is None else most.bytes(geometry.layers) * branches
             return known[changes]
 
-        def candidates(step: Step) -> Iterator[dict[str, Any]]:
-            return step.changes(free, asked.chunk_frames)
-
-        taken = _taken(held, candidates, self.bytes)
+        taken = _taken(held, lambda step: step.changes(free, asked.chunk_frames), self.bytes)
         if (least := held(taken)) > self.bytes:
             said = f"{_videos(batch, branches)}, {geometry.grid[0]}x{geometry.grid[1]} tokens a frame"
             raise BudgetError(self._refusal(asked, least, _merged(taken), said), least)

@@ -168,8 +168,10 @@ def test_a_bug_ends_the_process_that_it_came_up_in(tmp_path):
 
 
 def test_workers_that_do_not_start(tmp_path):
-    with pytest.raises(InvalidOptionError, match="no worker is left"):
-        run(tmp_path, fake_ray([Ended()] * 3, []), 1, retries=2)
+    with pytest.raises(InvalidOptionError, match=r"no worker is left: each ended .* the pipeline, at last: killed$"):
+        run(tmp_path, fake_ray([Spoilt(), Ended("one"), Ended("killed")], []), 1, retries=2)
+    with pytest.raises(InvalidOptionError, match=r"no worker is left: .*, at last: a bug$"):
+        run(tmp_path, fake_ray([Spoilt()], []), 1, retries=0)
     with pytest.raises(InvalidOptionError, match="does not load"):
         run(tmp_path, fake_ray([(1, "it does not load")], []), 1, retries=2)
 

@@ -81,7 +81,6 @@ def test_plan_for_a_folder_without_weights(model: Path, tmp_path: Path) -> None:
         (["-o", "compressor=zip"], "no compressor named 'zip'"),
         (["-o", "sink_frames=1", "-o", "recent_frames=1"], "must be at least chunk_frames 4, got 1 + 1"),
         (["--dtype", "bfloat"], "no dtype named 'bfloat'; did you mean 'bfloat16'?"),
-        (["--batch", "0"], "batch must be >= 1, got 0"),
         (["--fps", "0"], "fps must be a number > 0, got 0"),
         (["--gpu-memory", "inf"], "--gpu-memory must be a number above 0 GiB, e.g. 24, got inf"),
     ],
@@ -96,6 +95,15 @@ def test_misspelt_commands_exit_with_2(words: list[str]) -> None:
     result = command(*words)
     assert result.exit_code == 2
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("option", ["--batch", "--steps"])
+@pytest.mark.parametrize("more", [["--stack", "h2o"], ["--training"]], ids=str)
+def test_nothing_cannot_be_planned(option: str, more: list[str]) -> None:
+    for count in ("0", "-1"):
+        result = command("plan", "--preset", "wan2.1-t2v-1.3b", option, count, *more)
+        assert result.exit_code == 2
+        assert f"Invalid value for '{option}'" in result.stderr
 
 
 def test_policies_lists_everything_with_its_package() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,7 +19,9 @@ import kvpack
 from helpers import pixels
 from kvpack import shipped
 from kvpack.cli import demo
-from kvpack.cli.demo_seeds import kept
+from kvpack.cli.demo_draw import Sheet
+from kvpack.cli.demo_page import Story, picture
+from kvpack.cli.demo_seeds import Ends, kept
 from kvpack.errors import InvalidOptionError, OutputError, UnknownNameError
 from kvpack.evaluation.tiny import wall_mask
 from kvpack.pipeline.track import Track
@@ -129,6 +132,29 @@ def test_the_picture_and_the_page_tell_what_was_seen(model: Path, tmp_path: Path
     asked = dataclasses.replace(make(model, tmp_path, "packforcing", "self-forcing"), seeds=2)
     demo.run(asked, lambda _: None)
     assert Image.open(tmp_path / "demo.png").size[1] > alone.size[1] + 2 * 128  # a row of ends for each
+
+
+def test_as_many_memories_and_seeds_as_are_asked_for_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[str]] = []
+    chart = Sheet.chart
+
+    def counted(sheet: Sheet, box: Any, title: str, curves: Any, end: float) -> None:
+        drawn.append([curve.name for curve in curves])
+        chart(sheet, box, title, curves, end)
+
+    monkeypatch.setattr(Sheet, "chart", counted)
+    names, green = [f"memory {number}" for number in range(16)], np.full((64, 64, 3), (0, 200, 0), np.uint8)
+    seen = [demo.Seen([0]) for _ in names]
+    for each in seen:
+        for frames in (1, 2):
+            each.add(cast(Track, SimpleNamespace(frames=frames, stats={"resident_bytes": 5})), green[None], 0.5)
+    ends = {name: Ends([green] * 10, [0.5] * 10) for name in names}
+    sheet = np.asarray(Image.open(BytesIO(picture(Story("a", 1.0, [0.0], names, seen, [], ends, 1.0)))).convert("RGB"))
+    assert drawn == [names, names]
+    tiles = (sheet == (0, 200, 0)).all(axis=2)
+    assert tiles.sum() == len(names) * 11 * 128**2  # of each a picture of its video, and of the ends of ten others
+    assert (sheet[:, -1] == 255).all()
+    assert (sheet[-24:] == 255).all()
 
 
 def test_what_is_kept_is_that_of_the_usual_prompt() -> None:

@@ -111,6 +111,16 @@ def test_an_existing_directory_as_output(model: Path, tmp_path: Path) -> None:
     assert "a.mp4: it is a directory; give the name of a file in it" in complaint(*generate(model, tmp_path / "a.mp4"))
 
 
+@pytest.mark.usefixtures("nothing_generated")
+@pytest.mark.parametrize(
+    ("trace", "message"),
+    [("absent/t.jsonl", "absent does not exist; give a file in a directory that exists"), (".", "it is a directory")],
+)
+def test_a_trace_that_cannot_be_written(model: Path, tmp_path: Path, trace: str, message: str) -> None:
+    assert message in complaint(*generate(model, tmp_path / "a.mp4", "--trace", tmp_path / trace))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -175,19 +185,35 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_out_of_memory_is_one_line(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes."),
+        MemoryError("4 bytes"),
+    ],
+    ids=lambda error: str(error)[:8],
+)
+def test_out_of_memory_is_one_line(
+    error: Exception, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def next_frames(self: generation.Track) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        raise error
 
     monkeypatch.setattr(generation.Track, "next_frames", next_frames)
     message = complaint_after_progress(*generate(model, tmp_path / "a.mp4"))
-    assert "out of memory: CUDA out of memory" in message
+    assert f"out of memory: {error}" in message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bug_keeps_its_traceback(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "said",
+    ["a bug", "CUDA error: an illegal memory access was encountered", "required rank 4 tensor to use memory format"],
+)
+def test_a_bug_keeps_its_traceback(said: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def next_frames(self: generation.Track) -> None:
-        raise RuntimeError("a bug")
+        raise RuntimeError(said)
 
     monkeypatch.setattr(generation.Track, "next_frames", next_frames)
     assert isinstance(command(*generate(model, tmp_path / "a.mp4")).exception, RuntimeError)

@@ -199,6 +199,13 @@ def test_a_video_without_end_is_bounded_or_refused() -> None:
             Budget(1000, named(name)).choice(named(name).made(), wan(), None)
 
 
+@pytest.mark.parametrize("given", [{"chunks": 0}, {"batch": 0}, {"batch": -1}, {"batch": 1.5}, {"branches": 0}])
+def test_nothing_holds_nothing(given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises(InvalidOptionError, match=f"{name} must be "):
+        Budget(4).choice(registry().stack("packforcing", {}), wan(), **{"chunks": 20, **given})
+
+
 @pytest.mark.parametrize("given", [0, -1, float("nan"), float("inf"), "4", True, None])
 def test_only_a_number_is_a_budget(given: Any, pipe: Any) -> None:
     with pytest.raises(InvalidOptionError, match="budget_gb must be a number of gigabytes > 0"):
