@@ -204,7 +204,7 @@ class Stream(Generator[Any, Prompt | None, None]):
         """End the generation with an error.
 
         Raises:
-            BusyPipelineError: if another thread makes its next chunk.
+            BusyPipelineError: if its next chunk is being made, by another thread or where this is called back from.
         """
         self._require_waiting()
         return self._frames.throw(*error)
@@ -213,7 +213,7 @@ class Stream(Generator[Any, Prompt | None, None]):
         """End the generation, and free what it holds.
 
         Raises:
-            BusyPipelineError: if another thread makes its next chunk.
+            BusyPipelineError: if its next chunk is being made, by another thread or where this is called back from.
         """
         self._require_waiting()
         self._end()
@@ -223,7 +223,7 @@ class Stream(Generator[Any, Prompt | None, None]):
     def _require_waiting(self) -> None:
         if self._frames.gi_running:  # type: ignore[attr-defined]
             raise BusyPipelineError(
-                "another thread makes this stream's next chunk; close it there, or behind pipe._interrupt = True"
+                "this stream is making a chunk; close it behind that, or set pipe._interrupt = True to end with it"
             )
 
     def _release(self) -> None:

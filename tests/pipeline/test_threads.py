@@ -132,7 +132,7 @@ def test_a_stream_is_not_ended_while_another_thread_draws_from_it(pipe):
         made = pool.submit(next, stream)
         assert reached.wait(60)
         for end in (stream.close, lambda: stream.throw(ZeroDivisionError)):
-            with pytest.raises(BusyPipelineError, match="another thread makes this stream's next chunk"):
+            with pytest.raises(BusyPipelineError, match="this stream is making a chunk"):
                 end()
         go_on.set()
         assert made.result().shape[2] == 2
