@@ -19,19 +19,24 @@ def failing(faults: Faults, fault: Callable[[Any, int], Any], error: type[Except
     tally = Tally()
     for _ in range(faults.times(count)):
         at, seen = faults.draw.randrange(2, 2 * len(faults.whole)), []
+        sessions = list[weakref.ref[Any]]()
 
-        def callback(_: Any, __: int, ___: Any, tensors: Any, at: int = at, seen: list[int] = seen) -> Any:
+        def callback(
+            pipe: Any, _: int, __: Any, tensors: Any, at: int = at, seen: list[int] = seen, sessions: Any = sessions
+        ) -> Any:
             seen.append(0)
-            return fault(tensors, len(seen)) if len(seen) == at else {}
+            if len(seen) < at:
+                return {}
+            sessions += map(weakref.ref, pipe.packforcing.sessions.values())
+            return fault(tensors, len(seen))
 
         with faults.new_folder() as folder:
             stream = faults.stream(callback_on_step_end=callback)
             with suppress(error):
                 faults.generate(folder, stream)
-            sessions = [weakref.ref(each) for each in stream._run.sessions.values()]
             del stream
             gc.collect()
-            if any(each() is not None for each in sessions) or not is_stock(faults.pipe):
+            if not sessions or any(each() is not None for each in sessions) or not is_stock(faults.pipe):
                 tally.tried += 1
                 continue
             faults.check(tally, folder, {"callback_on_step_end": lambda *_: {}})
