@@ -162,7 +162,8 @@ class Play:
 
     def ended(self) -> list[weakref.ref[Any]]:
         """Let go of a stream, and return what must be gone with it."""
-        sessions = [weakref.ref(each) for each in self.stream._run.sessions.values()]
+        run = self.stream._run  # None where memory was short behind its end
+        sessions = [] if run is None else [weakref.ref(each) for each in run.sessions.values()]
         self.stream.close()
         self.stream = None
         return sessions

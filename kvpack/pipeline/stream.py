@@ -216,9 +216,11 @@ class Stream(Generator[Any, Prompt | None, None]):
             BusyPipelineError: if its next chunk is being made, by another thread or where this is called back from.
         """
         self._require_waiting()
-        self._end()
-        self._run = None
-        self._release()
+        try:
+            self._end()
+        finally:
+            self._run = None
+            self._release()
 
     def _require_waiting(self) -> None:
         if self._frames.gi_running:  # type: ignore[attr-defined]
