@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvpack.memory.codec import DENSE, Codec, Stored, Tier, lengthened, room
+from kvpack.memory.codec import DENSE, Codec, Form, Stored, Tier, form, lengthened, room
 from kvpack.memory.tokens import Later
 
 Decode = Callable[[Sequence[Tensor], int, torch.dtype], Tensor]
@@ -131,9 +131,9 @@ class Archive:
             self.coordinates = new if self.coordinates is None else torch.cat([self.coordinates, new], dim=1)
         if slots > self.slots:
             self.dtype = like.dtype
-            keys, values = self._forms(rows, heads, head_dim, like.dtype)
-            self.keys = self._grown(self.keys, keys, slots, like.device)
-            self.values = self._grown(self.values, values, slots, like.device)
+            keys, values = form(self.codec, self.slot_tokens, heads, head_dim, like.dtype)
+            self.keys = self._grown(self.keys, keys, (rows, slots), like.device)
+            self.values = self._grown(self.values, values, (rows, slots), like.device)
             sums = torch.zeros(rows, slots, heads, head_dim, dtype=torch.float32, device=like.device)
             sums[:, : self.slots] = self.key_sums if self.slots else 0
             # Last, since `slots` goes by it: an interrupt before it leaves room that is made again.
@@ -152,15 +152,16 @@ class Archive:
             ValueError: if it is not what the codec makes of a block.
         """
         rows, heads, head_dim = block.key_sums.shape
-        wanted, stored = self._forms(rows, heads, head_dim, dtype), (block.keys, block.values)
-        shapes = [[(tuple(each.shape), each.dtype) for pair in form for each in pair] for form in (wanted, stored)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{self.codec.name} stores {shapes[0]}, but the block is {shapes[1]}")
+        wanted = form(self.codec, self.slot_tokens, heads, head_dim, dtype)
+        asked = [((rows, *shape), kind) for parts in wanted for shape, kind in parts]
+        given = [(tuple(each.shape), each.dtype) for each in (*block.keys, *block.values)]
+        if asked != given:
+            raise ValueError(f"{self.codec.name} stores {asked}, but the block is {given}")
         if self.slots and block.key_sums.shape != self.key_sums[:, 0].shape:
             raise ValueError(f"sums of keys are {tuple(block.key_sums.shape)}, unlike those of other blocks")
         if not self.slots:
             self.dtype, device = dtype, block.key_sums.device
-            self.keys, self.values = (self._grown((), form, slots, device) for form in wanted)
+            self.keys, self.values = (self._grown((), parts, (rows, slots), device) for parts in wanted)
             self.key_sums = block.key_sums.new_zeros(rows, slots, heads, head_dim)
         if block.coordinates is not None and self.coordinates is None:
             places = block.coordinates
@@ -228,17 +229,10 @@ class Archive:
         parts = [each[rows, slot].to(self.key_sums.device, non_blocking=True) for each in stored]
         return decode(parts, self.slot_tokens, self.dtype)[:, :tokens]
 
-    def _forms(self, rows: int, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Stored, Stored]:
-        """Return what the codec makes of a block's keys and values, of which only shape and dtype mean anything."""
-        if self.slots:  # a codec that computes takes milliseconds to say it
-            return tuple(each[:, 0] for each in self.keys), tuple(each[:, 0] for each in self.values)
-        block = torch.empty(rows, self.slot_tokens, heads, head_dim, dtype=dtype, device="meta")
-        return self.codec.encode_keys(block), self.codec.encode_values(block)
-
-    def _grown(self, old: Stored, like: Stored, slots: int, device: torch.device) -> Stored:
+    def _grown(self, old: Stored, parts: Form, size: tuple[int, int], device: torch.device) -> Stored:
         new = []
-        for number, each in enumerate(like):
-            larger = room((each.shape[0], slots, *each.shape[1:]), each.dtype, device, self.tier)
+        for number, (shape, kind) in enumerate(parts):
+            larger = room((*size, *shape), kind, device, self.tier)
             if old:
                 larger[:, : old[number].shape[1]] = old[number]
             new.append(larger)

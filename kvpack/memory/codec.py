@@ -5,6 +5,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -17,6 +18,8 @@ from kvpack.memory.roles import Policy
 #: Where archived keys and values lie: beside the model, in the host's memory, or in an unnamed file.
 Tier = Literal["device", "host", "disk"]
 Stored = tuple[Tensor, ...]
+#: Of each tensor that is stored: its size for one block, and its dtype.
+Form = tuple[tuple[torch.Size, torch.dtype], ...]
 
 
 class Codec(Policy, ABC):
@@ -78,13 +81,21 @@ DENSE = DenseCodec()
 
 
 def stored_bytes(codec: Codec, tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Return the bytes of one archived block, computed without any memory.
+    """Return the bytes of one archived block, computed without any memory; the codec is hashable, as frozen data is.
 
     >>> stored_bytes(DenseCodec(), 182, 12, 128, torch.bfloat16)
     1118208
     """
+    parts = [part for made in form(codec, tokens, heads, head_dim, dtype) for part in made]
+    return sum(shape.numel() * kind.itemsize for shape, kind in parts)
+
+
+@lru_cache(maxsize=256)
+def form(codec: Codec, tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Form, Form]:
+    """Return the form of what a codec stores of a block's keys, and of its values; one that computes takes a while."""
     block = torch.empty(1, tokens, heads, head_dim, dtype=dtype, device="meta")
-    return sum(part.nbytes for part in (*codec.encode_keys(block), *codec.encode_values(block)))
+    keys, values = codec.encode_keys(block), codec.encode_values(block)
+    return tuple((each.shape[1:], each.dtype) for each in keys), tuple((each.shape[1:], each.dtype) for each in values)
 
 
 def lengthened(

@@ -20,7 +20,7 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
 #: What is set on an enabled pipeline and stays where another memory is enabled.
-_KEPT = ("fps", "trace", "writer", "guidance_group")
+_KEPT = ("fps", "first_chunk_frames", "trace", "writer", "guidance_group")
 
 
 def enable(
@@ -67,21 +67,21 @@ def enable(
     adapter = adapter or (adapter_of(pipeline) if before is None else before.adapter)
     adapter.check(pipeline)
     configs = adapter.configs(pipeline)
-    own = Settings.of_pipeline(pipeline)
-    settings = own or Settings(fps=frame_rate(type(pipeline).__name__, configs))
+    saved = Settings.of_pipeline(pipeline)
+    settings = saved or Settings(fps=frame_rate(type(pipeline).__name__, configs))
     asked = stack, options, settings, partial(adapter.default_options, configs)
     resolved = resolve_stack(*asked)
     budget = None if budget_gb is None else Budget(budget_gb, named_stack(*asked))
-    first_frames = settings.first_chunk_frames if before is None else before.first_chunk_frames
-    if first_frames is not None:
-        require_length(first_frames, resolved.chunk_frames)
+    own = {"fps": float(settings.fps), "first_chunk_frames": settings.first_chunk_frames}
+    kept: dict[str, Any] = own if before is None else {name: getattr(before, name) for name in _KEPT}
+    if kept["first_chunk_frames"] is not None:
+        require_length(kept["first_chunk_frames"], resolved.chunk_frames)
     adapter.check_stack(pipeline, resolved)
     if not isinstance(pipeline, PackForcingMixin):
-        if own is None:
+        if saved is None:
             warn_if_bidirectional(getattr(pipeline, "transformer", None))
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
-    kept = {"fps": float(settings.fps)} if before is None else {name: getattr(before, name) for name in _KEPT}
-    attach(pipeline, resolved, adapter, first_chunk_frames=first_frames, call=settings.call, budget=budget, **kept)
+    attach(pipeline, resolved, adapter, call=settings.call, budget=budget, **kept)
     return pipeline
 
 
