@@ -12,8 +12,9 @@ from kvpack.errors import require_int
 from kvpack.memory.roles import Candidates, Query, stacked
 from kvpack.policies.topk import QueryTopK
 
-#: Blocks that are scored in one product: at 832x480, 256 queries and 182 tokens a block, 36 MB of float32.
-_TOGETHER = 16
+#: Blocks that are scored in one product: at 832x480, 256 queries and 182 tokens a block, 9 MB of float32. Above 32 MB
+#: a host's allocator returns them to the system, and half of the time is spent on getting them back.
+_TOGETHER = 4
 #: As many in attention kernels, which put out tokens in the place of products: 25 MB in bfloat16.
 _FUSED_TOGETHER = 32
 
