@@ -12,9 +12,10 @@ from kvpack.errors import require_int
 from kvpack.memory.roles import Candidates, Query, stacked
 from kvpack.policies.topk import QueryTopK
 
-#: Blocks that are scored in one product: at 832x480, 256 queries and 182 tokens a block, 9 MB of float32. Above 32 MB
-#: a host's allocator returns them to the system, and half of the time is spent on getting them back.
-_TOGETHER = 4
+#: Blocks that are scored in one product: at 832x480, 256 queries and 182 tokens a block, 36 MB of float32.
+_TOGETHER = 16
+#: The same on a CPU, 9 MB: memory above 32 MB goes back to the system each time, and is half of the time to get.
+_CPU_TOGETHER = 4
 #: As many in attention kernels, which put out tokens in the place of products: 25 MB in bfloat16.
 _FUSED_TOGETHER = 32
 
@@ -51,7 +52,7 @@ class SoftmaxMassSelector(QueryTopK):
         queries = query.rotated() if self.after_rope else query.queries
         some = queries[:, :: -(-queries.shape[1] // self.max_queries)]
         fused = _fused_attention(some)
-        most = _TOGETHER if fused is None else _FUSED_TOGETHER
+        most = _FUSED_TOGETHER if fused else _CPU_TOGETHER if some.device.type == "cpu" else _TOGETHER
         if self.after_rope:
             runs = stacked(map(candidates.rotated_keys, range(candidates.count)), most)
         else:
