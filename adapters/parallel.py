@@ -24,13 +24,6 @@ def shard_of(transformer: Any) -> Shard | None:
     return Shard(context.ulysses_degree, rank, group, context._device)
 
 
-def same_shard(one: Shard | None, other: Shard | None) -> bool:
-    """Return whether two parts are the same."""
-    if one is None or other is None:
-        return one is other
-    return (one.ranks, one.rank, one.group) == (other.ranks, other.rank, other.group)
-
-
 def check_parallel(transformer: Any, processors: list[Any], *, supported: bool) -> None:
     """Refuse parallelism that kvpack cannot follow.
 

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.baselines import through_vae
 from benchmarks.leaderboard.lengths import frames as frames_of
 from benchmarks.toyworld import world
 from benchmarks.toyworld.world import Video
 from kvpack.cli.demo import COLUMNS, MEMORIES, PROMPT
 from kvpack.cli.demo_seeds import Ends, alike, kept, made, sheet
 from kvpack.evaluation import Observer
-from kvpack.evaluation.baselines import through_vae
 from kvpack.evaluation.tiny import tiny_facts
 from kvpack.media.video import save_bytes
 from kvpack.pipeline.track import load_pipeline

@@ -11,24 +11,26 @@ from kvpack.errors import KVPackError as KVPackError
 from kvpack.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from kvpack.memory.base import Attended, StateMemory, Tokens
+    from kvpack.memory.base import Attended, StateMemory
     from kvpack.memory.blocks import KVBlock, LatentChunk, Span
     from kvpack.memory.geometry import Geometry
     from kvpack.memory.roles import Compressor, LatentCompressor, Partitioner, Reindexer, Selector
     from kvpack.memory.session import Session
     from kvpack.memory.stack import Stack
+    from kvpack.memory.tokens import Tokens
     from kvpack.pipeline.enable import disable, enable
     from kvpack.plugins.hookspecs import hookimpl
     from kvpack.scheduler import FlowMatchFewStepScheduler
 
 #: Modules of the public names, imported when one is first used: torch and diffusers take seconds.
 _MODULES = {
-    **dict.fromkeys(("Attended", "StateMemory", "Tokens"), "memory.base"),
+    **dict.fromkeys(("Attended", "StateMemory"), "memory.base"),
     **dict.fromkeys(("KVBlock", "LatentChunk", "Span"), "memory.blocks"),
     "Geometry": "memory.geometry",
     **dict.fromkeys(("Compressor", "LatentCompressor", "Partitioner", "Reindexer", "Selector"), "memory.roles"),
     "Session": "memory.session",
     "Stack": "memory.stack",
+    "Tokens": "memory.tokens",
     **dict.fromkeys(("disable", "enable"), "pipeline.enable"),
     "hookimpl": "plugins.hookspecs",
     "FlowMatchFewStepScheduler": "scheduler",
@@ -67,11 +69,8 @@ def __getattr__(name: str) -> Any:
 class _Method:
     """A method of `DiffusionPipeline` that is imported when it is first looked up, and then stands there itself."""
 
-    def __init__(self, function: str) -> None:
-        self.function = function
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.owner, self.name = owner, name
+    def __init__(self, owner: type, name: str, function: str) -> None:
+        self.owner, self.name, self.function = owner, name, function
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         function = __getattr__(self.function)
@@ -81,9 +80,7 @@ class _Method:
 
 def _add_methods(pipeline_class: type) -> None:
     for name, function in (("enable_packforcing", "enable"), ("disable_packforcing", "disable")):
-        method = _Method(function)
-        method.__set_name__(pipeline_class, name)
-        setattr(pipeline_class, name, method)
+        setattr(pipeline_class, name, _Method(pipeline_class, name, function))
 
 
 class _WhenImported(MetaPathFinder):

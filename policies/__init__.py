@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvpack.memory.codec import DenseCodec
+from kvpack.memory.roles import Policy
 from kvpack.plugins.hookspecs import hookimpl
 from kvpack.policies.absolute import AbsoluteReindexer
 from kvpack.policies.all_blocks import AllSelector
@@ -55,56 +56,10 @@ from kvpack.policies.window import WindowPartitioner
 
 @hookimpl
 def kvpack_register_policies(register: Callable[[Any], None]) -> None:
-    """Register all built-in policies."""
-    for policy in (
-        FullPartitioner,
-        WindowPartitioner,
-        SinkMidRecentPartitioner,
-        IdentityCompressor,
-        PoolCompressor,
-        TimePoolCompressor,
-        FarthestCompressor,
-        KeyDiffCompressor,
-        AttendedCompressor,
-        RandomTokensCompressor,
-        GridCompressor,
-        MergeCompressor,
-        NativeCompressor,
-        GeometricCompressor,
-        LowResolutionCompressor,
-        HighResolutionCompressor,
-        DualCompressor,
-        AllSelector,
-        RecencySelector,
-        QueryTopK,
-        SoftmaxMassSelector,
-        UniformSelector,
-        RandomSelector,
-        AbsoluteReindexer,
-        ContiguousReindexer,
-        FitReindexer,
-        PackedReindexer,
-        SinkShiftReindexer,
-        DenseCodec,
-        Int8Codec,
-        Int4Codec,
-        ResidualCodec,
-        Float8Codec,
-        DeepForcing,
-        MemRoPE,
-        RollingSink,
-        LongLive,
-        LongLiveRAG,
-        FadeMem,
-        InfinityRoPE,
-        Krea,
-        TokenTrim,
-        FlowCache,
-        HeavyHitters,
-        Magi,
-        MixedWindows,
-    ):
-        register(policy)
+    """Register every policy that is imported above."""
+    for each in list(globals().values()):
+        if isinstance(each, type) and issubclass(each, Policy) and each is not Policy:
+            register(each)
 
 
 @hookimpl

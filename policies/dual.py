@@ -17,11 +17,6 @@ from kvpack.policies.lr import LowResolutionCompressor
 class DualCompressor(HighResolutionCompressor):
     """The learned tokens of `hr` and the model's own tokens of `lr`, added; before training it is `lr`, bit for bit.
 
-    Args:
-        weights: as those of `HighResolutionCompressor`.
-        coordinates: as those of `PoolCompressor`.
-        project: as that of `LowResolutionCompressor`.
-
     Raises:
         InvalidOptionError: as `HighResolutionCompressor`.
 
@@ -34,11 +29,7 @@ class DualCompressor(HighResolutionCompressor):
 
     def tokens(self, chunk: LatentChunk) -> Float[Tensor, "b n d"]:
         """Return the sum of both branches' tokens."""
-        return super().tokens(chunk) + self.low_tokens(chunk)
-
-    def low_tokens(self, chunk: LatentChunk) -> Float[Tensor, "b n d"]:
-        """Return the tokens of the low-resolution branch."""
-        return LowResolutionCompressor().tokens(chunk)
+        return super().tokens(chunk) + LowResolutionCompressor().tokens(chunk)
 
     def costs(self, frames: int, geometry: Geometry, shape: LatentShape) -> dict[str, Cost]:
         """Return the costs of both branches."""

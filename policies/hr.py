@@ -1,32 +1,28 @@
 """High-resolution branch of the PackForcing compressor (arXiv 2603.25730, section 4), alone: learned, from latents."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
-from kvpack.compressors.network import HighResolutionBranch, branch_flops
+from kvpack.compressors.network import HighResolutionBranch
 from kvpack.compressors.weights import CompressorWeights
-from kvpack.errors import InvalidOptionError, require_choice
-from kvpack.memory.blocks import Coordinates, LatentChunk, Span
+from kvpack.errors import InvalidOptionError
+from kvpack.memory.blocks import LatentChunk
 from kvpack.memory.costs import Cost, LatentShape
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.roles import LatentCompressor, Project
-from kvpack.policies.pool import pooled_grid, pooled_span
+from kvpack.policies.pool import PooledLatents, pooled_grid
 
 
 @dataclass(frozen=True)
-class HighResolutionCompressor(LatentCompressor):
+class HighResolutionCompressor(PooledLatents):
     """Strided convolutions over the chunk's latents; nothing is decoded for it. Its tokens are zero before training.
 
     Args:
         weights: folder or Hub id of a `HighResolutionBranch`, or one at hand, which is used itself while it is trained;
             None is what it is before training.
-        coordinates: as those of `PoolCompressor`.
-        project: as that of `LowResolutionCompressor`.
 
     Raises:
         InvalidOptionError: if `coordinates` or `project` is none of these, or `weights` is nothing of the kind.
@@ -36,24 +32,17 @@ class HighResolutionCompressor(LatentCompressor):
     """
 
     weights: "str | os.PathLike[str] | HighResolutionBranch | None" = None
-    coordinates: Coordinates = field(default="centered", kw_only=True)
-    project: Project = field(default="layers", kw_only=True)
     name = "hr"
     needs_pixels = False
 
     def __post_init__(self) -> None:
-        require_choice("coordinates", self.coordinates, get_args(Coordinates))
-        require_choice("project", self.project, get_args(Project))
+        super().__post_init__()
         if isinstance(self.weights, os.PathLike):
             object.__setattr__(self, "weights", os.fspath(self.weights))  # so that it can be written as data
         if not isinstance(self.weights, str | HighResolutionBranch | None):
             raise InvalidOptionError(
                 f"weights must be a folder, a Hub id, a HighResolutionBranch or None, got {type(self.weights).__name__}"
             )
-
-    def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
-        """Return a token for every window of 2x4x4 tokens."""
-        return pooled_span(first_frame, frames, grid, self.coordinates)
 
     def check(self, channels: int, width: int, patch: tuple[int, int], native: tuple[int, int] | None = None) -> None:
         """Load the weights and compare them with the model."""
@@ -70,14 +59,7 @@ class HighResolutionCompressor(LatentCompressor):
         branch = self._source.fitting(shape.channels, geometry.width, shape.patch)
         rows, columns = (tokens * patch for tokens, patch in zip(geometry.grid, shape.patch, strict=True))
         time, *pooled = pooled_grid(frames, geometry.grid)
-        flops = branch_flops(
-            branch.channels,
-            branch.width,
-            branch.patch,
-            branch.hidden,
-            (frames, rows, columns),
-            time * pooled[0] * pooled[1],
-        )
+        flops = branch.flops((frames, rows, columns), time * pooled[0] * pooled[1])
         return {"hr": Cost(sum(parameter.numel() for parameter in branch.parameters()), flops)}
 
     @cached_property

@@ -1,10 +1,9 @@
 """A short window behind a sink, at positions from 0 on (github.com/SOTAMak1r/Infinite-Forcing, "V-sink")."""
 
+from dataclasses import replace
+
 from kvpack.memory.stack import Stack
-from kvpack.policies.all_blocks import AllSelector
-from kvpack.policies.contiguous import ContiguousReindexer
-from kvpack.policies.identity import IdentityCompressor
-from kvpack.policies.window import WindowPartitioner
+from kvpack.policies.streaming_llm import streaming_llm
 
 
 def infinite_forcing(*, chunk_frames: int = 3, window_frames: int = 6, sink_frames: int = 1) -> Stack:
@@ -18,11 +17,5 @@ def infinite_forcing(*, chunk_frames: int = 3, window_frames: int = 6, sink_fram
         window_frames: latent frames attended, the sink and the current chunk included.
         sink_frames: first latent frames that are never dropped.
     """
-    return Stack(
-        "infinite-forcing",
-        WindowPartitioner(window_frames, sink_frames),
-        IdentityCompressor(),
-        AllSelector(),
-        ContiguousReindexer(),
-        chunk_frames,
-    )
+    made = streaming_llm(chunk_frames=chunk_frames, window_frames=window_frames, sink_frames=sink_frames)
+    return replace(made, name="infinite-forcing")

@@ -18,9 +18,6 @@ class AttendedCompressor(KeepCompressor):
     Attention is the softmax over the block's tokens of q . k / sqrt(d), before RoPE, averaged over queries and heads.
 
     Differs from the paper: one chunk's queries count, spread evenly, and all heads keep the same tokens.
-
-    Args:
-        keep_tokens: as that of all compressors that keep.
     """
 
     name = "keep-attended"

@@ -24,7 +24,6 @@ class FarthestCompressor(KeepCompressor):
     in the frame one before any has two. The block is read once a round, however many tokens are kept.
 
     Args:
-        keep_tokens: as that of all compressors that keep.
         rounds: most passes over a block; as many as tokens are kept is the exact greedy choice.
 
     Raises:

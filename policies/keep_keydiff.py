@@ -15,9 +15,6 @@ class KeyDiffCompressor(KeepCompressor):
     """Keeps the tokens whose keys before RoPE are least like the mean of a block's keys, by cosine.
 
     Differs from the paper: cosines are averaged over heads, so that all heads keep the same tokens.
-
-    Args:
-        keep_tokens: as that of all compressors that keep.
     """
 
     name = "keep-keydiff"

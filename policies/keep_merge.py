@@ -17,10 +17,6 @@ class MergeCompressor(FarthestCompressor):
 
     Differs from the paper, which halves tokens by bipartite matching in every layer: here the kept ones are chosen
     first, and a mean does not count for more in attention than a single token.
-
-    Args:
-        keep_tokens: as that of all compressors that keep.
-        rounds: as that of `keep-farthest`.
     """
 
     name = "keep-merge"

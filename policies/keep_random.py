@@ -20,7 +20,6 @@ class RandomTokensCompressor(KeepCompressor):
     The draw is a function of seed and block; no global generator is read or moved.
 
     Args:
-        keep_tokens: as that of all compressors that keep.
         seed: of the draws.
 
     Raises:

@@ -62,7 +62,7 @@ class LongLive(StateMemory):
     def attend(self, state: LongLiveState | None, chunk: Chunk) -> Attended:
         """Attend all that is held, except the oldest frames behind the sink where the window is full."""
         state = state or LongLiveState(chunk.tokens[:0], chunk.tokens[:0])
-        over = max(0, self._held(state) + len(chunk.tokens) - self.window_frames * chunk.geometry.tokens_per_frame)
+        over = self._hidden(state, chunk)
         state = replace(state, recent=state.recent[over:], full=state.full or over > 0)
         return Attended((state.sink, state.recent), chunk.first_frame, state, self._hidden(state, chunk))
 
@@ -79,10 +79,7 @@ class LongLive(StateMemory):
         sink, recent = shortened((state.sink, state.recent), tokens)
         return LongLiveState(sink, recent)
 
-    @staticmethod
-    def _held(state: LongLiveState) -> int:
-        return len(state.sink) + len(state.recent)
-
     def _hidden(self, state: LongLiveState, chunk: Chunk) -> int:
-        """Count the first tokens of a replay, in whose place the sink is attended."""
-        return max(0, self._held(state) + len(chunk.tokens) - self.window_frames * chunk.geometry.tokens_per_frame)
+        """Count the tokens beyond the window; of a replay the first, in whose place the sink is attended."""
+        held = len(state.sink) + len(state.recent)
+        return max(0, held + len(chunk.tokens) - self.window_frames * chunk.geometry.tokens_per_frame)

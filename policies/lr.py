@@ -1,50 +1,29 @@
 """Low-resolution branch of the PackForcing compressor (arXiv 2603.25730, section 4): zero-shot, nothing is learned."""
 
-from dataclasses import dataclass, field
-from typing import get_args
+from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d
 
-from kvpack.errors import require_choice
-from kvpack.memory.blocks import Coordinates, LatentChunk, Span
+from kvpack.memory.blocks import LatentChunk
 from kvpack.memory.costs import Cost, LatentShape
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.roles import LatentCompressor, Project
-from kvpack.policies.pool import pooled_grid, pooled_span
+from kvpack.policies.pool import PooledLatents, pooled_grid
 
 
 @dataclass(frozen=True)
-class LowResolutionCompressor(LatentCompressor):
+class LowResolutionCompressor(PooledLatents):
     """Decodes the chunk, shrinks its pixels 2x in time and 4x in space, and encodes it again.
 
     Differs from the paper: pixels are pooled adaptively to the 1 + 4m frames that the causal VAE encodes, and over
     the whole grid, so that no frame and no row is dropped.
 
-    Args:
-        coordinates: as those of `PoolCompressor`.
-        project: how tokens become keys and values: "layers" runs them through the model in the context that the commit
-            saw, "direct" takes each layer's own projections of them.
-
-    Raises:
-        InvalidOptionError: if `coordinates` or `project` is none of these.
-
     >>> LowResolutionCompressor().span(8, 4, (30, 52)).tokens
     182
     """
 
-    coordinates: Coordinates = field(default="centered", kw_only=True)
-    project: Project = field(default="layers", kw_only=True)
     name = "lr"
-
-    def __post_init__(self) -> None:
-        require_choice("coordinates", self.coordinates, get_args(Coordinates))
-        require_choice("project", self.project, get_args(Project))
-
-    def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
-        """Return a token for every shrunk cell."""
-        return pooled_span(first_frame, frames, grid, self.coordinates)
 
     def tokens(self, chunk: LatentChunk) -> Float[Tensor, "b n d"]:
         """Return the patch embeddings of the shrunk chunk."""

@@ -9,7 +9,7 @@ from torch.nn.functional import adaptive_avg_pool3d
 
 from kvpack.errors import require_choice
 from kvpack.memory.blocks import Coordinates, KVBlock, Span, grid_coordinates
-from kvpack.memory.roles import Compressor
+from kvpack.memory.roles import Compressor, LatentCompressor, Project
 
 
 def pooled_grid(frames: int, grid: tuple[int, int]) -> tuple[int, int, int]:
@@ -63,13 +63,42 @@ class PoolCompressor(Compressor):
     def __post_init__(self) -> None:
         require_choice("coordinates", self.coordinates, get_args(Coordinates))
 
+    def pooled(self, frames: int, grid: tuple[int, int]) -> tuple[int, int, int]:
+        """Return how many windows there are in time, rows and columns."""
+        return pooled_grid(frames, grid)
+
     def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
         """Return a token for every window."""
-        return pooled_span(first_frame, frames, grid, self.coordinates)
+        return Span(first_frame, frames, grid_coordinates(frames, grid, self.pooled(frames, grid), self.coordinates))
 
     def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
         """Average every window."""
         frames = block.span.frames
-        sizes, pooled = (frames, *grid), pooled_grid(frames, grid)
+        sizes, pooled = (frames, *grid), self.pooled(frames, grid)
         keys, values = (averaged(each, sizes, pooled) for each in (block.keys, block.values))
         return KVBlock(keys, values, self.span(block.span.first_frame, frames, grid))
+
+
+@dataclass(frozen=True)
+class PooledLatents(LatentCompressor):
+    """Base of latent-space compressors with as many tokens as `PoolCompressor` has.
+
+    Args:
+        coordinates: as those of `PoolCompressor`.
+        project: how tokens become keys and values: "layers" runs them through the model in the context that the commit
+            saw, "direct" takes each layer's own projections of them.
+
+    Raises:
+        InvalidOptionError: if `coordinates` or `project` is none of these.
+    """
+
+    coordinates: Coordinates = field(default="centered", kw_only=True)
+    project: Project = field(default="layers", kw_only=True)
+
+    def __post_init__(self) -> None:
+        require_choice("coordinates", self.coordinates, get_args(Coordinates))
+        require_choice("project", self.project, get_args(Project))
+
+    def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
+        """Return a token for every window."""
+        return pooled_span(first_frame, frames, grid, self.coordinates)

@@ -84,17 +84,9 @@ class Int8Codec(Codec):
 
 @dataclass(frozen=True)
 class Int4Codec(Int8Codec):
-    """Stores as `Int8Codec`, in sixteen levels, two channels in a byte.
-
-    Args:
-        group_tokens: most tokens whose keys share a step in each channel.
-
-    Raises:
-        InvalidOptionError: if `group_tokens` is less than 1.
-    """
+    """Stores as `Int8Codec`, in sixteen levels, two channels in a byte."""
 
     name = "int4"
-    by_head = True
     bits: ClassVar[int] = 4
 
     def _packed(self, codes: Tensor) -> Tensor:
@@ -113,7 +105,6 @@ class ResidualCodec(Int8Codec):
     and three lie between them. Four channels of a stage are a byte.
 
     Args:
-        group_tokens: most tokens whose keys share a step in each channel.
         stages: how many, 1 to 4.
 
     Raises:
@@ -123,7 +114,6 @@ class ResidualCodec(Int8Codec):
 
     stages: int = 3
     name = "residual"
-    by_head = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,9 +164,7 @@ class Float8Codec(Codec):
         """Return float8 numbers as bytes, and a scale for each head of a token."""
         return self._encode(values, dim=3)
 
-    def decode_values(self, stored: Sequence[Tensor], tokens: int, dtype: torch.dtype) -> Tensor:
-        """Return values."""
-        return self.decode_keys(stored, tokens, dtype)
+    decode_values = decode_keys
 
     def _encode(self, numbers: Tensor, dim: int) -> Stored:
         largest = torch.finfo(torch.float8_e4m3fn).max

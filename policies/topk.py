@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvpack.errors import InvalidOptionError, require_int
+from kvpack.errors import require_bool, require_int
 from kvpack.memory.roles import Candidates, Query, Selector
 
 
@@ -37,8 +37,7 @@ class QueryTopK(Selector):
 
     def __post_init__(self) -> None:
         require_int("topk", self.topk)
-        if not isinstance(self.after_rope, bool):
-            raise InvalidOptionError(f"after_rope must be True or False, got {self.after_rope!r}")
+        require_bool("after_rope", self.after_rope)
 
     def limit(self, candidates: int) -> int:
         """Return at most `topk`."""

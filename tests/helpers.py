@@ -253,7 +253,9 @@ def archived(session, layer=0):
 
 def archive_bytes(session):
     """Bytes that are allocated for compressed blocks."""
-    return sum(each.archive.nbytes for each in session.past.states)
+    archives = [each.archive for each in session.past.states]
+    parts = [(*a.keys, *a.values, a.key_sums, *([] if a.coordinates is None else [a.coordinates])) for a in archives]
+    return sum(each.nbytes for part in parts for each in part)
 
 
 def room(session):

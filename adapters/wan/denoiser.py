@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvpack.adapters.parallel import same_shard, shard_of
+from kvpack.adapters.parallel import shard_of
 from kvpack.adapters.wan.attention import attached
 from kvpack.adapters.wan.compression import (
     appended_tokens,
@@ -113,7 +113,7 @@ class WanDenoiser(Denoiser):
 
     def seam(self) -> AbstractContextManager[None]:
         """Put kvpack's processors into the transformer for the block."""
-        if not same_shard(self.shard, shard_of(self.transformer)):
+        if self.shard != shard_of(self.transformer):
             raise UnsupportedPipelineError("enable_parallelism() was called inside a generation; begin another one")
         guided = None if self.guidance is None else self._guided
         return attached(self.transformer, self.layers_for, self._prompted(), self.shard, guided)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kvpack.adapters.parallel import same_shard, shard_of
+from kvpack.adapters.parallel import shard_of
 from kvpack.adapters.wan.attention import attached
 from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.adapters.wan.prompt_cache import PromptCache, PromptedLayers
@@ -59,7 +59,7 @@ class ExpertsDenoiser(WanDenoiser):
         _require_both(self.stack)
         if self.buffer.differentiable:
             raise UnsupportedPipelineError("two experts cannot be trained through; load the pipeline with one of them")
-        if not same_shard(self.shard, shard_of(self.second)):
+        if self.shard != shard_of(self.second):
             raise UnsupportedPipelineError("call enable_parallelism() on both experts, or on neither")
 
     @property

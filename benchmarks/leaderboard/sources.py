@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks.baselines import floors, through_vae
 from benchmarks.leaderboard.lengths import frames
 from benchmarks.leaderboard.store import COSTS
 from benchmarks.toyworld import world
 from benchmarks.toyworld.world import Scene, Video
-from kvpack.evaluation.baselines import floors, through_vae
 from kvpack.memory import Memory
 from kvpack.pipeline.enable import disable, enable
 from kvpack.shipped import CALL
@@ -59,7 +59,7 @@ def reference(pipe: Any, name: str, scene: Scene, seed: int, seconds: int) -> Vi
     """Make a video without a memory, [T, H, W, 3].
 
     "truth" is the rendered clip through the VAE, which no generator behind that VAE can beat; the others are the
-    floors of `kvpack.evaluation.baselines`.
+    floors of `benchmarks.baselines`.
     """
     truth = world.make_clip(scene, seed, frames(seconds)).video
     return through_vae(pipe.vae, truth) if name == "truth" else floors(truth, seed)[name]

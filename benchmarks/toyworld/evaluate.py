@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from diffusers import WanPipeline
 
+from benchmarks.baselines import through_vae
 from benchmarks.toyworld import chunked, sampler, store, world
 from benchmarks.toyworld.facts import facts_of
 from benchmarks.toyworld.world import Scene, Video
 from kvpack.evaluation import Observation, Observer, measures
-from kvpack.evaluation.baselines import through_vae
 from kvpack.evaluation.measures import OTHER_COLOUR
 from kvpack.evaluation.motion import paths
 

@@ -1,7 +1,6 @@
 """A LoRA's deltas merged into weights, exactly: one rounding of the exact sum."""
 
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,29 +26,13 @@ _ALPHA = re.compile(r"(?P<module>.+)\.alpha")
 _FLAT = re.compile(r"lora_unet_blocks_(\d+)_(?:(self_attn|cross_attn|ffn)_)?")
 
 
-class Delta(ABC):
-    """What is added to one weight."""
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-
-    @abstractmethod
-    def exact(self) -> Tensor:
-        """Return the delta in float64."""
-
-    def merged(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the weight with the delta added, computed in float64 and rounded once."""
-        return rounded(weight.double() + self.exact(), dtype)
-
-
 @dataclass(frozen=True)
-class LowRank(Delta):
-    """The delta `scale * up @ down` (LoRA, arXiv 2106.09685).
+class Delta:
+    """What is added to one weight: `scale * up @ down` (LoRA, arXiv 2106.09685), or `scale * whole`, e.g. of a bias.
 
     Args:
-        factors: "down" `[rank, in, ...]` and "up" `[out, rank, ...]`; a convolution's have its kernel behind.
+        factors: "down" `[rank, in, ...]` and "up" `[out, rank, ...]`, where a convolution's have its kernel behind; or
+            "whole", in the shape of the weight.
         scale: strength, e.g. alpha / rank.
     """
 
@@ -59,29 +42,16 @@ class LowRank(Delta):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
+        if "whole" in self.factors:
+            return tuple(self.factors["whole"].shape)
         return (self.factors["up"].shape[0], *self.factors["down"].shape[1:])
 
-    def exact(self) -> Tensor:
-        """Return the delta in float64."""
-        up, down = (self.factors[each].double().flatten(1) for each in ("up", "down"))  # [out, rank], [rank, in]
-        return (self.scale * (up @ down)).view(self.shape)
-
-
-@dataclass(frozen=True)
-class Whole(Delta):
-    """The delta `scale * tensor`, e.g. of a bias."""
-
-    tensor: Tensor
-    scale: float = 1.0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return tuple(self.tensor.shape)
-
-    def exact(self) -> Tensor:
-        """Return the delta in float64."""
-        return self.scale * self.tensor.double()
+    def merged(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the weight with the delta added, computed in float64 and rounded once."""
+        exact = {name: each.double() for name, each in self.factors.items()}
+        if "whole" not in exact:  # [out, rank] @ [rank, in]
+            exact["whole"] = (exact["up"].flatten(1) @ exact["down"].flatten(1)).view(self.shape)
+        return rounded(weight.double() + self.scale * exact["whole"], dtype)
 
 
 @dataclass
@@ -113,9 +83,9 @@ def read_lora(path: Path, alpha: float | None, rename: Callable[[dict[str, Any]]
     for name, module in modules.items():
         _require_pair(path, name, module)
         scale = strength.scale(name, module.factors["down"].shape[0], module.alpha)
-        _put(path, deltas, f"{name}.weight", LowRank(module.factors, scale))
+        _put(path, deltas, f"{name}.weight", Delta(module.factors, scale))
         if module.bias is not None:
-            _put(path, deltas, f"{name}.bias", Whole(module.bias, scale))
+            _put(path, deltas, f"{name}.bias", Delta({"whole": module.bias}, scale))
     return rename(deltas)
 
 
@@ -169,7 +139,7 @@ def _sorted(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Modul
             # A modulation is a parameter, and not the weight of a module.
             itself = match["kind"] == "diff" and match["module"].endswith(("modulation", "scale_shift_table"))
             name = match["module"] if itself else f"{match['module']}.{_TARGETS[match['kind']]}"
-            _put(path, wholes, name, Whole(tensor))
+            _put(path, wholes, name, Delta({"whole": tensor}))
         elif match := _ALPHA.fullmatch(dotted):
             modules.setdefault(match["module"], _Module()).alpha = _alpha(path, key, tensor)
         else:

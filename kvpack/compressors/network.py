@@ -119,6 +119,23 @@ class HighResolutionBranch(
         cells = adaptive_avg_pool3d(hidden.to(wide), grid).to(hidden.dtype)
         return self.projection(cells.flatten(2).transpose(1, 2))  # [batch, cells, width]
 
+    def flops(self, latents: tuple[int, int, int], tokens: int) -> int:
+        """Count the operations for one video; a multiply-add counts as two.
+
+        Args:
+            latents: frames, rows and columns of the latents.
+            tokens: tokens that are made.
+
+        >>> HighResolutionBranch(channels=16, width=1536, patch=(2, 2)).flops((4, 60, 104), 182)
+        1634500608
+        """
+        flops = 2 * self.hidden * self.width * tokens
+        inputs = (self.channels, self.hidden, self.hidden, self.hidden)
+        for count, stride in zip(inputs, strides(self.patch), strict=True):
+            t, y, x = latents = tuple(-(-size // step) for size, step in zip(latents, stride, strict=True))  # type: ignore[assignment]
+            flops += 2 * t * y * x * count * self.hidden * KERNEL**3
+        return flops
+
     @classmethod
     def _from_pretrained(
         cls,
@@ -163,26 +180,3 @@ def strides(patch: Sequence[int]) -> list[tuple[int, int, int]]:
     """
     rows, columns = (int(math.log2(4 * side)) for side in patch)
     return [(2, 1, 1), *((1, 1 + (index < rows), 1 + (index < columns)) for index in range(3))]
-
-
-def branch_flops(
-    channels: int, width: int, patch: Sequence[int], hidden: int, latents: tuple[int, int, int], tokens: int
-) -> int:
-    """Count the operations of a `HighResolutionBranch` for one video; a multiply-add counts as two.
-
-    Args:
-        channels: as those of the branch.
-        width: as that of the branch.
-        patch: as that of the branch.
-        hidden: as that of the branch.
-        latents: frames, rows and columns of the latents.
-        tokens: tokens that are made.
-
-    >>> branch_flops(16, 1536, (2, 2), 64, (4, 60, 104), 182)
-    1634500608
-    """
-    shape, flops = latents, 2 * hidden * width * tokens
-    for inputs, stride in zip((channels, hidden, hidden, hidden), strides(patch), strict=True):
-        t, y, x = shape = tuple(-(-size // step) for size, step in zip(shape, stride, strict=True))  # type: ignore[assignment]
-        flops += 2 * t * y * x * inputs * hidden * KERNEL**3
-    return flops

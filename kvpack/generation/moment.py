@@ -72,7 +72,7 @@ def captured(run: Run, *, apart: bool) -> Moment:
     denoiser, sessions = run.denoiser, run.sessions
     generators = own_generators() if run.draws_freely else []
     pasts = {
-        name: each.state() if apart else Past(each.past.book.timeless(), each.past.states)
+        name: each.state() if apart else Past(each.past.book.counting({}), each.past.states)
         for name, each in sessions.items()
     }
     return Moment(

@@ -1,6 +1,7 @@
 """Compressed blocks of a layer, in slots, attended or not."""
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -79,12 +80,6 @@ class Archive:
         """All tensors on the model's device."""
         placed = () if self.coordinates is None else (self.coordinates,)
         return (self.key_sums, *placed, *((*self.keys, *self.values) if self.tier == "device" else ()))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated on all tiers, spare slots included."""
-        placed = 0 if self.coordinates is None else self.coordinates.nbytes
-        return sum(each.nbytes for each in (*self.keys, *self.values, self.key_sums)) + placed
 
     def encoded(
         self,
@@ -214,16 +209,10 @@ class Archive:
 
     def fork(self) -> "Archive":
         """Return an independent archive that shares all memory with this one until either is written."""
-        copy = Archive(self.slot_tokens, self.codec, self.tier)
-        copy.keys, copy.values, copy.key_sums, copy.coordinates = (
-            self.keys,
-            self.values,
-            self.key_sums,
-            self.coordinates,
-        )
-        copy.marks, copy.dtype = dict(self.marks), self.dtype
-        self._shared = copy._shared = True
-        return copy
+        fork = copy(self)
+        fork.marks = dict(self.marks)
+        self._shared = fork._shared = True
+        return fork
 
     def _of_block(self, stored: Stored, decode: Decode, slot: int, tokens: int, rows: slice) -> Tensor:
         parts = [each[rows, slot].to(self.key_sums.device, non_blocking=True) for each in stored]

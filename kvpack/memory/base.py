@@ -16,21 +16,7 @@ from kvpack.memory.plan import Book, Plan
 from kvpack.memory.roles import LatentCompressor, Policy
 from kvpack.memory.rope import rotate, rotations
 from kvpack.memory.store import KeysValues
-from kvpack.memory.tokens import Tokens, consecutive, shortened
-
-__all__ = [
-    "Attended",
-    "Book",
-    "Chunk",
-    "Commit",
-    "Event",
-    "Memory",
-    "Plan",
-    "StateMemory",
-    "Tokens",
-    "consecutive",
-    "shortened",
-]
+from kvpack.memory.tokens import Tokens
 
 Commit = Literal["rerun", "last-step"]
 Event = Literal["prompt-changed", "scene-cut"]

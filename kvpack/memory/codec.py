@@ -65,16 +65,14 @@ class DenseCodec(Codec):
         return (keys,)
 
     def decode_keys(self, stored: Sequence[Tensor], tokens: int, dtype: torch.dtype) -> Tensor:
-        """Return the keys."""
+        """Return the keys, or values."""
         return stored[0]
 
     def encode_values(self, values: Tensor) -> Stored:
         """Return the values."""
         return (values,)
 
-    def decode_values(self, stored: Sequence[Tensor], tokens: int, dtype: torch.dtype) -> Tensor:
-        """Return the values."""
-        return stored[0]
+    decode_values = decode_keys
 
 
 DENSE = DenseCodec()

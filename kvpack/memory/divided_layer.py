@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -54,11 +53,11 @@ class DividedLayer(LayerCache):
         self,
         forward: Forward,
         first: LayerCache,
-        queries: Float[Tensor, "rows tokens heads head_dim"],
-        keys: Float[Tensor, "rows tokens heads head_dim"],
-        values: Float[Tensor, "rows tokens heads head_dim"],
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
         attention: Attention,
-    ) -> Float[Tensor, "rows tokens heads head_dim"]:
+    ) -> Tensor:
         """Return the attention of all heads; arguments as those of `LayerCache.attend`."""
         if forward.step == 0:
             for cache in self._caches:

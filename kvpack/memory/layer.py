@@ -140,10 +140,6 @@ class LayerCache:
         if self.attended is not None:
             self.memory.explain(self.attended, plan, self.index)
 
-    def capture(self, piece: BlockEntry, keys: Tensor, values: Tensor) -> None:
-        """Keep a twin's keys before RoPE and values, which were made without attention."""
-        self.twins[piece] = keys, values
-
     def clear(self) -> None:
         """End the chunk in progress."""
         self._settled = self.attended = self.context = self.captured = None
@@ -260,20 +256,14 @@ class ForwardLayer:
         """Tokens of the forward, on all processes."""
         return self.forward.tokens
 
-    def attend(
-        self,
-        queries: Float[Tensor, "rows tokens heads head_dim"],
-        keys: Float[Tensor, "rows tokens heads head_dim"],
-        values: Float[Tensor, "rows tokens heads head_dim"],
-        attention: Attention,
-    ) -> Float[Tensor, "rows tokens heads head_dim"]:
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, attention: Attention) -> Tensor:
         """Return the attention of the forward's tokens; arguments as those of `LayerCache.attend`."""
         return self.cache.attend(self.forward, self.first, queries, keys, values, attention)
 
     def capture(self, keys: Tensor, values: Tensor) -> None:
         """Keep the keys before RoPE and values of the one twin that this forward is for."""
         (piece,) = self.forward.twins
-        self.cache.capture(piece, keys, values)
+        self.cache.twins[piece] = keys, values
 
 
 def spread(

@@ -26,12 +26,8 @@ class Book:
     chunks: int = 0
     seconds: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
 
-    def timeless(self) -> "Book":
-        """Return the same past in a book that counts seconds from here on."""
-        return self.counting({})
-
     def counting(self, seconds: dict[str, float]) -> "Book":
-        """Return the same past in a book that counts in `seconds`."""
+        """Return the same past in a book that counts in `seconds`; a new dict counts from here on."""
         return replace(self, seconds=seconds)
 
 

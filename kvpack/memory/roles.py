@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -131,11 +131,6 @@ def _without_positions(*_: object) -> Tensor:
     raise TypeError("this Query or Candidates was made without positions; give it `rotated` or `rotated_keys`")
 
 
-def _itself(mean: Tensor) -> Tensor:
-    """Return what is a mean over all heads already."""
-    return mean
-
-
 @dataclass(frozen=True, eq=False)
 class Query:
     """What a selector may see of the chunk that is being generated, at its first denoising step.
@@ -152,7 +147,7 @@ class Query:
     layer: int
     chunk: int
     rotated: Callable[[], Tensor] = _without_positions
-    mean_heads: Callable[[Tensor], Tensor] = _itself
+    mean_heads: Callable[[Tensor], Tensor] = field(default=lambda mean: mean)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from kvpack.memory.accounting import session_stats
 from kvpack.memory.attribution import memory_call
-from kvpack.memory.base import Book, Event, Memory
+from kvpack.memory.base import Event, Memory
 from kvpack.memory.blocks import Span
 from kvpack.memory.divided import Divided
 from kvpack.memory.divided_layer import divided_layers
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.layer import Forward, ForwardLayer, LayerCache, check_layers
 from kvpack.memory.ledger import BlockEntry, require_length
-from kvpack.memory.plan import Plan
+from kvpack.memory.plan import Book, Plan
 from kvpack.memory.roles import LatentCompressor
 from kvpack.memory.shard import agreed
 from kvpack.memory.stack_plan import StackPlan
@@ -70,7 +70,8 @@ class Session:
         self._settled: object = None
         self._expected: int | None = None
         self._retry: tuple[Any, ...] | None = None
-        self._forward_layers: tuple[ForwardLayer, ...] = ()
+        #: The layers in the forward that was announced last.
+        self.layers: tuple[ForwardLayer, ...] = ()
         self.past = self._begun() if state is None else state
 
     def _begun(self) -> Past:
@@ -94,11 +95,6 @@ class Session:
         if self.plan is not None:
             return self.plan.coming
         return self.stack.chunk_frames if self._expected is None else self._expected
-
-    @property
-    def layers(self) -> tuple[ForwardLayer, ...]:
-        """The layers in the forward that was announced last."""
-        return self._forward_layers
 
     def expect(self, frames: int) -> None:
         """Announce a chunk of so many latent frames: at most a chunk, and less only for a video's first or last."""
@@ -189,7 +185,7 @@ class Session:
         states = tuple(self.stack.written(state) for state in past.states)
         self.past = past if all(map(is_, states, past.states)) else Past(past.book, states)
         self.plan, self.step = None, -1
-        self._expected, self._retry, self._forward_layers = None, None, ()
+        self._expected, self._retry, self.layers = None, None, ()
         for cache in self.caches:
             cache.clear()
 
@@ -202,8 +198,8 @@ class Session:
         states = self.past.states if self._retry is None else self._retry
         places = tuple(self.twin_span(piece).coordinates for piece in what.get("twins", ()))
         forward = Forward(self.plan, self._settled, states, places=places, **what)
-        self._forward_layers = tuple(ForwardLayer(cache, self.caches[0], forward) for cache in self.caches)
-        return self._forward_layers
+        self.layers = tuple(ForwardLayer(cache, self.caches[0], forward) for cache in self.caches)
+        return self.layers
 
     def replays(self, coming: int = 0) -> tuple[int, ...]:
         """Return the frames of each forward of a replay, oldest first.
@@ -257,7 +253,7 @@ class Session:
 
     def state(self) -> Past:
         """Return everything that the generation remembers, as data; what becomes of the session doesn't change it."""
-        return Past(self.past.book.timeless(), tuple(self.stack.fork(state) for state in self.past.states))
+        return Past(self.past.book.counting({}), tuple(self.stack.fork(state) for state in self.past.states))
 
     def stats(self) -> dict[str, Any]:
         """Return tokens and bytes of this session; see `session_stats`."""

@@ -18,7 +18,7 @@ from kvpack.errors import ParallelError, PolicyError, first_line
 _APART = 0.1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Shard:
     """One of several processes, each of which holds as many heads of every layer; all do the same calls in one order.
 
@@ -33,8 +33,8 @@ class Shard:
     ranks: int
     rank: int
     group: Any
-    device: torch.device
-    sent: "Counter[str]" = field(default_factory=Counter)
+    device: torch.device = field(compare=False)
+    sent: "Counter[str]" = field(default_factory=Counter, compare=False)
 
     def missing(self, tokens: int) -> int:
         """Return how many tokens there must be more for equal shares.

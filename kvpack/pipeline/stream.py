@@ -6,6 +6,7 @@ from collections.abc import Generator
 from inspect import GEN_CREATED, getgeneratorstate
 from pathlib import Path
 from typing import Any, Self
+from uuid import uuid4
 
 import torch
 
@@ -19,7 +20,7 @@ from kvpack.generation.threads import holder
 from kvpack.pipeline.calls import alone, frames
 from kvpack.pipeline.progress import OnChunk
 from kvpack.snapshots.resuming import resumed
-from kvpack.snapshots.saver import Saver, new_generation
+from kvpack.snapshots.saver import Saver
 
 #: Seconds that the end of the interpreter waits for another thread's step.
 _PATIENCE = 10.0
@@ -54,7 +55,7 @@ class Stream(Generator[Any, Prompt | None, None]):
         beside: torch.device | None = None,
     ) -> None:
         self._pipeline, self._on_chunk, self._beside = pipeline, on_chunk, beside
-        self._generation = generation or new_generation()
+        self._generation = generation or uuid4().hex
         self._saver: Saver | None = None
         #: What `save` was given, in a stream that was resumed.
         self.note = note

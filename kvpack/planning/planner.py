@@ -13,6 +13,7 @@ from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import BlockEntry, Ledger
 from kvpack.memory.roles import LatentCompressor
 from kvpack.memory.stack import Stack
+from kvpack.memory.stack_plan import StackBook, StackPlan
 from kvpack.planning.resident import resident
 
 #: Seconds of a video, thirty years, and frames a second.
@@ -120,7 +121,8 @@ def plan(
         # What the last chunk attends is what was held before it was committed.
         for _ in range(chunks):
             before, after = after, after.commit().ledger
-        archive = _mid_tokens(geometry, stack, after)
+        spans = (stack.compressor.span(each.first_frame, each.frames, geometry.grid) for each in after.archive)
+        archive = [span.tokens for span in spans]
         shape = geometry.heads, geometry.head_dim, geometry.dtype
         archived = geometry.layers * sum(stored_bytes(stack.store, tokens, *shape) for tokens in archive)
         compressor_parameters, compressor_flops = _branches(geometry, stack, before, latents)
@@ -176,21 +178,10 @@ def video_frames(seconds: float, fps: float, scale: int) -> tuple[int, int]:
 
 def attended_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> int:
     """Count the tokens of history that the chunk after `ledger` attends."""
-    mid = _mid_tokens(geometry, stack, ledger, attended=True)
-    chosen = min(stack.selector.limit(len(mid)), len(mid))
+    plan = StackPlan(stack, StackBook.of(ledger), stack.chunk_frames, geometry)
+    sizes = [span.tokens for span in plan.attended]
     whole = sum(piece.frames for piece in ledger.whole)
-    return whole * geometry.tokens_per_frame + sum(mid[len(mid) - chosen :])
-
-
-def _mid_tokens(geometry: Geometry, stack: Stack, ledger: Ledger, *, attended: bool = False) -> list[int]:
-    """Count the tokens of each archived block, as it is kept or as it is attended."""
-    compressor, grid = stack.compressor, geometry.grid
-    spans = [compressor.span(piece.first_frame, piece.frames, grid) for piece in ledger.archive]
-    levels = [compressor.level(age) if attended else 0 for age in reversed(range(len(spans)))]
-    return [
-        (compressor.shrunk_span(span, grid, level) if level else span).tokens
-        for span, level in zip(spans, levels, strict=True)
-    ]
+    return whole * geometry.tokens_per_frame + sum(sizes[len(sizes) - plan.chosen :])
 
 
 def _twins(stack: Stack, ledger: Ledger) -> list[BlockEntry]:

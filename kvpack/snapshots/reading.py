@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -19,12 +19,8 @@ from kvpack.snapshots.writing import KIND, Node
 _DTYPES = {str(each).removeprefix("torch."): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 
 
-class Tensors(Protocol):
-    """What reads a tensor of a file that the snapshot lists."""
-
-    def __call__(self, file: str, name: str) -> Tensor:
-        """Return a tensor of its own memory, on the CPU."""
-        ...
+#: Given a file that the snapshot lists and a name, reads a tensor of its own memory, on the CPU.
+Tensors = Callable[[str, str], Tensor]
 
 
 class TreeReader:

@@ -1,7 +1,6 @@
 """A generation written into a folder of snapshots."""
 
 import json
-import uuid
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -132,11 +131,6 @@ class Saver:
         if len(older) > _MOST_FILES:
             return set(older)
         return {name for name, path in older.items() if path.stat().st_size > 2 * writer.used[name]}
-
-
-def new_generation() -> str:
-    """Return a name for a generation that no other has."""
-    return uuid.uuid4().hex
 
 
 def require_json(note: Any) -> None:

@@ -8,16 +8,18 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from kvpack.generation.adapter import Adapter
 from kvpack.generation.replay import CleanFrames
-from kvpack.memory.base import Book, Memory, Tokens
+from kvpack.memory.base import Memory
 from kvpack.memory.blocks import KVBlock, Span
 from kvpack.memory.divided import Divided, DividedBook
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import BlockEntry, Ledger
+from kvpack.memory.plan import Book
 from kvpack.memory.roles import Policy
 from kvpack.memory.session import Past
 from kvpack.memory.stack import ROLES, Stack
 from kvpack.memory.stack_plan import StackBook
 from kvpack.memory.stack_state import KeptBlock, StackState
+from kvpack.memory.tokens import Tokens
 from kvpack.plugins.registry import registry
 
 _BOOKS = (Past, Book, StackBook, DividedBook, Ledger, BlockEntry)

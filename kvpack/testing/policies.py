@@ -1,63 +1,24 @@
 """`check_policy` and `check_memory`: what must hold for every policy, without a model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvpack.errors import PolicyError
+from kvpack.errors import InvalidOptionError, PolicyError
 from kvpack.memory.base import Memory
-from kvpack.memory.blocks import KVBlock, LatentChunk, Span, grid_coordinates
+from kvpack.memory.blocks import LatentChunk
 from kvpack.memory.codec import Codec
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.roles import (
-    Candidates,
-    Compressor,
-    LatentCompressor,
-    Partitioner,
-    Policy,
-    Query,
-    Reindexer,
-    Selector,
-)
+from kvpack.memory.roles import Compressor, LatentCompressor, Partitioner, Policy, Reindexer, Selector
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 from kvpack.testing.codecs import check_codec
-from kvpack.testing.given import require_kind
 
 TINY = Geometry(layers=2, heads=2, head_dim=12, grid=(4, 5), rope_split=(4, 4, 4))
-
-
-@dataclass(frozen=True)
-class _Newest(Selector):
-    """A selector for checks of the other roles."""
-
-    topk: int = 3
-    name = "kvpack-testing-newest"
-
-    def limit(self, candidates: int) -> int:
-        return min(self.topk, candidates)
-
-    def select(self, query: Query, candidates: Candidates) -> Tensor:
-        count = candidates.count
-        return torch.arange(count - self.limit(count), count).expand(query.queries.shape[0], -1)
-
-
-@dataclass(frozen=True)
-class _Pairs(Compressor):
-    """A compressor for checks of the other roles: every second token."""
-
-    name = "kvpack-testing-pairs"
-
-    def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
-        return Span(first_frame, frames, grid_coordinates(frames, grid)[::2])
-
-    def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
-        span = self.span(block.span.first_frame, block.span.frames, grid)
-        return KVBlock(block.keys[:, ::2], block.values[:, ::2], span)
 
 
 def run_session(
@@ -135,7 +96,7 @@ def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
     >>> from kvpack.policies import RecencySelector
     >>> check_policy(RecencySelector(topk=2))
     """
-    require_kind(policy, Policy, "check_policy")
+    _require_kind(policy, Policy, "check_policy")
     name = type(policy).__name__
     if not is_dataclass(policy) or not policy.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         raise PolicyError(f"{name} must be a frozen dataclass: policies are shared between generations")
@@ -171,7 +132,7 @@ def check_memory(memory: Memory, most_frames: int | None = None) -> None:
     >>> from kvpack.policies import MemRoPE
     >>> check_memory(MemRoPE())
     """
-    require_kind(memory, Memory, "check_memory")
+    _require_kind(memory, Memory, "check_memory")
     name = type(memory).__name__
 
     def outputs(session: Session, chunks: int, rows: slice = slice(0, 2), seed: int = 0) -> list[Tensor]:
@@ -190,6 +151,24 @@ def check_memory(memory: Memory, most_frames: int | None = None) -> None:
         for chunk in range(12):  # a dtype that is not kept raises
             run_session(session, 1, batch=2, seed=chunk, inspect=partial(_check_attended, memory, most_frames))
         _check_replay(memory, session)
+
+
+def _require_kind(given: object, kind: type, check: str) -> None:
+    """Raise `InvalidOptionError` unless it is an instance of `kind`, with the check that would be right.
+
+    Args:
+        given: what the check was called with.
+        kind: `Policy`, or `Memory` where it must be a whole memory.
+        check: name of the check.
+    """
+    name = type(given).__name__
+    if isinstance(given, type):
+        raise InvalidOptionError(f"{check} tests an instance, got the class {given.__name__}; give {given.__name__}()")
+    if not isinstance(given, Policy):
+        raise InvalidOptionError(f"{check} tests a {kind.__name__.lower()}, got {given!r}")
+    if not isinstance(given, kind):
+        right = f"check_policy({name}(...))"
+        raise InvalidOptionError(f"{check} tests memories, but {name} is a {given.role}; call {right}")
 
 
 def _check_outputs(name: str, whole: list[Tensor], again: list[Tensor], row: list[Tensor]) -> None:
@@ -257,8 +236,8 @@ def _stack_with(policy: Policy, sizes: tuple[int, int], chunk_frames: int) -> St
         "partitioner": registry().policy(
             "partitioner", "sink-mid-recent", {"sink_frames": sizes[0], "recent_frames": sizes[1]}
         ),
-        "compressor": _Pairs(),
-        "selector": _Newest(),
+        "compressor": registry().policy("compressor", "pool"),
+        "selector": registry().policy("selector", "recency", {"topk": 3}),
         "reindexer": registry().policy("reindexer", "contiguous"),
     }
     if not isinstance(policy, (Partitioner, Compressor, Selector, Reindexer, Codec)):

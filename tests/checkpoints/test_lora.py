@@ -9,7 +9,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import load_file, save_file
 
 from helpers import command
-from kvpack.checkpoints.lora import LowRank, merge, read_lora, rounded
+from kvpack.checkpoints.lora import Delta, merge, read_lora, rounded
 from kvpack.errors import InvalidOptionError
 from kvpack.testing.pipelines import tiny_wan_transformer
 
@@ -73,7 +73,7 @@ def test_merged_bit_for_bit_as_exact_arithmetic(dtype):
     torch.manual_seed(1)
     # Few bits, so that float64 holds products and sums without rounding.
     weight, down, up = (torch.randint(-64, 64, shape) / 32 for shape in ((6, 5), (4, 5), (6, 4)))
-    merged = LowRank({"down": down.to(dtype), "up": up.to(dtype)}, scale=3 / 4).merged(weight.to(dtype), dtype)
+    merged = Delta({"down": down.to(dtype), "up": up.to(dtype)}, scale=3 / 4).merged(weight.to(dtype), dtype)
     for row in range(6):
         for column in range(5):
             product = sum(Fraction(float(up[row, i])) * Fraction(float(down[i, column])) for i in range(4))
@@ -139,7 +139,7 @@ def test_as_peft_merges():
     wrapped = peft.get_peft_model(layer, config)
     tensors = peft.get_peft_model_state_dict(wrapped)
     factors = {"down": tensors["base_model.model.0.lora_A.weight"], "up": tensors["base_model.model.0.lora_B.weight"]}
-    delta = LowRank(factors, scale=6 / 4)
+    delta = Delta(factors, scale=6 / 4)
     merged = wrapped.merge_and_unload()[0].weight.detach()
     assert torch.allclose(delta.merged(weight, torch.float32), merged, rtol=0, atol=2e-6)
     assert not torch.allclose(weight, merged, atol=1e-2)
@@ -160,7 +160,7 @@ def test_alpha_is_the_callers_then_the_files_then_the_rank(pairs, tmp_path):
     both = read(tmp_path / "lora.pt")
     assert (both[name].scale, both[other].scale) == (5 / rank, 16 / other_rank)
     up, down = torch.ones(2, 1), torch.ones(1, 2)
-    assert LowRank({"up": up, "down": down}).merged(torch.zeros(2, 2), torch.float32).tolist() == [[1, 1], [1, 1]]
+    assert Delta({"up": up, "down": down}).merged(torch.zeros(2, 2), torch.float32).tolist() == [[1, 1], [1, 1]]
 
 
 def test_one_rounding_into_another_dtype(transformer, pairs, tmp_path):

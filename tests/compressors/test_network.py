@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvpack.compressors import weights as branches
-from kvpack.compressors.network import HighResolutionBranch, branch_flops, strides
+from kvpack.compressors.network import HighResolutionBranch, strides
 from kvpack.compressors.weights import CompressorWeights, branch_config, load_branch
 from kvpack.errors import InvalidOptionError
 from kvpack.plugins.registry import registry
@@ -80,7 +80,7 @@ def test_any_geometry_gives_the_exact_tokens_and_drops_nothing(shape):
     weights = torch.randn(tokens.shape, generator=generator, dtype=torch.float64)
     (branch(latents, pooled) * weights).sum().backward()
     assert bool((latents.grad != 0).all())  # every latent has an influence
-    counted = branch_flops(channels, width, patch, 3, (frames, rows, columns), pooled[0] * pooled[1] * pooled[2])
+    counted = branch.flops((frames, rows, columns), pooled[0] * pooled[1] * pooled[2])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         branch(latents.detach()[:1], pooled)
     assert counter.get_total_flops() == counted

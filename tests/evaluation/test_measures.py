@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.baselines import floors, through_vae
 from benchmarks.toyworld import evaluate, world
 from benchmarks.toyworld.facts import brightness, facts_of
 from kvpack.errors import InvalidOptionError, KVPackError
 from kvpack.evaluation import METRICS, Facts, Observation, Observer, drift, measures, motion
-from kvpack.evaluation.baselines import floors, through_vae
 
 SCENE = world.Scene("orange", "square", "night stripes")
 FRAMES = 192

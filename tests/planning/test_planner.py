@@ -14,7 +14,7 @@ import kvpack
 from kvpack import Compressor
 from kvpack.checkpoints.config import Settings
 from kvpack.cli.tables import plan_rows
-from kvpack.compressors.network import HighResolutionBranch, branch_flops
+from kvpack.compressors.network import HighResolutionBranch
 from kvpack.errors import InvalidOptionError, UnknownNameError, UnsupportedPipelineError
 from kvpack.memory.costs import LatentShape
 from kvpack.planning import planner, presets
@@ -166,7 +166,7 @@ def test_what_compression_costs_is_stated_by_branch(wan: kvpack.Geometry) -> Non
     for name in ("lr", "hr", "dual"):
         assert registry().policy("compressor", name).span(0, 4, wan.grid).tokens == 182  # of 6,240
         assert plans[name].compressor_flops["twin"] == forward(182, 27_872 - 6240 + 182)
-    high, low = branch_flops(16, 1536, (2, 2), 64, (4, 60, 104), 182), latents.encode_flops(5, 112, 208)
+    high, low = _branch_flops(16, 1536, (2, 2), 64, (4, 60, 104), 182), latents.encode_flops(5, 112, 208)
     twin = plans["lr"].compressor_flops["twin"]
     assert plans["pool"].compressor_flops == plans["pool"].compressor_parameters == {}
     assert plans["lr"].compressor_flops == {"lr": low, "twin": twin}
@@ -316,3 +316,8 @@ def test_models_that_cannot_run_are_not_planned(pipe: Any, tmp_path: Path) -> No
         model = presets.from_folder(write_folder(tmp_path / name, pipe, _class_name=name))
         with pytest.raises(UnsupportedPipelineError, match=f"no adapter for {name}.*Installed: .*wan"):
             presets.adapter_for(model)
+
+
+def _branch_flops(channels, width, patch, hidden, latents, tokens):
+    branch = HighResolutionBranch(channels=channels, width=width, patch=patch, hidden=hidden)
+    return branch.flops(latents, tokens)
