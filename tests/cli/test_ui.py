@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import time
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from kvpack.cli.ui import view
 from kvpack.cli.ui.model import Model, unknown_words
 from kvpack.cli.ui.player import showing
 from kvpack.cli.ui.studio import Studio, saved_name, saved_names
-from kvpack.errors import InvalidOptionError, SnapshotError
+from kvpack.errors import InvalidOptionError, SnapshotError, UnknownNameError
 
 PROMPT = "a red circle bouncing over dusk rings"
 
@@ -31,10 +32,7 @@ BLUE = """[...Array(4096).keys()].filter(pixel => {
 
 
 def begun(model, *memories, seconds=4, seed=0):
-    videos = [model.begin(memory, PROMPT, seconds, seed) for memory in memories]
-    for video in videos:
-        video.prompts = [(0.0, PROMPT)]
-    return Studio(model, videos)
+    return Studio(model, [model.begin(memory, PROMPT, seconds, seed) for memory in memories])
 
 
 def pictures(studio, chunks):
@@ -112,6 +110,36 @@ def test_a_fork_is_another_future_beside_it(shipped):
     with pytest.raises(InvalidOptionError, match="two videos are shown already"):
         studio.fork(1, None)
     studio.close()
+
+
+def test_a_video_begins_between_two_chunks_of_another(shipped):
+    begun = []
+    thread = Thread(target=lambda: begun.append(shipped.begin("packforcing", PROMPT, 4, 0)))
+    with shipped.lock:  # as while a chunk is made
+        thread.start()
+        thread.join(0.3)
+        assert not begun
+    thread.join(20)
+    begun[0].stream.close()
+    with pytest.raises(InvalidOptionError, match="--seed must be between"):
+        shipped.begin("packforcing", PROMPT, 4, 2**64)
+
+
+def test_what_cannot_begin_ends_nothing(shipped, tmp_path):
+    pytest.importorskip("gradio", reason="kvpack[ui] is not installed")
+    from kvpack.cli.ui.page import Page
+
+    page, before = Page(shipped, tmp_path), begun(shipped, "packforcing")
+    for memory, other in (("packfrocing", "none"), ("packforcing", "packfrocing")):
+        with pytest.raises(UnknownNameError):
+            page.start(before, "", PROMPT, memory, other, 4, 0)
+    with pytest.raises(SnapshotError):
+        page.resume(before, "", "nothing")
+    assert before.advance()
+    after = page.start(before, "", PROMPT, "packforcing", "none", 4, 0)
+    assert before.closed
+    assert after.videos[0].prompts == [(0.0, PROMPT)]
+    after.close()
 
 
 def test_a_pause_and_whoever_asks_last(shipped):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kvpack.cli.support import default_device, parse_compared
+from kvpack.cli.support import default_device, parse_compared, require_seed
 from kvpack.cli.ui.video import Video
 from kvpack.errors import InvalidOptionError
 from kvpack.pipeline.track import load_pipeline
@@ -58,15 +58,17 @@ class Model:
         if len(named) != 1:
             raise InvalidOptionError(f"give one memory, e.g. packforcing or packforcing:topk=4, got {memory!r}")
         ((name, options),) = named
-        pipeline: Any = copy.copy(self.pipeline)
-        if self.folder is None:
-            pipeline.enable_packforcing(demo_stack(name, **options))
-        else:
-            pipeline.enable_packforcing(name, **options)
-        length = {} if not seconds else {"num_frames": video_frames(seconds, pipeline.packforcing.fps, self.scale)[0]}
-        generator = torch.Generator("cpu").manual_seed(seed)
-        stream = pipeline.packforcing.stream(prompt, generator=generator, output_type="np", **length)
-        return Video(memory, pipeline, stream, self._trace())
+        generator = torch.Generator("cpu").manual_seed(require_seed(seed))
+        with self.lock:
+            pipeline: Any = copy.copy(self.pipeline)
+            if self.folder is None:
+                pipeline.enable_packforcing(demo_stack(name, **options))
+            else:
+                pipeline.enable_packforcing(name, **options)
+            fps = pipeline.packforcing.fps
+            length = {} if not seconds else {"num_frames": video_frames(seconds, fps, self.scale)[0]}
+            stream = pipeline.packforcing.stream(prompt, generator=generator, output_type="np", **length)
+            return Video(memory, pipeline, stream, self._trace(), prompts=[(0.0, prompt)])
 
     def resume(self, folder: Path) -> Video:
         """Go on with a video that was saved.
@@ -83,7 +85,7 @@ class Model:
 
     def fork(self, video: Video, seed: int, prompt: str | None) -> Video:
         """Return another future of a video, with other noise and, if one is given, another prompt."""
-        stream = video.stream.fork(seed=seed, prompt=prompt)
+        stream = video.stream.fork(seed=require_seed(seed), prompt=prompt)
         label = f"{video.label}, forked with seed {seed}"
         return Video(label, video.pipeline, stream, self._trace(), frames=video.frames, first=video.frames)
 

@@ -59,17 +59,20 @@ class Page:
     def start(
         self, before: Studio | None, folder: str, prompt: str, memory: str, other: str, seconds: float, seed: float
     ) -> Studio:
-        """Begin one video, or two with the same noise."""
-        if before is not None:
-            before.close()
+        """Begin one video, or two with the same noise; the one before ends as soon as they have begun."""
         model = self.model_of(folder)
         if unknown := unknown_words(model, prompt):
             gr.Warning(f"the tiny model does not know {', '.join(unknown)}")
         names = [memory] if not other or other == _NONE else [memory, other]
-        videos = [model.begin(name, prompt, seconds or 0, int(seed or 0)) for name in names]
-        for video in videos:
-            video.prompts = [(0.0, prompt)]
-        return Studio(model, videos)
+        studio = Studio(model, [])
+        try:
+            for name in names:
+                studio.videos.append(model.begin(name, prompt, seconds or 0, int(seed or 0)))
+        except KVPackError:
+            studio.close()
+            raise
+        close(before)
+        return studio
 
     def watch(self, studio: Studio | None, live: bool) -> Iterator[tuple[Any, ...]]:
         """Make chunks, and show each."""
@@ -119,10 +122,10 @@ class Page:
         return gr.Dropdown(choices=saved_names(self.saved), value=folder.name), f"Saved as {folder.name}."
 
     def resume(self, before: Studio | None, folder: str, name: str | None) -> Studio:
-        """Go on with saved videos."""
-        if before is not None:
-            before.close()
-        return Studio.resume(self.model_of(folder), self.saved / saved_name(name or ""))
+        """Go on with saved videos; those before end as soon as these are read."""
+        studio = Studio.resume(self.model_of(folder), self.saved / saved_name(name or ""))
+        close(before)
+        return studio
 
     def fork(self, studio: Studio | None, seed: float, prompt: str) -> Studio:
         """Put another future beside the video: other noise, and the prompt in the box."""
