@@ -1,5 +1,6 @@
 """`kvpack plan`: what a video, or training a compressor, will cost."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpack.cli.call import Fps
+from kvpack.cli.call import Fps, call_defaults
 from kvpack.cli.support import (
     DTYPES,
     Json,
@@ -47,7 +48,10 @@ def plan(
         int | None, typer.Option(min=1, help="Denoising steps of a chunk.", show_default="the model's own, else 4")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Videos generated together.")] = 1,
-    guidance: Annotated[bool, typer.Option("--guidance", help="Classifier-free guidance: two branches.")] = False,
+    guidance: Annotated[
+        bool | None,
+        typer.Option(help="Classifier-free guidance: two branches.", show_default="what the model's call has"),
+    ] = None,
     gpu_memory: Annotated[
         float | None, typer.Option(metavar="GIB", help="Say whether it fits a card of this memory, and how, e.g. 24.")
     ] = None,
@@ -96,7 +100,8 @@ def plan(
     wanted = stack, parse_options(option), described.settings, defaults
     asked, named = resolve_stack(*wanted), named_stack(*wanted)
     geometry, latents = adapter.geometry(configs, height, width, parse_dtype(dtype)), adapter.latent_shape(configs)
-    branches, chunks = 2 if guidance else 1, -(-latent_frames // asked.chunk_frames)
+    guided = _guided(described.settings.call, model) if guidance is None else guidance
+    branches, chunks = 2 if guided else 1, -(-latent_frames // asked.chunk_frames)
     most = _UNBOUNDED if budget_gb is None else budget_gb
 
     def choose(gigabytes: float) -> "Choice":
@@ -136,6 +141,12 @@ def plan(
         print_json({**given, "pixel_frames": pixel_frames, **answer.to_dict()})
     else:
         answer.print(f"{described.name}, {size}, {pixel_frames:,} frames at {fps:g} fps, {dtype}")
+
+
+def _guided(call: Mapping[str, Any], model: Path | None) -> bool:
+    """Return whether a model's own call has guidance, as `kvpack generate` would make it."""
+    scale = {**({} if model is None else call_defaults(model)), **call}.get("guidance_scale")
+    return isinstance(scale, int | float) and scale > 1
 
 
 @dataclass(frozen=True)

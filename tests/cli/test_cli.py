@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,20 @@ def test_plan_for_a_folder_without_weights(model: Path, tmp_path: Path) -> None:
         (tmp_path / part).write_text((model / part).read_text())
     result = command("plan", "--model", tmp_path, "--size", "64x64", "--seconds", 5, "--dtype", "float32", "--json")
     assert json.loads(result.stdout)["kv_bytes_per_token"] == 2 * 2 * 24 * 4
+
+
+def test_plan_has_the_guidance_of_the_models_own_call(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    words = ["plan", "--model", folder, "--size", "64x64", "--seconds", 5, "--json"]
+
+    def held(scale: float | None, *more: object) -> int:
+        call = {} if scale is None else {"guidance_scale": scale}
+        (folder / "kvpack_config.json").write_text(json.dumps({"stack": {"name": "packforcing"}, "call": call}))
+        return json.loads(command(*words, *more).stdout)["resident_kv_bytes"]
+
+    one = held(1.0)
+    assert held(3.0) == held(None) == held(1.0, "--guidance") == 2 * one  # a stock pipeline's own scale is 5
+    assert held(3.0, "--no-guidance") == one
 
 
 @pytest.mark.parametrize(
