@@ -68,6 +68,7 @@ class ClipFolder(Sequence[Clip]):
         size: height and width in pixels that videos are scaled and cropped to; None leaves them.
         fps: frames a second that the model was trained with; of videos with more, some are left out.
         cache: folder of encoded videos, made where there is none.
+        encoder: what tells the VAE from others, whose encoded videos are not taken for its own.
         broken: whether a clip that cannot be used is reported and skipped, or stops everything.
         device: where latents go.
 
@@ -86,13 +87,14 @@ class ClipFolder(Sequence[Clip]):
         size: tuple[int, int] | None = None,
         fps: float = 16.0,
         cache: Path | None = None,
+        encoder: str = "",
         broken: Broken = "stop",
         device: torch.device | str = "cpu",
     ) -> None:
         if not folder.is_dir():
             raise InvalidOptionError(f"no data folder {folder}; give a folder of videos or of latents")
         self.trainee, self.frames, self.channels, self.size, self.fps = trainee, frames, channels, size, fps
-        self.cache, self.device = cache or folder, device
+        self.cache, self.encoder, self.device = cache or folder, encoder, device
         self.shape: tuple[int, ...] | None = None
         self.skipped: list[str] = []
         self._rows: list[_Row] = []
@@ -171,7 +173,7 @@ class ClipFolder(Sequence[Clip]):
         self.shape = tuple(latents.shape)
 
     def _encoded(self, file: Path) -> Path:
-        wanted = f"{file.stat().st_size}-{file.stat().st_mtime_ns}-{self.frames}-{self.size}-{self.fps}"
+        wanted = f"{file.stat().st_size}-{file.stat().st_mtime_ns}-{self.frames}-{self.size}-{self.fps}-{self.encoder}"
         path = self.cache / f"{file.stem}-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}{LATENTS}"
         if not path.exists():
             pixels = _pixels(file, self.trainee.temporal_scale * (self.frames - 1) + 1, self.size, self.fps)

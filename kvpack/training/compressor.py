@@ -22,6 +22,7 @@ from kvpack.pipeline.track import load_pipeline
 from kvpack.planning.presets import from_folder
 from kvpack.plugins.registry import registry
 from kvpack.plugins.resolve import require_stack, resolve_stack
+from kvpack.snapshots.fingerprint import model_digests
 from kvpack.training.clips import Broken, ClipFolder
 from kvpack.training.distillation import ContextDistillation
 from kvpack.training.matching import DistributionMatching
@@ -127,6 +128,7 @@ class CompressorTraining:
         pipeline = frozen(self.model, PRECISIONS[self.mixed_precision], str(accelerator.device))
         trainee = adapter_of(pipeline).trainee(pipeline, self.max_sequence_length)
         config = pipeline.transformer.config
+        models = model_digests(pipeline)
         branch = self._branch(pipeline.transformer.config).to(accelerator.device)
         stack = self._stack(branch)
         clips = ClipFolder(
@@ -137,6 +139,7 @@ class CompressorTraining:
             size=self.size,
             fps=from_folder(self.model).settings.fps if self.fps is None else self.fps,
             cache=self.output / "clips",
+            encoder=models.get("vae", ""),
             broken=self.broken,
             device=accelerator.device,
         )
@@ -163,7 +166,7 @@ class CompressorTraining:
                 guidance_scale=self.guidance_scale,
                 autocast=lambda: accelerator.autocast(),
             )
-        about = {name: str(getattr(self, name)) for name in _ABOUT}
+        about = {name: str(getattr(self, name)) for name in _ABOUT} | {"models": models}
         trainer = Trainer(objective, clips, self.recipe, self.output, accelerator, about)
         if self.tensorboard:
             accelerator.init_trackers("tensorboard")
@@ -235,6 +238,7 @@ _ABOUT = (
     "denoising_steps",
     "chunks",
     "mixed_precision",
+    "max_sequence_length",
 )
 
 

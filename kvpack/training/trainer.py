@@ -203,8 +203,8 @@ class Trainer:
         for each, gradient in gradients.items():
             each.grad = self._mean(gradient)
         optimiser = self.optimisers[learner.name]
-        clipped: Any = self.accelerator.clip_grad_norm_(list(gradients), self.recipe.clip_norm)
-        norm = float(clipped)
+        self.accelerator.unscale_gradients(optimiser)  # not those of the others, as `clip_grad_norm_` of it does
+        norm = float(nn.utils.clip_grad_norm_(list(gradients), self.recipe.clip_norm))
         # A gradient that overflows fp16 is no sign of divergence: its scaler passes over the step.
         seen = told if self.accelerator.mixed_precision == "fp16" else {**told, "gradient norm": norm}
         bad = {name: value for name, value in seen.items() if not math.isfinite(value)}

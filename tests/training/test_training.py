@@ -2,8 +2,10 @@
 
 import csv
 import json
+import shutil
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import kvpack.plugins.registry
 from helpers import forked, told
 from kvpack.errors import BrokenClipError, InvalidOptionError, TrainingError
+from kvpack.testing import tiny_wan_pipeline
 from kvpack.training.clips import ClipFolder
 from kvpack.training.compressor import CompressorTraining, frozen
 from kvpack.training.trainer import Learner, Trainer, TrainingRecipe
@@ -217,6 +220,39 @@ def test_another_training_is_not_gone_on_with(training, tmp_path):
         training(recipe={"steps": 4, "learning_rate": 1.0}).run()
     training(recipe={"steps": 4}).run()  # longer is the same training
     assert max(int(row["step"]) for row in rows(tmp_path / "run")) == 4
+
+
+def test_another_model_is_another_training(training, model, tmp_path):
+    training(recipe={"steps": 1}).run()
+    tiny_wan_pipeline(seed=1).save_pretrained(tmp_path / "other")
+    shutil.copytree(model, tmp_path / "moved")
+    for changed in ({"model": tmp_path / "other"}, {"max_sequence_length": 4}):
+        with pytest.raises(TrainingError, match="holds another training"):
+            training(recipe={"steps": 2}, **changed).run()
+    training(recipe={"steps": 2}, model=tmp_path / "moved", base_model="tiny").run()  # where it lies is all the same
+
+
+def test_gradients_in_float16_are_unscaled_once(monkeypatch, tmp_path):
+    """Of two learners, as those of a compressor and its critic."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator, "native_amp", True)
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    modules = {name: torch.nn.Linear(2, 1, bias=False) for name in ("compressor", "critic")}
+
+    class Both:
+        learners = [Learner(name, module) for name, module in modules.items()]
+
+        def backward(self, step, clips, source, backward):
+            for module in modules.values():
+                accelerator.scaler.scale(module.weight.sum()).backward()
+            return {}
+
+    clips = SimpleNamespace(fingerprint=lambda: "", __len__=lambda: 1)
+    trainer = Trainer(Both(), clips, TrainingRecipe(steps=1, clip_norm=10.0), tmp_path, accelerator)
+    monkeypatch.setattr(trainer, "_batch", lambda turn: [])
+    told = trainer._advance()
+    assert [told[f"{name} gradient norm"] for name in modules] == pytest.approx([2**0.5] * 2)
 
 
 class MeanLatent:
