@@ -17,6 +17,8 @@ from kvpack.media.video import FrameRate, Frames, is_hd
 TOGETHER = 16  # frames decoded at a time
 USUAL_FPS = 16.0  # where the file doesn't say
 _UNSAID = 2  # colour matrix, as ITU-T H.273 numbers it
+#: What Pillow raises for files that are damaged, or too large to be meant.
+_UNREADABLE = UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, TypeError, ValueError
 _TIE = 1e-3  # seconds; of two frames as near, the earlier one, though a file rounds times to milliseconds
 
 
@@ -86,7 +88,7 @@ def opened(path: Path) -> Iterator[VideoFile]:
     if not path.is_file():
         raise InvalidOptionError(f"no video {path}; give a file, e.g. video.mp4")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise InvalidOptionError(f"{path} must be a video, got a file without pictures")
             stream = container.streams.video[0]
@@ -137,7 +139,7 @@ def is_picture(path: Path) -> bool:
     try:
         with Image.open(path) as picture:
             return getattr(picture, "n_frames", 1) == 1
-    except (UnidentifiedImageError, OSError):
+    except _UNREADABLE:
         return False
 
 
@@ -152,7 +154,7 @@ def read_picture(path: Path) -> Image.Image:
     try:
         picture = Image.open(path)
         picture.load()
-    except (UnidentifiedImageError, OSError) as error:
+    except _UNREADABLE as error:
         raise InvalidOptionError(f"{path} must be a picture, got: {error}") from error
     return picture
 

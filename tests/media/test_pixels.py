@@ -300,6 +300,25 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path):
         image_pixels(Image.new("La", (4, 4)))
 
 
+def test_a_picture_that_is_too_large_to_be_meant_is_refused(tmp_path, monkeypatch):
+    Image.new("1", (200, 100)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(InvalidOptionError, match=r"a\.png must be a picture, got: Image size"):
+        image_pixels(tmp_path / "a.png")
+
+
+def test_a_title_in_another_encoding_than_utf_8_does_no_harm(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w") as file:
+        stream = file.add_stream("mpeg4", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        file.metadata["title"] = "caf_"
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        file.mux(stream.encode())
+    path = tmp_path / "a.mkv"
+    path.write_bytes(path.read_bytes().replace(b"caf_", "café".encode("latin-1")))
+    assert count_frames(path) == 1
+
+
 def test_pictures_are_told_from_clips(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
     frames = [Image.new("RGB", (8, 8), (index, 0, 0)) for index in range(3)]
