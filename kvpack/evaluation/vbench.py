@@ -10,6 +10,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from filecmp import cmp
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def lay_out(videos: Sequence[Path], prompts: Sequence[str], folder: Path) -> lis
 
     Raises:
         InvalidOptionError: if there aren't as many prompts as videos, or a video isn't an mp4 file.
-        OutputError: if the folder can't be written.
+        OutputError: if the folder can't be written, or holds other videos.
     """
     if len(videos) != len(prompts):
         raise InvalidOptionError(
@@ -94,18 +95,21 @@ def lay_out(videos: Sequence[Path], prompts: Sequence[str], folder: Path) -> lis
         if not video.is_file() or video.suffix.lower() != ".mp4":
             raise InvalidOptionError(f"VBench reads mp4 files, got {video}; give one that exists")
     counted: Counter[str] = Counter()
-    made = []
+    made = {}
+    for video, prompt in zip(videos, prompts, strict=True):
+        made[folder / f"{prompt}-{counted[prompt]}.mp4"] = video
+        counted[prompt] += 1
+    for path in folder.glob("*.mp4"):
+        if path not in made or not cmp(path, made[path], shallow=False):
+            raise OutputError(f"{folder} holds {path.name}, which VBench would judge too; give an empty --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for video, prompt in zip(videos, prompts, strict=True):
-            target = folder / f"{prompt}-{counted[prompt]}.mp4"
-            counted[prompt] += 1
-            if not (target.exists() and target.samefile(video)):
+        for target, video in made.items():
+            if not target.exists():
                 shutil.copyfile(video, target)
-            made.append(target)
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {error.strerror}; give a writable directory") from error
-    return made
+    return list(made)
 
 
 def run(folder: Path, device: str) -> dict[str, float]:

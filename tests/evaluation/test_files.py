@@ -138,6 +138,20 @@ def test_vbench_runs_where_it_is_installed(video: Path, tmp_path: Path, monkeypa
     assert (asked["mode"], asked["local"], asked["videos_path"]) == ("custom_input", True, str(tmp_path / "out"))
 
 
+def test_vbench_judges_what_it_is_given_and_nothing_else(video: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = vbench.lay_out([video, video], ["a", "b"], out)
+    assert vbench.lay_out([video, video], ["a", "b"], out) == made  # the same again
+    assert vbench.lay_out(made, ["a", "b"], out) == made
+    with pytest.raises(OutputError, match=r"holds b-0\.mp4, which VBench would judge too"):
+        vbench.lay_out([video], ["a"], out)
+    other = bytes(reversed(video.read_bytes()))
+    made[1].write_bytes(other)
+    with pytest.raises(OutputError, match=r"holds [ab]-0\.mp4"):
+        vbench.lay_out(made, ["b", "a"], out)  # each would become the other one
+    assert (made[0].read_bytes(), made[1].read_bytes()) == (video.read_bytes(), other)
+
+
 def test_prompts_and_videos_that_do_not_fit(video: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidOptionError, match="got 1 videos and 2 prompts"):
         vbench.lay_out([video], ["a", "b"], tmp_path / "out")
