@@ -44,6 +44,23 @@ class Actor:
             yield {"entry": {"name": wanted.name, "error": str(error)}}
 
 
+def require_ray() -> Any:
+    """Return the module `ray`.
+
+    Raises:
+        InvalidOptionError: if it is not installed.
+    """
+    # Nobody is told of it: whoever wants to says so in this variable.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would let every other process of the machine go first.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    try:
+        import ray  # pyright: ignore[reportMissingImports]  # it may be missing
+    except ImportError as error:
+        raise InvalidOptionError('a batch needs Ray; pip install "kvpack[ray]"') from error
+    return ray
+
+
 @contextmanager
 def cluster(address: str | None, workers: int | None) -> Iterator[Any]:
     """Join a cluster of Ray, or start one here for as long as the block lasts, and yield the module `ray`.
@@ -55,14 +72,7 @@ def cluster(address: str | None, workers: int | None) -> Iterator[Any]:
     Raises:
         InvalidOptionError: if Ray is not installed, or the cluster is not there.
     """
-    # Nobody is told of it: whoever wants to says so in this variable.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray would let every other process of the machine go first.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    try:
-        import ray  # pyright: ignore[reportMissingImports]  # it may be missing
-    except ImportError as error:
-        raise InvalidOptionError('a batch needs Ray; pip install "kvpack[ray]"') from error
+    ray = require_ray()
     here: dict[str, Any] = {"include_dashboard": False, "num_cpus": max(workers or 1, cores())}
     try:
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else here))

@@ -70,12 +70,14 @@ def batch(
     asked = Asked(prompts, output, model, seconds, seed, stack, option, named, call, fps, dtype, checkpoint_every)
     settings, videos, folder = asked.read(device or ("cuda" if address else default_device()))
 
-    from kvpack.batch.cluster import cluster
+    from kvpack.batch.cluster import cluster, require_ray
     from kvpack.batch.pool import Pool
 
-    folder.ask(settings, videos)
     made = folder.made()
     rest = [video for video in videos if video.name not in made]
+    if rest:
+        require_ray()  # before the folder says that it is this batch's
+    folder.ask(settings, videos)
     if rest:
         with progress(len(videos), len(made)) as on_event, cluster(address, workers) as ray:
             gpus = int(ray.cluster_resources().get("GPU", 0))

@@ -181,13 +181,16 @@ def test_without_ray(model, tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}')
     words = ["batch", tmp_path / "a.jsonl", "--model", model, "--seconds", 1, "--output", tmp_path / "out"]
     assert 'a batch needs Ray; pip install "kvpack[ray]"' in complaint(*words)
+    assert not (tmp_path / "out").exists()  # so that another batch may go there
 
 
 def test_videos_that_are_there_need_no_worker(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}')
     words = ["batch", tmp_path / "a.jsonl", "--model", model, "--seconds", 1, "--output", tmp_path / "out"]
-    command(*words)  # asks for it
+    with monkeypatch.context() as patch:
+        patch.setattr("kvpack.batch.cluster.require_ray", lambda: None)
+        command(*words)  # asks for it, and starts no worker
     (tmp_path / "out/0001.mp4").write_bytes(b"video")
     line = {
         "name": "0001",
