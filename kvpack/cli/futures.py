@@ -99,20 +99,20 @@ def written_futures(
     Args:
         track: the generation from its beginning.
         futures: what each file goes on with.
-        fork_at: second of the video; they part at the end of the chunk that shows it.
+        fork_at: second of the video; they part at the end of the chunk that shows it, but before the last chunk.
         fps: frames a second.
         on_chunk: called behind each chunk.
 
     Raises:
-        InvalidOptionError: if nothing is left to generate there.
+        InvalidOptionError: if the whole video is one chunk.
     """
+    if track.chunks < 2:
+        raise InvalidOptionError("the whole video is one chunk, of which nothing can be shared; give more --seconds")
     with ExitStack() as whole:
         each = [(path, future, whole.enter_context(ExitStack())) for path, future in futures.items()]
         writers = [stack.enter_context(VideoWriter(path, fps)) for path, _, stack in each]
-        while track.frames < fork_at * fps and _chunk_written(track, writers, on_chunk):
-            pass
-        if len(track.chunk_seconds) >= track.chunks:
-            raise InvalidOptionError(f"--fork-at {fork_at:g} is in the last chunk; nothing of the video is left there")
+        while track.frames < fork_at * fps and len(track.chunk_seconds) < track.chunks - 1:
+            _chunk_written(track, writers, on_chunk)
         branches = list(_forked(track, [future for _, future, _ in each]))
         reports = []
         for (path, future, stack), writer, branch in zip(each, writers, branches, strict=True):

@@ -68,10 +68,12 @@ def test_a_video_that_is_whole_stays(model, file, tmp_path, monkeypatch):
 
 
 def test_in_the_last_chunk(model, file, tmp_path):
-    result = command(*words(model, tmp_path / "fox.mp4", "--fork-at", 1.75, "--prompts", file))
-    assert result.exit_code == 1
-    assert "error: --fork-at 1.75 is in the last chunk" in result.stderr
-    assert list(tmp_path.iterdir()) == [file]
+    report = told(*words(model, tmp_path / "fox.mp4", "--fork-at", 1.75, "--prompts", file, "--json"))
+    assert report["shared_frames"] == 21
+    assert [each["frames"] for each in report["futures"]] == [29] * 3
+    short = [*words(model, tmp_path / "one.mp4", "--fork-at", 0.1, "--prompts", file), "--seconds", 0.2]
+    assert "the whole video is one chunk, of which nothing can be shared" in complaint(*short)
+    assert not list(tmp_path.glob("one*"))
 
 
 @pytest.mark.parametrize(
