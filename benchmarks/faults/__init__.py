@@ -36,6 +36,7 @@ def kinds() -> dict[str, Callable[[Faults], Tally]]:
         "kill -9 at each file operation of a save": processes.killed_at_file_operations,
         "kill -9 of kvpack generate, decoded frames": lambda faults: processes.killed_videos(faults, 20),
         "disk full at each file operation of a save": processes.full_disk,
+        "disk full while a file is written": lambda faults: processes.full_files(faults, 40),
         "a file of the newest snapshot is damaged": lambda faults: files.damaged(faults, 100),
         "a snapshot's tree is changed, with its checksum": lambda faults: files.hostile(faults, 2000),
         "NaN in a chunk": lambda faults: chunks.failing(faults, chunks.poisoned, NonFiniteLatentsError, 20),

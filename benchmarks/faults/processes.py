@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def killed_at_file_operations(faults: Faults) -> Tally:
     tally, operations = Tally(), 0
     while True:
         with faults.new_folder() as folder:
-            child = forked(lambda folder=folder, at=operations: _save_until(faults, folder, at, kill))
+            fault = counted_operations(operations, kill)
+            child = forked(lambda folder=folder, fault=fault: _save_until(faults, folder, fault))
             _, status = os.waitpid(child, 0)
             if not os.WIFSIGNALED(status):
                 return tally
@@ -52,29 +54,44 @@ def killed_at_file_operations(faults: Faults) -> Tally:
 def full_disk(faults: Faults) -> Tally:
     """Let each file operation of a save fail; what was there stays, and the generation is saved elsewhere."""
     tally, operations = Tally(), 0
-    while True:
-        with faults.new_folder() as folder:
-            stream = faults.stream()
-            try:
-                _save_until(faults, folder / "one", operations, refuse, stream)
-                stream.close()
-                return tally
-            except OutputError:
-                stream.save(folder / "two")
-                stream.close()
-            faults.check(tally, folder / "one")
-            faults.check(tally, folder / "two")
+    while _save_fails(faults, tally, counted_operations(operations, refuse)):
         operations += 3 if faults.small else 1
+    return tally
 
 
-def _save_until(faults: Faults, folder: Path, at: int, fault: Callable[[], None], stream: Any = None) -> None:
-    """Save three times, with a fault at one file operation of the third save."""
+def full_files(faults: Faults, count: int) -> Tally:
+    """Let writing itself fail, behind some bytes of a file; what was there stays, and it is saved elsewhere."""
+    tally = Tally()
+    for index in range(faults.times(count)):
+        # Small files fail at once, the largest only behind most of it.
+        _save_fails(faults, tally, limited_files(int(2 ** faults.draw.uniform(4, 16)) if index else 0))
+    return tally
+
+
+def _save_fails(faults: Faults, tally: Tally, fault: AbstractContextManager[None]) -> bool:
+    """Save with a fault, and go on from what is there and from elsewhere; return whether it has failed."""
+    with faults.new_folder() as folder:
+        stream = faults.stream()
+        try:
+            _save_until(faults, folder / "one", fault, stream)
+            stream.close()
+            return False
+        except OutputError:
+            stream.save(folder / "two")
+            stream.close()
+        faults.check(tally, folder / "one")
+        faults.check(tally, folder / "two")
+    return True
+
+
+def _save_until(faults: Faults, folder: Path, fault: AbstractContextManager[None], stream: Any = None) -> None:
+    """Save four times, with a fault in the last save."""
     stream = stream or faults.stream()
     stream.save(folder)
     for _ in islice(stream, 2):
         stream.save(folder)
     next(stream)
-    with counted_operations(at, fault):
+    with fault:
         stream.save(folder)
 
 
@@ -95,27 +112,32 @@ def two_writers(faults: Faults) -> Tally:
 
 
 def killed_videos(faults: Faults, count: int) -> Tally:
-    """Kill `kvpack generate --checkpoint-every 1` at random moments; decoded frames are those of the whole."""
+    """Kill `kvpack generate --checkpoint-every 1` at random moments; decoded frames are those of the whole.
+
+    A child that was done before it was killed, or had not begun, is none of the count.
+    """
     tally = Tally()
-    model = faults.folder / "model"
+    model, wanted = faults.folder / "model", faults.times(count)
     tiny_wan_pipeline().save_pretrained(model)
-    start = time.perf_counter()
     generate(model, faults.folder / "whole.mp4")
-    seconds, whole = time.perf_counter() - start, pixels(faults.folder / "whole.mp4")
-    for _ in range(faults.times(count)):
+    whole, start = pixels(faults.folder / "whole.mp4"), time.perf_counter()
+    os.waitpid(forked(lambda: generate(model, faults.folder / "timed.mp4")), 0)
+    seconds = time.perf_counter() - start  # of a child, which has imported everything
+    for _ in range(10 * wanted):
+        if tally.tried == wanted:
+            break
         with faults.new_folder() as folder:
             output = folder / "a.mp4"
             child = forked(lambda output=output: generate(model, output))
             time.sleep(faults.draw.uniform(0.1, 1) * seconds)
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            tally.tried += 1
+            _, status = os.waitpid(child, 0)
             checkpoint = folder / "a.mp4.checkpoint"
-            if not output.exists() and not list(checkpoint.glob("snapshot-*")):
-                tally.survived += 1  # it had not begun
+            if not os.WIFSIGNALED(status) or not (begun := list(checkpoint.glob("snapshot-*")) or output.exists()):
                 continue
-            if checkpoint.exists() and list(checkpoint.glob("snapshot-*")):
+            tally.tried += 1
+            if begun is not True:
                 command("resume", str(checkpoint), "--json")
             tally.survived += 1
             tally.resumed += 1
@@ -150,6 +172,17 @@ def kill() -> None:
 def refuse() -> None:
     """Fail as a full disk does."""
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@contextmanager
+def limited_files(most: int) -> Iterator[None]:
+    """Let what is written behind so many bytes of any file fail, in this process alone."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextmanager
