@@ -43,9 +43,9 @@ class Work:
         folder, output = self.folder.checkpoint(video), self.folder.output(video)
         if (job := started_job(folder)) is not None:
             with reopened(folder, job, self.dtype, self.settings.device, self.pipeline) as track:
-                yield from checkpointing(track, job, folder)
+                yield from checkpointing(track, job, folder, partial=False)
             return
-        if output.exists():  # whole, or it would have a checkpoint
+        if output.exists():  # whole: it appears at the end, where its checkpoint goes
             yield count_frames(output)
             return
         if folder.exists():
@@ -74,4 +74,4 @@ class Work:
         )
         with started(self.pipeline, self.stack, settings.frames(video), video.seed, arguments) as track:
             job.write(folder)
-            yield from checkpointing(track, job, folder)
+            yield from checkpointing(track, job, folder, partial=False)

@@ -14,7 +14,7 @@ from PIL import Image
 from kvpack.evaluation.measures import subject_likeness
 from kvpack.evaluation.observer import Observer
 from kvpack.evaluation.tiny import SIZE, tiny_facts
-from kvpack.media.video import Frames
+from kvpack.media.video import Frames, as_bytes
 from kvpack.memory.base import Memory
 from kvpack.pipeline.enable import enable
 from kvpack.shipped import CALL, FPS
@@ -88,7 +88,7 @@ def made(pipeline: Any, stack: Memory, prompt: str, seeds: int, frames: int, ste
     last: list[Frames] = []
     with closing(pipeline.packforcing.stream(prompt=[prompt] * seeds, output_type="np", **call)) as stream:
         for chunk in stream:
-            videos = np.round(chunk * 255).astype(np.uint8)
+            videos = as_bytes(chunk)
             last = [video[-1] for video in videos]
             for observer, video in zip(observers, videos, strict=True):
                 observer.add(video)

@@ -1,7 +1,7 @@
 """A video in segments: each an mp4 of its own, whole once a checkpoint says so, and joined without encoding anew."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -52,10 +52,7 @@ class SegmentedVideo:
             raise OutputError(f"{folder} cannot be gone on with: its checkpoint does not list segments") from error
         for each in self.segments:
             self._check(each)
-        known = {each.name for each in self.segments}
-        for path in folder.glob("segment-*.mp4"):
-            if path.name not in known:
-                path.unlink()
+        clear(folder, {each.name for each in self.segments})
         self._writer: VideoWriter | None = None
 
     @property
@@ -94,7 +91,7 @@ class SegmentedVideo:
             writer.__exit__(kind, error, trace)
 
     def join(self, output: Path) -> None:
-        """Copy the packets of all segments, as they are, into one mp4 that appears when it is whole.
+        """Copy the packets of all segments, as they are, into one mp4 that appears when it is whole and on the disk.
 
         Raises:
             OutputError: if it cannot be written, there is no frame, or the segments do not go together.
@@ -121,7 +118,7 @@ class SegmentedVideo:
                         )
                     _copy(source, given, container, stream, first, delay, self.fps)
                 first += segment.frames
-        file.commit()
+        file.commit(durable=True)  # the segments may be removed now
 
     def _delay(self, segment: Segment) -> int:
         """Return the time of a segment's first picture, which a codec that reorders them shows later."""
@@ -141,6 +138,13 @@ class SegmentedVideo:
         there = path.parent == self.folder and path.is_file() and path.stat().st_size == segment.bytes
         if not there or checksum(path) != segment.sha256:
             raise OutputError(f"{path} is missing or not what was written; the video cannot be gone on with from there")
+
+
+def clear(folder: Path, kept: Collection[str] = ()) -> None:
+    """Remove the segments in a folder, but for those that are named."""
+    for path in folder.glob("segment-*.mp4"):
+        if path.name not in kept:
+            path.unlink(missing_ok=True)
 
 
 def _copy(source: Any, given: Any, container: Any, stream: Any, first: int, delay: int, fps: FrameRate) -> None:

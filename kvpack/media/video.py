@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpack.errors import OutputError
+from kvpack.errors import NonFiniteLatentsError, OutputError
 
 Frames = NDArray[np.uint8]
 FrameRate = float | int
@@ -91,11 +91,19 @@ class PartialFile:
             self.error = error
             raise
 
-    def commit(self) -> None:
-        """Move the complete file to its name."""
+    def commit(self, *, durable: bool = False) -> None:
+        """Move the complete file to its name.
+
+        Args:
+            durable: whether it is on the disk for certain then, though the power fails.
+        """
         with self.reported():
+            if durable:
+                os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._partial, self.path)
+            if durable:
+                sync_folder(self.path.parent)
 
     def discard(self) -> None:
         """Remove what was written."""
@@ -161,8 +169,7 @@ class VideoWriter:
         from av.video.reformatter import ColorRange, Colorspace
 
         assert self._file is not None
-        if frames.dtype != np.uint8:
-            frames = np.round(frames.clip(0, 1) * 255).astype(np.uint8)
+        frames = as_bytes(frames)
         for frame in _even(frames.repeat(self.upscale, axis=1).repeat(self.upscale, axis=2)):
             matrix = Colorspace.ITU709 if is_hd(*frame.shape[:2]) else Colorspace.ITU601
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
@@ -215,6 +222,19 @@ class VideoWriter:
         return stream
 
 
+def as_bytes(frames: NDArray[Any]) -> Frames:
+    """Return frames as bytes, of floats in 0..1 or of bytes.
+
+    Raises:
+        NonFiniteLatentsError: if the VAE has put out NaN or infinity.
+    """
+    if frames.dtype == np.uint8:
+        return frames
+    if not np.isfinite(frames).all():
+        raise NonFiniteLatentsError("decoded frames hold NaN or infinity; use a VAE in float32 or bfloat16")
+    return np.round(frames.clip(0, 1) * 255).astype(np.uint8)
+
+
 @contextmanager
 def _signals_wait() -> Iterator[None]:
     """Hold SIGINT and SIGTERM back until the end of the block: libav takes an exception in it for a broken file."""
@@ -250,6 +270,16 @@ def save_bytes(data: bytes, path: Path) -> None:
         file.commit()
     finally:
         file.discard()
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def checksum(path: Path) -> str:

@@ -1,7 +1,6 @@
 """A video of the command line that is saved every few chunks, and gone on with after anything that ends its process."""
 
 import json
-import shutil
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ import torch
 
 from kvpack.checkpoints.text import read_json
 from kvpack.errors import OutputError, SnapshotError
-from kvpack.media.segments import SegmentedVideo
+from kvpack.media.segments import SegmentedVideo, clear
 from kvpack.media.video import make_folder, save_bytes
 from kvpack.pipeline.enable import enable
 from kvpack.pipeline.stream import Stream
@@ -114,13 +113,21 @@ def checkpointed(track: Track, job: Job, folder: Path, on_chunk: Callable[[Track
     return made
 
 
-def checkpointing(track: Track, job: Job, folder: Path) -> Generator[int, None, None]:
-    """Do the same chunk by chunk: yield the pixel frames that the video has, before the first one and behind each."""
+def checkpointing(track: Track, job: Job, folder: Path, *, partial: bool = True) -> Generator[int, None, None]:
+    """Do the same chunk by chunk: yield the pixel frames that the video has, before the first one and behind each.
+
+    Args:
+        track: the generation.
+        job: what was asked for.
+        folder: of the checkpoints.
+        partial: whether an interrupt leaves a video of what was made so far.
+    """
     stream: Any = track.stream
     output = Path(job.output)
     done = stream.note["segments"] if isinstance(stream.note, dict) and "segments" in stream.note else []
     stream.save(folder, {"segments": done})  # from here on the folder is this process's, and can be gone on with
-    with _joined_if_interrupted(SegmentedVideo(folder / _SEGMENTS, job.fps, done), output, folder) as video:
+    whole = SegmentedVideo(folder / _SEGMENTS, job.fps, done)
+    with _joined_if_interrupted(whole, output if partial else None, folder) as video:
         yield video.frames
         while (chunk := track.next_frames()) is not None:
             video.write(chunk)
@@ -133,12 +140,12 @@ def checkpointing(track: Track, job: Job, folder: Path) -> Generator[int, None, 
 
 
 @contextmanager
-def _joined_if_interrupted(video: SegmentedVideo, output: Path, folder: Path) -> Iterator[SegmentedVideo]:
+def _joined_if_interrupted(video: SegmentedVideo, output: Path | None, folder: Path) -> Iterator[SegmentedVideo]:
     try:
         with video:
             yield video
     except (KeyboardInterrupt, SystemExit) as error:
-        if video.frames:
+        if video.frames and output is not None:
             video.join(output)
             error.add_note(f"{output} holds the {video.frames / video.fps:.1f} s that were made")
         error.add_note(f"'kvpack resume {folder}' goes on from the last checkpoint")
@@ -181,12 +188,13 @@ def started_job(folder: Path) -> Job | None:
 
 
 def remove(folder: Path) -> None:
-    """Remove the files of a generation, and the folder if nothing else is in it."""
+    """Remove the files of a generation, and what folders have nothing else in them."""
     with suppress(OSError):  # first: without it nobody takes what a process that ends here leaves for unfinished
         (folder / _JOB).unlink()
     SnapshotFolder(folder).clear()
-    shutil.rmtree(folder / _SEGMENTS, ignore_errors=True)
+    clear(folder / _SEGMENTS)
     with suppress(OSError):
         (folder / LOCK).unlink()
-    with suppress(OSError):
-        folder.rmdir()
+    for each in (folder / _SEGMENTS, folder):
+        with suppress(OSError):
+            each.rmdir()

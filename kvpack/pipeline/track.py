@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from kvpack.checkpoints.config import require_model_folder
 from kvpack.errors import InvalidOptionError, KVPackError, first_line
-from kvpack.media.video import Frames
+from kvpack.media.video import Frames, as_bytes
 from kvpack.memory.base import Memory
 from kvpack.pipeline.enable import enable
 from kvpack.planning.budget import Choice
@@ -46,7 +45,7 @@ class Track:
             return None
         self.chunk_seconds.append(time.perf_counter() - start)
         self.frames += chunk.shape[1]
-        return np.round(chunk[0] * 255).astype(np.uint8)
+        return as_bytes(chunk[0])
 
     @property
     def choice(self) -> Choice | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvpack.errors import OutputError, SnapshotError, SnapshotWarning
-from kvpack.media.video import make_folder
+from kvpack.media.video import make_folder, sync_folder
 from kvpack.snapshots.tensors import TensorFiles, tensor_parts, write_file
 
 FORMAT = 1
@@ -71,7 +71,7 @@ class SnapshotFolder:
         self._require_readable(text, files)
         self._files[number] = files
         write_file(self.path / _name(number), [text])
-        _sync(self.path)
+        sync_folder(self.path)
         self._prune()
 
     def read(self, use: Callable[[dict[str, Any], TensorFiles], T], number: int | None = None) -> T:
@@ -215,13 +215,3 @@ def _digest(content: Mapping[str, Any]) -> str:
 def _remove(path: Path) -> None:
     with suppress(OSError):
         path.unlink()
-
-
-def _sync(folder: Path) -> None:
-    """Put the names in a folder on the disk, where the system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

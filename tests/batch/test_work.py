@@ -1,5 +1,7 @@
 """One process of a batch: the videos are those of `kvpack generate`, whatever ended an earlier process and where."""
 
+import shutil
+
 import pytest
 
 from helpers import told
@@ -73,6 +75,16 @@ def test_a_process_that_ends_before_the_first_checkpoint_or_behind_the_last_word
     assert folder.exists()
     assert [*work.make(RED)] == [53]  # nothing is made again
     assert work.folder.output(RED).read_bytes() == whole["red"]
+
+
+def test_an_interrupt_leaves_no_video_that_looks_whole(work, whole, monkeypatch):
+    steps = work.make(RED)
+    [next(steps) for _ in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        steps.throw(KeyboardInterrupt)
+    assert not work.folder.output(RED).exists()
+    shutil.rmtree(work.folder.checkpoint(RED))  # begin it anew
+    assert made(work, RED) == (whole["red"], 0, 53)
 
 
 def test_what_cannot_be_gone_on_with_is_said(work):

@@ -6,7 +6,7 @@ import pytest
 
 from helpers import pixels
 from kvpack.errors import OutputError
-from kvpack.media.segments import SegmentedVideo
+from kvpack.media.segments import SegmentedVideo, clear
 
 
 def frames(count, seed=0):
@@ -48,6 +48,15 @@ def test_what_no_checkpoint_knows_is_written_again(tmp_path):
         video.cut()
     video.join(tmp_path / "broken.mp4")
     assert np.array_equal(pixels(tmp_path / "whole.mp4"), pixels(tmp_path / "broken.mp4"))
+
+
+def test_what_is_no_segment_stays(tmp_path):
+    written(tmp_path / "segments", [2])
+    (tmp_path / "segments" / "notes.txt").touch()
+    clear(tmp_path / "segments", {"segment-000001.mp4"})
+    assert len(list((tmp_path / "segments").iterdir())) == 2
+    clear(tmp_path / "segments")
+    assert [each.name for each in (tmp_path / "segments").iterdir()] == ["notes.txt"]
 
 
 def test_an_error_throws_the_open_segment_away_and_an_interrupt_keeps_it(tmp_path):

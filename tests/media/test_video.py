@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from helpers import pixels
-from kvpack.errors import OutputError
+from kvpack.errors import NonFiniteLatentsError, OutputError
 from kvpack.media import video
 from kvpack.media.contact_sheet import Row, banner, contact_sheet, side_by_side
 from kvpack.media.video import Frames, VideoWriter, require_writable, save_bytes
@@ -104,6 +104,17 @@ def test_a_video_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseExcep
     writer.__exit__(error, error(), None)
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
     assert target.read_bytes() == b"the old one"
+
+
+def test_frames_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    frames = np.full((2, 32, 32, 3), 0.5)
+    frames[1, 0, 0, 0] = np.nan
+    with (
+        pytest.raises(NonFiniteLatentsError, match="use a VAE in float32 or bfloat16"),
+        VideoWriter(tmp_path / "a.mp4", 16) as writer,
+    ):
+        writer.write(frames)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_video_without_frames_is_none(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from kvpack.cli.report_page import Traced
+from kvpack.media.video import as_bytes
 from kvpack.pipeline.stream import Stream
 
 #: Frames up to this side are kept bit for bit; larger ones are photographs.
@@ -102,5 +103,5 @@ class Video:
 def _picture(frame: np.ndarray) -> str:
     """Return a frame, `[height, width, 3]` in 0..1, as a data URL."""
     data, kind = BytesIO(), "png" if max(frame.shape) <= _SMALL else "jpeg"
-    Image.fromarray(np.round(frame * 255).astype(np.uint8)).save(data, format=kind, quality=85)
+    Image.fromarray(as_bytes(frame)).save(data, format=kind, quality=85)
     return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
