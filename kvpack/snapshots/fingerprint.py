@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def require_same(saved: Mapping[str, Any], here: Mapping[str, Any], name: str) -
     """
     if saved["lora"] != here["lora"]:
         raise SnapshotError(
-            f"the generation ran with LoRA {_shown(saved['lora'])}, but this pipeline has {_shown(here['lora'])}; load "
+            f"the generation ran with LoRA {_shown(saved['lora'])}, but this pipeline has {_shown(here['lora'])}"
+            f"{', of other weights or fused otherwise' if _shown(saved['lora']) == _shown(here['lora']) else ''}; load "
             "the same adapters at the same scale"
         )
     if ("writer" in saved["models"]) != ("writer" in here["models"]):
@@ -100,8 +102,8 @@ def _lora(model: nn.Module) -> dict[str, Any] | None:
     """Return names, scales and a digest of a model's active LoRA adapters; None if there are none."""
     scales: dict[str, set[float]] = {}
     digest = hashlib.sha256()
-    layers: list[tuple[str, Any]] = sorted(model.named_modules())
-    for name, module in layers:
+    layers: dict[str, Any] = {name.replace("_orig_mod.", ""): each for name, each in model.named_modules()}
+    for name, module in sorted(layers.items(), key=itemgetter(0)):
         scaling = getattr(module, "scaling", None)
         if not isinstance(scaling, dict) or getattr(module, "disable_adapters", False):
             continue

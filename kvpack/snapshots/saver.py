@@ -3,6 +3,7 @@
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,9 @@ class Saver:
             if self._writes:
                 self._open(path)
         self._number = max(self.folder.numbers(), default=0)
-        # Diffusers looks through all modules for either.
-        self._models: dict[str, str] | None = None
-        self._writer: Any = None
+        # Diffusers looks through all modules for either; digests hold for these models with this LoRA.
+        self._models: dict[str, str] = {}
+        self._of: tuple[Any, ...] = ()
         self._device: torch.device | None = None
         #: What is in the files of every other snapshot, so that the two that are kept share none.
         self._written = (Written(), Written())
@@ -108,11 +109,9 @@ class Saver:
         parts = {each.name: getattr(moment, each.name) for each in fields(moment)}
         parts["run"] = {**moment.run, "call": call}
         index, first = run.position or (0, 0)
-        if self._models is None or self._writer is not run.pipeline.packforcing.writer:
-            self._models, self._writer = model_digests(run.pipeline), run.pipeline.packforcing.writer
         content = {
             **versions(),
-            **fingerprints(run.pipeline, self._models),
+            **self._fingerprints(run.pipeline),
             "generation": self.generation,
             "adapter": run.adapter.name,
             "pipeline": run.pipeline._kvpack_base.__name__,
@@ -125,12 +124,21 @@ class Saver:
         }
         return content, writer
 
+    def _fingerprints(self, pipeline: Any) -> dict[str, Any]:
+        """Return what tells the pipeline's models apart; digests anew where one was exchanged, or LoRA fused."""
+        found = fingerprints(pipeline, self._models)
+        of = (found["lora"], pipeline.packforcing.writer, *pipeline.components.values())
+        if len(of) != len(self._of) or of[0] != self._of[0] or not all(map(is_, of[1:], self._of[1:])):
+            self._models, self._of = model_digests(pipeline), of
+        return {**found, "models": dict(self._models)}
+
     def _worn(self, writer: TreeWriter) -> set[str]:
-        """Return older files of which less than half is still needed, or all if they are many."""
-        older = {name: self.folder.path / name for name in writer.used if name not in writer.tensors}
+        """Return older files that are gone or of which less than half is still needed, or all if they are many."""
+        older = [name for name in writer.used if name not in writer.tensors]
         if len(older) > _MOST_FILES:
             return set(older)
-        return {name for name, path in older.items() if path.stat().st_size > 2 * writer.used[name]}
+        sizes = self.folder.sizes()
+        return {name for name in older if not 0 < sizes.get(name, 0) <= 2 * writer.used[name]}
 
 
 def require_json(note: Any) -> None:
