@@ -24,6 +24,7 @@ class FolderLock:
         path = folder / LOCK
         try:
             self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._process = os.getpid()
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror}; give a writable folder") from error
         try:
@@ -39,6 +40,11 @@ class FolderLock:
     def release(self) -> None:
         """Let others have it."""
         if self._descriptor is not None:
+            with suppress(OSError, ImportError):
+                import fcntl
+
+                if os.getpid() == self._process:  # a fork shares the lock, and may live longer
+                    fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             with suppress(OSError):
                 os.close(self._descriptor)
             self._descriptor = None
