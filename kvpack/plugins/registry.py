@@ -130,8 +130,7 @@ class Registry:
             InvalidOptionError: if two packages want the name, or an option is unknown or wrong.
         """
         self._check_name("stack", name)
-        offered, storage = dict(defaults or {}), {each: options[each] for each in _STORAGE if each in options}
-        options = {each: value for each, value in options.items() if each not in storage}
+        (offered, own), (options, storage) = map(_apart, (defaults or {}, options))
         while True:
             try:
                 made = _call(f"stack {name}", self.stacks[name], {**offered, **options})
@@ -141,6 +140,9 @@ class Registry:
                     raise
                 del offered[error.option]
         require_instance("memory", made)
+        if isinstance(made, Stack) and made.archives:
+            lasting = {} if made.archive_blocks is not None else {"eviction"}  # nothing leaves what keeps all
+            storage = {**{each: own[each] for each in own.keys() - lasting}, **storage}
         made = self._stored(made, storage)
         # A factory that changes a built-in stack is known by its own name in tables.
         return replace(made, name=name) if isinstance(made, Stack) and made.name != name else made
@@ -217,6 +219,12 @@ def require_instance(role: str, given: object) -> None:
                 f"{type(given).__name__} has no chunk_frames, the latent frames generated together; add the field"
             )
         require_int(f"chunk_frames of {type(given).__name__}", given.chunk_frames, minimum=1)
+
+
+def _apart(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return options of a stack's own, and those of how its archive is kept."""
+    storage = {name: options[name] for name in _STORAGE if name in options}
+    return {name: value for name, value in options.items() if name not in storage}, storage
 
 
 def _call(what: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:

@@ -13,7 +13,7 @@ import kvpack
 from helpers import command, told
 from kvpack.checkpoints.config import Settings
 from kvpack.checkpoints.recipes import RECIPES
-from kvpack.errors import InvalidOptionError, UnknownNameError
+from kvpack.errors import InvalidOptionError, UnknownNameError, UnusedOptionError
 from kvpack.planning.presets import PRESETS
 from kvpack.testing import tiny_wan_pipeline
 
@@ -84,6 +84,20 @@ def test_options_alone_are_those_of_the_models_own_memory(pipe):
     with pytest.raises(UnknownNameError, match="no option of stack longlive named 'topk'"):
         pipe.enable_packforcing(topk=3)
     assert pipe.packforcing.stack.window_frames == 9  # as it was
+
+
+def test_how_the_models_own_archive_is_kept_holds_beside_other_options(folder):
+    def enabled(**options):
+        stack = WanPipeline.from_pretrained(folder).enable_packforcing(**options).packforcing.stack
+        return stack.store.name, stack.tier, stack.eviction
+
+    own = {"topk": 3, "store": "int8", "tier": "host", "eviction": "spread"}
+    change(folder, stack={"name": "packforcing", "options": own})
+    assert enabled() == enabled(topk=4) == ("int8", "host", "spread")
+    assert enabled(store="int4") == ("int4", "host", "spread")
+    assert enabled(archive_blocks=None) == ("int8", "host", "oldest")
+    with pytest.raises(UnusedOptionError, match="keeps all blocks"):
+        enabled(archive_blocks=None, eviction="spread")
 
 
 def test_another_stack_is_taken_as_it_is(pipe):
