@@ -187,11 +187,13 @@ class WanRun(Run):
     def step_done(self, _: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """Call the user's callback; embeddings that it replaces stay replaced for the chunks to come."""
         outputs = self.call["callback_on_step_end"](self.pipeline, step, timestep, tensors)
-        self.denoiser.forget_prompt()  # a callback may change weights
-        conditioning = self.denoiser.conditioning
+        denoiser = self.denoiser
+        denoiser.forget_prompt()  # a callback may change weights
         for branch, name in (("cond", "prompt_embeds"), ("uncond", "negative_prompt_embeds")):
-            if outputs.get(name) is not None and branch in conditioning:
-                conditioning[branch] = outputs[name].to(self.pipeline.transformer.dtype)
+            if outputs.get(name) is not None and branch in denoiser.conditioning:
+                # Not in place: a fork, and a schedule, may hold the same.
+                replaced = outputs[name].to(self.pipeline.transformer.dtype)
+                denoiser.conditioning = {**denoiser.conditioning, branch: replaced}
         return outputs
 
 

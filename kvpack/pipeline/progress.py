@@ -73,6 +73,7 @@ def reported(chunks: Iterator[GeneratedChunk], run: Run, on_chunk: OnChunk | Non
             logger.info("%s", progress)
             if on_chunk is not None:
                 on_chunk(progress)
+                run.denoiser.forget_prompt()  # it may have changed weights
         yield chunk
         start = time.perf_counter()
     if run.interrupted:

@@ -1,6 +1,9 @@
 """Two futures of one past: each is what it would have been alone."""
 
+import gc
 import json
+import os
+import signal
 from itertools import islice
 
 import pytest
@@ -105,6 +108,26 @@ def test_a_schedule_to_come_is_in_both():
     assert same(list(other), whole[2:])
 
 
+def test_what_one_futures_callback_replaces_is_its_own():
+    """Embeddings of a schedule to come are the same tensors in both."""
+    told = []
+
+    def callback(pipe, step, timestep, tensors):
+        return {"prompt_embeds": -2 * tensors["prompt_embeds"]} if told else {}
+
+    schedule = {**CALL, "prompt": [(0, "a red circle"), (1.5, "the blue square")]}
+    given = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    stream = make().packforcing.stream(**schedule, **given, generator=seeded())
+    taken(stream, 2)
+    one, other = stream.fork(), stream.fork()
+    expected = list(one)
+    told.append(True)
+    changed = list(stream)
+    told.clear()
+    assert not torch.equal(changed[-1], expected[-1])
+    assert same(list(other), expected)
+
+
 def test_nothing_is_copied_until_it_is_written():
     pipe = make()
     stream = pipe.packforcing.stream(**CALL, generator=seeded())
@@ -179,6 +202,44 @@ def test_forks_are_saved_apart(tmp_path):
         expected = list(each)
         each.close()
         assert same(list(make().packforcing.resume(tmp_path / name)), expected)
+
+
+@pytest.mark.parametrize("pattern", ["*", "*.json"])
+def test_snapshots_that_somebody_removed_are_written_again(pattern, tmp_path):
+    stream = make().packforcing.stream(**CALL, generator=seeded())
+    for _ in range(4):
+        next(stream)
+        stream.save(tmp_path)
+    for path in tmp_path.glob(pattern):
+        if path.name != "lock":
+            path.unlink()
+    next(stream)
+    stream.save(tmp_path)
+    next(stream)
+    stream.save(tmp_path)
+    expected = list(stream)
+    stream.close()
+    assert same(list(make().packforcing.resume(tmp_path)), expected)
+
+
+def test_a_process_that_was_forked_meanwhile_keeps_no_folder(tmp_path):
+    stream = make().packforcing.stream(**CALL, generator=seeded())
+    stream.save(tmp_path)
+    readable, writable = os.pipe()
+    if not (child := os.fork()):
+        del stream  # a fork's copy lets go of nothing that is this process's
+        gc.collect()
+        os.write(writable, b"1")
+        signal.pause()
+    os.read(readable, 1)
+    try:
+        with pytest.raises(OSError, match="being written by another"):
+            make().packforcing.resume(tmp_path).save(tmp_path)
+        stream.close()
+        make().packforcing.resume(tmp_path).save(tmp_path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_rewind_that_fails_changes_nothing(tmp_path):

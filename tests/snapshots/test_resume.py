@@ -50,6 +50,8 @@ def check_resumed(folder, make, call, at, before=None, options=None):
     for chunk in islice(broken, at):
         parts.append(chunk)
         broken.save(folder)
+    if not at:
+        broken.save(folder)
     broken.close()
     torch.manual_seed(12345)
     resumed = make().packforcing.resume(folder, **(options or {}))
@@ -172,8 +174,8 @@ def test_every_output_type(output_type, tmp_path):
 
 
 @pytest.mark.parametrize("scheduler", [FlowMatchFewStepScheduler, FlowMatchLCMScheduler])
-@pytest.mark.parametrize("seed", [None, 3])
-def test_noise_that_nobody_seeded(scheduler, seed, tmp_path):
+@pytest.mark.parametrize(("seed", "at"), [(None, 0), (None, 2), (3, 2)])
+def test_noise_that_nobody_seeded(scheduler, seed, at, tmp_path):
     """It comes from torch's own generator, or the few-step scheduler draws more from it."""
 
     def make():
@@ -184,7 +186,7 @@ def test_noise_that_nobody_seeded(scheduler, seed, tmp_path):
         torch.manual_seed(7)
         return {**CALL, "num_frames": 45, **({} if seed is None else {"generator": seeded(seed)})}
 
-    check_resumed(tmp_path, make, call, 2)
+    check_resumed(tmp_path, make, call, at)
 
 
 def test_a_generator_of_ones_own_leaves_torchs_alone(tmp_path):
@@ -198,18 +200,47 @@ def test_a_generator_of_ones_own_leaves_torchs_alone(tmp_path):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_lora(tmp_path):
-    def make():
-        pipe = wan()
-        pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]), "one")
-        generator = seeded(4)
-        for name, weight in pipe.transformer.named_parameters():
-            if "lora_" in name:
-                weight.data.copy_(torch.randn(weight.shape, generator=generator) / 4)
-        return pipe
+def with_lora():
+    pipe = wan()
+    pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]), "one")
+    generator = seeded(4)
+    for name, weight in pipe.transformer.named_parameters():
+        if "lora_" in name:
+            weight.data.copy_(torch.randn(weight.shape, generator=generator) / 4)
+    return pipe
 
+
+def test_lora(tmp_path):
     scale = {"attention_kwargs": {"scale": 0.5}}
-    check_resumed(tmp_path, make, lambda: {**CALL, **scale, "num_frames": 45, "generator": seeded()}, 3)
+    check_resumed(tmp_path, with_lora, lambda: {**CALL, **scale, "num_frames": 45, "generator": seeded()}, 3)
+
+
+def test_lora_that_is_fused_between_two_snapshots(tmp_path):
+    pipe = with_lora()
+    stream = pipe.packforcing.stream(**CALL, num_frames=45, generator=seeded())
+    for _ in range(2):
+        next(stream)
+        stream.save(tmp_path)
+        pipe.transformer.fuse_lora()
+    stream.rewind(0)
+    whole = list(stream)
+    stream.close()
+    with pytest.raises(SnapshotError, match="of other weights or fused otherwise"):
+        with_lora().packforcing.resume(tmp_path)
+    fused = with_lora()
+    fused.transformer.fuse_lora()
+    for name, weight in fused.transformer.named_parameters():
+        weight.data.copy_(pipe.transformer.get_parameter(name))  # it was fused twice
+    assert same(list(fused.packforcing.resume(tmp_path)), whole)
+
+
+def test_lora_in_a_compiled_transformer_is_the_same(tmp_path):
+    stream = with_lora().packforcing.stream(**CALL, num_frames=45, generator=seeded())
+    next(stream)
+    stream.save(tmp_path)
+    compiled = with_lora()
+    compiled.transformer = torch.compile(compiled.transformer, backend="eager")
+    compiled.packforcing.resume(tmp_path).close()
 
 
 def skyreels(**options):

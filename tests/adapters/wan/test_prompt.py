@@ -102,6 +102,17 @@ def test_callbacks_may_change_anything(pipe, monkeypatch):
     assert torch.equal(make(pipe), stock(pipe, monkeypatch, make))
 
 
+def test_who_is_told_of_a_chunk_may_change_weights(pipe, monkeypatch):
+    weight = pipe.transformer.blocks[1].attn2.to_k.weight
+    before = weight.detach().clone()
+
+    def make(pipe):
+        weight.data.copy_(before)
+        return generate(pipe, on_chunk=lambda progress: weight.data.mul_(1.5))
+
+    assert torch.equal(make(pipe), stock(pipe, monkeypatch, make))
+
+
 def test_streams_may_change_anything(pipe, monkeypatch):
     calls, weight = count(pipe), pipe.transformer.blocks[1].attn2.to_v.module.weight
     before = weight.detach().clone()
