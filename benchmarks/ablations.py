@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import report
 from benchmarks.leaderboard import figures, plots, run, tables
 from benchmarks.leaderboard.subjects import Memory, collection
-from kvpack.media.video import save_bytes
+from kvpack.media.files import save_bytes
 from kvpack.shipped import shipped_compressor
 
 SECONDS, SEEDS = 60, 1

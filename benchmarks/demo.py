@@ -22,7 +22,7 @@ from kvpack.cli.demo import COLUMNS, MEMORIES, PROMPT
 from kvpack.cli.demo_seeds import Ends, alike, kept, made, sheet
 from kvpack.evaluation import Observer
 from kvpack.evaluation.tiny import tiny_facts
-from kvpack.media.video import save_bytes
+from kvpack.media.files import save_bytes
 from kvpack.pipeline.track import load_pipeline
 from kvpack.shipped import demo_stack, shipped_folder
 

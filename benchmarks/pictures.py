@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kvpack.media.video import save_bytes
+from kvpack.media.files import save_bytes
 from kvpack.shipped import FPS, demo_stack, shipped_folder
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from benchmarks.leaderboard.figures import Measured
 from benchmarks.leaderboard.subjects import COMPARED, HERO, REFERENCES, TRAINED, Memory, memories
 from benchmarks.report import Score
 from benchmarks.toyworld import world
-from kvpack.media.video import save_bytes
+from kvpack.media.files import save_bytes
 
 SECONDS, SEEDS = 120, 3
 SMOKE = (HERO, "truth")

@@ -16,7 +16,7 @@ from benchmarks.report import Score
 from benchmarks.toyworld import world
 from kvpack.evaluation import METRICS
 from kvpack.media.contact_sheet import Row, contact_sheet
-from kvpack.media.video import save_bytes
+from kvpack.media.files import save_bytes
 
 # Okabe and Ito's colours, which all kinds of colour vision tell apart; the first is of the one that matters most.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -10,7 +10,7 @@ from typing import Any
 from kvpack.batch.videos import Settings, Video, is_name
 from kvpack.checkpoints.text import parsed_json
 from kvpack.errors import OutputError
-from kvpack.media.video import checksum, make_folder, save_bytes
+from kvpack.media.files import checksum, make_folder, save_bytes
 
 _ASKED, _MANIFEST = "batch.json", "manifest.jsonl"
 

@@ -8,8 +8,8 @@ import torch
 
 from kvpack.batch.folder import BatchFolder
 from kvpack.batch.videos import Settings, Video
+from kvpack.media.files import checksum
 from kvpack.media.reading import count_frames
-from kvpack.media.video import checksum
 from kvpack.pipeline.checkpoints import Job, checkpointing, remove, reopened, started_job
 from kvpack.pipeline.enable import enable
 from kvpack.pipeline.track import load_pipeline, started

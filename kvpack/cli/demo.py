@@ -16,7 +16,8 @@ from kvpack.cli.demo_page import Story, page, picture
 from kvpack.cli.demo_seeds import Ends, kept, made
 from kvpack.cli.demo_seen import Seen
 from kvpack.media.contact_sheet import banner, side_by_side
-from kvpack.media.video import Frames, VideoWriter, make_folder, require_writable, save_bytes
+from kvpack.media.files import make_folder, require_writable, save_bytes
+from kvpack.media.video import Frames, VideoWriter
 from kvpack.memory.base import Memory
 from kvpack.pipeline.track import Track, load_pipeline, started
 from kvpack.planning.planner import video_frames

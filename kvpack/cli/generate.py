@@ -93,8 +93,9 @@ def generate(
     and after anything else.
     """
     from kvpack.checkpoints.config import require_model_folder
+    from kvpack.media.files import require_writable
     from kvpack.media.reading import is_picture
-    from kvpack.media.video import VideoWriter, require_writable
+    from kvpack.media.video import VideoWriter
 
     named = call_options(height, width, steps, guidance_scale, negative_prompt)
     if prompts is not None and fork_at is None:

@@ -79,7 +79,7 @@ def demo(
     Colours: red, green, blue, yellow, magenta, cyan, orange, white. Shapes: circle, square, triangle. Backgrounds:
     night stripes, dark checks, dusk rings, plain slate.
     """
-    from kvpack.media.video import make_folder
+    from kvpack.media.files import make_folder
 
     require_seed(seed)
     stacks = parse_compared(compare)

@@ -16,7 +16,7 @@ def report(
     """
     from kvpack.cli.report_page import page, read_trace
     from kvpack.errors import InvalidOptionError
-    from kvpack.media.video import require_writable, save_bytes
+    from kvpack.media.files import require_writable, save_bytes
 
     if len(trace) > 2:
         raise InvalidOptionError(f"a report shows one trace or two side by side, got {len(trace)}")

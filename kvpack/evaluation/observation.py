@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvpack.errors import InvalidOptionError
 from kvpack.evaluation.facts import Mask, Values
-from kvpack.media.video import save_bytes
+from kvpack.media.files import save_bytes
 
 REFERENCE_SECONDS = 5.0
 

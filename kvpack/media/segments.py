@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import Any
 
 from kvpack.errors import OutputError
-from kvpack.media.video import FrameRate, Frames, PartialFile, VideoWriter, checksum, make_folder
+from kvpack.media.files import PartialFile, checksum, make_folder
+from kvpack.media.video import FrameRate, Frames, VideoWriter
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
-"""Files that are written whole or not at all, and videos that are encoded while they are generated."""
+"""Videos that are encoded while they are generated."""
 
-import hashlib
 import os
 import signal
 import threading
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack.errors import NonFiniteLatentsError, OutputError
+from kvpack.media.files import PartialFile, require_writable
 
 Frames = NDArray[np.uint8]
 FrameRate = float | int
@@ -28,103 +28,6 @@ _BT709, _BT601, _STUDIO_RANGE = 1, 6, 1  # as ITU-T H.273 numbers them
 def is_hd(height: int, width: int) -> bool:
     """Return whether players take a video that does not say its colour matrix for BT.709, and not for BT.601."""
     return height >= 720 or width >= 1280
-
-
-def require_writable(path: Path) -> Path:
-    """Return `path` if a file can be written there; an empty one beside it is tried.
-
-    Raises:
-        OutputError: if not.
-    """
-    if os.path.isdir(path):  # unlike Path.is_dir, no error for names that are too long
-        raise OutputError(f"cannot write {path}: it is a directory; give the name of a file in it")
-    if not os.path.isdir(path.parent):
-        what = "is not a directory" if os.path.exists(path.parent) else "does not exist"
-        raise OutputError(f"cannot write {path}: {path.parent} {what}; give a file in a directory that exists")
-    trial = _partial(path)
-    try:
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; give a file in a writable directory") from error
-    return path
-
-
-def make_folder(folder: Path) -> Path:
-    """Return a folder, made if it is not there.
-
-    Raises:
-        OutputError: if it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the directory {folder}: {error.strerror}; give another --output") from error
-    return folder
-
-
-class PartialFile:
-    """A file that appears under its name only when it is complete.
-
-    Args:
-        path: where it will be.
-        partial: where it is until then; beside it, and hidden, if None.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
-
-    def __init__(self, path: Path, partial: Path | None = None) -> None:
-        self.path, self._partial = require_writable(path), partial or _partial(path)
-        #: What went wrong while writing; libav tells no more than that something did.
-        self.error: OSError | None = None
-        with self.reported():
-            # Unbuffered, so that what is written is there if the process is killed; closed by commit or discard.
-            self._file = open(self._partial, "w+b", buffering=0)  # noqa: SIM115
-        self.seek, self.tell, self.read = self._file.seek, self._file.tell, self._file.read
-
-    def write(self, data: bytes) -> int:
-        """Append bytes."""
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def commit(self, *, durable: bool = False) -> None:
-        """Move the complete file to its name.
-
-        Args:
-            durable: whether it is on the disk for certain then, though the power fails.
-        """
-        with self.reported():
-            if durable:
-                os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._partial, self.path)
-            if durable:
-                sync_folder(self.path.parent)
-
-    def discard(self) -> None:
-        """Remove what was written."""
-        with suppress(OSError):
-            self._file.close()
-        with suppress(OSError):
-            self._partial.unlink()
-
-    @contextmanager
-    def reported(self) -> Iterator[None]:
-        """Raise an `OutputError` for any failure to write, and discard the file."""
-        import av
-
-        try:
-            yield
-        except (OSError, av.FFmpegError) as error:
-            cause = self.error or error
-            if hasattr(self, "_file"):
-                self.discard()
-            reason = getattr(cause, "strerror", None) or cause
-            raise OutputError(f"cannot write {self.path}: {reason}; nothing of it was kept") from cause
 
 
 class VideoWriter:
@@ -255,41 +158,6 @@ def _signals_wait() -> Iterator[None]:
 def _handled() -> list[signal.Signals]:
     """Return the signals to end a process that Python handles; the default of SIGTERM is the system's."""
     return [each for each in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(each))]
-
-
-def save_bytes(data: bytes, path: Path) -> None:
-    """Write a file, whole or not at all.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
-    file = PartialFile(path)
-    try:
-        with file.reported():
-            file.write(data)
-        file.commit()
-    finally:
-        file.discard()
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk, where the system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def _even(frames: Frames) -> Frames:

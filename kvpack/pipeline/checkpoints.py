@@ -11,8 +11,8 @@ import torch
 
 from kvpack.checkpoints.text import read_json
 from kvpack.errors import OutputError, SnapshotError
+from kvpack.media.files import make_folder, save_bytes
 from kvpack.media.segments import SegmentedVideo, clear
-from kvpack.media.video import make_folder, save_bytes
 from kvpack.pipeline.enable import enable
 from kvpack.pipeline.stream import Stream
 from kvpack.pipeline.track import Track, load_pipeline

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvpack.errors import OutputError, SnapshotError, SnapshotWarning
-from kvpack.media.video import make_folder, sync_folder
+from kvpack.media.files import make_folder, sync_folder
 from kvpack.snapshots.tensors import TensorFiles, tensor_parts, write_file
 
 FORMAT = 1

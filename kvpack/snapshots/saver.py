@@ -13,7 +13,7 @@ import torch
 from kvpack.errors import KVPackError, OutputError, SnapshotError
 from kvpack.generation.moment import captured
 from kvpack.generation.run import Run
-from kvpack.media.video import make_folder
+from kvpack.media.files import make_folder
 from kvpack.memory.shard import Shard
 from kvpack.snapshots.fingerprint import fingerprints, model_digests
 from kvpack.snapshots.folder import SnapshotFolder, tensor_files

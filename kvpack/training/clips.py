@@ -17,8 +17,8 @@ from tqdm import tqdm
 from kvpack.checkpoints.text import read_lines
 from kvpack.errors import BrokenClipError, InvalidOptionError
 from kvpack.generation.trainee import Trainee
+from kvpack.media.files import save_bytes
 from kvpack.media.pixels import video_pixels
-from kvpack.media.video import save_bytes
 
 Broken = Literal["stop", "skip"]
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kvpack.errors import InvalidOptionError, TrainingError, require_int
-from kvpack.media.video import save_bytes
+from kvpack.media.files import save_bytes
 from kvpack.training.clips import Clip, ClipFolder
 from kvpack.training.noise import generator
 

@@ -17,7 +17,7 @@ from kvpack.batch.folder import BatchFolder
 from kvpack.batch.pool import Pool
 from kvpack.batch.videos import Settings, Video
 from kvpack.errors import InvalidOptionError
-from kvpack.media.video import checksum
+from kvpack.media.files import checksum
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason='needs Ray; pip install "kvpack[ray]"')
 CALL = {"height": 64, "width": 64, "num_inference_steps": 1, "guidance_scale": 1.0, "max_sequence_length": 8}

@@ -19,7 +19,7 @@ from PIL import Image
 
 from helpers import command, complaint, forked
 from kvpack.cli import demo
-from kvpack.media import video
+from kvpack.media import files, video
 from kvpack.pipeline import track as generation
 from kvpack.testing import tiny_wan_pipeline
 
@@ -173,11 +173,11 @@ def complaint_after_progress(*words: object) -> str:
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(self: video.PartialFile, data: bytes) -> int:
+    def write(self: files.PartialFile, data: bytes) -> int:
         self.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise self.error
 
-    monkeypatch.setattr(video.PartialFile, "write", write)
+    monkeypatch.setattr(files.PartialFile, "write", write)
     message = complaint_after_progress(*generate(model, tmp_path / "a.mp4"))
     assert message.endswith("a.mp4: No space left on device; nothing of it was kept")
     words = ["demo", "--model", model, "--seconds", 1, "--steps", 1, "--output", tmp_path]

@@ -15,9 +15,10 @@ from PIL import Image
 
 from helpers import pixels
 from kvpack.errors import NonFiniteLatentsError, OutputError
-from kvpack.media import video
+from kvpack.media import files, video
 from kvpack.media.contact_sheet import Row, banner, contact_sheet, side_by_side
-from kvpack.media.video import Frames, VideoWriter, require_writable, save_bytes
+from kvpack.media.files import require_writable, save_bytes
+from kvpack.media.video import Frames, VideoWriter
 
 
 def noise(frames: int, height: int = 64, width: int = 48, seed: int = 0) -> Frames:
@@ -30,17 +31,17 @@ def flat(frames: int, colour: tuple[int, int, int], side: int = 32) -> Any:
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     """Lets files grow to `room` bytes only."""
-    real = video.PartialFile.write
+    real = files.PartialFile.write
     written = {"bytes": 0}
 
-    def write(self: video.PartialFile, data: bytes) -> int:
+    def write(self: files.PartialFile, data: bytes) -> int:
         written["bytes"] += len(data)
         if written["bytes"] > room:
             self.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             raise self.error
         return real(self, data)
 
-    monkeypatch.setattr(video.PartialFile, "write", write)
+    monkeypatch.setattr(files.PartialFile, "write", write)
 
 
 def test_frames_come_back_at_their_rate_and_size(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_a_disk_that_is_full_at_the_very_end(tmp_path: Path, monkeypatch: pytest
     def replace(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(video.os, "replace", replace)
+    monkeypatch.setattr(files.os, "replace", replace)
     with pytest.raises(OutputError, match="No space left"), VideoWriter(tmp_path / "a.mp4", 16) as writer:
         writer.write(noise(2))
     with pytest.raises(OutputError, match="No space left"):

@@ -11,7 +11,7 @@ from uuid import uuid4
 from kvpack.cli.ui.model import Model
 from kvpack.cli.ui.video import Video
 from kvpack.errors import InvalidOptionError, SnapshotError
-from kvpack.media.video import make_folder, save_bytes
+from kvpack.media.files import make_folder, save_bytes
 
 #: Seconds of video that are made ahead of what is watched, so that a new prompt is soon seen.
 AHEAD = 2.0

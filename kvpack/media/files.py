@@ -1,0 +1,141 @@
+"""Files that are written whole or not at all."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from kvpack.errors import OutputError
+
+
+def require_writable(path: Path) -> Path:
+    """Return `path` if a file can be written there; an empty one beside it is tried.
+
+    Raises:
+        OutputError: if not.
+    """
+    if os.path.isdir(path):  # unlike Path.is_dir, no error for names that are too long
+        raise OutputError(f"cannot write {path}: it is a directory; give the name of a file in it")
+    if not os.path.isdir(path.parent):
+        what = "is not a directory" if os.path.exists(path.parent) else "does not exist"
+        raise OutputError(f"cannot write {path}: {path.parent} {what}; give a file in a directory that exists")
+    trial = _partial(path)
+    try:
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; give a file in a writable directory") from error
+    return path
+
+
+def make_folder(folder: Path) -> Path:
+    """Return a folder, made if it is not there.
+
+    Raises:
+        OutputError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the directory {folder}: {error.strerror}; give another --output") from error
+    return folder
+
+
+class PartialFile:
+    """A file that appears under its name only when it is complete.
+
+    Args:
+        path: where it will be.
+        partial: where it is until then; beside it, and hidden, if None.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+
+    def __init__(self, path: Path, partial: Path | None = None) -> None:
+        self.path, self._partial = require_writable(path), partial or _partial(path)
+        #: What went wrong while writing; libav tells no more than that something did.
+        self.error: OSError | None = None
+        with self.reported():
+            # Unbuffered, so that what is written is there if the process is killed; closed by commit or discard.
+            self._file = open(self._partial, "w+b", buffering=0)  # noqa: SIM115
+        self.seek, self.tell, self.read = self._file.seek, self._file.tell, self._file.read
+
+    def write(self, data: bytes) -> int:
+        """Append bytes."""
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def commit(self, *, durable: bool = False) -> None:
+        """Move the complete file to its name.
+
+        Args:
+            durable: whether it is on the disk for certain then, though the power fails.
+        """
+        with self.reported():
+            if durable:
+                os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._partial, self.path)
+            if durable:
+                sync_folder(self.path.parent)
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._partial.unlink()
+
+    @contextmanager
+    def reported(self) -> Iterator[None]:
+        """Raise an `OutputError` for any failure to write, and discard the file."""
+        import av
+
+        try:
+            yield
+        except (OSError, av.FFmpegError) as error:
+            cause = self.error or error
+            if hasattr(self, "_file"):
+                self.discard()
+            reason = getattr(cause, "strerror", None) or cause
+            raise OutputError(f"cannot write {self.path}: {reason}; nothing of it was kept") from cause
+
+
+def save_bytes(data: bytes, path: Path) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    file = PartialFile(path)
+    try:
+        with file.reported():
+            file.write(data)
+        file.commit()
+    finally:
+        file.discard()
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
