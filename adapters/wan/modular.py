@@ -11,12 +11,12 @@ pipe = blocks.init_pipeline(repository)
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any
 
 import torch
-from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from diffusers.modular_pipelines.wan.denoise import WanDenoiseStep
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from kvpack.adapters.wan.adapter import WanAdapter
 from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.adapters.wan.vae import StreamingDecoder
 from kvpack.errors import UnsupportedPipelineError
+from kvpack.generation.chunks import require_generators, rewinding
 from kvpack.generation.phase import Phase
 from kvpack.memory.base import Memory
 from kvpack.plugins.resolve import resolve_stack
@@ -34,9 +35,10 @@ _FIELDS = {"pred_cond": "prompt_embeds", "pred_uncond": "negative_prompt_embeds"
 class KVPackDenoiseStep(WanDenoiseStep):
     """Denoise the latents chunk by chunk, each with kvpack's memory of those before it (arXiv 2603.25730).
 
-    Its inputs are those of `WanDenoiseStep`, and so are its parts, which may be replaced. One more output,
-    `memory_stats`, is what `pipe.packforcing.stats()` gives of a `WanPipeline`. If the frames are no multiple of the
-    stack's chunk, the last chunk is shorter.
+    Its inputs are those of `WanDenoiseStep` and the call's `generator`, of which a scheduler that takes one
+    (`FlowMatchFewStepScheduler`) draws its noise. Its parts are those of `WanDenoiseStep`, and may be replaced. One
+    more output, `memory_stats`, is what `pipe.packforcing.stats()` gives of a `WanPipeline`. If the frames are no
+    multiple of the stack's chunk, the last chunk is shorter.
 
     Args:
         stack: name of an installed stack, a `Stack` or other `Memory`, or what its `to_dict` gave.
@@ -57,6 +59,11 @@ class KVPackDenoiseStep(WanDenoiseStep):
         return f"Denoises chunk by chunk, with kvpack's memory {self.stack.name} of the chunks before."
 
     @property
+    def loop_inputs(self) -> list[InputParam]:
+        """What the block takes beside its parts' inputs."""
+        return [*super().loop_inputs, InputParam("generator", description="Draws noise between the steps")]
+
+    @property
     def loop_intermediate_outputs(self) -> list[OutputParam]:
         """What the block leaves beside its parts' outputs."""
         return [OutputParam("memory_stats", type_hint=dict, description="Tokens and bytes of the memory, and seconds")]
@@ -65,6 +72,7 @@ class KVPackDenoiseStep(WanDenoiseStep):
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
         """Denoise and remember chunk after chunk; the transformer is the stock one before and after."""
         block: Any = self.get_block_state(state)
+        require_generators(block.generator)
         adapter = WanAdapter()
         adapter.check(components)
         adapter.check_stack(components, self.stack)
@@ -112,19 +120,25 @@ class _ModularRun:
         """Return the clean latents of a chunk, which are in the memory unless it is the last."""
         denoiser = self.denoiser
         denoiser.expect(noise.shape[2])
+        rewind = rewinding(self.block.generator)
+
+        def again() -> Tensor:
+            rewind()
+            return self._denoised(index, noise, advance)
+
         with denoiser.seam():
-            latents = self._denoised(index, noise, advance)
-            latents = denoiser.accepted(latents, lambda: self._denoised(index, noise, advance))
+            latents = denoiser.accepted(self._denoised(index, noise, advance), again)
             if not last:
                 denoiser.commit(latents, None if self.decoder is None else self.decoder(latents))
         return latents
 
     def _denoised(self, index: int, noise: Tensor, advance: Any) -> Tensor:
         """Run the upstream steps of a chunk, which begin the scheduler's schedule anew."""
-        block = self.block
+        block, scheduler = self.block, self.components.scheduler
         block.latents = noise
-        vars(self.components.scheduler).update(deepcopy(self._schedule))
-        with self.denoiser.timed("denoise"), self.denoiser.during(Phase()), self._branch_contexts() as coming:
+        vars(scheduler).update(deepcopy(self._schedule))
+        drawing = getattr(scheduler, "bound_generator", nullcontext)(block.generator)
+        with self.denoiser.timed("denoise"), self.denoiser.during(Phase()), self._branch_contexts() as coming, drawing:
             for i, t in enumerate(block.timesteps):
                 coming[:] = [(name, i) for name in self.branches[i]]
                 self.step.loop_step(self.components, block, i=i, t=t)

@@ -11,9 +11,11 @@ from diffusers import (
 )
 from diffusers.modular_pipelines.wan import WanBlocks
 
-from helpers import quiet, seeded
+from helpers import distance, quiet, seeded
+from kvpack import FlowMatchFewStepScheduler
 from kvpack.adapters.wan.modular import KVPackDenoiseStep
-from kvpack.errors import NonFiniteLatentsError, UnknownNameError, UnsupportedPipelineError
+from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, UnknownNameError, UnsupportedPipelineError
+from kvpack.policies import TokenTrim
 from kvpack.testing import tiny_wan_pipeline
 
 SIZE = {"height": 32, "width": 48, "max_sequence_length": 8, "num_inference_steps": 3}
@@ -69,6 +71,26 @@ def test_equals_the_pipeline(stack, guidance_scale, scheduler, whole):
     stats = state.get("memory_stats")
     assert stats["attended_tokens"] == whole.packforcing.stats()["attended_tokens"]
     assert len(stats["branches"]) == (2 if guidance_scale > 1 else 1)
+
+
+@pytest.mark.parametrize("retries", [0, 1], ids=["plain", "vetoed"])
+def test_a_scheduler_that_draws_noise_takes_the_calls_generator(retries, whole, monkeypatch):
+    monkeypatch.setattr(TokenTrim, "veto", lambda _, state, latents: (torch.ones(latents.shape[0]) > 0, state))
+    stack, whole.scheduler = TokenTrim(chunk_frames=3, max_retries=retries), FlowMatchFewStepScheduler()
+    embeds = torch.randn(2, 2, 8, 32, generator=seeded(1))
+    call = {"latents": noise(rows=2), "height": 32, "width": 48, "num_frames": 33, "num_inference_steps": 4}
+    call |= {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
+    pipe, tries = modular(whole, KVPackDenoiseStep(stack), 1.0, embedded=True), []
+    whole.transformer.register_forward_hook(lambda *_: tries.append(1))
+    given = pipe(generator=[seeded(1), seeded(2)], **call).get("latents")
+    assert len(tries) == 3 * 4 * (1 + retries) + 2  # two chunks are committed
+    assert torch.equal(pipe(generator=[seeded(1), seeded(2)], **call).get("latents"), given)
+    assert not torch.equal(pipe(generator=[seeded(1), seeded(3)], **call).get("latents"), given)
+    whole.enable_packforcing(stack)
+    wanted = whole(generator=[seeded(1), seeded(2)], guidance_scale=1.0, output_type="latent", **call).frames
+    assert distance(given, wanted) < 1e-5
+    with pytest.raises(InvalidOptionError, match=r"generator must be a torch\.Generator"):
+        pipe(generator=0, **call)
 
 
 def test_one_chunk_is_the_stock_block(whole):
