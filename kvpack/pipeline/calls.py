@@ -93,14 +93,15 @@ class Enabled:
         return {name: getattr(self, name) for name in taken}
 
 
-def bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return all arguments of the pipeline's own call, and of the adapter's, by name."""
+def bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any], **otherwise: Any) -> dict[str, Any]:
+    """Return all arguments of the pipeline's own call, and of the adapter's, by name; `otherwise` where not given."""
     extra = pipeline._kvpack.adapter.extra_arguments
     own = {name: value for name, value in kwargs.items() if name not in extra}
     bound = inspect.signature(pipeline._kvpack_base.__call__).bind(pipeline, *args, **own)
     given = {**bound.arguments, **{name: kwargs.get(name, default) for name, default in extra.items()}}
     bound.apply_defaults()
-    settings = {name: value for name, value in pipeline._kvpack.call.items() if name in bound.arguments}
+    settings = {**pipeline._kvpack.call, **otherwise}
+    settings = {name: value for name, value in settings.items() if name in bound.arguments}
     arguments = {**bound.arguments, **settings, **given}
     del arguments["self"]
     return {name: plain(value) for name, value in arguments.items()}

@@ -1,6 +1,5 @@
 """What an enabled pipeline can do more than a stock one; `enable` gives it this class under its own name."""
 
-import inspect
 import os
 from contextlib import nullcontext
 from functools import wraps
@@ -156,9 +155,7 @@ class PackForcing:
             An iterator over frames in the call's `output_type`, batch first: `[batch, frames, height, width, 3]` for
             "np". Its `send(prompt)` goes on under another prompt, and `with` ends it with the block.
         """
-        taken = inspect.signature(self._pipeline._kvpack_base.__call__).parameters
-        endless = {"num_frames": None} if "num_frames" in taken else {}
-        arguments = bound(self._pipeline, args, {**endless, **kwargs})
+        arguments = bound(self._pipeline, args, kwargs, num_frames=None)
         require_callback(on_chunk)
         with alone(self._pipeline):
             run = start(self._pipeline, arguments, streaming=True, on_nan=on_nan)

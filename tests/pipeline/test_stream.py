@@ -93,6 +93,18 @@ def test_without_end(stack, pipe):
     assert torch.equal(torch.cat(parts, dim=1), whole)
 
 
+def test_arguments_by_their_places(pipe):
+    call = ("a red circle", None, 32, 48, 25, 2, 1.0)
+    named = {"generator": seeded(), "output_type": "latent", "max_sequence_length": 8}
+    whole = pipe(*call, **named).frames
+    parts = list(pipe.packforcing.stream(*call, **{**named, "generator": seeded()}))
+    assert torch.equal(torch.cat(parts, dim=2), whole)
+    with pytest.raises(TypeError, match="multiple values for argument 'prompt'"):
+        pipe.packforcing.stream(*call, **CALL)
+    with pipe.packforcing.stream(*call[:4]) as stream:
+        assert stream.chunks is None
+
+
 def test_given_latents_end_a_stream(pipe):
     noise = torch.randn(1, 16, 7, 4, 6, generator=seeded())
     parts = list(pipe.packforcing.stream(latents=noise, output_type="latent", **CALL))
