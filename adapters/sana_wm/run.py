@@ -1,6 +1,5 @@
 """One call of a `SanaWMLTX2Refiner`: the upstream call once a block, behind the raw frames of its sink."""
 
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from kvpack.errors import (
     require_choice,
     require_int,
 )
+from kvpack.generation.adapter import call_signature
 from kvpack.generation.chunks import GeneratedChunk, with_chunk_frames
 from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
@@ -51,7 +51,7 @@ class SanaWMRun(Run):
                 f"the refiner's first chunk is its sink; give sink_size={pipeline.packforcing.first_chunk_frames} to "
                 f"the call in the place of packforcing.first_chunk_frames, got {call['sink_size']}"
             )
-        trained = inspect.signature(pipeline._kvpack_base.__call__).parameters["kv_max_frames"].default
+        trained = call_signature(pipeline._kvpack_base).parameters["kv_max_frames"].default
         if call["kv_max_frames"] != trained:
             raise InvalidOptionError(
                 f"kv_max_frames is the stock pipeline's window, got {call['kv_max_frames']}, but this pipeline's "

@@ -1,6 +1,5 @@
 """A `WanPipeline` in training: its model rolled out over kvpack's memory without its sampler."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.adapters.wan.vae import StreamingDecoder, encode
-from kvpack.generation.adapter import Adapter
+from kvpack.generation.adapter import Adapter, call_signature
 from kvpack.generation.trainee import Rollout, Trainee
 from kvpack.memory.layer import LayerCache
 from kvpack.memory.stack import Stack
@@ -28,7 +27,7 @@ class WanTrainee(Trainee):
     def __init__(self, adapter: Adapter, pipeline: Any, max_sequence_length: int | None = None) -> None:
         self.adapter, self.pipeline = adapter, pipeline
         self.temporal_scale = adapter.temporal_scale(adapter.configs(pipeline))
-        default = inspect.signature(pipeline.__call__).parameters["max_sequence_length"].default
+        default = call_signature(type(pipeline)).parameters["max_sequence_length"].default
         self.max_sequence_length = max_sequence_length or default
 
     @torch.no_grad()

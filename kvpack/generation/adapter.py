@@ -1,7 +1,9 @@
 """One model family: which pipelines, what geometry and costs, and what class drives a generation."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -128,6 +130,29 @@ class Adapter(ABC):
             raise UnsupportedPipelineError(f"the adapter {self.name} cannot train yet; it has no `trainee_class`")
         self.check(pipeline)
         return self.trainee_class(self, pipeline, max_sequence_length)
+
+
+def call_signature(pipeline: type) -> inspect.Signature:
+    """Return what a pipeline class's call takes by name; what it hands on as `**kwargs` is what its base takes.
+
+    >>> class Stock:
+    ...     def __call__(self, prompt=None, steps=50): ...
+    >>> class Mine(Stock):
+    ...     def __call__(self, *args, loud=False, **kwargs): ...
+    >>> print(call_signature(Mine))
+    (prompt=None, steps=50, *, loud=False)
+    """
+    taken, by_place = dict[str, inspect.Parameter](), True
+    for call in (vars(base)["__call__"] for base in pipeline.__mro__ if "__call__" in vars(base)):
+        own = inspect.signature(MethodType(call, pipeline)).parameters.values()
+        kinds = {each.kind for each in own}
+        for each in own:
+            if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
+                taken.setdefault(each.name, each if by_place else each.replace(kind=each.KEYWORD_ONLY))
+        by_place = by_place and inspect.Parameter.VAR_POSITIONAL in kinds
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    return inspect.Signature(sorted(taken.values(), key=lambda each: each.kind))
 
 
 def _described(transformer: Any) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """One call of an enabled pipeline: its arguments bound, its chunks collected or handed out."""
 
-import inspect
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, plain, require_choice
-from kvpack.generation.adapter import Adapter
+from kvpack.generation.adapter import Adapter, call_signature
 from kvpack.generation.chunks import require_generators
 from kvpack.generation.run import Run
 from kvpack.generation.threads import one_thread, require_enabled
@@ -97,13 +96,12 @@ def bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any], **otherw
     """Return all arguments of the pipeline's own call, and of the adapter's, by name; `otherwise` where not given."""
     extra = pipeline._kvpack.adapter.extra_arguments
     own = {name: value for name, value in kwargs.items() if name not in extra}
-    bound = inspect.signature(pipeline._kvpack_base.__call__).bind(pipeline, *args, **own)
+    bound = call_signature(pipeline._kvpack_base).bind(*args, **own)
     given = {**bound.arguments, **{name: kwargs.get(name, default) for name, default in extra.items()}}
     bound.apply_defaults()
     settings = {**pipeline._kvpack.call, **otherwise}
     settings = {name: value for name, value in settings.items() if name in bound.arguments}
     arguments = {**bound.arguments, **settings, **given}
-    del arguments["self"]
     return {name: plain(value) for name, value in arguments.items()}
 
 

@@ -27,6 +27,7 @@ CALL = {
 STEPS = 3 * CALL["num_inference_steps"]
 
 
+REST = {name: value for name, value in CALL.items() if name != "prompt"}
 generate = partial(generated, **CALL)
 
 
@@ -69,6 +70,53 @@ def test_same_seed_same_bits(pipe):
     first = generate(pipe, output_type="pt")
     assert torch.equal(generate(pipe, output_type="pt"), first)
     assert not torch.equal(generate(pipe, seed=1, output_type="pt"), first)
+
+
+class Passing(WanPipeline):
+    def __call__(self, *args, **kwargs):
+        self.said.append("passing")
+        return super().__call__(*args, **kwargs)
+
+
+class Asking(Passing):
+    def __call__(self, prompt, tone="calm", **kwargs):
+        self.said.append(tone)
+        return super().__call__(prompt, **kwargs)
+
+
+class Adding(Asking):
+    def __call__(self, *args, tone="loud", **kwargs):
+        return super().__call__(*args, tone=tone, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Passing, Asking, Adding])
+def test_a_subclass_that_hands_its_arguments_on_is_called_once_a_chunk(kind, pipe):
+    own = quiet(kind(**pipe.components)).enable_packforcing(pipe.packforcing.stack)
+    object.__setattr__(own, "said", [])
+    wanted = generate(pipe)
+    assert torch.equal(generate(own), wanted)
+    tones = {Passing: ["passing"], Asking: ["calm", "passing"], Adding: ["loud", "passing"]}[kind]
+    assert own.said == 3 * tones
+    parts = list(own.packforcing.stream(CALL["prompt"], generator=seeded(), **REST))
+    assert torch.equal(torch.cat(parts, dim=2), wanted)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'hight'"):
+        generate(own, hight=32)
+
+
+def test_a_subclass_takes_its_own_arguments_and_those_of_its_base_by_their_places(pipe):
+    own, other = (
+        quiet(kind(**pipe.components)).enable_packforcing("full", chunk_frames=3) for kind in (Adding, Passing)
+    )
+    for each in (own, other):
+        object.__setattr__(each, "said", [])
+    generate(own, tone="shrill", num_frames=9)
+    assert own.said == ["shrill", "passing"]
+    named = dict(REST)
+    places = [named.pop("height"), named.pop("width"), named.pop("num_frames")]
+    given = other(CALL["prompt"], None, *places, generator=seeded(), **named).frames
+    assert torch.equal(given, generate(other))
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        own("a red circle", "night", **REST)
 
 
 def test_without_a_generator_the_global_one_is_used_as_stock(pipe):
