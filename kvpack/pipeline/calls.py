@@ -1,5 +1,6 @@
 """One call of an enabled pipeline: its arguments bound, its chunks collected or handed out."""
 
+import weakref
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -33,8 +34,7 @@ class Enabled:
     Args:
         stack: the memory policy.
         adapter: drives the pipeline.
-        run: the generation in progress.
-        driving: the same, while the upstream call runs inside it.
+        driving: the generation in progress, while the upstream call runs inside it.
         device: where that runs, once somebody has asked.
         last: stats of the last generation.
         fps: pixel frames a second, which say at what chunk a prompt schedule's seconds are.
@@ -49,7 +49,6 @@ class Enabled:
 
     stack: Memory
     adapter: Adapter
-    run: Run | None = None
     driving: Run | None = None
     device: torch.device | None = None
     last: dict[str, Any] = field(default_factory=dict)
@@ -61,10 +60,20 @@ class Enabled:
     guidance_group: Any = None
     budget: Budget | None = None
     choice: Choice | None = None
+    _run: weakref.ref[Run] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def run(self) -> Run | None:
+        """The generation in progress, held by its frames alone: a callback of it may belong to who holds these."""
+        return None if self._run is None else self._run()
+
+    @run.setter
+    def run(self, run: Run | None) -> None:
+        self._run = None if run is None else weakref.ref(run)
 
     def __str__(self) -> str:
-        if self.run is not None:
-            stats, of = self.run.stats(), "" if self.run.count is None else f" of {self.run.count}"
+        if (run := self.run) is not None:
+            stats, of = run.stats(), "" if run.count is None else f" of {run.count}"
             held = f"{stats.get('resident_bytes', 0) / 1e6:.4g} MB held"
             state = f"{stats['chunks']} chunks{of} are committed, {held}"
         else:

@@ -3,7 +3,6 @@
 import time
 import weakref
 from collections.abc import Generator
-from inspect import GEN_CREATED, getgeneratorstate
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -43,7 +42,7 @@ class Stream(Generator[Any, Prompt | None, None]):
         beside: device of a decoder that works while the next chunk is denoised; None decodes in between.
     """
 
-    _end: Any = None
+    _run: Run | None = None
 
     def __init__(
         self,
@@ -60,15 +59,17 @@ class Stream(Generator[Any, Prompt | None, None]):
         #: What `save` was given, in a stream that was resumed.
         self.note = note
         self._follow(run)
+        # At the exit, before modules are torn down, which closing needs. Until then nothing but its user may hold a
+        # stream: what it is made of leads to callbacks and to whoever they belong to, who may hold it himself.
+        weakref.finalize(self, _at_exit, weakref.ref(self))
+
+    def __del__(self) -> None:
+        self._finish()
 
     def _follow(self, run: Run) -> None:
         """Hand out the frames of a run from here on."""
-        self._run: Run | None = run
+        self._run, self._begun = run, False
         self._frames = frames(self._pipeline, run, self._on_chunk, self._beside)
-        if self._end is not None:
-            self._end.detach()
-        # Before modules are torn down, which closing needs; a generator that is left to the interpreter comes after.
-        self._end = weakref.finalize(self, _close, self._frames, run)
         #: Chunks of the whole video, as far as they can be counted.
         self.chunks = run.count
 
@@ -98,6 +99,7 @@ class Stream(Generator[Any, Prompt | None, None]):
             ended = self._frames.gi_frame is None  # type: ignore[attr-defined]
             if not ended and (prompt is not None or cut):
                 self._open().set_prompt(prompt, cut=cut)
+            self._begun = True
             return next(self._frames)
 
     def save(self, folder: str | Path, note: Any = None) -> None:
@@ -218,10 +220,16 @@ class Stream(Generator[Any, Prompt | None, None]):
         """
         self._require_waiting()
         try:
-            self._end()
+            self._finish()
         finally:
-            self._run = None
             self._release()
+
+    def _finish(self) -> None:
+        run, self._run = self._run, None
+        if run is not None:
+            _close(self._frames, run)
+            if not self._begun:
+                run.close()  # which is the frames' own once one was drawn
 
     def _require_waiting(self) -> None:
         if self._frames.gi_running:  # type: ignore[attr-defined]
@@ -242,11 +250,15 @@ def _turn(run: Run, seed: Seed | None, prompt: Prompt | None, cut: bool) -> None
         run.set_prompt(prompt, cut=cut)
 
 
+def _at_exit(stream: weakref.ref[Stream]) -> None:
+    """Close a stream that somebody holds until the interpreter exits."""
+    if (left := stream()) is not None:
+        left._finish()
+
+
 def _close(frames: Generator[Any, None, None], run: Run) -> None:
     """Close frames; another thread that makes one is asked to stop, or the interpreter would abort in its forward."""
     pipeline, thread = run.pipeline, None
-    if getgeneratorstate(frames) == GEN_CREATED:
-        run.close()  # which is theirs once one was drawn
     for _ in range(int(_PATIENCE / _PAUSE)):  # counted: a clock may stand still
         try:
             frames.close()

@@ -137,3 +137,42 @@ def test_a_dropped_stream_ends(pipe):
     gc.collect()
     assert pipe.packforcing.sessions == {}
     assert pipe.packforcing.stats()["chunks"] == 1
+
+
+class Player:
+    """Holds a stream that calls it back."""
+
+    def told(self, *given):
+        return given[-1]
+
+
+@pytest.mark.parametrize("drawn", [True, False], ids=["drawn", "never drawn"])
+@pytest.mark.parametrize("back", ["on_chunk", "callback_on_step_end", "pipeline"])
+def test_a_stream_that_leads_back_to_who_holds_it_ends_with_him(back, drawn, monkeypatch):
+    freed, pipe = [], quiet(tiny_wan_pipeline()).enable_packforcing("full", chunk_frames=2)
+    monkeypatch.setattr(type(pipe)._kvpack_base, "maybe_free_model_hooks", lambda _: freed.append(1))
+    player = Player()
+    player.stream = pipe.packforcing.stream(**CALL, **({} if back == "pipeline" else {back: player.told}))
+    if back == "pipeline":
+        object.__setattr__(pipe, "player", player)
+    if drawn:
+        next(player.stream)
+    run = weakref.ref(player.stream._run)
+    del player
+    pipe = None if back == "pipeline" else pipe
+    gc.collect()
+    assert run() is None
+    assert freed == [1]
+
+
+def test_a_stream_that_an_error_was_thrown_into_frees_the_models_once(pipe, monkeypatch):
+    freed = []
+    monkeypatch.setattr(type(pipe)._kvpack_base, "maybe_free_model_hooks", lambda pipe: freed.append(1))
+    for drawn in (0, 1):
+        stream = pipe.packforcing.stream(**CALL)
+        for _ in range(drawn):
+            next(stream)
+        with pytest.raises(ZeroDivisionError):
+            stream.throw(ZeroDivisionError())
+        stream.close()
+        assert len(freed) == drawn + 1
