@@ -94,6 +94,10 @@ class Stack(Memory):
         require_choice("eviction", self.eviction, get_args(Eviction))
         if not isinstance(self.store, Codec):
             raise InvalidOptionError(f"store must be a Codec, got {self.store!r}")
+        try:
+            hash(self.store)  # its form is computed once
+        except TypeError as error:
+            raise InvalidOptionError(f"store must be frozen data, got {self.store!r}: {error}; use tuples") from error
         require_bool("share_selection", self.share_selection)
         require_choice("commit", self.commit, get_args(Commit))
         self.partitioner.check(self.chunk_frames)

@@ -1,7 +1,7 @@
 """Archives in other forms and on other tiers: errors, bytes, the same bits, what is refused."""
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -208,3 +208,10 @@ def test_storage_is_an_option_of_what_archives():
         registry().stack("packforcing", {"store": "int9"})
     with pytest.raises(InvalidOptionError, match="store must be a Codec"):
         replace(made, store="int8")
+
+    @dataclass(frozen=True)
+    class Listing(Int8Codec):
+        levels: list[int] = field(default_factory=lambda: [1, 2])
+
+    with pytest.raises(InvalidOptionError, match=r"store must be frozen data, .* unhashable type: 'list'; use tuples"):
+        replace(made, store=Listing())
