@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
+from weakref import ref
 
 import torch
 from jaxtyping import Float
@@ -92,6 +93,9 @@ class LayerCache:
     #: Tokens of history of each row in the last denoising steps; the choice of the last chunk.
     lengths: list[int] = field(default_factory=list)
     selected: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.arena.owner = ref(self)
 
     def attend(
         self,

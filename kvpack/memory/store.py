@@ -3,7 +3,7 @@
 A layer's `Arena` holds what is attended, in attended order. One `Workspace` serves all layers of a session.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from weakref import ref
 
 import torch
@@ -90,7 +90,18 @@ class Arena:
         self.keys = torch.empty(0)
         self.values = torch.empty(0)
         self.keyless = range(0)
+        #: Returns what reads and writes here; None once that is gone, and only blocks keep the arena alive.
+        self.owner: Callable[[], object] = object
         self._residents: list[ref[StoredBlock]] = []
+
+    def vacate(self) -> None:
+        """Let go of everything, if the owner is gone; blocks that others hold move out."""
+        if self.owner() is not None:
+            return
+        for block in filter(None, [each() for each in self._residents]):
+            if self in block.places:
+                block.move_out(self)
+        self.keys, self.values, self._residents = torch.empty(0), torch.empty(0), []
 
     @property
     def nbytes(self) -> int:
@@ -137,6 +148,8 @@ class Arena:
         else:
             self._move([(start, block) for start, block in blocks if block.places.get(self) != start])
         self._residents = [ref(block) for _, block in blocks]
+        for arena in {each for _, block in blocks if len(block.places) > 1 for each in block.places}:
+            arena.vacate()
 
     def write(self, start: int, keys: Tensor | None, values: Tensor) -> None:
         """Write tokens that are no block, from `start` on; those of `keyless` without keys."""

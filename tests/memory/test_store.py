@@ -121,6 +121,22 @@ def test_a_block_in_two_arenas_is_copied_only_once_it_leaves_both():
     assert same(block, keys, values)
 
 
+def test_blocks_that_others_hold_leave_an_arena_whose_owner_is_gone():
+    first, second = Arena(), Arena()
+    shared, alone, gone = filled(first, 9, (3, 4, 2))
+    del gone
+    second.arrange([(0, shared[0])], 6, LIKE)
+    first.vacate()  # somebody still uses it
+    assert len(first.keys[0]) == 9
+    first.owner = lambda: None
+    second.arrange([(0, shared[0])], 6, LIKE)
+    assert first.nbytes == 0
+    assert (shared[0].places, shared[0].own) == ({second: 0}, ())
+    assert (alone[0].places, len(alone[0].own)) == ({}, 2)
+    assert same(*shared)
+    assert same(*alone)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(ARRANGEMENTS, min_size=1, max_size=6))
 def test_blocks_are_what_they_were_however_they_lie_about_tokens_without_keys(arrangements):

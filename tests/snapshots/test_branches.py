@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import signal
+import weakref
 from itertools import islice
 
 import pytest
@@ -137,6 +138,33 @@ def test_nothing_is_copied_until_it_is_written():
         for mine, its in zip(session.past.states, fork.past.states, strict=True):
             assert [kept.block for kept in mine.whole] == [kept.block for kept in its.whole]
             assert [id(each) for each in mine.archive.keys] == [id(each) for each in its.archive.keys]
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_future_that_ends_leaves_no_arena_to_the_others(closes):
+    """Neither the elder nor the younger: who is closed lets go at once, who is dropped at the others' next chunk."""
+    pipe = make()
+    whole = list(pipe.packforcing.stream(**CALL, generator=seeded()))
+    stream, arenas = pipe.packforcing.stream(**CALL, generator=seeded()), []
+    made = taken(stream, 2)
+    for _ in range(3):
+        ended = [stream, stream.fork(seed=5)]
+        stream = stream.fork()
+        taken(ended[1], 1)
+        for each in ended:
+            arenas += [weakref.ref(cache.arena) for cache in each._run.sessions["cond"].caches]
+            if closes:
+                each.close()
+        del ended, each
+        if not closes:
+            gc.collect()
+            assert arenas[-1]() is not None
+            made += taken(stream, 1)
+        assert [arena for arena in arenas if arena() is not None] == []
+        if closes:
+            made += taken(stream, 1)
+    assert len(arenas) == 12
+    assert same([*made, *stream], whole)
 
 
 def test_seeds_are_as_many_as_generators(tmp_path):
