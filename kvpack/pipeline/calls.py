@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -139,14 +139,23 @@ def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool, on_nan: 
     return run
 
 
-def alone(pipeline: Any) -> AbstractContextManager[None]:
-    """Keep other threads out of the pipeline's transformer for the length of a block, with `BusyPipelineError`.
+@contextmanager
+def alone(pipeline: Any) -> Iterator[None]:
+    """Keep other threads out of the pipeline's transformer, and `torch.inference_mode` away, for the length of a block.
 
     Raises:
         UnsupportedPipelineError: if the pipeline is not enabled any more.
+        BusyPipelineError: if another thread is in it.
     """
     require_enabled(pipeline)
-    return one_thread(getattr(pipeline, "transformer", None))
+    gradients = torch.is_grad_enabled()  # which switching that mode off would switch on
+    with (
+        one_thread(getattr(pipeline, "transformer", None)),
+        # What is made in that mode can be written in it alone, and each chunk writes into the memory of those before.
+        torch.inference_mode(False),
+        torch.set_grad_enabled(gradients),
+    ):
+        yield
 
 
 @contextmanager

@@ -163,6 +163,27 @@ def test_another_generation_between_two_chunks(between, pipe):
     assert torch.equal(torch.cat(parts, dim=1), wanted)
 
 
+@pytest.mark.parametrize("name", ["packforcing", "h2o"])
+def test_inference_mode_for_some_chunks(name, pipe, tmp_path):
+    """In which what is made cannot be written outside of it: the memory, drawn or resumed."""
+    pipe.enable_packforcing(name, **(STACKS["pool"][1] if name == "packforcing" else {"chunk_frames": 3}))
+    call = {"num_frames": 121, "output_type": "latent"}
+    whole = pipe(**arguments(**call)).frames
+    with torch.inference_mode():
+        stream = pipe.packforcing.stream(**arguments(**call))
+        made = [next(stream) for _ in range(3)]
+        stream.save(tmp_path)
+        resumed = pipe.packforcing.resume(tmp_path)
+        assert torch.is_inference_mode_enabled()
+    made += [next(stream) for _ in range(3)]
+    other = stream.fork()
+    with torch.inference_mode():
+        assert torch.equal(torch.cat([*made, *other], dim=2), whole)
+    assert torch.equal(torch.cat([*made, *stream], dim=2), whole)
+    assert torch.equal(torch.cat([*made[:3], *resumed], dim=2), whole)
+    assert not made[0].is_inference()
+
+
 def test_left_early(pipe):
     wanted = pipe(**arguments(num_frames=25, output_type="pt")).frames
     stream = pipe.packforcing.stream(**arguments(output_type="pt"))
