@@ -126,7 +126,8 @@ def attached(
 
     Raises:
         UnsupportedPipelineError: if a forward leaves a layer's attention out, or runs it twice.
-        BusyPipelineError: if it is in another thread, which may be that of a stock pipeline over the same transformer.
+        BusyPipelineError: if it is in another thread, which may be that of a stock pipeline over the same transformer,
+            or attached already.
     """
     layers = ForwardLayers()
     processors = {each: processor(processor.backend_of(each), layers, i, shard) for i, each in enumerate(attentions)}
@@ -137,7 +138,7 @@ def attached(
 
     outside: Any = torch.compiler.disable  # where the whole transformer is compiled, not its blocks
     with (
-        one_thread(transformer),
+        one_thread(transformer, drives=True),
         transformer.register_forward_pre_hook(outside(before), with_kwargs=True),
         transformer.register_forward_hook(outside(layers.check_all_taken)),
         installed({**processors, **(others or {})}),

@@ -36,16 +36,18 @@ def attached(
         guided: called in the place of every forward with its branch, the forward and the given latents.
     """
     transformer = compiled_from(transformer)
-    with _branch_hook(transformer, guided) as context:
 
-        def before_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[AttendingLayer]:
-            branch = context()
-            prompted.before_forward(branch.name, kwargs["encoder_hidden_states"] if len(args) < 3 else args[2])
-            return layers_for(branch.name, branch.step_index)
+    def before_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[AttendingLayer]:
+        branch = context()
+        prompted.before_forward(branch.name, kwargs["encoder_hidden_states"] if len(args) < 3 else args[2])
+        return layers_for(branch.name, branch.step_index)
 
-        attentions = [block.attn1 for block in transformer.blocks]
-        with attention.attached(transformer, attentions, before_forward, others=prompted.processors, shard=shard):
-            yield
+    attentions = [block.attn1 for block in transformer.blocks]
+    with (
+        attention.attached(transformer, attentions, before_forward, others=prompted.processors, shard=shard),
+        _branch_hook(transformer, guided) as context,
+    ):
+        yield
 
 
 class _NoState(BaseState):
@@ -88,8 +90,8 @@ def _branch_hook(transformer: Any, guided: Guided | None) -> Iterator[Callable[[
     branch = _BranchHook() if guided is None else _GuidedHook(guided)
     had_forward = "forward" in vars(transformer)
     hooks = HookRegistry.check_if_exists_or_initialize(transformer)
+    hooks.register_hook(branch, _HOOK_NAME)
     try:
-        hooks.register_hook(branch, _HOOK_NAME)
         yield lambda: branch.manager.context
     finally:
         hooks.remove_hook(_HOOK_NAME, recurse=False)

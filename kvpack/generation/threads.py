@@ -13,29 +13,37 @@ _HOLDER = "_kvpack_thread"
 
 
 @contextmanager
-def one_thread(transformer: Any) -> Iterator[None]:
+def one_thread(transformer: Any, *, drives: bool = False) -> Iterator[None]:
     """Keep other threads out of a transformer for the length of a block; the same thread may come in again.
 
     Pipelines that share a transformer share this too. Nothing waits: a video takes minutes.
 
     Args:
         transformer: the model, as it is or compiled; None is left to who says that it is missing.
+        drives: whether its processors are one generation's in the block; then the same thread may not come in again.
 
     Raises:
-        BusyPipelineError: if another thread is in it.
+        BusyPipelineError: if another thread is in it, or the same one makes a chunk with it.
     """
     model = compiled_from(transformer)
     if model is None:
         yield
         return
-    mine = [get_ident(), id(model)]
+    mine = [get_ident(), id(model), False]
     found = vars(model).setdefault(_HOLDER, mine)  # one step, that no other thread comes between
     if found[1] != id(model):  # came along with a copy that was made inside such a block
         found = vars(model)[_HOLDER] = mine
     require_thread(found[0])
+    if found[2]:
+        raise BusyPipelineError(
+            "a chunk is being made with this pipeline, or with one that shares its transformer, and this was called "
+            "back from inside of it; wait for its end, e.g. in on_chunk, or make another pipeline"
+        )
+    found[2] = drives
     try:
         yield
     finally:
+        found[2] = False
         if found is mine:
             del vars(model)[_HOLDER]
 

@@ -181,3 +181,25 @@ def test_an_error_lets_the_next_thread_in(pipe):
         generate(pipe, output_type="gif")
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(generate, pipe).result().shape[2] == 7
+
+
+def test_what_a_step_calls_back_is_told(pipe):
+    """By the pipeline itself or one that shares its transformer, and no harm is done to either video."""
+    wanted, before, told = generate(pipe), traces(pipe), []
+    streams = [each.packforcing.stream(**CALL, generator=seeded()) for each in (pipe, shared(pipe))]
+    inner = [*(lambda s=s: next(s) for s in streams), lambda: streams[0].send("night"), lambda: generate(pipe)]
+
+    def callback(pipe, step, timestep, tensors):
+        driven = traces(pipe)
+        for use in inner:
+            with pytest.raises(BusyPipelineError, match="called back from inside of it"):
+                use()
+            told.append(traces(pipe) == driven != before)
+        return tensors
+
+    assert torch.equal(generate(pipe, callback_on_step_end=callback), wanted)
+    assert len(told) == 4 * 2 * 4  # chunks, steps, uses
+    assert all(told)
+    assert traces(pipe) == before
+    assert torch.equal(torch.cat(list(streams[0]), dim=2), wanted)
+    assert sum(each.shape[2] for each in streams[1]) == wanted.shape[2]
