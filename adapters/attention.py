@@ -64,7 +64,6 @@ class PackedAttnProcessor(OpaqueAttention):
     def __init__(self, backend: Any, layers: ForwardLayers, index: int, shard: Shard | None = None) -> None:
         super().__init__()
         self._attention_backend, self.layers, self.index, self.shard = backend, layers, index, shard
-        self.attention = partial(dispatch_attention_fn, backend=backend)
 
     @classmethod
     def backend_of(cls, attention: Any) -> Any:
@@ -81,9 +80,10 @@ class PackedAttnProcessor(OpaqueAttention):
         """Return attention to the memory and to the chunk itself, out of sight of a compiler."""
         keys, values = others
         layer = self.layers.take(self.index)
+        attention = partial(dispatch_attention_fn, backend=self._attention_backend)
         if self.shard is not None:
-            return attended_by_heads(self.shard, layer, queries, keys, values, self.attention)
-        return layer.attend(queries, keys, values, self.attention)
+            return attended_by_heads(self.shard, layer, queries, keys, values, attention)
+        return layer.attend(queries, keys, values, attention)
 
     def project(self, attn: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return normed queries, normed keys before RoPE, and values, `[batch, tokens, heads, head_dim]` each."""
@@ -148,12 +148,16 @@ def attached(
 
 @contextmanager
 def installed(processors: Mapping[Any, Any]) -> Iterator[None]:
-    """Give attention modules these processors, and their own back."""
+    """Give attention modules these processors, and their own back, with the backend that was set meanwhile."""
     replaced = {attention: attention.processor for attention in processors}
+    backends = {attention: getattr(each, "_attention_backend", None) for attention, each in processors.items()}
     try:
         for attention, processor in processors.items():
             attention.set_processor(processor)
         yield
     finally:
         for attention, processor in replaced.items():
+            backend = getattr(processors[attention], "_attention_backend", None)
+            if backend is not backends[attention]:
+                processor._attention_backend = backend
             attention.set_processor(processor)

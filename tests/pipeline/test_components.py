@@ -13,12 +13,14 @@ from diffusers import (
     WanVideoToVideoPipeline,
 )
 from diffusers.hooks import HookRegistry, apply_group_offloading
+from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from PIL import Image
 
 import kvpack
 from helpers import generated, quiet, rel_l2
+from kvpack.adapters import attention
 from kvpack.errors import UnsupportedPipelineError
 from kvpack.testing import tiny_wan_pipeline
 
@@ -312,6 +314,29 @@ def test_attention_backend_is_kept(pipe):
         assert [block.attn1.processor for block in pipe.transformer.blocks] == processors
     finally:
         pipe.transformer.reset_attention_backend()
+
+
+def test_an_attention_backend_that_a_step_sets_is_kept(pipe, monkeypatch):
+    used, dispatch = [], attention.dispatch_attention_fn
+
+    def noted(*args, backend):
+        used.append(backend)
+        return dispatch(*args, backend=backend)
+
+    monkeypatch.setattr(attention, "dispatch_attention_fn", noted)
+    registry = attention_dispatch._AttentionBackendRegistry  # of the process: given back at the end
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
+    model, math = enable(pipe).transformer, AttentionBackendName._NATIVE_MATH
+    processors = [each.processor for block in model.blocks for each in (block.attn1, block.attn2)]
+    for change, before, wanted in (
+        (lambda: model.set_attention_backend("_native_math"), None, math),
+        (model.reset_attention_backend, math, None),
+    ):
+        used.clear()
+        generate(pipe, num_frames=9, callback_on_step_end=lambda *_, change=change: change() or {})
+        assert (used[0], used[-1]) == (before, wanted)  # in the step before, and in the one behind
+        assert {each._attention_backend for each in processors} == {wanted}
+        assert [each.processor for block in model.blocks for each in (block.attn1, block.attn2)] == processors
 
 
 def test_processors_of_the_user_are_given_back(pipe):
