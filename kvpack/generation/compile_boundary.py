@@ -11,6 +11,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from kvpack.errors import BusyPipelineError
+
 _numbers = count()
 _alive: "WeakValueDictionary[int, OpaqueAttention]" = WeakValueDictionary()
 
@@ -31,6 +33,13 @@ class OpaqueAttention(ABC):
         #: The number, as a tensor: compiled code looks at a tensor's shape, but at a number's value.
         self.number = torch.tensor(number)
         _alive[number] = self
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        """Refuse copies, of whatever model it is in: they would attend this generation's memory for good."""
+        raise BusyPipelineError(
+            "a transformer cannot be copied while a chunk is made with it, since kvpack's processors are in it; copy "
+            "it between two chunks, e.g. in on_chunk"
+        )
 
     @abstractmethod
     def attended(self, queries: Tensor, others: list[Tensor]) -> Tensor:

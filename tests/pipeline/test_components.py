@@ -21,7 +21,7 @@ from PIL import Image
 import kvpack
 from helpers import generated, quiet, rel_l2
 from kvpack.adapters import attention
-from kvpack.errors import UnsupportedPipelineError
+from kvpack.errors import BusyPipelineError, UnsupportedPipelineError
 from kvpack.testing import tiny_wan_pipeline
 
 CALL = {
@@ -202,6 +202,20 @@ def test_copies_stay_enabled(duplicate, pipe):
     assert torch.equal(generate(twin), stock)
     assert torch.equal(generate(pipe), frames)  # the original is still enabled
     assert type(duplicate(pipe.disable_packforcing())) is WanPipeline
+
+
+def test_what_has_our_processors_in_it_is_not_copied(pipe):
+    frames, copied = generate(enable(pipe)), []
+
+    def callback(pipe, step, timestep, tensors):
+        for each in (pipe, pipe.transformer):
+            with pytest.raises(BusyPipelineError, match="cannot be copied while a chunk is made"):
+                copy.deepcopy(each)
+        copied.append(copy.copy(pipe))  # shares the transformer, which gets its own processors back
+        return tensors
+
+    assert torch.equal(generate(pipe, callback_on_step_end=callback), frames)
+    assert torch.equal(generate(copied[0]), frames)
 
 
 def test_fused_projections(pipe):
