@@ -61,7 +61,7 @@ class InfinityRoPE(StateMemory):
         room = self.window_frames * each - len(state.sink) - len(chunk.tokens)
         room = self.flushed_frames * each if state.flush else room
         recent = state.recent[max(0, len(state.recent) - room) :]
-        placed, start = consecutive([state.sink, recent])
+        placed, start = consecutive([state.sink, recent], frame_tokens=each)
         if state.cut:
             start = max(start, float(self.cut_position))
         return Attended(tuple(placed), start, InfinityState(state.sink, recent))

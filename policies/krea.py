@@ -50,7 +50,7 @@ class Krea(StateMemory):
     def attend(self, state: Tokens | None, chunk: Chunk) -> Attended:
         """Attend the context from position 0 on."""
         held = chunk.tokens[:0] if state is None else state
-        placed, start = consecutive([held])
+        placed, start = consecutive([held], frame_tokens=chunk.geometry.tokens_per_frame)
         bias = self.past_bias if chunk.step >= 0 else 0.0
         return Attended(tuple(replace(part, bias=bias) for part in placed), start, held)
 

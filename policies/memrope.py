@@ -76,7 +76,8 @@ class MemRoPE(StateMemory):
         """Attend all parts without gaps from 0, the chunk right behind them."""
         state = state or MemRoPEState(chunk.tokens[:0], chunk.tokens[:0])
         averages = [self._frame(each, chunk) for each in (state.slow, state.fast) if each is not None]
-        placed, start = consecutive([state.sink, *averages, state.recent])
+        parts, each = [state.sink, *averages, state.recent], chunk.geometry.tokens_per_frame
+        placed, start = consecutive(parts, frame_tokens=each)
         return Attended(tuple(placed), start, state)
 
     def remember(self, state: MemRoPEState, chunk: Chunk) -> MemRoPEState:

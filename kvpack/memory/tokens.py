@@ -83,16 +83,26 @@ class Tokens:
         return self.moved(frame - self.coordinates[..., 0].min()) if len(self) else self
 
 
-def consecutive(parts: Sequence[Tokens], start: float = 0.0) -> tuple[list[Tokens], float]:
+def consecutive(
+    parts: Sequence[Tokens], start: float = 0.0, *, frame_tokens: int | None = None
+) -> tuple[list[Tokens], float]:
     """Place parts one behind the other in time, without gaps between them; return them and the position behind them.
 
     Each part keeps the distances of its own frames.
+
+    Args:
+        parts: some tokens each, or none.
+        start: position of the first.
+        frame_tokens: tokens of a frame, if no part has gaps: how long each is follows from it, and nothing waits for
+            the device.
     """
     placed = []
-    for part in parts:
-        if len(part):
-            placed.append(part.starting_at(start))
+    for part in filter(len, parts):
+        placed.append(part.starting_at(start))
+        if frame_tokens is None:
             start = float(placed[-1].coordinates[..., 0].max()) + 1.0
+        else:
+            start += len(part) // frame_tokens
     return placed, start
 
 

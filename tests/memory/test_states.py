@@ -72,7 +72,11 @@ def test_tokens_are_cut_joined_and_taken():
 
 
 def test_parts_are_placed_one_behind_the_other():
-    placed, stop = consecutive([tokens(2, first=4), tokens(0), tokens(1, first=30)], start=1.0)
+    parts = [tokens(2, first=4), tokens(0), tokens(1, first=30)]
+    placed, stop = consecutive(parts, start=1.0)
+    again, counted = consecutive(parts, start=1.0, frame_tokens=len(tokens(1)))
+    assert counted == stop
+    assert all(torch.equal(a.coordinates, b.coordinates) for a, b in zip(placed, again, strict=True))
     assert [each.coordinates[0, :, 0].tolist() for each in placed] == [[1, 2], [3]]
     assert stop == 4.0
 
