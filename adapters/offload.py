@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 
 def onload(module: Any) -> None:
     """Let model or group offloading bring a module in, when a part of it is called instead of its forward."""
@@ -25,6 +27,21 @@ def onloaded(module: Any) -> Iterator[None]:
     group = _offload_group(module)
     if group is not None:
         group.offload_()
+
+
+def offload(module: Any) -> None:
+    """Let model offloading take a module out for another one, which the pipeline's own order would leave in beside."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    if hasattr(hook, "prev_module_hook"):
+        here, inside = next(module.parameters()).device, torch.device(hook.execution_device)
+        if here.type == inside.type:
+            hook.init_hook(module)
+
+
+def streams_in(module: Any) -> bool:
+    """Return whether group offloading fetches a module ahead, in the order of the forwards before."""
+    group = _offload_group(module)
+    return group is not None and group.stream is not None
 
 
 def _offload_group(module: Any) -> Any:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from kvpack.adapters.offload import offload
 from kvpack.adapters.parallel import shard_of
 from kvpack.adapters.wan.attention import attached
 from kvpack.adapters.wan.denoiser import WanDenoiser
@@ -79,6 +80,12 @@ class ExpertsDenoiser(WanDenoiser):
         super().forget_prompt()
         if self.second_prompt is not None:
             self.second_prompt.forget()
+
+    def layers_for(self, branch: str, step: int | None = None) -> Sequence[AttendingLayer]:
+        """Return each layer's memory; where models are offloaded, the second expert makes room for the first."""
+        if not branch.endswith(_SECOND):
+            offload(self.second)
+        return super().layers_for(branch, step)
 
     def model_of(self, branch: str) -> tuple[Any, str]:
         """Return the expert whose session has this name, and its guidance branch."""

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
+from kvpack.adapters.offload import streams_in
 from kvpack.generation.compile_boundary import OpaqueAttention, attend, compiled_from
 
 #: Keys and values of the prompt in one layer, once they are computed.
@@ -103,13 +104,15 @@ class PromptedLayers:
         self._forward: list[_Kept] = []
         #: What is to be installed.
         self.processors = {each: PromptWanAttnProcessor(each, self._forward, i) for i, each in enumerate(attentions)}
-        self._prompt, self._hooked = prompt, bool(attentions) and _is_hooked(transformer)
+        self._prompt = prompt
+        #: Whether all of them are computed in every forward.
+        self._anew = bool(attentions) and (_is_hooked(transformer) or streams_in(attentions[0].to_k))
 
     def before_forward(self, branch: str, embeds: Tensor) -> None:
         """Hand each layer what is kept of these text embeddings."""
         if self._prompt is None:
             return
-        if self._hooked:
+        if self._anew:
             self._prompt.forget()
         self._forward[:] = self._prompt.layers(branch, embeds, len(self.processors))
 

@@ -100,7 +100,7 @@ class Stream(Generator[Any, Prompt | None, None]):
         with alone(self._pipeline):
             ended = self._frames.gi_frame is None  # type: ignore[attr-defined]
             if not ended and (prompt is not None or cut):
-                self._open().set_prompt(prompt, cut=cut)
+                _set_prompt(self._open(), prompt, cut)
             self._begun = True
             return next(self._frames)
 
@@ -251,7 +251,13 @@ def _turn(run: Run, seed: Seed | None, prompt: Prompt | None, cut: bool) -> None
     """Go on otherwise than before."""
     reseed(run, seed)
     if prompt is not None or cut:
-        run.set_prompt(prompt, cut=cut)
+        _set_prompt(run, prompt, cut)
+
+
+def _set_prompt(run: Run, prompt: Prompt | None, cut: bool) -> None:
+    if isinstance(prompt, str | list):
+        run.pipeline.maybe_free_model_hooks()  # offloaded models go out, so that the text encoder comes in alone
+    run.set_prompt(prompt, cut=cut)
 
 
 def _at_exit(stream: weakref.ref[Stream]) -> None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers import WanPipeline
 
 from helpers import distance, generated, quiet, seeded
@@ -42,6 +43,31 @@ def test_a_chunk_is_the_stock_video():
     assert distance(video(pipe, 13, guidance_scale_2=2.0), wanted) < 1e-5
     pipe.disable_packforcing()
     assert torch.equal(video(pipe, 13, guidance_scale_2=2.0), wanted)
+
+
+def test_offloaded_experts_are_never_in_at_once(monkeypatch):
+    pipe = experts()
+    wanted = video(pipe.enable_packforcing("packforcing", **SIZES), 29)
+    pipe.enable_model_cpu_offload(device="cpu")
+    inside, most = set(), []
+    before, out = CpuOffload.pre_forward, CpuOffload.init_hook
+
+    def pre_forward(self, module, *args, **kwargs):
+        found = before(self, module, *args, **kwargs)
+        previous = self.prev_module_hook and self.prev_module_hook.model
+        inside.discard(id(previous))
+        inside.add(id(module))
+        most.append(len(inside & {id(pipe.transformer), id(pipe.transformer_2)}))
+        return found
+
+    def init_hook(self, module):
+        inside.discard(id(module))
+        return out(self, module)
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", pre_forward)
+    monkeypatch.setattr(CpuOffload, "init_hook", init_hook)
+    assert torch.equal(video(pipe, 29), wanted)
+    assert max(most) == 1
 
 
 # Blocks that are chosen by queries are chosen by each expert's own, at its first step.

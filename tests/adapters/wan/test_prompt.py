@@ -131,6 +131,14 @@ def test_streams_may_change_anything(pipe, monkeypatch):
     assert torch.equal(frames, stock(pipe, monkeypatch, make))
 
 
+def test_groups_that_are_fetched_ahead_are_asked_for_in_every_forward(pipe, monkeypatch):
+    """Or what was traced in the first forward would be fetched for nothing, and never go out again."""
+    calls = count(pipe)
+    monkeypatch.setattr(wan_prompt, "streams_in", lambda module: True)
+    generate(pipe)
+    assert calls() == (18, 18)  # two branches of three chunks: two steps and a commit
+
+
 def test_hooks_may_change_anything(pipe, monkeypatch):
     """A user's hook in the transformer: nothing is kept beyond a forward."""
     calls, weight = count(pipe), pipe.transformer.blocks[1].attn2.to_k.module.weight
