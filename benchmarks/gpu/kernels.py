@@ -52,7 +52,7 @@ def rotation(machine: Machine, rows: list[Row], size: Size, tokens: int) -> str 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         keys = torch.randn(shape, device=machine.device, generator=generator).to(dtype)
         found = {}
-        for name in ("eager", "kernel") if machine.cuda and rope._kernel() is not None else ("eager",):
+        for name in ("eager", "kernel") if machine.cuda and rope._kernel(machine.device) is not None else ("eager",):
             out = torch.empty_like(keys)
             # `_kernel` gives None where Triton is not there.
             with patch.object(rope, "_kernel", rope._kernel if name == "kernel" else lambda: None):

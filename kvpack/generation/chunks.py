@@ -157,7 +157,9 @@ def rewinding(generator: Any) -> Callable[[], None]:
 
 def own_generators() -> list[torch.Generator]:
     """Return torch's own generators, from which noise comes that is drawn without one: the CPU's, and those of GPUs."""
-    return [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
+    kinds = [each for each in (torch.cuda, torch.xpu) if each.is_available() and each.is_initialized()]
+    mps = [torch.mps._get_default_mps_generator()] if torch.backends.mps.is_available() else []
+    return [torch.default_generator, *mps, *(each for kind in kinds for each in kind.default_generators)]
 
 
 @contextmanager

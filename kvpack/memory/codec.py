@@ -113,12 +113,13 @@ def room(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tier: T
     if tier == "device":
         return torch.zeros(*shape, dtype=dtype, device=device)
     if tier == "host":
-        return torch.zeros(*shape, dtype=dtype, pin_memory=device.type == "cuda")
+        return torch.zeros(*shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     count = torch.Size(shape).numel()
     with tempfile.NamedTemporaryFile(prefix="kvpack-") as file:
         try:
             # Reserved now: a page that the disk has no room for would end the process when it is written.
-            os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))
         except OSError as error:
             folder = os.path.dirname(file.name)
             raise OutputError(f"cannot archive in {folder}: {error.strerror}; set TMPDIR to another folder") from error

@@ -11,13 +11,18 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
+from kvpack.errors import first_line
+from kvpack.logging import get_logger
 from kvpack.memory.geometry import Geometry
 
+logger = get_logger(__name__)
 _CPU_TOKENS = 1024
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
     """Widest float that the device computes in."""
+    if device.type == "xpu":
+        return torch.float64 if torch.xpu.get_device_properties(device).has_fp64 else torch.float32
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -63,7 +68,8 @@ def rotate(
         pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # [batch, tokens, heads, half]
         return torch.view_as_real(pairs * turns).flatten(-2).to(vectors.dtype)
     out = torch.empty_like(vectors) if out is None else out
-    kernel = _kernel() if vectors.is_cuda and vectors.element_size() <= 4 and out.dtype == vectors.dtype else None
+    fits = vectors.is_cuda and vectors.element_size() <= 4 and out.dtype == vectors.dtype
+    kernel = _kernel(vectors.device) if fits else None
     if kernel is not None:
         return kernel(vectors, turns, out)
     if out.dtype == vectors.dtype == torch.float32:
@@ -82,11 +88,17 @@ def rotate(
 
 
 @cache
-def _kernel() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """Return what rotates in one pass on CUDA, if Triton is there, as it is with torch for CUDA on Linux."""
+def _kernel(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Return what rotates in one pass on a GPU, if Triton is there, as with torch for CUDA on Linux, and compiles."""
+    pair = torch.zeros(1, 1, 1, 2, device=device)
     try:
         from kvpack.memory.rotation_kernel import rotate_pairs
+
+        rotate_pairs(pair, _as_complex(pair), torch.empty_like(pair))
     except ImportError:
+        return None
+    except Exception as error:  # whatever Triton raises where a compiler or a driver is missing
+        logger.warning("keys are rotated without Triton, which fails here: %s", first_line(error))
         return None
     return rotate_pairs
 

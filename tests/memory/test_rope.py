@@ -1,10 +1,15 @@
 """Rotation at any position, against the stock tables and against float64."""
 
+import logging
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvpack.memory import rope
 from kvpack.memory.blocks import cell_centers, grid_coordinates
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.rope import rotate, rotations
@@ -61,6 +66,30 @@ def test_writes_into_a_part_of_a_buffer():
     assert torch.equal(buffer[:, 4:7], rotate(keys, turns))
     assert not buffer[:, :4].any()
     assert not buffer[:, 7:].any()
+
+
+@pytest.mark.parametrize("raises", [None, ImportError("no triton"), RuntimeError("Failed to find C compiler")])
+def test_a_kernel_that_does_not_compile_is_done_without(raises, monkeypatch, caplog):
+    def rotate_pairs(vectors, turns, out):
+        if raises is not None:
+            raise raises
+        return out
+
+    given = SimpleNamespace() if isinstance(raises, ImportError) else SimpleNamespace(rotate_pairs=rotate_pairs)
+    monkeypatch.setitem(sys.modules, "kvpack.memory.rotation_kernel", given)
+    monkeypatch.setattr(logging.getLogger("kvpack"), "propagate", True)
+    found = rope._kernel.__wrapped__(torch.device("cpu"))
+    assert found is (rotate_pairs if raises is None else None)
+    assert ("without Triton, which fails here: Failed to find C compiler" in caplog.text) == (
+        isinstance(raises, RuntimeError)
+    )
+
+
+@pytest.mark.parametrize("fp64", [True, False])
+def test_an_accelerator_without_float64_computes_angles_in_float32(fp64, monkeypatch):
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=fp64))
+    assert rope.wide_dtype(torch.device("xpu", 0)) == (torch.float64 if fp64 else torch.float32)
+    assert rope.wide_dtype(torch.device("mps")) == torch.float32
 
 
 @pytest.mark.parametrize(("cells", "pooled"), [(30, 7), (52, 13), (5, 2), (4, 4), (3, 1), (15, 4)])
