@@ -79,6 +79,8 @@ class PackedAttnProcessor(OpaqueAttention):
     def attended(self, queries: Tensor, others: list[Tensor]) -> Tensor:
         """Return attention to the memory and to the chunk itself, out of sight of a compiler."""
         keys, values = others
+        # Under CUDA's autocast norms give float32, and projections do not.
+        queries, keys = queries.type_as(values), keys.type_as(values)
         layer = self.layers.take(self.index)
         attention = partial(dispatch_attention_fn, backend=self._attention_backend)
         if self.shard is not None:

@@ -142,4 +142,5 @@ def _joined(looks: torch.Tensor, more: torch.Tensor) -> Float[torch.Tensor, "bat
 def _looks(chunk: Chunk) -> Float[torch.Tensor, "batch frames channels"]:
     if chunk.latents is None:
         return chunk.queries.new_zeros(len(chunk.queries), chunk.frames, 1, dtype=torch.float32)
-    return chunk.latents.float().mean(dim=(3, 4)).transpose(1, 2)
+    # Beside this layer, which may be on another device than the model's first.
+    return chunk.latents.float().mean(dim=(3, 4)).transpose(1, 2).to(chunk.queries.device)

@@ -127,4 +127,4 @@ class TokenTrim(StateMemory):
         stable = torch.ones(state.unstable.shape[0], places, dtype=torch.bool, device=state.unstable.device)
         stable = stable.scatter(1, state.unstable, False).repeat(1, len(held) // places)
         # As many places are left in every row.
-        return held.take(stable.nonzero()[:, 1].view(stable.shape[0], -1))
+        return held.take(stable.nonzero()[:, 1].view(stable.shape[0], -1).to(held.keys.device))

@@ -31,7 +31,7 @@ class OpaqueAttention(ABC):
     def __init__(self) -> None:
         number = next(_numbers)
         #: The number, as a tensor: compiled code looks at a tensor's shape, but at a number's value.
-        self.number = torch.tensor(number)
+        self.number = torch.tensor(number, device="cpu")
         _alive[number] = self
 
     def __deepcopy__(self, memo: Any) -> Any:

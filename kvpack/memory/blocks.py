@@ -102,7 +102,7 @@ def cell_centers(cells: int, pooled: int) -> Float[Tensor, " pooled"]:
     >>> cell_centers(4, 2).tolist(), cell_centers(5, 2).tolist()
     ([0.5, 2.5], [1.0, 3.0])
     """
-    index = torch.arange(pooled)
+    index = torch.arange(pooled, device="cpu")
     start = index * cells // pooled
     stop = -(-(index + 1) * cells // pooled)
     return (start + stop - 1).float() / 2
@@ -116,7 +116,7 @@ def window_places(cells: int, pooled: int, coordinates: Coordinates) -> Float[Te
     """
     if coordinates == "centered":
         return cell_centers(cells, pooled)
-    index = torch.arange(pooled)
+    index = torch.arange(pooled, device="cpu")
     return (index if coordinates == "compact" else index * cells // pooled).float()
 
 
