@@ -192,6 +192,12 @@ def test_a_full_disk_is_told_and_the_past_is_as_it_was(monkeypatch):
     run_session(session, 2, batch=2)
 
 
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_another_default_device_moves_no_tier(tier):
+    with torch.device("meta"):
+        assert codec_module.room((2, 3), torch.float32, torch.device("cpu"), tier).device.type == "cpu"
+
+
 def test_storage_is_an_option_of_what_archives():
     made = registry().stack("framepack", {"store": "int8", "tier": "host"})
     assert (made.store, made.tier) == (Int8Codec(), "host")

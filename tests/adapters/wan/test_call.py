@@ -401,6 +401,22 @@ def test_gradients_stay_switched_as_they_were(pipe):
         assert not torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("stack", ["packforcing", "h2o"])
+def test_autocast_whose_norms_give_float32(stack):
+    """As CUDA's does, while projections give bfloat16."""
+    pipe, held = quiet(tiny_wan_pipeline()), []
+    pipe.transformer.to(torch.bfloat16)
+    pipe.enable_packforcing(stack)
+    for wide in (False, True):
+        for block in pipe.transformer.blocks if wide else ():
+            for norm in (block.attn1.norm_q, block.attn1.norm_k):
+                norm.register_forward_hook(lambda module, given, output: output.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            generated(pipe, **CALL)
+        held.append(pipe.packforcing.stats()["resident_bytes"])
+    assert held[0] == held[1]
+
+
 def test_stats_of_the_last_generation(pipe):
     generate(pipe, guidance_scale=5.0, output_type="np")
     stats = pipe.packforcing.stats()
