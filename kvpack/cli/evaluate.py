@@ -25,8 +25,8 @@ def evaluate(
     """Measure videos by plain vision: is the subject itself, the background steady, does it move, what comes back.
 
     All measures are better the higher; all lie in 0..1 but motion_speed, which is in frame heights a second. drift is
-    the last five seconds less the first. What can't be said of a video is left empty. Those of the README's tables have
-    other names: they are measured with facts of the world that is filmed, which a file doesn't have.
+    the last five seconds minus the first five. What can't be said of a video is left empty. Those of docs/results.md
+    have other names: they are measured with facts of the world that is filmed, which a file doesn't have.
     """
     if vbench:
         _vbench(videos, prompts, output, as_json)

@@ -10,9 +10,9 @@ def report(
     trace: Annotated[list[Path], typer.Argument(help="One trace, or two side by side (kvpack generate --trace).")],
     output: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
 ) -> None:
-    """Draw which past a memory attends when, what it holds, and what takes time, as one HTML file.
+    r"""Draw which past a memory attends when, what it holds, and what takes time, as one HTML file.
 
-    Needs plotly: pip install "kvpack[report]". The page needs no network. Hover over a chunk to see its first frame.
+    Needs plotly: pip install "kvpack\[report]". The page needs no network. Hover over a chunk to see its first frame.
     """
     from kvpack.cli.report_page import page, read_trace
     from kvpack.errors import InvalidOptionError

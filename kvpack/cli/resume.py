@@ -10,7 +10,9 @@ from kvpack.errors import InvalidOptionError
 
 
 def resume(
-    folder: Annotated[Path, typer.Argument(help="What --checkpoint of 'kvpack generate' named.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Checkpoint folder: OUTPUT.checkpoint, unless --checkpoint named another.")
+    ],
     device: Annotated[
         str | None, typer.Option(help="E.g. cpu or cuda; another one gives other bits.", show_default="as before")
     ] = None,

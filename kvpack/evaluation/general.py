@@ -1,6 +1,6 @@
 """Measures of a video of which nothing is known but its pixels, under names of their own.
 
-What the README's tables call `subject_consistency` is measured with facts of the world: which pixels are the subject,
+What docs/results.md calls `subject_consistency` is measured with facts of the world: which pixels are the subject,
 which colours and shapes there are, where the landmarks are. Without them the same formulas answer other questions.
 """
 

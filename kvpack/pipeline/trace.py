@@ -91,7 +91,12 @@ class Trace:
         line = {"chunk": chunk.index, "first_frame": self._frame, "frames": chunk.latents.shape[2]}
         self._frame += chunk.latents.shape[2]
         picture = None if chunk.pixels is None else thumbnail(chunk.pixels)
-        told = {"attended": self._attended, "bytes": held(stats), "seconds": spent, **self._drift(chunk.latents)}
+        told = {
+            "attended": self._attended,
+            "bytes": held(stats, getattr(self.run.stack, "tier", "device")),
+            "seconds": spent,
+            **self._drift(chunk.latents),
+        }
         self._line({**line, **told, "picture": picture})
         self._attended = []
 
@@ -133,14 +138,15 @@ def layers(count: int) -> list[int]:
     return [round(index * (count - 1) / (LAYERS - 1)) for index in range(LAYERS)]
 
 
-def held(stats: dict[str, Any]) -> dict[str, int]:
-    """Return the bytes of a run by part; together they are what is resident."""
+def held(stats: dict[str, Any], tier: str) -> dict[str, int]:
+    """Return the bytes of a run by part; together they are what is resident, and an archive that lies elsewhere."""
     parts = {
         "attended": stats["attended_bytes"],
         "archive": stats["archive_bytes"],
         "workspace": stats["workspace_bytes"],
     }
-    return {**parts, "room": max(0, stats["resident_bytes"] - sum(parts.values()))}
+    elsewhere = 0 if tier == "device" else parts["archive"]
+    return {**parts, "room": max(0, stats["resident_bytes"] + elsewhere - sum(parts.values()))}
 
 
 def attended(session: Session, layer: int) -> dict[str, Any]:

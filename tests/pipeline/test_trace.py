@@ -45,6 +45,18 @@ def test_a_line_for_each_chunk_and_the_very_latents(pipe, tmp_path):
     assert {chunk["picture"] for chunk in chunks} == {None}
 
 
+def test_an_archive_on_another_tier_leaves_the_room_as_it_is(pipe, tmp_path):
+    found = {}
+    for tier in ("device", "host"):
+        enable_small(pipe, tier=tier).packforcing.trace(tmp_path / "t.jsonl")
+        generate(pipe)
+        found[tier] = lines(tmp_path / "t.jsonl")[-1]["bytes"]
+        held = pipe.packforcing.stats()["resident_bytes"]
+        assert sum(found[tier].values()) == held + (tier == "host") * found[tier]["archive"]
+    assert found["host"]["archive"] > 0
+    assert found["host"]["room"] > 0
+
+
 def test_what_is_attended_is_what_the_session_attends(pipe, tmp_path):
     seen = []
 

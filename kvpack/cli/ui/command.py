@@ -17,9 +17,9 @@ def ui(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes the first that is free.")] = 7860,
 ) -> None:
-    """Open a page on which a video grows while you watch it, and change its prompt meanwhile.
+    r"""Open a page on which a video grows while you watch it, and change its prompt meanwhile.
 
-    Needs Gradio: pip install "kvpack[ui]". Ctrl-C ends it. Nobody is asked for a password.
+    Needs Gradio: pip install "kvpack\[ui]". Ctrl-C ends it. Nobody is asked for a password.
     """
     import os
 
