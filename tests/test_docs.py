@@ -4,13 +4,17 @@ import ast
 import json
 import re
 import tomllib
+from dataclasses import fields
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
-from helpers import told
+from helpers import enable_small, generated, quiet, told
+from kvpack.checkpoints.config import FILE, Settings
 from kvpack.cli.support import size_text
+from kvpack.pipeline.progress import Progress
 from kvpack.planning.fit import GIB
 from kvpack.plugins.registry import Registry, registry
+from kvpack.testing import tiny_wan_pipeline
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,6 +101,24 @@ def test_the_plugin_of_the_guide_loads(tmp_path, monkeypatch):
     assert sorted(found.origins) == [("adapter", "acme"), ("selector", "acme-topk"), ("stack", "acme-topk")]
     stack = found.stack("acme-topk", {"topk": 3})
     assert (stack.name, stack.selector.topk) == ("acme-topk", 3)
+
+
+def test_the_settings_of_a_folder_of_ones_own_are_taken(tmp_path):
+    (text,) = blocks("docs/convert.md", "json")
+    (tmp_path / FILE).write_text(text)
+    settings = Settings.of_folder(tmp_path)
+    stack = registry().stack(settings.stack, dict(settings.options))
+    assert (stack.name, stack.chunk_frames, settings.fps) == ("packforcing", 3, 16.0)
+    assert settings.call == {"num_inference_steps": 4, "guidance_scale": 1.0}
+
+
+def test_every_key_of_stats_and_field_of_progress_is_explained():
+    text = (ROOT / "docs/trace.md").read_text().split("## Stats")[1]
+    tables = [rows(text, f"| {head} | what |") for head in ("key", "field")]
+    pipe = enable_small(quiet(tiny_wan_pipeline()))
+    generated(pipe, prompt="a red circle", height=32, width=32, num_frames=29, num_inference_steps=1)
+    wanted = {*pipe.packforcing.stats(), "sent_bytes"}, {each.name for each in fields(Progress)}
+    assert [{name for row in table for name in re.findall(r"`(\w+)`", row[0])} for table in tables] == list(wanted)
 
 
 def test_the_commands_of_the_readme_are_targets():
