@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor
 
@@ -292,7 +293,7 @@ class Layer:
 
     def difference(self) -> float:
         """How far the plain version's attention is from kvpack's."""
-        projections, attention = self.projections(), self.processor.attention
+        projections, attention = self.projections(), dispatch_attention_fn
         self.session.denoise(0)
         mine = self.memory.attend(*projections, attention)
         theirs = Plain(self).attend(*projections, attention)

@@ -43,11 +43,11 @@ class Moment:
 
 
 def require_between_chunks(run: Run) -> None:
-    """Raise `SnapshotError` if a generation is in the middle of a chunk, or was interrupted or failed in one."""
+    """Raise `SnapshotError` if a generation was interrupted or failed in the middle of a chunk."""
     if not run.between_chunks:
         raise SnapshotError(
-            "a generation can be saved or forked between two chunks only, but this one is in the middle of a chunk, or "
-            "was interrupted or failed in one; go on from the snapshot before it"
+            "a generation can be saved or forked between two chunks only, but this one was interrupted or failed in "
+            "one; go on from the snapshot before it"
         )
 
 

@@ -114,8 +114,9 @@ class Stream(Generator[Any, Prompt | None, None]):
             note: what JSON takes; `note` of the stream that goes on.
 
         Raises:
-            SnapshotError: if a chunk is half made, or something in the call is no data.
+            SnapshotError: if a chunk was interrupted or failed, or something in the call is no data.
             OutputError: if it cannot be written.
+            BusyPipelineError: if a chunk is being made.
         """
         with alone(self._pipeline):
             run, saver = self._all_here(), self._saver
@@ -143,7 +144,8 @@ class Stream(Generator[Any, Prompt | None, None]):
             cut: whether another scene begins there.
 
         Raises:
-            SnapshotError: if a chunk is half made.
+            SnapshotError: if a chunk was interrupted or failed.
+            BusyPipelineError: if a chunk is being made.
             InvalidOptionError: if seeds or prompts are not as many as they were.
         """
         with alone(self._pipeline):
