@@ -17,6 +17,8 @@ from kvpack.memory.costs import LatentShape, ModelCost
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.shard import Shard
 
+_OPEN_ENDED = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+
 
 class Adapter(ABC):
     """What kvpack must know of a model family; without state, shared by all its pipelines."""
@@ -133,26 +135,26 @@ class Adapter(ABC):
 
 
 def call_signature(pipeline: type) -> inspect.Signature:
-    """Return what a pipeline class's call takes by name; what it hands on as `**kwargs` is what its base takes.
+    """Return what a pipeline class's call takes by name.
 
-    >>> class Stock:
-    ...     def __call__(self, prompt=None, steps=50): ...
-    >>> class Mine(Stock):
-    ...     def __call__(self, *args, loud=False, **kwargs): ...
-    >>> print(call_signature(Mine))
-    (prompt=None, steps=50, *, loud=False)
+    Raises:
+        UnsupportedPipelineError: if it takes `*args` or `**kwargs`: what it makes of them, and which defaults it sets
+            itself, is not known before a chunk is made; or if it lacks an argument of the diffusers class behind it.
     """
-    taken, by_place = dict[str, inspect.Parameter](), True
-    for call in (vars(base)["__call__"] for base in pipeline.__mro__ if "__call__" in vars(base)):
-        own = inspect.signature(MethodType(call, pipeline)).parameters.values()
-        kinds = {each.kind for each in own}
-        for each in own:
-            if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
-                taken.setdefault(each.name, each if by_place else each.replace(kind=each.KEYWORD_ONLY))
-        by_place = by_place and inspect.Parameter.VAR_POSITIONAL in kinds
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
-            break
-    return inspect.Signature(sorted(taken.values(), key=lambda each: each.kind))
+    signature = inspect.signature(MethodType(pipeline.__call__, pipeline))
+    if open_ended := [str(each) for each in signature.parameters.values() if each.kind in _OPEN_ENDED]:
+        raise UnsupportedPipelineError(
+            f"{pipeline.__name__}.__call__ takes {' and '.join(open_ended)}, of which kvpack cannot know what becomes; "
+            "name its arguments, as the class does that it derives from"
+        )
+    stock = next((each for each in pipeline.__mro__ if each.__module__.startswith("diffusers.")), pipeline)
+    taken = inspect.signature(MethodType(stock.__call__, stock)).parameters.values()
+    named = [each.name for each in taken if each.kind not in _OPEN_ENDED]
+    if lacking := [name for name in named if name not in signature.parameters]:
+        raise UnsupportedPipelineError(
+            f"{pipeline.__name__}.__call__ lacks {', '.join(lacking)} of {stock.__name__}.__call__; hand them on"
+        )
+    return signature
 
 
 def _described(transformer: Any) -> dict[str, Any]:
