@@ -182,10 +182,9 @@ class Trainer:
             for name, value in told.items():
                 totals[name] = totals.get(name, 0.0) + value / recipe.accumulation
         totals = {name: float(self._mean(torch.tensor(value))) for name, value in totals.items()}
-        for learner in self.objective.learners:
-            totals |= self._update(learner, totals)
+        norms = self._update(totals)
         self.step += 1
-        return totals
+        return {**totals, **norms}
 
     def _batch(self, turn: int) -> list[Clip]:
         """Return the clips of a batch; every epoch has its own order."""
@@ -196,17 +195,20 @@ class Trainer:
             chosen.append(self.clips[int(order[place])])
         return chosen
 
-    def _update(self, learner: Learner, told: dict[str, float]) -> dict[str, float]:
-        gradients = {each: each.grad for each in learner.trained.values() if each.grad is not None}
-        if not gradients:
-            return {}
-        for each, gradient in gradients.items():
-            each.grad = self._mean(gradient)
-        optimiser = self.optimisers[learner.name]
-        self.accelerator.unscale_gradients(optimiser)  # not those of the others, as `clip_grad_norm_` of it does
-        norm = float(nn.utils.clip_grad_norm_(list(gradients), self.recipe.clip_norm))
+    def _update(self, told: dict[str, float]) -> dict[str, float]:
+        """Take a step with each learner that has gradients, and return their norms."""
+        norms, scaler = {}, self.accelerator.scaler
+        for learner in self.objective.learners:
+            gradients = {each: each.grad for each in learner.trained.values() if each.grad is not None}
+            for each, gradient in gradients.items():
+                each.grad = self._mean(gradient)
+            if gradients:
+                # Not those of the others, as accelerate's own clipping does.
+                self.accelerator.unscale_gradients(self.optimisers[learner.name])
+                norms[learner.name] = float(nn.utils.clip_grad_norm_(list(gradients), self.recipe.clip_norm))
+        named = {f"{name} gradient norm": norm for name, norm in norms.items()}
         # A gradient that overflows fp16 is no sign of divergence: its scaler passes over the step.
-        seen = told if self.accelerator.mixed_precision == "fp16" else {**told, "gradient norm": norm}
+        seen = told if self.accelerator.mixed_precision == "fp16" else {**told, **named}
         bad = {name: value for name, value in seen.items() if not math.isfinite(value)}
         if bad:
             last = self.saved_step
@@ -216,10 +218,15 @@ class Trainer:
                 f"{kept}. "
                 f"Go on from it with a learning rate below {self.recipe.learning_rate:g}, or look at the clips"
             )
-        optimiser.step()
-        optimiser.zero_grad()
-        self.schedules[learner.name].step()
-        return {f"{learner.name} gradient norm": norm}
+        for name in norms:
+            optimiser = self.optimisers[name]
+            # Accelerate's own step would change the scale before the next learner's.
+            optimiser.step() if scaler is None else scaler.step(optimiser.optimizer)
+            optimiser.zero_grad()
+            self.schedules[name].step()
+        if scaler is not None and norms:
+            scaler.update()
+        return named
 
     def _mean(self, tensor: Tensor) -> Tensor:
         """Average a tensor over all processes."""

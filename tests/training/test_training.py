@@ -199,7 +199,7 @@ def test_a_gradient_that_is_not_finite_stops_it(training, monkeypatch):
         return told
 
     monkeypatch.setattr(ContextDistillation, "backward", poisoned)
-    with pytest.raises(TrainingError, match=r"step 1: gradient norm is .*there is no checkpoint yet"):
+    with pytest.raises(TrainingError, match=r"step 1: compressor gradient norm is .*there is no checkpoint yet"):
         training().run()
 
 
@@ -236,7 +236,7 @@ def test_gradients_in_float16_are_unscaled_once(monkeypatch, tmp_path):
     """Of two learners, as those of a compressor and its critic."""
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(accelerator, "native_amp", True)
-    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1))
     monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
     modules = {name: torch.nn.Linear(2, 1, bias=False) for name in ("compressor", "critic")}
 
@@ -246,13 +246,21 @@ def test_gradients_in_float16_are_unscaled_once(monkeypatch, tmp_path):
         def backward(self, step, clips, source, backward):
             for module in modules.values():
                 accelerator.scaler.scale(module.weight.sum()).backward()
-            return {}
+            if step == 1:
+                modules["compressor"].weight.grad[:] = torch.inf
+            return {"loss": 1.0}
 
     clips = SimpleNamespace(fingerprint=lambda: "", __len__=lambda: 1)
-    trainer = Trainer(Both(), clips, TrainingRecipe(steps=1, clip_norm=10.0), tmp_path, accelerator)
+    trainer = Trainer(Both(), clips, TrainingRecipe(steps=2, clip_norm=10.0), tmp_path, accelerator)
     monkeypatch.setattr(trainer, "_batch", lambda turn: [])
     told = trainer._advance()
     assert [told[f"{name} gradient norm"] for name in modules] == pytest.approx([2**0.5] * 2)
+    before = {name: module.weight.detach().clone() for name, module in modules.items()}
+    told = trainer._advance()  # one of them overflows: its step alone is passed over, and the scale shrinks
+    assert told["critic gradient norm"] == pytest.approx(2**0.5)
+    assert torch.equal(modules["compressor"].weight, before["compressor"])
+    assert not torch.equal(modules["critic"].weight, before["critic"])
+    assert accelerator.scaler.get_scale() == 1024.0
 
 
 class MeanLatent:
