@@ -70,7 +70,8 @@ def captured(run: Run, *, apart: bool) -> Moment:
     own = {name: value for name, value in vars(run).items() if name not in _NO_DATA | cached}
     call = {name: None if name in run.spent else value for name, value in run.call.items()}
     denoiser, sessions = run.denoiser, run.sessions
-    generators = own_generators() if run.draws_freely else []
+    given = run.call.get("generator") is not None or run.call.get("latents") is not None
+    generators = own_generators() if run.draws_freely or (run.position is None and not given) else []
     pasts = {
         name: each.state() if apart else Past(each.past.book.counting({}), each.past.states)
         for name, each in sessions.items()
@@ -115,4 +116,5 @@ def go_on(run: Run, moment: Moment) -> Run:
 def set_own_generators(run: Run, moment: Moment) -> None:
     """Set torch's own generators to where they were, if the generation draws from them."""
     for generator, state in zip(own_generators(), moment.own_generators, strict=False):
-        generator.set_state(state.cpu())
+        if state.shape == generator.get_state().shape:  # not where the second one is another kind of device's
+            generator.set_state(state.cpu())

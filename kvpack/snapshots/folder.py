@@ -188,8 +188,11 @@ class SnapshotFolder:
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each tensor file that a snapshot here lists, as far as it is there."""
-        listed = self._listed(self.numbers())
-        return {name: (self.path / name).stat().st_size for name in listed if (self.path / name).exists()}
+        sizes = {}
+        for name in self._listed(self.numbers()):
+            with suppress(OSError):
+                sizes[name] = (self.path / name).stat().st_size
+        return sizes
 
     def _prune(self) -> None:
         """Remove what no kept snapshot needs; the JSON first, so that none is there without its tensors."""

@@ -3,7 +3,6 @@
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
-from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +47,7 @@ class Saver:
             if self._writes:
                 self._open(path)
         self._number = max(self.folder.numbers(), default=0)
-        # Diffusers looks through all modules for either; digests hold for these models with this LoRA.
-        self._models: dict[str, str] = {}
-        self._of: tuple[Any, ...] = ()
-        self._device: torch.device | None = None
+        self._device: torch.device | None = None  # diffusers looks through all modules for it
         #: What is in the files of every other snapshot, so that the two that are kept share none.
         self._written = (Written(), Written())
 
@@ -111,7 +107,7 @@ class Saver:
         index, first = run.position or (0, 0)
         content = {
             **versions(),
-            **self._fingerprints(run.pipeline),
+            **fingerprints(run.pipeline, model_digests(run.pipeline)),
             "generation": self.generation,
             "adapter": run.adapter.name,
             "pipeline": run.pipeline._kvpack_base.__name__,
@@ -124,18 +120,10 @@ class Saver:
         }
         return content, writer
 
-    def _fingerprints(self, pipeline: Any) -> dict[str, Any]:
-        """Return what tells the pipeline's models apart; digests anew where one was exchanged, or LoRA fused."""
-        found = fingerprints(pipeline, self._models)
-        of = (found["lora"], pipeline.packforcing.writer, *pipeline.components.values())
-        if len(of) != len(self._of) or of[0] != self._of[0] or not all(map(is_, of[1:], self._of[1:])):
-            self._models, self._of = model_digests(pipeline), of
-        return {**found, "models": dict(self._models)}
-
     def _worn(self, writer: TreeWriter) -> set[str]:
         """Return older files that are gone or of which less than half is still needed, or all if they are many."""
         older = [name for name in writer.used if name not in writer.tensors]
-        if len(older) > _MOST_FILES:
+        if not older or len(older) > _MOST_FILES:
             return set(older)
         sizes = self.folder.sizes()
         return {name for name in older if not 0 < sizes.get(name, 0) <= 2 * writer.used[name]}

@@ -234,6 +234,34 @@ def test_lora_that_is_fused_between_two_snapshots(tmp_path):
     assert same(list(fused.packforcing.resume(tmp_path)), whole)
 
 
+def test_weights_that_change_between_two_snapshots(tmp_path):
+    """As by `fuse_lora` and `unload_lora_weights`, behind which nothing of LoRA is left to be seen."""
+    pipe = wan()
+    stream = pipe.packforcing.stream(**CALL, num_frames=45, generator=seeded())
+    next(stream)
+    stream.save(tmp_path)
+    for other in (pipe, changed := wan()):
+        other.transformer.blocks[0].attn1.to_q.weight.data.mul_(1.5)
+    next(stream)
+    stream.save(tmp_path)
+    whole = list(stream)
+    stream.close()
+    with pytest.raises(SnapshotError, match="another transformer"):
+        wan().packforcing.resume(tmp_path)
+    assert same(list(changed.packforcing.resume(tmp_path)), whole)
+
+
+def test_given_latents_leave_torchs_generator_alone(tmp_path):
+    latents = torch.randn(1, 16, 12, 2, 4, generator=seeded())
+    stream = wan().packforcing.stream(**CALL, num_frames=45, latents=latents)
+    stream.save(tmp_path)
+    stream.close()
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    list(wan().packforcing.resume(tmp_path))
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_lora_in_a_compiled_transformer_is_the_same(tmp_path):
     stream = with_lora().packforcing.stream(**CALL, num_frames=45, generator=seeded())
     next(stream)
