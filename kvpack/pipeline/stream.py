@@ -3,7 +3,6 @@
 import time
 import weakref
 from collections.abc import Generator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -16,8 +15,7 @@ from kvpack.generation.chunks import own_generators, rewinding
 from kvpack.generation.moment import require_between_chunks
 from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
-from kvpack.generation.threads import holder, one_thread
-from kvpack.memory.store import Arena
+from kvpack.generation.threads import holder
 from kvpack.pipeline.calls import alone, frames
 from kvpack.pipeline.progress import OnChunk
 from kvpack.snapshots.resuming import resumed
@@ -223,12 +221,10 @@ class Stream(Generator[Any, Prompt | None, None]):
             BusyPipelineError: if its next chunk is being made, by another thread or where this is called back from.
         """
         self._require_waiting()
-        arenas = [] if self._run is None else _arenas(self._run)
         try:
             self._finish()
         finally:
             self._release()
-            _vacate(self._pipeline, arenas)
 
     def _finish(self) -> None:
         run, self._run = self._run, None
@@ -266,21 +262,6 @@ def _at_exit(stream: weakref.ref[Stream]) -> None:
     """Close a stream that somebody holds until the interpreter exits."""
     if (left := stream()) is not None:
         left._finish()
-
-
-def _arenas(run: Run) -> list[Arena]:
-    caches = [cache for session in run.sessions.values() for cache in session.caches]
-    return [leaf.arena for cache in caches for leaf in cache.leaves]
-
-
-def _vacate(pipeline: Any, arenas: list[Arena]) -> None:
-    """Free arenas whose blocks other streams hold; while one of these is generating, it is left to its next chunk."""
-    model = getattr(pipeline, "transformer", None)
-    with suppress(BusyPipelineError):
-        if holder(model) is None:
-            with one_thread(model):
-                for arena in arenas:
-                    arena.vacate()
 
 
 def _close(frames: Generator[Any, None, None], run: Run) -> None:
