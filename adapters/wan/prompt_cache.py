@@ -106,7 +106,7 @@ class PromptedLayers:
         self.processors = {each: PromptWanAttnProcessor(each, self._forward, i) for i, each in enumerate(attentions)}
         self._prompt = prompt
         #: Whether all of them are computed in every forward.
-        self._anew = bool(attentions) and (_is_hooked(transformer) or streams_in(attentions[0].to_k))
+        self._anew = bool(attentions) and (_is_hooked(transformer) or _is_fetched_ahead(attentions[0]))
 
     def before_forward(self, branch: str, embeds: Tensor) -> None:
         """Hand each layer what is kept of these text embeddings."""
@@ -115,6 +115,11 @@ class PromptedLayers:
         if self._anew:
             self._prompt.forget()
         self._forward[:] = self._prompt.layers(branch, embeds, len(self.processors))
+
+
+def _is_fetched_ahead(attention: Any) -> bool:
+    projection = attention.to_kv if getattr(attention, "fused_projections", False) else attention.to_k
+    return any(map(streams_in, projection.modules()))  # behind LoRA the linear layer is inside
 
 
 def _is_hooked(transformer: Any) -> bool:

@@ -55,7 +55,7 @@ def rotation(machine: Machine, rows: list[Row], size: Size, tokens: int) -> str 
         for name in ("eager", "kernel") if machine.cuda and rope._kernel(machine.device) is not None else ("eager",):
             out = torch.empty_like(keys)
             # `_kernel` gives None where Triton is not there.
-            with patch.object(rope, "_kernel", rope._kernel if name == "kernel" else lambda: None):
+            with patch.object(rope, "_kernel", rope._kernel if name == "kernel" else lambda device: None):
                 spent = machine.each(partial(rotate, keys, turns, out), 10, warm=3)
             subject = f"rotate {tokens:,} keys, {name}, {str(dtype).removeprefix('torch.')}"
             rows.append(samples(subject, "time", milliseconds(spent), "ms"))

@@ -112,7 +112,8 @@ def written_futures(
         each = [(path, future, whole.enter_context(ExitStack())) for path, future in futures.items()]
         writers = [stack.enter_context(VideoWriter(path, fps)) for path, _, stack in each]
         while track.frames < fork_at * fps and len(track.chunk_seconds) < track.chunks - 1:
-            _chunk_written(track, writers, on_chunk)
+            if not _chunk_written(track, writers, on_chunk):
+                break
         branches = list(_forked(track, [future for _, future, _ in each]))
         reports = []
         for (path, future, stack), writer, branch in zip(each, writers, branches, strict=True):

@@ -73,7 +73,7 @@ class Run(ABC):
         self._bar: Any = None
         #: The coming chunk and its first latent frame; None before the first.
         self.position: tuple[int, int] | None = None
-        self.between_chunks, self.draws_freely = True, self.call.get("generator") is None  # of torch's own generators
+        self.between_chunks, self.draws_freely = True, False  # no half-made chunk; torch's own generators were used
 
     @abstractmethod
     def checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
