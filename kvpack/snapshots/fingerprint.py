@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -78,24 +78,28 @@ def _models(pipeline: Any) -> dict[str, nn.Module]:
 
 def _of_model(model: nn.Module) -> str:
     """Return a digest of names, shapes, dtypes and some numbers of all weights but LoRA's."""
-    digest = hashlib.sha256()
+    digest, samples = hashlib.sha256(), []
     for name, weight in sorted(model.named_parameters()):
         if "lora_" not in name:
             plain = name.replace(".base_layer", "").replace("_orig_mod.", "")
             digest.update(f"{plain} {tuple(weight.shape)} {weight.dtype}".encode())
-            digest.update(_sample(weight))
+            samples.append(_sample(weight))
+    digest.update(_bytes(samples))
     return digest.hexdigest()
 
 
-@torch.no_grad()
-def _sample(weight: Tensor) -> bytes:
-    """Return some numbers of a tensor, evenly spread; none of one that is elsewhere, or that has no plain numbers."""
-    if weight.device.type == "meta" or type(weight.data) is not Tensor or not weight.numel():
-        return b""
-    flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().flatten()
-    index = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
-    some = flat[index.to(flat.device)].cpu()
-    return some.contiguous().view(torch.uint8).numpy().tobytes()
+def _sample(weight: Tensor) -> Tensor:
+    """Return some numbers of a tensor, as bytes; none of one that is elsewhere, or that has no plain numbers."""
+    if weight.device.type == "meta" or type(weight.data) is not Tensor:
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].contiguous().view(torch.uint8)
+
+
+def _bytes(samples: Sequence[Tensor]) -> bytes:
+    """Return all samples on the host, for which a device is waited for once."""
+    some = [each for each in samples if len(each)]
+    return torch.cat([each.to(some[0].device) for each in some]).cpu().numpy().tobytes() if some else b""
 
 
 def _lora(model: nn.Module) -> dict[str, Any] | None:
@@ -112,7 +116,7 @@ def _lora(model: nn.Module) -> dict[str, Any] | None:
             digest.update(f"{name} {adapter} {scaling[adapter]!r} {sorted(module.merged_adapters)}".encode())
             for own, weight in sorted(module.named_parameters()):
                 if "lora_" in own and f".{adapter}." in f".{own}.":
-                    digest.update(own.encode() + _sample(weight))
+                    digest.update(own.encode() + _bytes([_sample(weight)]))
     if not scales:
         return None
     return {"scales": {adapter: sorted(each) for adapter, each in scales.items()}, "sha256": digest.hexdigest()}
