@@ -28,7 +28,7 @@ SMOKE = (HERO, "truth")
 # Enough to tell apart in one picture, what matters most first.
 PLOTTED = (HERO, TRAINED, "packforcing-paper", "full", "self-forcing", "window with sink 4, contiguous", "truth")
 # A picture of these would say nothing.
-UNSEEN = ("noise", "frozen frame", "shuffled truth")
+UNSEEN = ("noise", "frozen", "shuffled")
 NAME, BINS = "leaderboard", "leaderboard-over-time"
 
 

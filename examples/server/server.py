@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import av
 import torch
 import uvicorn
-from fastapi import FastAPI, HTTPException, Response, WebSocket, WebSocketDisconnect
+from fastapi import FastAPI, HTTPException, Query, Response, WebSocket, WebSocketDisconnect
 from fastapi.responses import JSONResponse, StreamingResponse
 from hosting import FullError, GoneError, Host, WrongChunkError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -127,9 +127,17 @@ def app_of(host: Host) -> FastAPI:
         return Response(frames.tobytes(), media_type="application/octet-stream", headers={"X-Shape": shape})
 
     @app.get("/sessions/{name}/video.mp4")
-    async def video(name: str, chunks: int | None = None) -> StreamingResponse:
+    async def video(name: str, chunks: Annotated[int | None, Query(ge=0)] = None) -> StreamingResponse:
         host.user(name)
-        return StreamingResponse(_video(host, name, chunks), media_type="video/mp4")
+        parts = _video(host, name, chunks)
+        first = await anext(parts, b"")  # what is refused is told before a stream begins
+
+        async def whole() -> AsyncIterator[bytes]:
+            yield first
+            async for part in parts:
+                yield part
+
+        return StreamingResponse(whole(), media_type="video/mp4")
 
     @app.websocket("/sessions/{name}/live")
     async def live(socket: WebSocket, name: str) -> None:

@@ -50,7 +50,7 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Videos generated together.")] = 1,
     guidance: Annotated[
         bool | None,
-        typer.Option(help="Classifier-free guidance: two branches.", show_default="what the model's call has"),
+        typer.Option(help="Classifier-free guidance: two branches.", show_default="what a folder's own call has"),
     ] = None,
     gpu_memory: Annotated[
         float | None, typer.Option(metavar="GIB", help="Say whether it fits a card of this memory, and how, e.g. 24.")

@@ -1,5 +1,6 @@
 """The measures of a part of a video, each higher where the video is better."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,8 +54,10 @@ def measures(observation: Observation, begin: int, end: int) -> dict[str, float]
 
 
 def drift(observation: Observation) -> dict[str, float]:
-    """Subtract the measures of the first five seconds from those of the last; NaN where either is NaN."""
+    """Subtract the measures of the first five seconds from those of the last; NaN where either is, or they overlap."""
     length = observation.reference_frames
+    if observation.frames < 2 * length:
+        return dict.fromkeys(METRICS, math.nan)
     first, last = (measures(observation, at, at + length) for at in (0, observation.frames - length))
     return {name: last[name] - first[name] for name in METRICS}
 

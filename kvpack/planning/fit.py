@@ -142,6 +142,8 @@ def fit(
         vae = _built(AutoencoderKLWan, configs["vae"], dtype)
         spatial, channels = configs["vae"].get("scale_factor_spatial", 8), config["in_channels"]
         latents = torch.zeros(rows, channels, chunk_frames, size[0] // spatial, size[1] // spatial, dtype=dtype)
+        # Of a video's first latent frame a decoder makes one picture, of each later one four.
+        decoded = latents.new_zeros(rows, channels, max(chunk_frames, 3), *latents.shape[3:])
         text = torch.zeros(rows, _TEXT_TOKENS, config.get("text_dim", _TEXT_WIDTH), dtype=dtype)
         times = torch.zeros(rows)
     whole = _stored(model, dtype, weights)
@@ -154,8 +156,8 @@ def fit(
         text_encoder=_stored(_text_model(text_encoder), dtype, weights),
         block=block,
         denoising=peak_bytes(lambda: model(latents, times, text, return_dict=False)) + largest,
-        decoding=peak_bytes(lambda: vae.decode(latents, return_dict=False)),
-        features=_kept_bytes(vae, latents),
+        decoding=peak_bytes(lambda: vae.decode(decoded, return_dict=False)),
+        features=_kept_bytes(vae, decoded),
     )
 
 
