@@ -138,6 +138,13 @@ def test_bases_that_are_none(weights, complaint, base, tmp_path):
     assert "no base folder" in complaint(source, base=tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     assert "has neither transformer/config.json nor config.json" in complaint(source, base=tmp_path / "empty")
+    half = shutil.copytree(base, tmp_path / "half")
+    (half / "model_index.json").write_text(
+        json.dumps({"_class_name": "WanPipeline", "vae": ["diffusers", "AutoencoderKLWan"]})
+    )
+    (half / "vae").mkdir(exist_ok=True)
+    (half / "vae/config.json").write_text("{}")
+    assert "vae holds a config and no weights; download the whole base" in complaint(source, base=half)
     (base / "config.json").write_text(json.dumps({"_class_name": "WanModel", "dim": 1536}))
     assert "the base's config is of a WanModel, not of a WanTransformer3DModel" in complaint(source)
     (base / "config.json").write_text("{")

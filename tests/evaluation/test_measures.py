@@ -225,6 +225,7 @@ def test_pixels_are_copied_and_not_kept() -> None:
 
 def test_save_and_load(tmp_path: Path) -> None:
     seen = observed(clip().video[:100])
+    assert np.isnan(list(drift(seen).values())).all()  # its first five seconds are its last ones too
     seen.save(tmp_path / "seen.npz")
     again = Observation.load(tmp_path / "seen.npz")
     assert_equal(seen, again)

@@ -42,6 +42,12 @@ def test_published_sizes_are_counted():
     assert found.vae == pytest.approx(2 * 127e6, rel=0.01)
     assert found.text_encoder == pytest.approx(2 * 5.68e9, rel=0.01)
     assert found.decoding > 2 * 3 * 4 * 480 * 832  # at the least the pixels
+    framewise = fit(configs, UMT5_XXL, (480, 832), torch.bfloat16, chunk_frames=1, rows=1)
+    three = fit(configs, UMT5_XXL, (480, 832), torch.bfloat16, chunk_frames=3, rows=1)
+    assert (framewise.decoding, framewise.features) == (
+        three.decoding,
+        three.features,
+    )  # a frame is four pictures
     twice = fit(configs, UMT5_XXL, (480, 832), torch.bfloat16, chunk_frames=4, rows=2)
     assert 1.5 * found.denoising < twice.denoising < 2 * found.denoising  # tables of RoPE are shared
 
