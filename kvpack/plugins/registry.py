@@ -141,8 +141,9 @@ class Registry:
                 del offered[error.option]
         require_instance("memory", made)
         if isinstance(made, Stack) and made.archives:
-            lasting = {} if made.archive_blocks is not None else {"eviction"}  # nothing leaves what keeps all
-            storage = {**{each: own[each] for each in own.keys() - lasting}, **storage}
+            if made.archive_blocks is None:
+                own.pop("eviction", None)  # nothing leaves what keeps all
+            storage = {**own, **storage}
         made = self._stored(made, storage)
         # A factory that changes a built-in stack is known by its own name in tables.
         return replace(made, name=name) if isinstance(made, Stack) and made.name != name else made

@@ -105,7 +105,7 @@ def _bytes(samples: Sequence[Tensor]) -> bytes:
 def _lora(model: nn.Module) -> dict[str, Any] | None:
     """Return names, scales and a digest of a model's active LoRA adapters; None if there are none."""
     scales: dict[str, set[float]] = {}
-    digest = hashlib.sha256()
+    digest, samples = hashlib.sha256(), []
     layers: dict[str, Any] = {name.replace("_orig_mod.", ""): each for name, each in model.named_modules()}
     for name, module in sorted(layers.items(), key=itemgetter(0)):
         scaling = getattr(module, "scaling", None)
@@ -116,9 +116,11 @@ def _lora(model: nn.Module) -> dict[str, Any] | None:
             digest.update(f"{name} {adapter} {scaling[adapter]!r} {sorted(module.merged_adapters)}".encode())
             for own, weight in sorted(module.named_parameters()):
                 if "lora_" in own and f".{adapter}." in f".{own}.":
-                    digest.update(own.encode() + _bytes([_sample(weight)]))
+                    digest.update(own.encode())
+                    samples.append(_sample(weight))
     if not scales:
         return None
+    digest.update(_bytes(samples))
     return {"scales": {adapter: sorted(each) for adapter, each in scales.items()}, "sha256": digest.hexdigest()}
 
 
