@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks import report
 from benchmarks.leaderboard import figures, plots, run, tables
 from benchmarks.leaderboard.subjects import Memory, collection
 from kvpack.media.files import save_bytes
+from kvpack.memory.eviction import Eviction
 from kvpack.shipped import shipped_compressor
 
 SECONDS, SEEDS = 60, 1
@@ -143,6 +144,16 @@ ABLATIONS: dict[str, tuple[Memory, ...]] = {
     "commit": _each("commit", ("rerun", "last-step")),
     "selection": _changed(
         {"selection layer": {"share_selection": False}, "selection chunk": {"share_selection": True}}
+    ),
+    # What becomes of an archive that is full, of an eighth and a sixteenth of the usual blocks.
+    "eviction": tuple(
+        Memory(
+            f"{rule}, {blocks} blocks",
+            "packforcing",
+            {"keep_tokens": 8, "topk": 4, "archive_blocks": blocks, "eviction": rule},
+        )
+        for blocks in (16, 8)
+        for rule in get_args(Eviction)
     ),
     # Too many keys, or positions that were never seen in training? Each of the two alone.
     "full": (

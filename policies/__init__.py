@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvpack.memory.codec import DenseCodec
-from kvpack.memory.roles import Policy
+from kvpack.memory.policy import Policy
 from kvpack.plugins.hookspecs import hookimpl
 from kvpack.policies.absolute import AbsoluteReindexer
 from kvpack.policies.all_blocks import AllSelector

@@ -18,4 +18,4 @@ class ContiguousReindexer(Reindexer):
 
     def place(self, layout: Layout) -> Placement:
         """Place blocks without gaps from 0."""
-        return Placement.consecutive(layout.frames)
+        return Placement.consecutive(layout.lengths)

@@ -32,7 +32,7 @@ class FitReindexer(Reindexer):
     def place(self, layout: Layout) -> Placement:
         """Place blocks without gaps from 0, mid blocks squeezed into the positions that are left."""
         elastic = layout.columns("mid") if "mid" in layout.parts else slice(None)
-        lengths = layout.frames.clone()
+        lengths = layout.lengths.clone()
         wanted = lengths[:, elastic].sum(dim=1, keepdim=True)
         room = self.train_frames - layout.chunk_frames - (lengths.sum(dim=1, keepdim=True) - wanted)
         lengths[:, elastic] *= torch.clamp(room / wanted, max=1.0)

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import ClassVar
 
@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, require_int
-from kvpack.memory.blocks import KVBlock, Span, grid_coordinates
+from kvpack.memory.blocks import KVBlock, Span, grid_coordinates, joined
 from kvpack.memory.roles import Compressor, Places
+from kvpack.policies.farthest import farthest, joined_heads
 from kvpack.policies.pool import pooled_grid
 
 
@@ -76,6 +77,13 @@ class KeepCompressor(Compressor):
             for block, mine, coordinates in zip(blocks, index.split(rows), places.split(rows), strict=True)
         ]
 
+    def merged(self, older: KVBlock, newer: KVBlock, grid: tuple[int, int]) -> KVBlock:
+        """Return those tokens of two blocks that are most unlike each other, as many as one of them has."""
+        both, count = joined(older, newer), older.keys.shape[1]
+        index = farthest(joined_heads(both.keys), both.keys.shape[1], count, rounds=16).sort(dim=1).values
+        span = replace(both.span, coordinates=taken(both.span.coordinates, index))
+        return replace(both, keys=taken(both.keys, index), values=taken(both.values, index), span=span)
+
     @abstractmethod
     def choose(self, block: KVBlock, grid: tuple[int, int], count: int) -> Int[Tensor, "batch kept"]:
         """Return indices of the `count` tokens of each row that are kept, in any order."""
@@ -88,8 +96,8 @@ class KeepCompressor(Compressor):
 
 
 def taken(
-    tokens: Float[Tensor, "batch tokens heads head_dim"], index: Int[Tensor, "batch kept"]
-) -> Float[Tensor, "batch kept heads head_dim"]:
-    """Return each row's tokens at its indices."""
+    tokens: Float[Tensor, "batch tokens *each"], index: Int[Tensor, "batch kept"]
+) -> Float[Tensor, "batch kept *each"]:
+    """Return each row's tokens, or their places, at its indices."""
     rows = torch.arange(index.shape[0], device=index.device)[:, None]
     return tokens[rows, index]

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from kvpack.memory.blocks import KVBlock
-from kvpack.policies.keep_farthest import FarthestCompressor, joined_heads
+from kvpack.policies.farthest import joined_heads
+from kvpack.policies.keep_farthest import FarthestCompressor
 
 
 @dataclass(frozen=True)

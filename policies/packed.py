@@ -30,6 +30,6 @@ class PackedReindexer(Reindexer):
 
     def place(self, layout: Layout) -> Placement:
         """Place blocks without gaps from 0, mid blocks as short as their tokens."""
-        lengths = layout.frames.clone()
+        lengths = layout.lengths.clone()
         lengths[:, layout.columns("mid")] /= self.frames_per_position
         return Placement.consecutive(lengths)

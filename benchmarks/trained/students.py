@@ -14,7 +14,7 @@ from benchmarks.trained.bank import placed as placed_at
 from kvpack.adapters import attention
 from kvpack.adapters.wan.compression import forward_tokens
 from kvpack.compressors.network import HighResolutionBranch
-from kvpack.policies.keep_farthest import farthest, joined_heads
+from kvpack.policies.farthest import farthest, joined_heads
 
 LAYERS, WIDTH = 6, 128
 #: Where the two latent tokens of a block sit.

@@ -41,7 +41,7 @@ def session_stats(session: "Session") -> dict[str, Any]:
         blocks = len(book.ledger.archive)
         compressor = memory.compressor  # type: ignore[attr-defined]  # it is a stack
         shape, codec = (geometry.heads, geometry.head_dim, geometry.dtype), memory.store  # type: ignore[attr-defined]
-        lengths = [each.frames for each in book.ledger.archive]
+        lengths = [each.block_frames for each in book.ledger.archive]
         stored = {n: stored_bytes(codec, compressor.span(0, n, geometry.grid).tokens, *shape) for n in set(lengths)}
         archived = sum(stored[frames] for frames in lengths) * _rows(session) * geometry.layers
     chosen = [cache.selected.tolist() for cache in session.caches if cache.selected is not None]

@@ -13,7 +13,8 @@ from kvpack.memory.attribution import memory_call
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import BlockEntry
 from kvpack.memory.plan import Book, Plan
-from kvpack.memory.roles import LatentCompressor, Policy
+from kvpack.memory.policy import Policy
+from kvpack.memory.roles import LatentCompressor
 from kvpack.memory.rope import rotate, rotations
 from kvpack.memory.store import KeysValues
 from kvpack.memory.tokens import Tokens
@@ -150,8 +151,13 @@ class Memory(Policy, ABC):
         """Return what is known, without any tensor, of a chunk of `coming` latent frames behind a past."""
         return Plan(book, coming, geometry)
 
-    def committed(self, plan: Plan) -> Book:
-        """Return the book with the planned chunk in it; a replayed chunk may be several in one."""
+    def committed(self, plan: Plan, selected: Sequence[Tensor] = ()) -> Book:
+        """Return the book with the planned chunk in it; a replayed chunk may be several in one.
+
+        Args:
+            plan: the chunk.
+            selected: which of several blocks each layer has chosen, as `Attended.selected`.
+        """
         book, chunks = plan.book, -(-plan.coming // self.chunk_frames)
         return Book(book.frames + plan.coming, book.chunks + chunks, book.seconds)
 

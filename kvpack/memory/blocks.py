@@ -1,7 +1,7 @@
 """What is stored: where tokens come from (`Span`) and their keys and values (`KVBlock`)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -59,6 +59,15 @@ class KVBlock:
     def own_places(self) -> Tensor | None:
         """Coordinates of the tokens, if they depend on the data: other ones in each row, layer or head."""
         return self.span.coordinates if self.span.coordinates.ndim > 2 else None
+
+
+def joined(older: KVBlock, newer: KVBlock) -> KVBlock:
+    """Return the tokens of two neighbours, which have places of their own, as a block of the frames of both."""
+    offset = newer.span.coordinates.new_tensor([newer.span.first_frame - older.span.first_frame, 0, 0])
+    places = torch.cat([older.span.coordinates, newer.span.coordinates + offset], dim=1)
+    keys, values = torch.cat([older.keys, newer.keys], dim=1), torch.cat([older.values, newer.values], dim=1)
+    span = Span(older.span.first_frame, older.span.frames + newer.span.frames, places)
+    return replace(older, keys=keys, values=values, span=span)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +151,7 @@ def check_block(
 ) -> None:
     """Raise `PolicyError` if a compressor's block is not what its span announces."""
     name = f"{type(compressor).__name__}.{method}"
-    announces = "span()" if method == "compress" else f"{method}_span()"
+    announces = "shrunk_span()" if method == "shrunk" else "span()"
     if not isinstance(block, KVBlock):
         raise PolicyError(f"{name} returned {type(block).__name__} in layer {layer}, but it must be a KVBlock")
     wanted = (like.shape[0], span.tokens, *like.shape[2:])

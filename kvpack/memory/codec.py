@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvpack.errors import OutputError
-from kvpack.memory.roles import Policy
+from kvpack.memory.policy import Policy
 
 #: Where archived keys and values lie: beside the model, in the host's memory, or in an unnamed file.
 Tier = Literal["device", "host", "disk"]

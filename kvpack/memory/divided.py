@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
+from torch import Tensor
+
 from kvpack.errors import InvalidOptionError
 from kvpack.memory.base import Chunk, Memory
 from kvpack.memory.geometry import Geometry
@@ -151,7 +153,7 @@ class Divided(Memory):
         assert isinstance(book, DividedBook)
         return DividedPlan(self, book, coming, geometry)
 
-    def committed(self, plan: Plan) -> DividedBook:
+    def committed(self, plan: Plan, selected: Sequence[Tensor] = ()) -> DividedBook:
         """Return the book with the planned chunk in it."""
         assert isinstance(plan, DividedPlan)
         return _together([stack.committed(plan.of_stack(index)) for index, stack in enumerate(self.stacks)])

@@ -1,30 +1,66 @@
-"""Which block leaves an archive that is full."""
+"""What becomes of an archive that is full: which block leaves it, or which two become one."""
 
 from collections.abc import Sequence
-from typing import Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
 
-Eviction = Literal["oldest", "spread"]
+if TYPE_CHECKING:
+    from kvpack.memory.ledger import BlockEntry
+
+Eviction = Literal["oldest", "spread", "least-selected", "merged"]
 
 
-def evicted(first_frames: Sequence[int], history: int, rule: Eviction) -> int:
+def evicted(blocks: Sequence["BlockEntry"], history: int, rule: Eviction) -> int:
     """Return the index of the block that goes.
 
     "oldest" forgets what is longest ago. "spread" thins out: of all blocks but the first and the last, that one goes
     whose neighbours are nearest to each other for its age. The archive then reaches back to the beginning, and blocks
-    lie the denser the newer they are; of fewer than three the oldest goes. Neither depends on what was seen, so that
-    all layers and rows keep the same.
+    lie the denser the newer they are; of fewer than three the oldest goes. "least-selected" forgets the block that the
+    smallest share of layers and rows has chosen since it was there to be chosen; a block that never was stays. Where
+    "merged" finds no two blocks to merge, the oldest goes.
 
     Args:
-        first_frames: of each block, ascending.
+        blocks: the archive, oldest first, behind it those on their way into it.
         history: frames of all history.
-        rule: of the two.
+        rule: of these.
 
-    >>> evicted([8, 12, 16, 20, 24, 28], 36, "oldest"), evicted([8, 12, 16, 20, 24, 28], 36, "spread")
-    (0, 1)
+    >>> from kvpack.memory.ledger import BlockEntry
+    >>> blocks = [BlockEntry(first, 4, offered=6, chosen=28 - first) for first in (8, 12, 16, 20, 24, 28)]
+    >>> [evicted(blocks, 36, rule) for rule in ("oldest", "spread", "least-selected")]
+    [0, 1, 5]
     """
-    if rule == "oldest" or len(first_frames) < 3:
-        return 0
+    if rule == "spread" and len(blocks) > 2:
+        return min(
+            range(1, len(blocks) - 1),
+            key=lambda i: (blocks[i + 1].first_frame - blocks[i - 1].first_frame) / (history - blocks[i].first_frame),
+        )
+    seen = [index for index, block in enumerate(blocks) if block.offered]
+    if rule == "least-selected" and seen:
+        return min(seen, key=lambda i: blocks[i].chosen / blocks[i].offered)
+    return 0
+
+
+def merging(blocks: Sequence["BlockEntry"], history: int) -> int | None:
+    """Return the index of the archived block that becomes one with the next; None if no two can.
+
+    Of two neighbours that are blocks of one length, or means of such, those that are shortest together for their age:
+    the older, the more of the video a block stands for.
+
+    Args:
+        blocks: as those of `evicted`; those on their way have no slot yet, and are left alone.
+        history: frames of all history.
+
+    >>> from kvpack.memory.ledger import BlockEntry
+    >>> merging([BlockEntry(8, 8, slot=0, blocks=2), BlockEntry(16, 4, slot=1), BlockEntry(20, 4, slot=2)], 40)
+    1
+    """
+    pairs = [
+        i
+        for i, (one, two) in enumerate(pairwise(blocks))
+        if one.stop == two.first_frame and one.block_frames == two.block_frames and min(one.slot, two.slot) >= 0
+    ]
     return min(
-        range(1, len(first_frames) - 1),
-        key=lambda i: (first_frames[i + 1] - first_frames[i - 1]) / (history - first_frames[i]),
+        pairs,
+        key=lambda i: (blocks[i + 1].stop - blocks[i].first_frame) / (history - blocks[i].first_frame),
+        default=None,
     )

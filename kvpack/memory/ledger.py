@@ -4,14 +4,14 @@ One ledger serves all layers, and the planner, which runs it without a model. It
 next one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from typing import Literal
 
 from kvpack.errors import InvalidOptionError, PolicyError
 from kvpack.memory.attribution import policy_call
-from kvpack.memory.eviction import Eviction, evicted
+from kvpack.memory.eviction import Eviction, evicted, merging
 from kvpack.memory.roles import Part, Partitioner, Segment
 
 
@@ -35,17 +35,36 @@ class BlockEntry:
         frames: number of frames.
         part: where the piece is now.
         slot: archive slot of a compressed piece.
+        blocks: of how many blocks of one length a compressed piece was made.
+        offered: how often a layer could choose it for a row, where the archive forgets by that.
+        chosen: how often one did.
     """
 
     first_frame: int
     frames: int
     part: Part | Literal["dropped"] = "recent"
     slot: int = -1
+    blocks: int = 1
+    offered: int = 0
+    chosen: int = 0
 
     @property
     def stop(self) -> int:
         """Index behind the last frame."""
         return self.first_frame + self.frames
+
+    @property
+    def block_frames(self) -> int:
+        """Frames of each block in it."""
+        return self.frames // self.blocks
+
+    @classmethod
+    def joined(cls, pieces: "Sequence[BlockEntry]") -> "BlockEntry":
+        """Return neighbours as one, in the slot of the first."""
+        if len(pieces) == 1:
+            return pieces[0]
+        frames, blocks = sum(each.frames for each in pieces), sum(each.blocks for each in pieces)
+        return replace(pieces[0], frames=frames, blocks=blocks)
 
 
 @dataclass(frozen=True)
@@ -56,11 +75,13 @@ class Step:
         ledger: the history after the commit.
         kept: indices of whole pieces that stay whole.
         leaving: indices of whole pieces that are archived, with the slot of each.
+        merged: archived pieces that become one, in the slot of the first.
     """
 
     ledger: "Ledger"
     kept: tuple[int, ...]
     leaving: tuple[tuple[int, int], ...]
+    merged: tuple[tuple[BlockEntry, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,11 +155,11 @@ class Ledger:
         while archive and part_of(archive[0]) is None:
             del archive[0]
         new = [index for index, piece in enumerate(pieces) if piece.part == "mid"]
-        mid = [*archive, *(pieces[index] for index in new)]
+        mid: list[tuple[BlockEntry, ...]] = [(piece,) for piece in (*archive, *(pieces[index] for index in new))]
         while self.archive_blocks is not None and len(mid) > self.archive_blocks:
-            del mid[evicted([piece.first_frame for piece in mid], history, self.eviction)]
-        left = {piece.first_frame for piece in mid}
-        archive = [piece for piece in archive if piece.first_frame in left]
+            self._shorten(mid, history)
+        archive = [BlockEntry.joined(group) for group in mid if group[0].slot >= 0]
+        left = {piece.first_frame for group in mid for piece in group}
         new = [index for index in new if pieces[index].first_frame in left]
         taken = {piece.slot for piece in archive}
         free = (slot for slot in count() if slot not in taken)
@@ -149,7 +170,22 @@ class Ledger:
             self, frames=history, chunks=self.chunks + 1, expected=None, whole=whole, archive=tuple(archive)
         )
         ledger._check_whole()
-        return Step(ledger, kept, tuple(leaving))
+        return Step(ledger, kept, tuple(leaving), tuple(group for group in mid if len(group) > 1))
+
+    def counted(self, offered: int, chosen: Mapping[int, int]) -> "Ledger":
+        """Return the same history with a chunk's choices in it.
+
+        Args:
+            offered: how many layers have chosen, for each row.
+            chosen: how many of them have chosen the archived piece that begins with a frame.
+        """
+        archive = tuple(
+            replace(piece, offered=piece.offered + offered, chosen=piece.chosen + chosen[piece.first_frame])
+            if piece.first_frame in chosen
+            else piece
+            for piece in self.archive
+        )
+        return replace(self, archive=archive)
 
     def replayable(self, most_frames: int) -> int:
         """Last frames, in chunks and at most so many, of which each chunk has recent frames or is still all whole."""
@@ -181,6 +217,15 @@ class Ledger:
         pieces = (*self.whole, *self.new_pieces())
         kept = tuple(index for index, piece in enumerate(pieces) if piece.first_frame in firsts)
         return Step(replace(self, frames=stop, chunks=self.chunks + 1, whole=whole), kept, ())
+
+    def _shorten(self, mid: list[tuple[BlockEntry, ...]], history: int) -> None:
+        """Let one of the compressed pieces go, or two become one."""
+        pieces = [BlockEntry.joined(group) for group in mid]
+        first = merging(pieces, history) if self.eviction == "merged" else None
+        if first is None:
+            del mid[evicted(pieces, history, self.eviction)]
+        else:
+            mid[first : first + 2] = [mid[first] + mid[first + 1]]
 
     def _until_settled(self) -> range:
         """History lengths from the coming chunk's end on, until no frame of it changes its part any more."""

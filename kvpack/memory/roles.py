@@ -2,33 +2,23 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvpack.memory.blocks import KVBlock, LatentChunk, Span
+from kvpack.memory.blocks import KVBlock, LatentChunk, Span, joined
 from kvpack.memory.costs import Cost, LatentShape
 from kvpack.memory.geometry import Geometry
+from kvpack.memory.policy import Policy
 
 Part = Literal["sink", "mid", "recent"]
 #: How hidden tokens become keys and values: through the whole model, or by each layer's own projections alone.
 Project = Literal["layers", "direct"]
 #: Where tokens sit: as `span` says, or as the data says, other places in each batch row, or in each of its heads.
 Places = Literal["span", "row", "head"]
-
-
-class Policy:
-    """Base of the four roles: frozen, shared between generations, known by a kebab-case `name`."""
-
-    role: ClassVar[str]
-    name: ClassVar[str]
-    #: Whether it works on some heads of a layer as on all, summing over heads with `sum_heads` or `mean_heads` only.
-    #: Where heads are on several processes, other selectors and compressors are given those of all; what else is not by
-    #: head is refused.
-    by_head: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +53,8 @@ class Compressor(Policy, ABC):
     role: ClassVar[str] = "compressor"
     #: Where tokens sit; other places than those of `span` are in the returned block's own, and are stored with it.
     places: ClassVar[Places] = "span"
+    #: Whether `merged` makes one block of two; blocks that are attended at a level above 0 cannot be made so.
+    merges: ClassVar[bool] = True
     #: Most queries that `compress` sees as `block.queries`, spread evenly over the chunk at whose commit it is called.
     max_queries: ClassVar[int] = 0
 
@@ -77,6 +69,28 @@ class Compressor(Policy, ABC):
     def compress_all(self, blocks: Sequence[KVBlock], grid: tuple[int, int]) -> list[KVBlock]:
         """Return what `compress` does of the same block in a few layers; a device is soonest done with all at once."""
         return [self.compress(block, grid) for block in blocks]
+
+    def merged(self, older: KVBlock, newer: KVBlock, grid: tuple[int, int]) -> KVBlock:
+        """Return a block of as many tokens that stands for two neighbours; unless overridden, the mean of both.
+
+        Args:
+            older: a compressed block whose tokens have places of their own, `[rows, tokens, 3]` or by head.
+            newer: one of as many tokens that begins where the other one ends.
+            grid: token rows and columns of a latent frame.
+        """
+        if self.places != "span":
+            raise NotImplementedError(
+                f"{type(self).__name__} keeps tokens anywhere, so it must have merged(), or say merges = False"
+            )
+        share = newer.span.frames / (older.span.frames + newer.span.frames)
+        both = joined(older, newer)
+
+        def mean(tokens: Tensor) -> Tensor:
+            one, two = tokens.float().chunk(2, dim=1)
+            return one.lerp(two, share).to(tokens)
+
+        span = replace(both.span, coordinates=mean(both.span.coordinates))
+        return replace(both, keys=mean(both.keys), values=mean(both.values), span=span)
 
     def level(self, age: int) -> int:
         """How small a block is attended that `age` newer ones in the archive have followed; 0 as it was archived."""
@@ -204,6 +218,7 @@ class Layout:
         parts: part of each block.
         first_frames: first latent frame of each block.
         frames: latent frames that each block stands for.
+        lengths: the same, but of a block that was made of several, those of one.
         chunk_first_frame: first latent frame of the current chunk.
         chunk_frames: latent frames of the current chunk.
     """
@@ -211,6 +226,7 @@ class Layout:
     parts: tuple[Part, ...]
     first_frames: Float[Tensor, "rows blocks"]
     frames: Float[Tensor, "rows blocks"]
+    lengths: Float[Tensor, "rows blocks"]
     chunk_first_frame: int
     chunk_frames: int
 
@@ -218,7 +234,7 @@ class Layout:
         """Return which columns are those of one part; a slice, since a GPU is waited for when a list is an index.
 
         >>> empty = torch.zeros(1, 3)
-        >>> Layout(("sink", "mid", "mid"), empty, empty, 0, 4).columns("mid")
+        >>> Layout(("sink", "mid", "mid"), empty, empty, empty, 0, 4).columns("mid")
         slice(1, 3, None)
         """
         first = self.parts.index(part) if part in self.parts else 0

@@ -174,7 +174,8 @@ class Session:
             if alone:  # last, since it waits for the device, which has its work by now
                 self._check_chunk()
         assert self.plan is not None
-        return Past(self.stack.committed(self.plan), states)
+        selected = [cache.selected for cache in self.caches if cache.selected is not None]
+        return Past(self.stack.committed(self.plan, selected), states)
 
     def _check_chunk(self) -> None:
         if not agreed(self.geometry.shard, check_layers(self.caches), [cache.selected for cache in self.caches]):

@@ -1,12 +1,12 @@
 """The memory of four small policies: what is kept whole, how the rest is compressed, which of it is attended, where."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, PolicyError, require_bool, require_choice, require_int
 from kvpack.memory.archive import Archive, Encoded
@@ -19,17 +19,17 @@ from kvpack.memory.eviction import Eviction
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import BlockEntry, Ledger
 from kvpack.memory.plan import Book, Plan
+from kvpack.memory.policy import Policy
 from kvpack.memory.roles import (
     Compressor,
     LatentCompressor,
     Partitioner,
-    Policy,
     Reindexer,
     Selector,
 )
 from kvpack.memory.sharded import with_all_heads, with_own_heads
 from kvpack.memory.stack_plan import StackBook, StackPlan
-from kvpack.memory.stack_state import KeptBlock, StackState, attended_tokens, new_blocks
+from kvpack.memory.stack_state import KeptBlock, StackState, attended_tokens, merged_block, new_blocks, with_places
 
 ROLES: dict[str, type[Policy]] = {
     "partitioner": Partitioner,
@@ -61,7 +61,8 @@ class Stack(Memory):
         replay_frames: last latent frames that are computed anew under a new prompt, as far as they are still whole.
         store: in what form compressed blocks are archived.
         tier: where they are archived: on the "device" of the model, in the memory of the "host", or on "disk".
-        eviction: which blocks leave a full archive, the "oldest", or such that the rest are "spread" over all the past.
+        eviction: which blocks leave a full archive: the "oldest", such that the rest are "spread" over all the past, or
+            the "least-selected"; or, "merged", which two become one, their mean (see `eviction.py`).
 
     Raises:
         InvalidOptionError: if a size or word is wrong, a policy is in the wrong role, or the roles do not fit together.
@@ -92,6 +93,10 @@ class Stack(Memory):
         require_int("replay_frames", self.replay_frames)
         require_choice("tier", self.tier, get_args(Tier))
         require_choice("eviction", self.eviction, get_args(Eviction))
+        if self.eviction == "merged" and not self.compressor.merges:
+            raise InvalidOptionError(
+                f"blocks of compressor {self.compressor.name} cannot be merged; give another eviction"
+            )
         if not isinstance(self.store, Codec):
             raise InvalidOptionError(f"store must be a Codec, got {self.store!r}")
         try:
@@ -141,10 +146,10 @@ class Stack(Memory):
         assert isinstance(book, StackBook)
         return StackPlan(self, book, coming, geometry)
 
-    def committed(self, plan: Plan) -> StackBook:
+    def committed(self, plan: Plan, selected: Sequence[Tensor] = ()) -> StackBook:
         """Return the book with the planned chunk in it."""
         assert isinstance(plan, StackPlan)
-        return plan.after
+        return plan.counted(selected) if self.eviction == "least-selected" and selected else plan.after
 
     def rewound(self, book: Book, frames: int) -> StackBook:
         """Return the book without its last frames; what has left the recent ones since does not come back."""
@@ -202,7 +207,10 @@ class Stack(Memory):
                     mine.append((slot, self._encoded(block, slot, state.archive, chunk)))
         return tuple(
             StackState(
-                tuple(whole[i] for i in plan.step.kept), state.archive, state.tokens + len(chunk.tokens), tuple(mine)
+                tuple(whole[i] for i in plan.step.kept),
+                state.archive,
+                state.tokens + len(chunk.tokens),
+                (*mine, *self._merged(state, chunk, plan)),
             )
             for state, chunk, whole, mine in zip(states, chunks, wholes, leaving, strict=True)
         )
@@ -238,10 +246,10 @@ class Stack(Memory):
         Raises:
             InvalidOptionError: if a policy is not a dataclass, or holds a module.
         """
-        roles = {role: _policy_dict(getattr(self, role)) for role in ROLES}
+        roles = {role: getattr(self, role).to_dict() for role in ROLES}
         named = ("name", "store", *ROLES)
         others = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in named}
-        return {"name": self.name, **roles, **others, "store": _policy_dict(self.store)}
+        return {"name": self.name, **roles, **others, "store": self.store.to_dict()}
 
     def _compressed(self, piece: BlockEntry, kept: Sequence[KeptBlock], chunks: Sequence[Chunk]) -> list[KVBlock]:
         """Return what will stand for a block, in each of some layers."""
@@ -249,11 +257,10 @@ class Stack(Memory):
         span = compressor.span(piece.first_frame, frames, geometry.grid)
         twins = [KVBlock(*each.twin, span) for each in kept if each.twin is not None]
         whole = Span(piece.first_frame, frames, grid_coordinates(frames, geometry.grid))
+        queries = [chunk.queries if compressor.max_queries else None for chunk in chunks]
         seen = twins or [
-            with_all_heads(
-                compressor, geometry, KVBlock(*each.block.resolved(), whole, self._queries(chunk), chunk.layer)
-            )
-            for each, chunk in zip(kept, chunks, strict=True)
+            with_all_heads(compressor, geometry, KVBlock(*each.block.resolved(), whole, some, chunk.layer))
+            for each, some, chunk in zip(kept, queries, chunks, strict=True)
         ]
         blocks = twins
         if not twins:
@@ -265,10 +272,15 @@ class Stack(Memory):
                 raise PolicyError(f"{name} returned {len(blocks)} blocks for {len(seen)} layers")
         for block, given, chunk in zip(blocks, seen, chunks, strict=True):
             check_block(compressor, block, span, given.keys, chunk.layer)
-        return blocks if twins else [with_own_heads(compressor, geometry, block) for block in blocks]
+        if not twins:
+            blocks = [with_own_heads(compressor, geometry, block) for block in blocks]
+        return list(map(with_places, blocks)) if self.eviction == "merged" else blocks
 
-    def _queries(self, chunk: Chunk) -> Tensor | None:
-        return chunk.queries if self.compressor.max_queries else None
+    def _merged(self, state: StackState, chunk: Chunk, plan: StackPlan) -> Iterator[tuple[int, Encoded]]:
+        """Yield what archived blocks become that are merged, with the slot of each."""
+        for pieces in plan.step.merged:
+            slot, archive = pieces[0].slot, state.archive
+            yield slot, self._encoded(merged_block(self.compressor, pieces, archive, chunk), slot, archive, chunk)
 
     def _encoded(self, block: KVBlock, slot: int, archive: Archive, chunk: Chunk) -> Encoded:
         """Return a block as its slot will hold it, for which there is room then."""
@@ -284,16 +296,3 @@ class Stack(Memory):
                 f"{type(self.compressor).__name__}.compress gave some blocks of layer {layer} places of their own and "
                 "others the announced ones; give all blocks, or none, coordinates with an axis of rows"
             )
-
-
-def _policy_dict(policy: Policy) -> dict[str, Any]:
-    if not is_dataclass(policy):
-        raise InvalidOptionError(f"{type(policy).__name__} must be a dataclass to be written as data")
-    options = {field.name: getattr(policy, field.name) for field in fields(policy)}
-    for option, value in options.items():
-        if isinstance(value, nn.Module):
-            raise InvalidOptionError(
-                f"{option} of {policy.role} {policy.name} is a {type(value).__name__}, which is no data to write; "
-                "save it with save_pretrained and give the folder instead"
-            )
-    return {"policy": policy.name, **options}

@@ -1,5 +1,6 @@
 """The plan of a stack: its blocks, their order and their positions, before any layer has chosen."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -103,12 +104,14 @@ class StackPlan(Plan):
         self.mid = self.ledger.archive if self.chosen else ()
         self.takes_all = self.chosen == len(self.mid)
         compressor, grid = stack.compressor, geometry.grid
-        self.spans = {frames: compressor.span(0, frames, grid) for frames in {piece.frames for piece in self.mid}}
-        self.tokens = [self.spans[piece.frames].tokens for piece in self.mid]
+        self.spans = {frames: compressor.span(0, frames, grid) for frames in {piece.block_frames for piece in self.mid}}
+        self.tokens = [self.spans[piece.block_frames].tokens for piece in self.mid]
         #: Of each mid block, how small it is attended, and the tokens that are then left.
         self.levels = [self._level(age) for age in reversed(range(len(self.mid)))]
         self.attended = [
-            compressor.shrunk_span(self.spans[piece.frames], grid, level) if level else self.spans[piece.frames]
+            compressor.shrunk_span(self.spans[piece.block_frames], grid, level)
+            if level
+            else self.spans[piece.block_frames]
             for piece, level in zip(self.mid, self.levels, strict=True)
         ]
         #: Mid blocks of one size: a choice is gathered on the device, whatever it is.
@@ -131,6 +134,14 @@ class StackPlan(Plan):
         """The book with the chunk in it."""
         ledger, aim = self.step.ledger, self.aim
         return StackBook.of(ledger, aim if aim is not None and ledger.frames < aim.frames else None)
+
+    def counted(self, selected: Sequence[Tensor]) -> StackBook:
+        """Return the book with the chunk in it and what layers have chosen; waits for the device."""
+        indices = torch.cat([each.flatten() for each in selected])
+        times = torch.bincount(indices, minlength=len(self.mid)).tolist()
+        chosen = {piece.first_frame: count for piece, count in zip(self.mid, times, strict=True)}
+        offered = sum(each.shape[0] for each in selected)
+        return replace(self.after, ledger=self.step.ledger.counted(offered, chosen))
 
     def on(self, device: torch.device) -> tuple[Int[Tensor, " blocks"], Int[Tensor, " blocks"]]:
         """Return slot and token count of every mid block; copied to the device once for all layers."""
@@ -163,7 +174,7 @@ class StackPlan(Plan):
         """
         piece = BlockEntry(self.book.frames, self.coming) if block is None else self.mid[block]
         grid = grid_coordinates(self.coming, self.geometry.grid)
-        announced = grid if block is None else self.spans[piece.frames].coordinates
+        announced = grid if block is None else self.spans[piece.block_frames].coordinates
         coordinates = announced if own is None else own
         start = torch.full((1,), float(piece.first_frame), dtype=wide_dtype(device), device=device)
         return rotations(at(coordinates, start, torch.ones_like(start)), self.geometry)
@@ -208,6 +219,7 @@ class StackPlan(Plan):
             parts=tuple(part for part, count in counts for _ in range(count)),
             first_frames=column(*([p.first_frame for p in part] for part in (sink, self.mid, recent))),
             frames=column(*([p.frames for p in part] for part in (sink, self.mid, recent))),
+            lengths=column(*([p.block_frames for p in part] for part in (sink, self.mid, recent))),
             chunk_first_frame=self.ledger.frames,
             chunk_frames=self.coming,
         )

@@ -1,7 +1,7 @@
 """One layer of a stack's past, and what a chunk attends of it."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor
 from kvpack.memory.archive import Archive, Encoded
 from kvpack.memory.attribution import policy_call
 from kvpack.memory.base import Attended, Chunk
-from kvpack.memory.blocks import KVBlock, check_block
+from kvpack.memory.blocks import KVBlock, Span, check_block
 from kvpack.memory.choice import doubtful
+from kvpack.memory.ledger import BlockEntry
 from kvpack.memory.plan import at
+from kvpack.memory.roles import Compressor
 from kvpack.memory.rope import joined_places, rotations
+from kvpack.memory.sending import sent
 from kvpack.memory.sharded import with_all_heads, with_own_heads
 from kvpack.memory.stack_plan import Placed, StackPlan
 from kvpack.memory.store import KeysValues, StoredBlock
@@ -63,6 +66,36 @@ def new_blocks(chunk: Chunk, plan: StackPlan) -> Iterator[KeptBlock]:
     for piece in plan.new_pieces:
         cut = slice((piece.first_frame - chunk.first_frame) * each, (piece.stop - chunk.first_frame) * each)
         yield KeptBlock(piece.first_frame * each, block.part(cut), chunk.twins.get(piece))
+
+
+def with_places(block: KVBlock) -> KVBlock:
+    """Return a block whose tokens have places of their own, be they the announced ones."""
+    if block.own_places is not None:
+        return block
+    places = sent(block.span.coordinates, block.keys.device).expand(len(block.keys), -1, -1)
+    return replace(block, span=replace(block.span, coordinates=places))
+
+
+def merged_block(compressor: Compressor, pieces: Sequence[BlockEntry], archive: Archive, chunk: Chunk) -> KVBlock:
+    """Return one block for several archived ones, which follow each other."""
+    assert chunk.plan is not None
+    geometry, places = chunk.geometry, archive.coordinates
+    assert places is not None
+    count = compressor.span(0, pieces[0].block_frames, geometry.grid).tokens
+
+    def block(piece: BlockEntry) -> KVBlock:
+        span = Span(piece.first_frame, piece.frames, places[:, piece.slot, :count])
+        keys, values = archive.block_keys(piece.slot, count), archive.block_values(piece.slot, count)
+        return with_all_heads(compressor, geometry, KVBlock(keys, values, span, layer=chunk.layer))
+
+    whole = block(pieces[0])
+    for piece in pieces[1:]:
+        newer = block(piece)
+        with policy_call(compressor, "merged", chunk.plan.book.seconds, chunk.layer):
+            merged = compressor.merged(whole, newer, geometry.grid)
+        check_block(compressor, merged, newer.span, newer.keys, chunk.layer, "merged")
+        whole = merged
+    return with_own_heads(compressor, geometry, whole)
 
 
 def attended_tokens(
@@ -168,7 +201,7 @@ def _archived(stack: "Stack", archive: Archive, plan: StackPlan, rows: slice, bl
     keys, values = archive.block_keys(piece.slot, tokens, rows), archive.block_values(piece.slot, tokens, rows)
     if not level:
         return keys, values
-    seen = with_all_heads(stack.compressor, plan.geometry, KVBlock(keys, values, plan.spans[piece.frames]))
+    seen = with_all_heads(stack.compressor, plan.geometry, KVBlock(keys, values, plan.spans[piece.block_frames]))
     with policy_call(stack.compressor, "shrunk", plan.ledger.seconds, chunk.layer):
         shrunk: Any = stack.compressor.shrunk(seen, plan.geometry.grid, level)
     check_block(stack.compressor, shrunk, plan.attended[block], seen.keys, chunk.layer, "shrunk")

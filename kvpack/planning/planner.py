@@ -121,7 +121,7 @@ def plan(
         # What the last chunk attends is what was held before it was committed.
         for _ in range(chunks):
             before, after = after, after.commit().ledger
-        spans = (stack.compressor.span(each.first_frame, each.frames, geometry.grid) for each in after.archive)
+        spans = (stack.compressor.span(each.first_frame, each.block_frames, geometry.grid) for each in after.archive)
         archive = [span.tokens for span in spans]
         shape = geometry.heads, geometry.head_dim, geometry.dtype
         archived = geometry.layers * sum(stored_bytes(stack.store, tokens, *shape) for tokens in archive)

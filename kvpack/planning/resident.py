@@ -162,7 +162,7 @@ def _counted(geometry: Geometry, stack: Stack, batch: int, first_frames: int | N
     block = archive.slot_tokens
     shape = geometry.heads, geometry.head_dim, geometry.dtype
     stored = stored_bytes(stack.store, block, *shape) if stack.tier == "device" else 0
-    placed = {"span": 0, "row": 1, "head": geometry.heads}[stack.compressor.places]
+    placed = {"span": int(stack.eviction == "merged"), "row": 1, "head": geometry.heads}[stack.compressor.places]
     # Of a slot: sums of keys in float32, (t, y, x) of tokens that have places of their own, and the block itself.
     slot_bytes = 4 * geometry.width + 12 * block * placed + stored
     room = keys = joined = slots = 0

@@ -6,7 +6,7 @@ import pluggy
 
 from kvpack.generation.adapter import Adapter
 from kvpack.memory.base import Memory
-from kvpack.memory.roles import Policy
+from kvpack.memory.policy import Policy
 
 hookspec = pluggy.HookspecMarker("kvpack")
 hookimpl = pluggy.HookimplMarker("kvpack")

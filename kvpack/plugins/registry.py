@@ -13,7 +13,7 @@ import pluggy
 from kvpack.errors import InvalidOptionError, PluginWarning, UnusedOptionError, plain, require_int, unknown_name
 from kvpack.generation.adapter import Adapter
 from kvpack.memory.base import Memory
-from kvpack.memory.roles import Policy
+from kvpack.memory.policy import Policy
 from kvpack.memory.stack import Stack
 from kvpack.plugins import hookspecs
 

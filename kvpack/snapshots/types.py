@@ -14,7 +14,7 @@ from kvpack.memory.divided import Divided, DividedBook
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import BlockEntry, Ledger
 from kvpack.memory.plan import Book
-from kvpack.memory.roles import Policy
+from kvpack.memory.policy import Policy
 from kvpack.memory.session import Past
 from kvpack.memory.stack import ROLES, Stack
 from kvpack.memory.stack_plan import StackBook

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvpack.errors import SnapshotError
 from kvpack.memory.archive import Archive
-from kvpack.memory.roles import Policy
+from kvpack.memory.policy import Policy
 from kvpack.memory.store import StoredBlock
 from kvpack.snapshots.heads import Change, field_with_heads
 

@@ -13,7 +13,8 @@ from kvpack.memory.base import Memory
 from kvpack.memory.blocks import LatentChunk
 from kvpack.memory.codec import Codec
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.roles import Compressor, LatentCompressor, Partitioner, Policy, Reindexer, Selector
+from kvpack.memory.policy import Policy
+from kvpack.memory.roles import Compressor, LatentCompressor, Partitioner, Reindexer, Selector
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 from kvpack.testing.codecs import check_codec
@@ -113,6 +114,9 @@ def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
         stack = _stack_with(policy, sizes, chunk_frames)
         whole, again = _outputs(stack, policy, slice(0, 2)), _outputs(stack, policy, slice(0, 2))
         _check_outputs(name, whole, again, _outputs(stack, policy, slice(1, 2)))
+    if isinstance(policy, Compressor) and policy.merges:
+        merging = replace(_stack_with(policy, (8, 4), chunk_frames), archive_blocks=2, eviction="merged")
+        _check_outputs(name, *(_outputs(merging, policy, slice(*rows)) for rows in ((0, 2), (0, 2), (1, 2))))
     if isinstance(policy, LatentCompressor):
         _check_tokens(policy, chunk_frames)
 

@@ -17,7 +17,7 @@ from kvpack.memory.blocks import grid_coordinates
 from kvpack.memory.layer import LayerCache
 from kvpack.plugins.registry import registry
 from kvpack.policies import FarthestCompressor, packforcing
-from kvpack.policies.keep_farthest import farthest, joined_heads
+from kvpack.policies.farthest import farthest, joined_heads
 from kvpack.training.noise import mixed
 
 CHUNKS, CLIPS = 8, 2

@@ -1,6 +1,8 @@
 """What a full archive forgets."""
 
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,11 +10,16 @@ import torch
 from helpers import ledger
 from kvpack import Session
 from kvpack.errors import InvalidOptionError, UnusedOptionError
+from kvpack.memory.blocks import KVBlock, Span, joined
 from kvpack.memory.eviction import evicted
+from kvpack.memory.ledger import BlockEntry
+from kvpack.memory.roles import Places, Selector
+from kvpack.memory.stack_state import with_places
 from kvpack.planning.resident import most_resident, resident
 from kvpack.plugins.registry import registry
 from kvpack.plugins.resolve import stack_from_dict
-from kvpack.testing import TINY, run_session
+from kvpack.policies import FarthestCompressor, PoolCompressor
+from kvpack.testing import TINY, check_policy, run_session
 
 SIZES = {"topk": 2, "archive_blocks": 6}
 
@@ -71,7 +78,7 @@ def test_it_is_an_option_of_an_archive_with_a_bound():
     made = registry().stack("packforcing", {"eviction": "spread"})
     assert made.eviction == "spread"
     assert stack_from_dict(made.to_dict()) == made
-    with pytest.raises(InvalidOptionError, match="eviction must be one of oldest, spread, got 'newest'"):
+    with pytest.raises(InvalidOptionError, match="must be one of oldest, spread, least-selected, merged, got 'newest'"):
         registry().stack("packforcing", {"eviction": "newest"})
     with pytest.raises(UnusedOptionError, match="eviction has no effect: packforcing-paper keeps all blocks"):
         registry().stack("packforcing-paper", {"eviction": "spread"})
@@ -79,5 +86,166 @@ def test_it_is_an_option_of_an_archive_with_a_bound():
         registry().stack("self-forcing", {"eviction": "spread"})
 
 
+def blocks(*firsts, **options):
+    return [BlockEntry(first, 4, **options) for first in firsts]
+
+
 def test_of_fewer_than_three_blocks_the_oldest_goes():
-    assert [evicted([4, 8][:count], 20, "spread") for count in (1, 2)] == [0, 0]
+    assert [evicted(blocks(4, 8)[:count], 20, "spread") for count in (1, 2)] == [0, 0]
+
+
+def test_what_was_never_there_to_be_chosen_stays():
+    archive = [*blocks(4, 8, offered=6, chosen=3), *blocks(12, offered=3, chosen=1), *blocks(16)]
+    assert evicted(archive, 24, "least-selected") == 2
+    assert evicted(blocks(4, 8, 12), 24, "least-selected") == 0
+
+
+@dataclass(frozen=True)
+class FixedSelector(Selector):
+    """Chooses the blocks that begin with one of some frames, or else the newest."""
+
+    frames: tuple[int, ...] = (8, 20)
+    name = "fixed"
+
+    def limit(self, candidates):
+        return min(candidates, len(self.frames))
+
+    def select(self, query, candidates):
+        order = sorted(range(candidates.count), key=lambda i: (candidates.first_frames[i] not in self.frames, -i))
+        return torch.tensor([order[: len(self.frames)]]).expand(query.queries.shape[0], -1)
+
+
+def test_the_block_that_fewest_have_chosen_goes():
+    stack = replace(registry().stack("packforcing", SIZES), selector=FixedSelector(), eviction="least-selected")
+    session = Session(stack, TINY)
+    run_session(session, 9, batch=2)
+    # Sink of 8, recent of 4: the archive is full with blocks 8 to 28, and two of them are asked for ever since.
+    assert firsts(session) == [8, 12, 16, 20, 24, 28]
+    run_session(session, 31, batch=2)
+    assert {8, 20} < set(firsts(session))
+    assert firsts(session)[-1] == 152
+    asked = {piece.first_frame: (piece.chosen, piece.offered) for piece in ledger(session).archive}
+    assert asked[8][0] == asked[8][1] > 0
+    assert asked[152] == (0, 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"compressor": "pool"}, {"compressor": "lr", "selector": "topk"}])
+def test_a_merged_archive_reaches_back_to_the_beginning(options):
+    _, session = run(60, eviction="merged", **options)
+    archive = ledger(session).archive
+    assert len(archive) == 6
+    assert archive[0].first_frame == 8
+    assert all(one.stop == two.first_frame for one, two in pairwise(archive))
+    assert archive[-1].stop == 60 * 4 - 4
+    assert [each.frames for each in archive] == sorted((each.frames for each in archive), reverse=True)
+    assert all(each.block_frames == 4 for each in archive)
+    assert resident(TINY, session.stack, 60, 2).bytes(TINY.layers) == session.stats()["resident_bytes"]
+
+
+def test_a_merged_block_is_the_weighted_mean_of_what_it_stands_for():
+    """Against the blocks of an archive that forgets nothing, of the same keys."""
+    _, session = run(30, eviction="merged", compressor="pool")
+    _, whole = run(30, compressor="pool", archive_blocks=None)
+    for state, all_of_it in zip(session.past.states, whole.past.states, strict=True):
+        slots = {piece.first_frame: piece.slot for piece in ledger(whole).archive}
+        for piece in ledger(session).archive:
+            parts = [all_of_it.archive.block_keys(slots[first], 2) for first in range(piece.first_frame, piece.stop, 4)]
+            torch.testing.assert_close(state.archive.block_keys(piece.slot, 2), torch.stack(parts).mean(dim=0))
+            torch.testing.assert_close(state.archive.key_sums[:, piece.slot], torch.stack(parts).mean(dim=0).sum(dim=1))
+            places = state.archive.coordinates[:, piece.slot]
+            assert float(places[..., 0].mean()) == pytest.approx((piece.frames - 1) / 2)
+
+
+def test_merged_kept_tokens_are_tokens_of_both_at_their_places():
+    policy = FarthestCompressor(keep_tokens=4)
+    older, newer = (
+        with_places(policy.compress(KVBlock(*torch.randn(2, 2, 64, 2, 8), Span(first, 4, torch.zeros(64, 3))), (4, 4)))
+        for first in (8, 12)
+    )
+    merged = policy.merged(older, newer, (4, 4))
+    both = joined(older, newer)
+    assert merged.span.frames == 8
+    for row in range(2):
+        found = [[torch.equal(key, other) for other in both.keys[row]].index(True) for key in merged.keys[row]]
+        assert found == sorted(set(found))
+        assert torch.equal(merged.span.coordinates[row], both.span.coordinates[row, found])
+        assert torch.equal(merged.values[row], both.values[row, found])
+    assert torch.equal(both.span.coordinates[:, 4:, 0], newer.span.coordinates[..., 0] + 4)
+
+
+def test_a_merged_block_takes_the_positions_of_one_unless_they_are_those_of_the_video():
+    _, session = run(60, eviction="merged", reindexer="contiguous")
+    session.denoise(0)
+    plan = session.plan
+    placed = plan.place(torch.tensor([[0, 5]]), torch.device("cpu"))
+    lengths = placed.placement.lengths.tolist()
+    assert lengths[0][len(plan.sink) : len(plan.sink) + 2] == [4, 4]
+    absolute = replace(session.stack, reindexer=registry().policy("reindexer", "absolute"))
+    there = absolute.plan(session.past.book, 4, TINY).place(torch.tensor([[0, 5]]), torch.device("cpu"))
+    assert there.placement.lengths.tolist()[0][len(plan.sink) : len(plan.sink) + 2] == [120, 4]
+
+
+@pytest.mark.parametrize("rule", ["least-selected", "merged"])
+@pytest.mark.parametrize("options", [{}, {"store": "int8"}, {"tier": "host"}, {"tier": "disk"}])
+def test_a_fork_and_a_resumed_session_go_on_alike(rule, options):
+    _, session = run(12, eviction=rule, **options)
+    fork = session.snapshot()
+    on, forked = (run_session(each, 8, batch=2, seed=1) for each in (session, fork))
+    assert all(torch.equal(one, two) for one, two in zip(on, forked, strict=True))
+    assert ledger(session) == ledger(fork)
+
+
+@pytest.mark.parametrize("rule", ["least-selected", "merged"])
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_every_tier_forgets_alike(rule, tier):
+    here, there = (torch.cat(run(20, eviction=rule, tier=each)[0], dim=1) for each in ("device", tier))
+    assert torch.equal(here, there)
+
+
+def test_a_block_of_another_length_is_not_merged():
+    session = Session(registry().stack("packforcing", {**SIZES, "sink_frames": 0, "eviction": "merged"}), TINY)
+    session.expect(1)
+    run_session(session, 40, batch=2)
+    archive = ledger(session).archive
+    assert (archive[0].frames, archive[0].blocks) == (1, 1)
+    assert archive[1].blocks > 1
+
+
+def test_two_at_a_time_become_one_where_two_come_at_once():
+    """A window that leaves the middle in two pieces a chunk: each commit archives both."""
+    stack = registry().stack("packforcing", {**SIZES, "recent_frames": 2, "sink_frames": 2, "eviction": "merged"})
+    session = Session(stack, TINY)
+    run_session(session, 40, batch=2)
+    archive = ledger(session).archive
+    assert len(archive) == 6
+    assert archive[0].first_frame == 2
+    assert all(one.stop == two.first_frame for one, two in pairwise(archive))
+
+
+def test_what_cannot_be_merged_is_refused():
+    with pytest.raises(InvalidOptionError, match="blocks of compressor geometric cannot be merged"):
+        registry().stack("framepack", {"eviction": "merged"})
+
+
+@dataclass(frozen=True)
+class AnywhereCompressor(PoolCompressor):
+    places: ClassVar[Places] = "row"
+    name = "anywhere"
+
+    def compress(self, block, grid):
+        return with_places(super().compress(block, grid))
+
+
+def test_tokens_that_lie_anywhere_have_no_mean():
+    with pytest.raises(NotImplementedError, match=r"must have merged\(\), or say merges = False"):
+        check_policy(AnywhereCompressor())
+
+
+@dataclass(frozen=True)
+class UnmergedCompressor(AnywhereCompressor):
+    merges: ClassVar[bool] = False
+    name = "unmerged"
+
+
+def test_a_compressor_that_does_not_merge_is_a_policy_like_any_other():
+    check_policy(UnmergedCompressor())

@@ -17,7 +17,7 @@ from kvpack.planning import planner
 from kvpack.planning.resident import resident
 from kvpack.plugins.registry import registry
 from kvpack.plugins.resolve import stack_from_dict
-from kvpack.policies.keep_farthest import farthest, joined_heads, round_sizes
+from kvpack.policies.farthest import farthest, joined_heads, round_sizes
 from kvpack.testing import TINY, check_policy, run_session, tiny_wan_pipeline
 
 KEEPING = ("keep-attended", "keep-farthest", "keep-grid", "keep-keydiff", "keep-merge", "keep-random")

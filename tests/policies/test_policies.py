@@ -136,7 +136,7 @@ def test_lr_shrinks_pixels_and_drops_no_frame():
 
 def layout(parts, frames, first, chunk_first=100):
     values = [torch.tensor([each], dtype=torch.float64) for each in (first, frames)]
-    return Layout(tuple(parts), values[0], values[1], chunk_first, 4)
+    return Layout(tuple(parts), values[0], values[1], values[1], chunk_first, 4)
 
 
 PARTS, FRAMES, FIRST = ["sink", "sink", "mid", "mid", "recent"], [4, 4, 4, 4, 4], [0, 4, 40, 60, 96]

@@ -1,0 +1,36 @@
+"""What all policies have in common."""
+
+from dataclasses import fields, is_dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from kvpack.errors import InvalidOptionError
+
+
+class Policy:
+    """Base of the four roles: frozen, shared between generations, known by a kebab-case `name`."""
+
+    role: ClassVar[str]
+    name: ClassVar[str]
+    #: Whether it works on some heads of a layer as on all, summing over heads with `sum_heads` or `mean_heads` only.
+    #: Where heads are on several processes, other selectors and compressors are given those of all; what else is not by
+    #: head is refused.
+    by_head: ClassVar[bool] = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, as JSON takes it: the name, as "policy", and options.
+
+        Raises:
+            InvalidOptionError: if it is no dataclass, or holds a module.
+        """
+        if not is_dataclass(self):
+            raise InvalidOptionError(f"{type(self).__name__} must be a dataclass to be written as data")
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        for option, value in options.items():
+            if isinstance(value, nn.Module):
+                raise InvalidOptionError(
+                    f"{option} of {self.role} {self.name} is a {type(value).__name__}, which is no data to write; "
+                    "save it with save_pretrained and give the folder instead"
+                )
+        return {"policy": self.name, **options}
