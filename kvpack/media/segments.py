@@ -133,7 +133,8 @@ class SegmentedVideo:
 
     def _check(self, segment: Segment) -> None:
         kinds = (segment.name, str), (segment.frames, int), (segment.bytes, int)
-        if not all(isinstance(value, kind) for value, kind in kinds) or segment.frames < 1 or "\0" in segment.name:
+        alike = all(isinstance(value, kind) for value, kind in kinds)
+        if not alike or segment.frames < 1 or not segment.name.isprintable():
             raise OutputError(f"{self.folder} cannot be gone on with: its checkpoint does not list segments")
         path = self.folder / segment.name
         there = path.parent == self.folder and path.is_file() and path.stat().st_size == segment.bytes

@@ -123,6 +123,11 @@ def test_any_list_of_segments(tree, data, tmp_path):
     assert (tmp_path / "outside.mp4").exists()
 
 
+@pytest.mark.parametrize("name", ["\n", "a\0b", "segment-000001\u2028.mp4", "\ud800"])
+def test_a_segment_whose_name_is_no_line_is_refused_in_one(name, tmp_path):
+    assert tried(SegmentedVideo, tmp_path, 16.0, [{"name": name, "frames": 3, "bytes": 1, "sha256": ""}]) is None
+
+
 @MANY
 @given(
     asked=objects("settings", "videos"),
