@@ -45,6 +45,7 @@ class Run(ABC):
     spent: ClassVar[tuple[str, ...]] = ()
     #: Called behind a chunk's last denoising step.
     watch: Callable[[], None] = staticmethod(lambda: None)
+    frames_beside: int = 0  # pixel frames of the returned video beside those of its latents
 
     def __init__(
         self, adapter: "Adapter", pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool
