@@ -30,6 +30,7 @@ class Plan:
         stack: name of the stack.
         chunks: chunks generated; the last one is generated whole.
         frames: latent frames asked for.
+        branches: guidance branches that bytes and operations are of.
         chunk_tokens: tokens of a chunk.
         attended_tokens: what the last chunk attends, itself included.
         attended_kv_bytes: keys and values of the history that the last chunk attends, itself not included.
@@ -52,6 +53,7 @@ class Plan:
     stack: str
     chunks: int
     frames: int
+    branches: int
     chunk_tokens: int
     attended_tokens: int
     attended_kv_bytes: int
@@ -134,6 +136,7 @@ def plan(
         stack=stack.name,
         chunks=chunks,
         frames=frames,
+        branches=branches,
         chunk_tokens=chunk_tokens,
         attended_tokens=history + chunk_tokens,
         attended_kv_bytes=int(held.history * token_bytes),
