@@ -78,6 +78,7 @@ def plan(
         raise InvalidOptionError("seconds of a chunk need both --tflops and --bandwidth, e.g. 400 and 2000")
     described = _described(preset, model)
 
+    from kvpack.memory.costs import channels_of
     from kvpack.planning import planner
     from kvpack.planning.budget import Budget
     from kvpack.planning.cards import CARDS, place
@@ -108,8 +109,7 @@ def plan(
     most = _UNBOUNDED if budget_gb is None else budget_gb
 
     def choose(gigabytes: float) -> "Choice":
-        channels = latents.channels if latents else 16
-        budget = Budget(min(gigabytes, most), named)
+        budget, channels = Budget(min(gigabytes, most), named), channels_of(latents)
         return budget.choice(asked, geometry, chunks, batch=batch, branches=branches, channels=channels)
 
     choice = choose(most)

@@ -8,7 +8,7 @@ from typing import Any
 from kvpack.errors import InvalidOptionError, require_int
 from kvpack.memory.base import Memory
 from kvpack.memory.codec import stored_bytes
-from kvpack.memory.costs import LatentShape
+from kvpack.memory.costs import LatentShape, channels_of
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import BlockEntry, Ledger
 from kvpack.memory.roles import LatentCompressor
@@ -113,7 +113,7 @@ def plan(
         require_int(name, value, minimum=1)
     chunks = -(-frames // stack.chunk_frames)
     chunk_tokens = stack.chunk_frames * geometry.tokens_per_frame
-    held = resident(geometry, stack, chunks, batch, latents.channels if latents else 16)
+    held = resident(geometry, stack, chunks, batch, channels_of(latents))
     history = math.ceil(held.history)
     archive, archived = list[int](), 0
     compressor_parameters: dict[str, int] = {}
