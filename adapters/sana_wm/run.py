@@ -118,6 +118,11 @@ class SanaWMRun(Run):
         return min(self.stack.chunk_frames, self.latent_frames() - first)
 
     @property
+    def frames_beside(self) -> int:  # type: ignore[override]
+        """The frames that `decoded` leaves out, counted down."""
+        return 0 if self.output_type == "latent" else -int(self.call["sink_size"])
+
+    @property
     def _sink(self) -> Tensor:
         return self.call["sana_latent"][:, :, : self.call["sink_size"]]
 

@@ -110,6 +110,7 @@ class SkyReelsRun(WanRun):
             self._end = conditioning_latents(self.pipeline, self.call, end, self.rows)
         if pixels.ndim == 5:
             self._clip = expand_batch(pixels, self.rows, self.call["num_videos_per_prompt"])
+            self.frames_beside = 0 if self.output_type == "latent" else pixels.shape[2]
         return conditioning_latents(self.pipeline, self.call, pixels, self.rows)
 
     def _end_behind(self, first: int) -> Tensor | None:

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from kvpack.memory.costs import channels_of
 from kvpack.pipeline.enable import enable
 from kvpack.pipeline.track import load_pipeline
-from kvpack.planning.planner import plan, video_frames
 from kvpack.planning.presets import timing
+from kvpack.planning.resident import most_resident
 from kvpack.snapshots.folder import SnapshotFolder
 
 SAVE_EVERY = 8  # chunks that may have to be made again after SIGKILL
@@ -69,7 +70,6 @@ class Host:
         model: folder of the pipeline.
         folder: sessions are saved here, and found again.
         budget: bytes for what the sessions remember.
-        seconds: of video, by which a session's bytes are planned.
         idle_seconds: a session may be moved to the disk when nobody has asked for a chunk of it for so long.
         device: of the model.
     """
@@ -79,7 +79,6 @@ class Host:
         model: Path,
         folder: Path,
         budget: float,
-        seconds: float = 120,
         idle_seconds: float = 10,
         device: str = "cpu",
     ) -> None:
@@ -87,7 +86,7 @@ class Host:
         self.pipeline = enable(load_pipeline(model, torch.float32 if device == "cpu" else torch.bfloat16, device))
         self.pipeline.set_progress_bar_config(disable=True)
         self.fps = self.pipeline.packforcing.fps
-        self.session_bytes = session_bytes(self.pipeline, model, seconds)
+        self.session_bytes = session_bytes(self.pipeline, model)
         self.capacity = int(budget // self.session_bytes)
         if self.capacity < 1:
             raise ValueError(f"budget must be at least {self.session_bytes} bytes, one session, got {budget:g}")
@@ -264,15 +263,20 @@ class Host:
         self.users.pop(user.name, None)
 
 
-def session_bytes(pipeline: Any, model: Path, seconds: float) -> int:
-    """Return the bytes of one session's memory behind some seconds of video, as the planner says them."""
-    adapter, memory = pipeline._kvpack.adapter, pipeline.packforcing.stack
-    settings, scale = timing(model)
-    call, configs = settings.call, adapter.configs(pipeline)
-    geometry = adapter.geometry(configs, call.get("height", 480), call.get("width", 832), pipeline.transformer.dtype)
-    _, frames = video_frames(seconds, settings.fps, scale)
+def session_bytes(pipeline: Any, model: Path) -> int:
+    """Return the most bytes that the memory of one session ever holds, however long it goes on.
+
+    Raises:
+        ValueError: if it grows without end.
+    """
+    adapter, memory, call = pipeline._kvpack.adapter, pipeline.packforcing.stack, timing(model)[0].call
+    configs, dtype = adapter.configs(pipeline), pipeline.transformer.dtype
+    geometry = adapter.geometry(configs, call.get("height", 480), call.get("width", 832), dtype)
+    held = most_resident(geometry, memory, None, 1, channels_of(adapter.latent_shape(configs)))
+    if held is None:
+        raise ValueError(f"{memory.name} grows without end, which no budget holds; give the model a bounded memory")
     branches = 2 if call.get("guidance_scale", 5.0) > 1 else 1
-    return plan(geometry, memory, frames, branches=branches, latents=adapter.latent_shape(configs)).resident_kv_bytes
+    return held.bytes(geometry.layers) * branches * int(adapter.memories(pipeline))
 
 
 def _saved_chunks(folder: Path) -> int:

@@ -94,7 +94,7 @@ def main() -> None:
     torch.set_num_threads(1)
     pipeline = kvpack.enable(load_pipeline(shipped_folder(), torch.float32, "cpu"))
     pipeline.set_progress_bar_config(disable=True)
-    budget = given.fit * session_bytes(pipeline, shipped_folder(), 120)
+    budget = given.fit * session_bytes(pipeline, shipped_folder())
     users = [(PROMPTS[index % len(PROMPTS)], index) for index in range(given.clients)]
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import random
 import shutil
 import threading
@@ -22,8 +23,10 @@ from fastapi import WebSocketDisconnect
 from fastapi.testclient import TestClient
 from hosting import Host, User, session_bytes
 from server import _tidy, app_of
+from typer.testing import CliRunner
 
 import kvpack
+from kvpack.cli import app
 from kvpack.errors import OutputError
 from kvpack.pipeline.track import load_pipeline
 from kvpack.shipped import shipped_folder
@@ -61,7 +64,7 @@ def single(alone, prompt, seed, chunks, change=None):
 @pytest.fixture
 def serve(alone, tmp_path):
     """Give what begins a server for so many sessions in memory, always on the same folder."""
-    each = session_bytes(alone, shipped_folder(), 120)
+    each = session_bytes(alone, shipped_folder())
 
     def begin(capacity=3, idle_seconds=3600.0):
         host = Host(shipped_folder(), tmp_path / "sessions", capacity * each, idle_seconds=idle_seconds)
@@ -119,6 +122,17 @@ def test_two_fit_and_the_third_waits_on_the_disk(alone, serve):
                 assert metric(client, "kvpack_sessions_in_memory") <= 2
         assert metric(client, 'kvpack_moves_total{to="memory"}') >= 6
     assert all(map(same, made.values(), (single(alone, *each, 3) for each in USERS.items())))
+
+
+def test_a_session_has_room_for_the_most_that_it_ever_holds(alone):
+    def planned(seconds):
+        words = ["plan", "--model", str(shipped_folder()), "--size", "64x64", "--dtype", "float32", "--json"]
+        return json.loads(CliRunner().invoke(app, [*words, "--seconds", str(seconds)]).stdout)["resident_kv_bytes"]
+
+    assert session_bytes(alone, shipped_folder()) == planned(3600) > planned(120)
+    endless = load_pipeline(shipped_folder(), torch.float32, "cpu").enable_packforcing("full")
+    with pytest.raises(ValueError, match="full grows without end"):
+        session_bytes(endless, shipped_folder())
 
 
 def test_nobody_is_idle(serve):
@@ -319,6 +333,21 @@ def test_an_mp4_and_its_end(serve):
         endless.join(30)
         with av.open(io.BytesIO(ended[0])) as video:
             assert sum(1 for _ in video.decode(video=0)) >= len(frames)
+
+
+def test_an_mp4_that_cannot_begin_is_refused_before_its_headers(serve, monkeypatch):
+    with serve(capacity=2) as client:
+        names = [begin(client, *each) for each in list(USERS.items())[:2]]
+    with serve(capacity=1) as client:
+        chunk(client, names[0], 0)
+        full = client.get(f"/sessions/{names[1]}/video.mp4?chunks=1")
+        stream = client.host.users[names[0]].stream
+        monkeypatch.setattr(stream, "send", lambda *_, **__: fail(OutputError("a full disk")))
+        failed = client.get(f"/sessions/{names[0]}/video.mp4?chunks=1")
+        gone = client.get("/sessions/absent/video.mp4?chunks=1")
+    assert [answer.status_code for answer in (full, failed, gone)] == [503, 422, 404]
+    assert "none of them is idle" in full.json()["detail"]
+    assert failed.json()["detail"] == "a full disk"
 
 
 def test_a_websocket_plays_and_listens(alone, serve):

@@ -50,7 +50,10 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Videos generated together.")] = 1,
     guidance: Annotated[
         bool | None,
-        typer.Option(help="Classifier-free guidance: two branches.", show_default="what a folder's own call has"),
+        typer.Option(
+            help="Classifier-free guidance: two branches.",
+            show_default="as the model's own call; of a preset without one, one branch",
+        ),
     ] = None,
     gpu_memory: Annotated[
         float | None, typer.Option(metavar="GIB", help="Say whether it fits a card of this memory, and how, e.g. 24.")
@@ -75,6 +78,7 @@ def plan(
         raise InvalidOptionError("seconds of a chunk need both --tflops and --bandwidth, e.g. 400 and 2000")
     described = _described(preset, model)
 
+    from kvpack.memory.costs import channels_of
     from kvpack.planning import planner
     from kvpack.planning.budget import Budget
     from kvpack.planning.cards import CARDS, place
@@ -105,8 +109,7 @@ def plan(
     most = _UNBOUNDED if budget_gb is None else budget_gb
 
     def choose(gigabytes: float) -> "Choice":
-        channels = latents.channels if latents else 16
-        budget = Budget(min(gigabytes, most), named)
+        budget, channels = Budget(min(gigabytes, most), named), channels_of(latents)
         return budget.choice(asked, geometry, chunks, batch=batch, branches=branches, channels=channels)
 
     choice = choose(most)
@@ -144,7 +147,7 @@ def plan(
 
 
 def _guided(call: Mapping[str, Any], model: Path | None) -> bool:
-    """Return whether a model's own call has guidance, as `kvpack generate` would make it."""
+    """Return whether a model's own call has guidance, as `kvpack generate` would make it; stock presets have none."""
     scale = {**({} if model is None else call_defaults(model)), **call}.get("guidance_scale")
     return isinstance(scale, int | float) and scale > 1
 

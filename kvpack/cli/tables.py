@@ -134,7 +134,9 @@ def version(package: str) -> str:
 def plan_rows(plan: Plan) -> list[list[str]]:
     """Return the rows of a plan's table."""
     share = plan.attended_kv_bytes / plan.full_kv_bytes
+    other = "--guidance counts 2" if plan.branches == 1 else "--no-guidance counts 1"
     rows = [
+        ["guidance branches", f"{plan.branches}; {other}"],
         ["chunks", f"{plan.chunks:,} of {plan.chunk_tokens:,} tokens"],
         ["attended by the last chunk", f"{plan.attended_tokens:,} tokens, itself included"],
         ["KV attended", f"{size_text(plan.attended_kv_bytes)} ({plan.attended_kv_bytes:,} B)"],

@@ -48,8 +48,7 @@ class Denoiser(ABC):
         self.stack, self.geometry, self.conditioning, self.buffer = stack, geometry, conditioning, buffer
         self.sessions: dict[str, Session] = {}
         self.seconds = {"denoise": 0.0, "commit": 0.0, "compress": 0.0, "decode": 0.0}
-        #: What the forwards in progress are; None outside of `during`.
-        self.phase: Phase | None = None
+        self.phase: Phase | None = None  # what the forwards in progress are; None outside of `during`
         self._clean = CleanFrames(0 if buffer.differentiable else stack.replay_frames)
 
     #: The process that holds some heads of every layer; None where one process holds all.
@@ -144,8 +143,10 @@ class Denoiser(ABC):
     def timed(self, part: str) -> Iterator[None]:
         """Add the block's seconds to those of a part of the work."""
         start = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - start
 
     def layers_for(self, branch: str, step: int | None = None) -> Sequence[AttendingLayer]:
         """Return each layer's memory for the coming forward, of which the branch's session is told.
@@ -249,13 +250,12 @@ class Denoiser(ABC):
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        conditioning = self.conditioning
-        pasts: list[tuple[Any, Any]] = [(session, session.past) for session in self.sessions.values()]
+        before = self.conditioning, [(session, session.past) for session in self.sessions.values()]
         try:
             with nullcontext() if self.guidance is None else self.guidance.block():
                 yield
         except BaseException:
-            self.conditioning = conditioning
+            self.conditioning, pasts = before
             for session, past in pasts:
                 session.adopt(past)
             raise

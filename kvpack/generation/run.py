@@ -45,6 +45,7 @@ class Run(ABC):
     spent: ClassVar[tuple[str, ...]] = ()
     #: Called behind a chunk's last denoising step.
     watch: Callable[[], None] = staticmethod(lambda: None)
+    frames_beside: int = 0  # pixel frames of the returned video beside those of its latents
 
     def __init__(
         self, adapter: "Adapter", pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool
@@ -60,8 +61,7 @@ class Run(ABC):
         self._decodes_in_loop = self.stack.needs_pixels or (decodes and streaming)
         self.denoiser = self.new_denoiser(self.new_geometry(height, width), self.encode(schedule[0].prompt))
         self.scale = adapter.temporal_scale(adapter.configs(pipeline))
-        #: Clean latents that the video begins with.
-        self.conditioning = require_room(self.beginning(), self.total_frames)
+        self.conditioning = require_room(self.beginning(), self.total_frames)  # clean latents it begins with
         self.first_frames = self.first_length()
         #: Prompts to come: the chunk that each begins with, its conditioning, and whether the scene changes.
         self.prompt_changes = [
@@ -71,8 +71,8 @@ class Run(ABC):
         self.interrupted = False  # by the pipeline's own `_interrupt`, behind the chunk in which it was set
         self.retries_nan = False  # a chunk that holds NaN is made again of other noise
         self._bar: Any = None
-        #: The coming chunk and its first latent frame; None before the first.
-        self.position: tuple[int, int] | None = None
+        self.position: tuple[int, int] | None = None  # the coming chunk and its first latent frame; None before any
+        self.first_spread: tuple[Tensor, Tensor] | None = None  # means and spreads of the first chunk's channels
         self.between_chunks, self.draws_freely = True, False  # no half-made chunk; torch's own generators were used
 
     @abstractmethod

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Thread, get_ident
 from typing import Any
 
@@ -10,6 +11,21 @@ from kvpack.errors import BusyPipelineError, UnsupportedPipelineError
 from kvpack.generation.compile_boundary import compiled_from
 
 _HOLDER = "_kvpack_thread"
+
+
+@dataclass(eq=False)
+class _Holder:
+    """Who is in a transformer.
+
+    Args:
+        thread: its identity.
+        model: identity of the transformer, which a copy made meanwhile has another one of.
+        drives: whether a chunk is being made.
+    """
+
+    thread: int
+    model: int
+    drives: bool = False
 
 
 @contextmanager
@@ -29,21 +45,21 @@ def one_thread(transformer: Any, *, drives: bool = False) -> Iterator[None]:
     if model is None:
         yield
         return
-    mine = [get_ident(), id(model), False]
+    mine = _Holder(get_ident(), id(model))
     found = vars(model).setdefault(_HOLDER, mine)  # one step, that no other thread comes between
-    if found[1] != id(model):  # came along with a copy that was made inside such a block
+    if found.model != id(model):  # came along with a copy that was made inside such a block
         found = vars(model)[_HOLDER] = mine
-    require_thread(found[0])
-    if found[2]:
+    require_thread(found.thread)
+    if found.drives:
         raise BusyPipelineError(
             "a chunk is being made with this pipeline, or with one that shares its transformer, and this was called "
             "back from inside of it; wait for its end, e.g. in on_chunk, or make another pipeline"
         )
-    found[2] = drives
+    found.drives = drives
     try:
         yield
     finally:
-        found[2] = False
+        found.drives = False
         if found is mine:
             del vars(model)[_HOLDER]
 
@@ -51,8 +67,8 @@ def one_thread(transformer: Any, *, drives: bool = False) -> Iterator[None]:
 def holder(transformer: Any) -> Thread | None:
     """Return the thread that is in a transformer; None if none is."""
     model = compiled_from(transformer)
-    found = [None] if model is None else vars(model).get(_HOLDER, [None])
-    return next((each for each in threading.enumerate() if each.ident == found[0]), None)
+    found = None if model is None else vars(model).get(_HOLDER)
+    return next((each for each in threading.enumerate() if found is not None and each.ident == found.thread), None)
 
 
 def require_thread(thread: int) -> None:

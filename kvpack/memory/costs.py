@@ -37,6 +37,11 @@ class LatentShape:
     native: tuple[int, int] | None = None
 
 
+def channels_of(latents: LatentShape | None) -> int:
+    """Return the channels of a latent; Wan's where a family does not describe its latents."""
+    return 16 if latents is None else latents.channels
+
+
 @dataclass(frozen=True, eq=False)
 class ModelCost:
     """What training behind a frozen model depends on.

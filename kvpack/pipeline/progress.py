@@ -21,7 +21,7 @@ class Progress:
     Args:
         chunk: its number, from 0 on.
         chunks: chunks of the whole video; None if it has no end.
-        frames: pixel frames of the video so far.
+        frames: pixel frames of the video so far, as the call returns it: a clip that it puts in front is among them.
         video_seconds: the same in seconds of the video.
         seconds: that the chunk took; without decoding where that is done at the end.
         fps: pixel frames of this chunk in a second of that time.
@@ -63,13 +63,11 @@ def require_callback(on_chunk: Any) -> OnChunk | None:
 
 def reported(chunks: Iterator[GeneratedChunk], run: Run, on_chunk: OnChunk | None) -> Iterator[GeneratedChunk]:
     """Yield a run's chunks, each logged and told to `on_chunk` before it is handed out; say if it was interrupted."""
-    before = 0 if run.position is None else pixel_frames(run.position[1], 0, run.scale)
-    frames, start = before, time.perf_counter()
+    made, start = _made_frames(run), time.perf_counter()
     for chunk in chunks:
-        seconds, made = time.perf_counter() - start, _pixel_frames(run, chunk)
-        frames += made
+        seconds, before, made = time.perf_counter() - start, made, _made_frames(run)
         if on_chunk is not None or logger.isEnabledFor(logging.INFO):
-            progress = _progress(run, chunk.index, frames, made, seconds)
+            progress = _progress(run, chunk.index, made, made - before, seconds)
             logger.info("%s", progress)
             if on_chunk is not None:
                 on_chunk(progress)
@@ -77,16 +75,17 @@ def reported(chunks: Iterator[GeneratedChunk], run: Run, on_chunk: OnChunk | Non
         yield chunk
         start = time.perf_counter()
     if run.interrupted:
+        frames = made + run.frames_beside
         logger.warning("the pipeline was interrupted; the video ends at %.2f s (%d frames)", frames / run.fps, frames)
 
 
-def _progress(run: Run, index: int, frames: int, made: int, seconds: float) -> Progress:
-    stats = run.stats()
+def _progress(run: Run, index: int, made: int, new: int, seconds: float) -> Progress:
+    stats, frames = run.stats(), made + run.frames_beside
     sizes = {name: int(stats.get(name, 0)) for name in ("attended_bytes", "archive_bytes", "resident_bytes")}
-    return Progress(index, run.count, frames, frames / run.fps, seconds, made / max(seconds, 1e-9), **sizes)
+    return Progress(index, run.count, frames, frames / run.fps, seconds, new / max(seconds, 1e-9), **sizes)
 
 
-def _pixel_frames(run: Run, chunk: GeneratedChunk) -> int:
-    if chunk.pixels is not None:
-        return int(chunk.pixels.shape[2])
-    return pixel_frames(int(chunk.latents.shape[2]), chunk.index, run.scale)
+def _made_frames(run: Run) -> int:
+    """Return the pixel frames of all chunks so far; the last of them may reach beyond the video's end."""
+    _, frames = run.position or (0, 0)
+    return pixel_frames(frames if run.total_frames is None else min(frames, run.total_frames), 0, run.scale)

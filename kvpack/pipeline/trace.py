@@ -39,7 +39,7 @@ def traced(run: Run, path: Path | None) -> Iterator[GeneratedChunk]:
         OutputError: if the file cannot be written; nothing is generated then.
     """
     if path is None:
-        yield from run.chunks()
+        yield from _measured(run)
         return
     try:
         if path.is_file() and not path.is_symlink():
@@ -53,11 +53,18 @@ def traced(run: Run, path: Path | None) -> Iterator[GeneratedChunk]:
         trace = Trace(run, file, _frame=0 if run.position is None else run.position[1])
         run.watch = trace.look
         try:
-            for chunk in run.chunks():
+            for chunk in _measured(run):
                 trace.write(chunk)
                 yield chunk
         finally:
             vars(run).pop("watch", None)  # the two hold each other
+
+
+def _measured(run: Run) -> Iterator[GeneratedChunk]:
+    """Yield a run's chunks; what drift is told from stays with it, which may be traced when it is resumed or forked."""
+    for chunk in run.chunks():
+        run.first_spread = run.first_spread or spread(chunk.latents)
+        yield chunk
 
 
 @dataclass
@@ -73,7 +80,6 @@ class Trace:
     file: IO[str]
     seconds: dict[str, float] = field(default_factory=dict)
     _attended: list[dict[str, Any]] = field(default_factory=list)
-    _first: tuple[Tensor, Tensor] | None = None
     _frame: int = 0
 
     def look(self) -> None:
@@ -83,7 +89,7 @@ class Trace:
 
     def write(self, chunk: GeneratedChunk) -> None:
         """Write a line for a chunk that is done."""
-        if self._first is None:
+        if not self.file.tell():
             self._line(self._head())
         stats = self.run.stats()
         seconds, self.seconds = self.seconds, stats["seconds"]
@@ -116,15 +122,20 @@ class Trace:
 
     def _drift(self, latents: Tensor) -> dict[str, float]:
         """Tell how far means and spreads of the latents' channels are from those of the first chunk, in its spreads."""
-        means, spreads = (each.float().cpu() for each in (latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))))
-        self._first = first = self._first or (means, spreads)
-        unit = first[1].clamp(min=1e-6)
-        drift = ((means - first[0]) / unit).square().mean().sqrt()
+        assert self.run.first_spread is not None
+        means, spreads, first_means, unit = (each.float().cpu() for each in (*spread(latents), *self.run.first_spread))
+        unit = unit.clamp(min=1e-6)
+        drift = ((means - first_means) / unit).square().mean().sqrt()
         return {"drift": round(float(drift), 6), "contrast": round(float((spreads / unit).mean()), 6)}
 
     def _line(self, data: dict[str, Any]) -> None:
         self.file.write(json.dumps(data, separators=(",", ":")) + "\n")
         self.file.flush()  # a trace is read while the video is made, and after a crash
+
+
+def spread(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each channel of latents, `[batch, channels, frames, height, width]`."""
+    return latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
 
 
 def layers(count: int) -> list[int]:
@@ -185,9 +196,8 @@ def _pieces(plan: StackPlan, cache: LayerCache) -> list[tuple[int, int, str]]:
 
 def _positions(cache: LayerCache) -> list[tuple[float, float]]:
     """Return ranges of the temporal positions that tokens are attended at; those closer than a frame are one."""
-    assert cache.attended is not None
-    tokens = cache.attended.tokens
-    mine = tokens if isinstance(tokens, tuple) else tokens[0]
+    held = [leaf.attended.tokens for leaf in cache.leaves if leaf.attended is not None]
+    mine = [each for tokens in held for each in (tokens if isinstance(tokens, tuple) else tokens[0])]
     times = [each.coordinates[0, ..., 0].flatten() for each in mine]
     ranges: list[tuple[float, float]] = []
     for time in torch.cat(times).unique().tolist() if times else []:

@@ -12,6 +12,7 @@ from kvpack.generation.chunks import with_chunk_frames
 from kvpack.generation.run import Run
 from kvpack.memory.base import Memory
 from kvpack.memory.codec import Tier
+from kvpack.memory.costs import channels_of
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.stack import ROLES, Stack
 from kvpack.planning.resident import most_resident
@@ -134,14 +135,13 @@ class Budget:
         chunk_frames, first, chunks = run.stack.chunk_frames, run.first_frames, run.count
         if first > chunk_frames:  # it is committed in two
             first, chunks = first - chunk_frames, None if chunks is None else chunks + 1
-        latents = run.adapter.latent_shape(run.adapter.configs(run.pipeline))
         return self.choice(
             run.stack,
             run.new_geometry(*run.frame_size()),
             chunks,
             batch=len(next(iter(conditioning.values()))),
             branches=len(conditioning) * run.adapter.memories(run.pipeline),
-            channels=latents.channels if latents else 16,
+            channels=channels_of(run.adapter.latent_shape(run.adapter.configs(run.pipeline))),
             first_frames=None if first == chunk_frames else first,
         )
 

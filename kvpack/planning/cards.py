@@ -68,7 +68,8 @@ def place(fit: Fit, gpu_memory: float, choose: Callable[[float], Choice], held: 
         try:
             choice = choose(max(1, room[call]) / 1e9)
         except BudgetError as error:
-            missing = min(missing, error.least_bytes - room[call])
+            least = replace(fit, kv=int(error.least_bytes)).totals[call] + RESERVED_BYTES
+            missing = min(missing, least - gpu_memory * GIB)
             continue
         return Placed(gpu_memory, call, replace(fit, kv=choice.held_bytes), choice)
     return Placed(gpu_memory, None, fit, None, missing)

@@ -8,7 +8,7 @@ from typing import Any
 from kvpack.errors import InvalidOptionError, require_int
 from kvpack.memory.base import Memory
 from kvpack.memory.codec import stored_bytes
-from kvpack.memory.costs import LatentShape
+from kvpack.memory.costs import LatentShape, channels_of
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import BlockEntry, Ledger
 from kvpack.memory.roles import LatentCompressor
@@ -30,6 +30,7 @@ class Plan:
         stack: name of the stack.
         chunks: chunks generated; the last one is generated whole.
         frames: latent frames asked for.
+        branches: guidance branches that bytes and operations are of.
         chunk_tokens: tokens of a chunk.
         attended_tokens: what the last chunk attends, itself included.
         attended_kv_bytes: keys and values of the history that the last chunk attends, itself not included.
@@ -52,6 +53,7 @@ class Plan:
     stack: str
     chunks: int
     frames: int
+    branches: int
     chunk_tokens: int
     attended_tokens: int
     attended_kv_bytes: int
@@ -111,7 +113,7 @@ def plan(
         require_int(name, value, minimum=1)
     chunks = -(-frames // stack.chunk_frames)
     chunk_tokens = stack.chunk_frames * geometry.tokens_per_frame
-    held = resident(geometry, stack, chunks, batch, latents.channels if latents else 16)
+    held = resident(geometry, stack, chunks, batch, channels_of(latents))
     history = math.ceil(held.history)
     archive, archived = list[int](), 0
     compressor_parameters: dict[str, int] = {}
@@ -134,6 +136,7 @@ def plan(
         stack=stack.name,
         chunks=chunks,
         frames=frames,
+        branches=branches,
         chunk_tokens=chunk_tokens,
         attended_tokens=history + chunk_tokens,
         attended_kv_bytes=int(held.history * token_bytes),

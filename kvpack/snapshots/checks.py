@@ -32,6 +32,7 @@ _ATTRIBUTES: dict[str, Any] = {
     "_decodes_in_loop": bool,
     "interrupted": bool,
     "retries_nan": bool,
+    "first_spread": tuple[Tensor, Tensor] | None,
 }
 
 
@@ -43,6 +44,7 @@ def check_attributes(run_class: type, value: Any) -> dict[str, Any]:
     """
     if not isinstance(value, dict):
         raise SnapshotError(f"what its run remembers is a {type(value).__name__}")
+    value = {"first_spread": None, **value}  # which older snapshots do not say
     for name in value:
         found = getattr(run_class, str(name), None)
         if not isinstance(name, str) or callable(found) or isinstance(found, property | cached_property):

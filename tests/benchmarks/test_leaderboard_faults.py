@@ -3,13 +3,14 @@
 import builtins
 import inspect
 import shlex
+import sys
 from io import BytesIO
 
 import numpy as np
 from PIL import Image
 
 from benchmarks.leaderboard import __main__ as leaderboard
-from benchmarks.leaderboard import plots, subjects, tasks
+from benchmarks.leaderboard import lamps, plots, subjects, tasks
 from benchmarks.leaderboard.plots import COLOURS
 from benchmarks.leaderboard.subjects import Memory
 from benchmarks.leaderboard.tasks import Settings, Task, code
@@ -77,6 +78,16 @@ def test_subjects_of_ones_own_are_drawn(tmp_path):
     found = colours_of(path.read_bytes())
     assert COLOURS[0] in found
     assert COLOURS[1] not in found
+
+
+def test_walls_are_not_drawn_of_what_would_say_nothing(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(leaderboard, "SMOKE", subjects.REFERENCES)
+    monkeypatch.setattr(lamps, "timeline", lambda shown, _: drawn.extend(each.name for each in shown) or b"")
+    words = ["leaderboard", "--smoke", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", words)
+    assert leaderboard.main() == 0
+    assert drawn == ["truth"]
 
 
 def test_without_a_plotting_library_it_ends_well(tmp_path, monkeypatch, capsys):

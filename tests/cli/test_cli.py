@@ -73,6 +73,16 @@ def test_plan_has_the_guidance_of_the_models_own_call(model: Path, tmp_path: Pat
     assert held(3.0, "--no-guidance") == one
 
 
+@pytest.mark.parametrize("preset", ["wan2.1-t2v-1.3b", "self-forcing-1.3b"])
+def test_plan_says_for_how_many_branches_it_counts(preset: str) -> None:
+    """Of a preset one, though the stock pipeline is guided: causal checkpoints are not."""
+    words = ["plan", "--preset", preset, "--seconds", 5]
+    for branches, other, more in ((1, "--guidance counts 2", []), (2, "--no-guidance counts 1", ["--guidance"])):
+        table = command(*words, *more).stdout.replace("│", " ").split()
+        assert f"guidance branches {branches}; {other} chunks" in " ".join(table)
+        assert json.loads(command(*words, *more, "--json").stdout)["branches"] == branches
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +55,28 @@ def test_resumed_frames_are_those_of_the_whole(chunks, model, whole, tmp_path, m
     assert np.array_equal(pixels(output), pixels(whole))
     assert output.read_bytes() == whole.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_the_video_is_on_the_disk_for_certain_before_its_checkpoint_goes(model, tmp_path, monkeypatch):
+    """Its bytes, then its name, then what it could be made of again: whenever the power fails, one of them is left."""
+    output, folder, steps = tmp_path / "a.mp4", tmp_path / "a.mp4.checkpoint", []
+
+    def noted(name, what):
+        function = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *each, **more: (steps.append((name, what(*each))), function(*each, **more))[1]
+        )
+
+    noted("fsync", lambda descriptor: os.fstat(descriptor).st_ino)
+    noted("replace", lambda _, path: Path(path))
+    noted("unlink", Path)
+    told(*generate(model, output, "--checkpoint-every", 1, "--json"))
+    named = steps.index(("replace", output))
+    assert steps[named - 1] == ("fsync", output.stat().st_ino)
+    assert steps[named + 1] == ("fsync", tmp_path.stat().st_ino)
+    gone = [step for step in steps if step[0] == "unlink" and step[1].match("segment-??????.mp4")]
+    assert gone
+    assert all(steps.index(step) > named + 1 for step in (*gone, ("unlink", folder / "generate.json")))
 
 
 def test_frames_are_those_without_checkpoints(model, whole, tmp_path, monkeypatch):

@@ -1,6 +1,9 @@
 """A chunk that holds NaN: refused, or made again of other noise, so often and no more, over a memory that stays."""
 
 import logging
+from functools import partial
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +77,16 @@ def test_a_stream_without_end_has_its_tries_too(pipe):
     endless = {**CALL, "num_frames": None, "generator": seeded(), "callback_on_step_end": Spoiler(2, 1)}
     with pipe.packforcing.stream(**endless, on_nan="retry") as stream:
         assert same([next(stream) for _ in range(4)], expected[:4])
+
+
+def test_the_seconds_of_a_spoilt_try_are_counted(pipe, monkeypatch):
+    def blocks(**more):
+        clock = SimpleNamespace(perf_counter=partial(next, count()))  # so that each block takes a second
+        monkeypatch.setattr("kvpack.generation.denoiser.time", clock)
+        parts(pipe, **more)
+        return pipe.packforcing.stats()["seconds"]["denoise"]
+
+    assert blocks(on_nan="retry", callback_on_step_end=Spoiler(3, 2)) == blocks() + 2
 
 
 def test_not_for_ever(pipe):

@@ -8,12 +8,18 @@ from copy import deepcopy
 
 import pytest
 import torch
+from diffusers import SkyReelsV2DiffusionForcingImageToVideoPipeline, SkyReelsV2DiffusionForcingVideoToVideoPipeline
 
 import kvpack
-from helpers import quiet, seeded
+from helpers import clip, picture, quiet, seeded
 from kvpack.errors import InvalidOptionError
 from kvpack.pipeline.progress import Progress
-from kvpack.testing import tiny_anyflow_far_pipeline, tiny_sana_wm_refiner, tiny_wan_pipeline
+from kvpack.testing import (
+    tiny_anyflow_far_pipeline,
+    tiny_sana_wm_refiner,
+    tiny_skyreels_v2_pipeline,
+    tiny_wan_pipeline,
+)
 
 CALL = {
     "prompt": "a red circle",
@@ -99,8 +105,31 @@ def test_every_family_counts_its_frames():
     assert [each.frames for each in told] == [1, 13, 25]
     pipe, told = quiet(tiny_sana_wm_refiner()).enable_packforcing("full", chunk_frames=2), []
     latent = torch.randn(1, 4, 5, 2, 2, generator=seeded())
-    pipe(prompt="a red circle", sana_latent=latent, fps=24.0, block_size=2, output_type="latent", on_chunk=told.append)
-    assert [each.frames for each in told] == [17, 33]  # 8 pixel frames a latent frame; the sink is in the first chunk
+    call = {"prompt": "a red circle", "sana_latent": latent, "fps": 24.0, "block_size": 2, "on_chunk": told.append}
+    pipe(**call, output_type="latent")
+    frames = pipe(**call, output_type="pt")  # without as many as sink_size says, as upstream
+    assert [each.frames for each in told] == [17, 33, 16, 32]
+    assert told[-1].frames == len(frames)
+
+
+@pytest.mark.parametrize("output_type", ["latent", "pt"])
+def test_frames_are_those_that_the_call_returns(output_type):
+    """A clip that they have in front of them is among them; latents of an image that they end with are not."""
+    call = {**CALL, "width": 16, "causal_block_size": 3, "output_type": output_type}
+    told = []
+
+    def made(kind, **given):
+        told.clear()
+        pipe = quiet(tiny_skyreels_v2_pipeline(pipeline_class=kind)).enable_packforcing()
+        return pipe(**call, **given, on_chunk=told.append).frames
+
+    video = made(SkyReelsV2DiffusionForcingVideoToVideoPipeline, video=clip(13, 16), overlap_history=9, num_frames=21)
+    assert [each.frames for each in told] == ([9, 21] if output_type == "latent" else [22, 34])
+    assert told[-1].fps == pytest.approx(12 / told[-1].seconds)
+    assert output_type == "latent" or told[-1].frames == video.shape[1]
+    given = {"image": picture(16), "last_image": picture(16, 2), "num_frames": 21}
+    made(SkyReelsV2DiffusionForcingImageToVideoPipeline, **given)
+    assert [each.frames for each in told] == [1, 13, 21]
 
 
 def test_the_log_has_a_line_a_chunk(pipe, caplog):

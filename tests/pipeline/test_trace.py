@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from helpers import enable_small, generated, quiet
+from helpers import enable_small, generated, quiet, seeded
 from kvpack.errors import OutputError
 from kvpack.pipeline import trace as tracing
+from kvpack.snapshots.checks import check_attributes
 from kvpack.testing import tiny_wan_pipeline
 
 CALL = {"prompt": "a red circle", "height": 32, "width": 32, "num_inference_steps": 2, "output_type": "latent"}
@@ -108,6 +109,44 @@ def test_a_memory_that_keeps_tokens_tells_their_positions(pipe, tmp_path):
     assert "frames" not in told
     assert told["positions"]
     assert told["tokens"] > 0
+
+
+def test_of_a_memory_with_windows_by_head_positions_are_those_of_all(pipe, tmp_path):
+    windows = {"windows": [4, 8], "sinks": [1], "shares": [[0, 1]]}
+    pipe.enable_packforcing("mixed-windows", chunk_frames=2, **windows).packforcing.trace(tmp_path / "t.jsonl")
+    generate(pipe, num_frames=45)
+    last = lines(tmp_path / "t.jsonl")[-1]
+    long = [0, *range(last["first_frame"] - 5, last["first_frame"])]
+    assert last["attended"][0]["positions"] == [[0, 0], [long[1], 4]]
+
+
+def test_drift_is_from_the_first_chunk_wherever_a_generation_goes_on(pipe, tmp_path):
+    """Also where its beginning was not traced."""
+    pipe.packforcing.trace(tmp_path / "t.jsonl")
+
+    def drift(stream):
+        for _ in stream:
+            pass
+        return {each["chunk"]: (each["drift"], each["contrast"]) for each in lines(tmp_path / "t.jsonl")[1:]}
+
+    call = {**CALL, "num_frames": 37}
+    whole = drift(pipe.packforcing.stream(**call, generator=seeded()))
+    pipe.packforcing.trace(None)
+    stream = pipe.packforcing.stream(**call, generator=seeded())
+    for _ in range(3):
+        next(stream)
+    stream.save(tmp_path / "saved")
+    pipe.packforcing.trace(tmp_path / "t.jsonl")
+    wanted = {chunk: whole[chunk] for chunk in (3, 4)}
+    assert drift(stream.fork()) == wanted
+    stream.close()
+    assert drift(pipe.packforcing.resume(tmp_path / "saved")) == wanted
+
+
+def test_a_snapshot_that_does_not_say_the_first_spread(pipe):
+    run = pipe.packforcing.stream(**CALL)._run
+    older = {name: value for name, value in vars(run).items() if name != "first_spread"}
+    assert check_attributes(type(run), older)["first_spread"] is None
 
 
 def test_a_stream_has_pictures_and_what_was_written_stays(pipe, tmp_path):

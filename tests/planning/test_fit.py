@@ -94,7 +94,7 @@ def choose(gigabytes):
         (9, "fits 9 GiB with pipe.enable_sequential_cpu_offload()", 8.5),
         (8, "fits 8 GiB with pipe.enable_sequential_cpu_offload() and -o tier=host, as budget_gb=3.758 chooses", 6.5),
         (5, "does not fit 5 GiB, 0.5 GiB too much", None),
-        (2, "does not fit 2 GiB, 1.0 GiB too much", None),
+        (2, "does not fit 2 GiB, 3.5 GiB too much", None),
     ],
 )
 def test_the_fastest_way_that_fits_is_told(memory, words, total):
