@@ -2,4 +2,5 @@
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("triton") else ["kvpack/memory/rotation_kernel.py"]
+kernels = ["kvpack/memory/gather_kernel.py", "kvpack/memory/rotation_kernel.py"]
+collect_ignore = [] if find_spec("triton") else kernels

@@ -46,6 +46,7 @@ def measure(bench: Bench, machine: Machine, size: Size, small: bool) -> None:
     bench.section("limits of the card", 3 * rest, lambda rows: kernels.limits(machine, rows, size))
     tokens = KEYS if not small else 64
     bench.section("rotation", 3 * rest, lambda rows: kernels.rotation(machine, rows, size, tokens))
+    bench.section("pinned memory", 3 * rest, lambda rows: kernels.gathering(machine, rows))
     models: list[Any] = []
 
     def model() -> Any:

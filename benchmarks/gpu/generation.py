@@ -16,6 +16,7 @@ from kvpack.planning.fit import fit
 from kvpack.planning.planner import plan
 
 CHUNK, BARE, OVERHEAD = "chunk", "forward, keys in place", "chunk over the bare transformer - 1"
+WAITS = "waits for the device in all denoising steps of a chunk"
 #: Only `text_encoder_config` of a model that is not measured.
 _NO_TEXT = {
     "model_type": "umt5",
@@ -127,6 +128,10 @@ def _beside_bare(rows: list[Row], video: Video, name: str) -> None:
                 spent["step 0"].append(through[0])
                 spent["later steps"] += through[1:]
                 spent["commit"].append(commit)
+        if machine.cuda:
+            with video.denoiser.seam():
+                waits = machine.waits(lambda: [video.denoise(step) for step in steps])
+            rows.append(one(name, WAITS, waits, "waits"))
     rows.append(samples(name, BARE, milliseconds(own), "ms"))
     rows += [samples(name, f"forward through kvpack, {each}", milliseconds(s), "ms") for each, s in spent.items()]
     later = (STEPS - 1) * median(spent["later steps"])

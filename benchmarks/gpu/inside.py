@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.bench import one
+from benchmarks.gpu.generation import WAITS
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.video import STEPS, Size, Video, pipeline
 from benchmarks.report import Row
@@ -34,9 +34,9 @@ def _counted(rows: list[Row], video: Video) -> None:
         for step in range(STEPS):
             video.denoise(step)
         video.commit()
-        forwards = _waits(lambda: [video.denoise(step) for step in range(STEPS)])
-        rows.append(one("packforcing", "waits for the device in all denoising steps of a chunk", forwards, "waits"))
-        rows.append(one("packforcing", "waits in its commit", _waits(video.commit), "waits"))
+        forwards = machine.waits(lambda: [video.denoise(step) for step in range(STEPS)])
+        rows.append(one("packforcing", WAITS, forwards, "waits"))
+        rows.append(one("packforcing", "waits in its commit", machine.waits(video.commit), "waits"))
         video.denoise(0)
         through = _allocated(machine, lambda: video.denoise(1))
     with video.bare(held):
@@ -45,18 +45,6 @@ def _counted(rows: list[Row], video: Video) -> None:
     if through is not None and bare is not None:
         more = (through - bare) / layers
         rows.append(one("packforcing", "allocations a layer and later step, beyond the bare transformer's", more, ""))
-
-
-def _waits(call: Any) -> int:
-    """Return how often the host waited for the device."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
-            call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(each.message) for each in found)
 
 
 def _allocated(machine: Machine, call: Any) -> int | None:

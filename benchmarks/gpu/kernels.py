@@ -1,4 +1,4 @@
-"""Rotation by the Triton kernel and without it, what the card can do at best, and each attention backend."""
+"""Triton kernels and what is done without them, what the card can do at best, and each attention backend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.gpu.bench import OutOfTime, one
 from benchmarks.gpu.machine import Machine, milliseconds
 from benchmarks.gpu.video import Size, Video, pipeline
 from benchmarks.report import SEED, Row, samples
-from kvpack.memory import rope
+from kvpack.memory import fetching, rope
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.rope import rotate, rotations
 
@@ -67,6 +67,24 @@ def rotation(machine: Machine, rows: list[Row], size: Size, tokens: int) -> str 
             rows.append(one(subject, "kernel - eager, of the largest key", apart, "ratio"))
             worst = max(worst, apart / torch.finfo(dtype).eps)
     return f"WRONG: the kernel is {worst:.1f} units off" if worst > 2 else None
+
+
+def gathering(machine: Machine, rows: list[Row]) -> str | None:
+    """Append how fast chosen slots come from pinned memory, by copies of the host and by the kernel."""
+    kernel = fetching._kernel(machine.device) if machine.cuda else None
+    if kernel is None:
+        return "only CUDA with Triton reads pinned memory by itself"
+    pinned = torch.randint(256, (128, 182 * 12 * 128 * 2), dtype=torch.uint8).pin_memory()  # keys at 832x480
+    chosen = torch.arange(127, 0, -8, device=machine.device)
+    ways = {
+        "copies": lambda: fetching.fetched(pinned[None], [chosen.tolist()], machine.device),
+        "the kernel": partial(kernel, pinned, chosen),
+    }
+    for name, way in ways.items():
+        took = machine.each(way, 10, warm=3)
+        rows.append(samples(f"16 slots of pinned memory, {name}", "time", milliseconds(took), "ms"))
+    same = torch.equal(*(way() for way in ways.values()))
+    return None if same else "WRONG: the kernel reads other bits"
 
 
 def backends(machine: Machine, rows: list[Row], size: Size, model: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -62,6 +63,17 @@ class Machine:
     def each(self, call: Callable[[], Any], times: int, warm: int = 1) -> list[float]:
         """Return the seconds of each call but the first ones."""
         return [self.seconds(call) for _ in range(warm + times)][warm:]
+
+    def waits(self, call: Callable[[], Any]) -> int:
+        """Return how often the host waits for the device in a call; CUDA alone counts it."""
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(each.message) for each in found)
 
     def begin_peak(self) -> None:
         """Measure the peak from here on."""

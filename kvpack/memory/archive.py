@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvpack.memory.codec import DENSE, Codec, Form, Stored, Tier, form, lengthened, room
+from kvpack.memory.fetching import fetched, in_order, selecting
 from kvpack.memory.tokens import Later
 
 Decode = Callable[[Sequence[Tensor], int, torch.dtype], Tensor]
@@ -93,7 +94,10 @@ class Archive:
         return Encoded(stored_keys, stored_values, keys.float().sum(dim=1), coordinates)
 
     def write(self, slot: int, block: Encoded) -> None:
-        """Put a block into a free slot, for which there is room after `reserve`."""
+        """Put a block into a free slot, for which there is room after `reserve`.
+
+        What the device has yet to read there it reads before: a copy on it keeps its order, and one to the host waits.
+        """
         self.marks[slot] = Mark()
         for rooms, parts in ((self.keys, block.keys), (self.values, block.values)):
             for each, part in zip(rooms, parts, strict=True):
@@ -170,7 +174,7 @@ class Archive:
     def blocks_keys(self, slots: Sequence[int]) -> Float[Tensor, "rows blocks tokens heads head_dim"]:
         """Return keys of several blocks, each as long as a slot, decoded at once, on the model's device."""
         device = self.key_sums.device
-        parts = [_in_order(each, slots, device) for each in self.keys]
+        parts = [in_order(each, slots, device) for each in self.keys]
         decoded = self.codec.decode_keys([each.flatten(0, 1) for each in parts], self.slot_tokens, self.dtype)
         return decoded.unflatten(0, (-1, len(slots)))
 
@@ -186,15 +190,16 @@ class Archive:
         Keys of a codec that computes are made of what lies beside the model whenever they are rotated, by what is
         returned last, for else all layers would hold them decoded: the keys are then of the right shape, and no more.
         """
-        # On another tier than the model's the host must know what is chosen: the one wait of a chunk and layer.
-        known = None if self.tier == "device" else slots.tolist()
+        select = selecting(self.tier, (*self.keys, *self.values), slots.device)
+        # Where the host must know what is chosen: the one wait of a chunk and layer.
+        known = [] if select else slots.tolist()
 
         def joined(stored: Stored, decode: Decode, some: Tensor) -> Tensor:
-            if known is None:
+            if select:
                 index = _flat(some, self.slots)  # in every forward: a commit that failed may have made room
-                chosen = [each[rows].flatten(0, 1).index_select(0, index) for each in stored]
+                chosen = [select(each[rows].flatten(0, 1), index) for each in stored]
             else:
-                chosen = [_fetched(each[rows], known, slots.device) for each in stored]
+                chosen = [fetched(each[rows], known, slots.device) for each in stored]
             blocks = decode(chosen, self.slot_tokens, self.dtype)[:, :tokens]
             return blocks.unflatten(0, tuple(some.shape)).flatten(1, 2)  # [some, chosen * tokens, heads, head_dim]
 
@@ -242,31 +247,6 @@ def _flat(chosen: Int[Tensor, "rows chosen"], slots: int) -> Int[Tensor, " all"]
     if chosen.shape[0] == 1:
         return chosen[0]
     return (chosen + slots * torch.arange(chosen.shape[0], device=chosen.device)[:, None]).flatten()
-
-
-def _fetched(stored: Tensor, slots: list[list[int]], device: torch.device) -> Tensor:
-    """Return slots of each row, one behind the other, on a device.
-
-    Each is copied from where it lies, which is pinned memory beside CUDA, and nobody waits for it.
-
-    Args:
-        stored: `[rows, slots, ...]`.
-        slots: those that each row has chosen.
-        device: where they are wanted.
-    """
-    places = [(row, slot) for row, some in enumerate(slots) for slot in some]
-    fetched = torch.empty(len(places), *stored.shape[2:], dtype=stored.dtype, device=device)
-    for number, (row, slot) in enumerate(places):
-        fetched[number].copy_(stored[row, slot], non_blocking=True)
-    return fetched
-
-
-def _in_order(stored: Tensor, slots: Sequence[int], device: torch.device) -> Tensor:
-    """Return some slots of `[rows, slots, ...]` on a device: a view of those that lie there one behind the other."""
-    first, last = slots[0], slots[-1] + 1
-    if list(slots) == list(range(first, last)):
-        return stored[:, first:last].to(device, non_blocking=True)
-    return torch.stack([stored[:, slot].to(device, non_blocking=True) for slot in slots], dim=1)
 
 
 def grown_slots(slots: int, slot: int) -> int:

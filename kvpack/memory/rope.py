@@ -11,11 +11,9 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from kvpack.errors import first_line
-from kvpack.logging import get_logger
 from kvpack.memory.geometry import Geometry
+from kvpack.memory.kernels import tried
 
-logger = get_logger(__name__)
 _CPU_TOKENS = 1024
 
 
@@ -89,18 +87,16 @@ def rotate(
 
 @cache
 def _kernel(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """Return what rotates in one pass on a GPU, if Triton is there, as with torch for CUDA on Linux, and compiles."""
-    pair = torch.zeros(1, 1, 1, 2, device=device)
-    try:
+    """Return what rotates in one pass on a GPU, if Triton is there and compiles."""
+
+    def launched() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         from kvpack.memory.rotation_kernel import rotate_pairs
 
+        pair = torch.zeros(1, 1, 1, 2, device=device)
         rotate_pairs(pair, _as_complex(pair), torch.empty_like(pair))
-    except ImportError:
-        return None
-    except Exception as error:  # whatever Triton raises where a compiler or a driver is missing
-        logger.warning("keys are rotated without Triton, which fails here: %s", first_line(error))
-        return None
-    return rotate_pairs
+        return rotate_pairs
+
+    return tried(launched, "keys are rotated")
 
 
 def _as_complex(vectors: Tensor) -> Tensor:

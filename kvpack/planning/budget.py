@@ -53,7 +53,7 @@ class Step:
 Taken = tuple[Step, dict[str, Any]]
 #: The order of preference: what loses least comes first. Each step is taken only as far as it must be.
 STEPS = (
-    Step("the same bits; a chunk waits once a layer for what is chosen", ("tier",), ("host",)),
+    Step("the same bits; what is chosen is copied once a chunk and layer", ("tier",), ("host",)),
     Step("archived blocks are rounded to 8 bits", ("store",), ("int8",)),
     Step("archived blocks are rounded to 4 bits", ("store",), ("int4",)),
     Step("fewer compressed blocks are attended", ("topk",), shares=_TO_HALF),

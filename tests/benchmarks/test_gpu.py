@@ -99,6 +99,7 @@ def test_rotation_is_that_of_a_cpu_and_decoding_follows_itself():
     rows = []
     assert kernels.rotation(MACHINE, rows, TINY, 64) is None
     assert {row.subject.split(", ")[1] for row in rows} == {"eager"}  # a kernel needs CUDA
+    assert kernels.gathering(MACHINE, rows) == "only CUDA with Triton reads pinned memory by itself"
     whole.decoding(MACHINE, rows, TINY, torch.float32)
     assert value(rows, "pixel frames a second") > 0
 
@@ -158,7 +159,7 @@ def test_the_whole_command_on_a_cpu(tmp_path, python):
     assert written["machine"]["torch"] == torch.__version__
     states = {section["name"]: section["state"] for section in written["sections"]}
     assert set(states.values()) == {"measured"}
-    assert len(states) == 17
+    assert len(states) == 18
     rows = [row for section in written["sections"] for row in section["rows"]]
     found = {(row["subject"], row["metric"]): row["value"] for row in rows}
     errors = [error for (_, metric), error in found.items() if metric == correctness.ERROR]

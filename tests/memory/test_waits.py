@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from kvpack import Session
+from kvpack.memory import archive as archive_module
 from kvpack.plugins.registry import registry
 from kvpack.testing import TINY, run_session
 
@@ -53,6 +54,13 @@ def test_nor_do_its_options_wait(options, monkeypatch):
 def test_elsewhere_a_layer_waits_once_for_what_was_chosen(options, tier, monkeypatch):
     session = Session(registry().stack("packforcing", {"topk": 2, "tier": tier, **options}), TINY)
     assert waited(session, monkeypatch, 12)[-1] == (TINY.layers, 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"store": "int8"}], ids=str)
+def test_nor_does_pinned_memory_that_a_kernel_reads(options, monkeypatch):
+    session = Session(registry().stack("packforcing", {"topk": 2, "tier": "host", **options}), TINY)
+    monkeypatch.setattr(archive_module, "selecting", lambda *_: lambda stored, index: stored.index_select(0, index))
+    assert waited(session, monkeypatch, 12)[-1] == (0, 1)
 
 
 def test_waits_are_seen(monkeypatch):

@@ -141,7 +141,7 @@ def test_what_loses_least_comes_first_and_each_line_says_its_bytes() -> None:
     def lines(gigabytes: float, stack: NamedStack = stack) -> list[str]:
         return str(Budget(gigabytes, stack).choice(asked, wan(), 120)).splitlines()
 
-    host = "tier device -> host: 9.177 GB -> 5.252 GB; the same bits; a chunk waits once a layer for what is chosen"
+    host = "tier device -> host: 9.177 GB -> 5.252 GB; the same bits; what is chosen is copied once a chunk and layer"
     assert lines(16) == ["packforcing holds at most 9.177 GB of 16 GB"]
     assert lines(6) == [host, "packforcing holds at most 5.252 GB of 6 GB"]
     assert lines(4) == [

@@ -1,0 +1,72 @@
+"""How chosen slots of an archive come to the model's device."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kvpack.memory.codec import Tier
+from kvpack.memory.kernels import tried
+
+#: Gives `[chosen, ...]` of `[slots, ...]` and of an index on the device, `[chosen]`.
+Select = Callable[[Tensor, Tensor], Tensor]
+
+
+def selecting(tier: Tier, stored: Sequence[Tensor], device: torch.device) -> Select | None:
+    """Return what selects slots without the host; None where the host must know which, for it copies them.
+
+    Args:
+        tier: where the slots lie.
+        stored: all tensors of them.
+        device: where they are wanted.
+    """
+    if tier == "device":
+        return _beside
+    # Gradients pass through the host's copies, not through the kernel.
+    fits = device.type == "cuda" and all(each.is_pinned() and not each.requires_grad for each in stored)
+    return _kernel(device) if fits else None
+
+
+def fetched(stored: Tensor, slots: list[list[int]], device: torch.device) -> Tensor:
+    """Return slots of each row, one behind the other, on a device.
+
+    Each is copied from where it lies, which is pinned memory beside CUDA, and nobody waits for it.
+
+    Args:
+        stored: `[rows, slots, ...]`.
+        slots: those that each row has chosen.
+        device: where they are wanted.
+    """
+    places = [(row, slot) for row, some in enumerate(slots) for slot in some]
+    copies = torch.empty(len(places), *stored.shape[2:], dtype=stored.dtype, device=device)
+    for number, (row, slot) in enumerate(places):
+        copies[number].copy_(stored[row, slot], non_blocking=True)
+    return copies
+
+
+def in_order(stored: Tensor, slots: Sequence[int], device: torch.device) -> Tensor:
+    """Return some slots of `[rows, slots, ...]` on a device: a view of those that lie there one behind the other."""
+    first, last = slots[0], slots[-1] + 1
+    if list(slots) == list(range(first, last)):
+        return stored[:, first:last].to(device, non_blocking=True)
+    return torch.stack([stored[:, slot].to(device, non_blocking=True) for slot in slots], dim=1)
+
+
+def _beside(stored: Tensor, index: Tensor) -> Tensor:
+    return stored.index_select(0, index)
+
+
+@cache
+def _kernel(device: torch.device) -> Select | None:
+    """Return what reads pinned memory from a GPU; the first time it waits, for bits that must be the same."""
+
+    def launched() -> Select:
+        from kvpack.memory.gather_kernel import gather_slots
+
+        pinned, slots = torch.arange(6.0).view(3, 2).pin_memory(), torch.tensor([2, 0])
+        if not torch.equal(gather_slots(pinned, slots.to(device)).cpu(), pinned[slots]):
+            raise ValueError("pinned memory is read wrong")
+        return gather_slots
+
+    return tried(launched, "chosen blocks are copied by the host,")
