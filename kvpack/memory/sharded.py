@@ -14,7 +14,10 @@ def with_all_heads(compressor: Compressor, geometry: Geometry, block: KVBlock) -
     if compressor.by_head or geometry.shard is None:
         return block
     queries = None if block.queries is None else geometry.all_heads(block.queries)
-    return replace(block, keys=geometry.all_heads(block.keys), values=geometry.all_heads(block.values), queries=queries)
+    span, keys = block.span, geometry.all_heads(block.keys)
+    if span.coordinates.ndim == 4:
+        span = replace(span, coordinates=geometry.all_heads(span.coordinates))
+    return replace(block, keys=keys, values=geometry.all_heads(block.values), span=span, queries=queries)
 
 
 def with_own_heads(compressor: Compressor, geometry: Geometry, block: KVBlock) -> KVBlock:

@@ -43,6 +43,8 @@ MEMORIES = {
     "keep-attended": lambda: stack("keep-attended", "softmax-mass"),  # given all heads, and a mean over them
     "keep-farthest": lambda: stack("keep-farthest", share_selection=True),
     "int8": lambda: replace(stack(), store=Int8Codec(group_tokens=4)),
+    "merged": lambda: replace(stack("keep-farthest"), eviction="merged"),
+    "least selected": lambda: replace(stack(), eviction="least-selected", share_selection=True),
     "lr": lambda: stack("lr"),
     "dual": lambda: learned(DualCompressor),
     "hr": lambda: learned(HighResolutionCompressor, project="direct"),
@@ -85,7 +87,7 @@ def alone():
 
 
 #: Memories of which a snapshot is read by one process, and by four.
-SAVED = ("keep-attended", "int8", "lr", "deep-forcing", "mixed-windows")
+SAVED = ("keep-attended", "int8", "merged", "lr", "deep-forcing", "mixed-windows")
 
 
 @pytest.mark.parametrize(("ranks", "memories"), [(2, MEMORIES), (4, MEMORIES.keys() - set(SAVED))])
