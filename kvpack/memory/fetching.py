@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -46,11 +47,14 @@ def fetched(stored: Tensor, slots: list[list[int]], device: torch.device) -> Ten
 
 
 def in_order(stored: Tensor, slots: Sequence[int], device: torch.device) -> Tensor:
-    """Return some slots of `[rows, slots, ...]` on a device: a view of those that lie there one behind the other."""
-    first, last = slots[0], slots[-1] + 1
-    if list(slots) == list(range(first, last)):
-        return stored[:, first:last].to(device, non_blocking=True)
-    return torch.stack([stored[:, slot].to(device, non_blocking=True) for slot in slots], dim=1)
+    """Return some slots of `[rows, slots, ...]` on a device; those that lie one behind the other come in one copy.
+
+    Slots that all do, and lie on that device, are a view.
+    """
+    starts = [slots[0], *(slot for before, slot in pairwise(slots) if slot != before + 1)]
+    stops = [*(before + 1 for before, slot in pairwise(slots) if slot != before + 1), slots[-1] + 1]
+    runs = [stored[:, first:last].to(device, non_blocking=True) for first, last in zip(starts, stops, strict=True)]
+    return runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
 
 
 def _beside(stored: Tensor, index: Tensor) -> Tensor:

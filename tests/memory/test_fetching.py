@@ -89,3 +89,15 @@ def test_a_video_is_the_same_through_a_kernel(options, monkeypatch):
             given = run_session(Session(stack, TINY), 10, batch=2)
         assert all(torch.equal(one, two) for one, two in zip(wanted, given, strict=True))
     assert calls
+
+
+@pytest.mark.parametrize(
+    ("slots", "copies"), [([2], 1), ([1, 2, 3], 1), ([4, 5, 0, 1], 2), ([3, 2, 1], 3), ([0, 2, 3, 1], 3)]
+)
+def test_slots_in_a_row_come_in_one_copy(slots, copies, monkeypatch):
+    stored, seen, to = torch.arange(24.0).view(2, 6, 2), [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda each, *args, **named: seen.append(each) or to(each, *args, **named))
+    found = fetching.in_order(stored, slots, torch.device("cpu"))
+    assert torch.equal(found, stored[:, slots])
+    assert len(seen) == copies
+    assert (found.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr()) == (copies == 1)
