@@ -186,8 +186,9 @@ class WanRun(Run):
 
     def step_done(self, _: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """Call the user's callback; embeddings that it replaces stay replaced for the chunks to come."""
-        outputs = self.call["callback_on_step_end"](self.pipeline, step, timestep, tensors)
         denoiser = self.denoiser
+        with denoiser.during(None):  # another pipeline's forward would be one of this video
+            outputs = self.call["callback_on_step_end"](self.pipeline, step, timestep, tensors)
         denoiser.forget_prompt()  # a callback may change weights
         for branch, name in (("cond", "prompt_embeds"), ("uncond", "negative_prompt_embeds")):
             if outputs.get(name) is not None and branch in denoiser.conditioning:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpack.errors import GradientError, NonFiniteLatentsError
+from kvpack.errors import BusyPipelineError, GradientError, NonFiniteLatentsError
 from kvpack.generation.guidance import Guidance
 from kvpack.generation.phase import Phase
 from kvpack.generation.replay import CleanFrames
@@ -131,8 +131,8 @@ class Denoiser(ABC):
             session.adopt(session.past)
 
     @contextmanager
-    def during(self, phase: Phase) -> Iterator[None]:
-        """Say what the forwards of the block are."""
+    def during(self, phase: Phase | None) -> Iterator[None]:
+        """Say what the forwards of the block are; None refuses them."""
         before, self.phase = self.phase, phase
         try:
             yield
@@ -156,7 +156,7 @@ class Denoiser(ABC):
             step: denoising step; counted if None.
 
         Raises:
-            GradientError: if gradients are enabled and the buffer lets none through.
+            BusyPipelineError, GradientError: in a step's callback; if gradients are enabled, but the buffer has none.
         """
         if torch.is_grad_enabled() and not self.buffer.differentiable:
             raise GradientError(
@@ -164,13 +164,13 @@ class Denoiser(ABC):
                 "remove torch.enable_grad() and torch.set_grad_enabled(True) from callbacks, hooks and wrappers"
             )
         if self.phase is None:
-            raise RuntimeError("a forward over kvpack's memory must be inside Denoiser.during(Phase(...))")
+            raise BusyPipelineError("the transformer is called inside a chunk; call it between two, as in on_chunk")
         return self.phase.announce(self.session(branch), branch, step)
 
     def stats(self) -> dict[str, Any]:
         """Return tokens of one branch, bytes of all, and seconds of each part of the work."""
-        sent = {} if self.link is None else {"sent_bytes": dict(self.link.sent)}
-        return {"stack": self.stack.name, **stats_of_all(self.sessions), "seconds": dict(self.seconds), **sent}
+        stats = {"stack": self.stack.name, **stats_of_all(self.sessions), "seconds": dict(self.seconds)}
+        return stats if self.link is None else {**stats, "sent_bytes": dict(self.link.sent)}
 
     def predict(self, branch: str, latents: Tensor, timesteps: Tensor, step: int) -> Tensor:
         """Return the transformer's output at a denoising step."""

@@ -11,7 +11,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL.Image import Image
 
 from helpers import generated, quiet, seeded
-from kvpack.errors import UnsupportedPipelineError
+from kvpack.errors import BusyPipelineError, UnsupportedPipelineError
 from kvpack.testing import tiny_wan_pipeline
 
 PROMPTS = ["a red circle moving over grass", "the blue square at night", "green triangle"]
@@ -251,6 +251,23 @@ def test_replaced_embeddings_stay_replaced(pipe):
     )
     assert not torch.equal(seen[0], other)
     assert all(torch.equal(each, other) for each in seen[2:])
+
+
+def test_another_pipeline_on_the_same_transformer_runs_between_chunks_and_not_inside_one(pipe):
+    """Inside, its forwards would be taken for those of this video."""
+    beside, made = WanPipeline(**pipe.components), []
+    beside.set_progress_bar_config(disable=True)
+
+    def preview(*_):
+        made.append(beside(**{**CALL, "num_frames": 9}, generator=seeded()).frames)
+        return {}
+
+    plain, alone = generate(pipe), (preview(), made.pop())[1]
+    with pytest.raises(BusyPipelineError, match="called inside a chunk; call it between two, as in on_chunk"):
+        generate(pipe, callback_on_step_end=preview)
+    assert torch.equal(generate(pipe, on_chunk=preview), plain)
+    assert len(made) > 1
+    assert all(torch.equal(each, alone) for each in made)
 
 
 def test_replaced_latents_are_committed(pipe):
