@@ -348,6 +348,19 @@ def test_infinity_rope_flushes_and_cuts():
     assert attended_frames(session) == ([0, 1, 2], 3)
 
 
+def test_tokens_are_those_of_a_chunks_own_steps_whichever_is_the_first():
+    """As of the second of two experts, whose first step is none of a chunk's first."""
+    session, told = Session(InfinityRoPE(window_frames=9), TINY), []
+    run_session(session, 4)
+    for event in ("scene-cut", "prompt-changed"):
+        session.notify(event)
+        session.denoise(2)
+        forward(session)
+        told.append(session.stats()["attended_tokens"])
+        session.adopt(session.past)
+    assert told == [6 * FRAME, 3 * FRAME]
+
+
 def test_a_flush_leaves_the_last_frames():
     session = Session(InfinityRoPE(window_frames=9), TINY)
     run_session(session, 4)
