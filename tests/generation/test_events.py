@@ -407,6 +407,38 @@ def test_krea_forwards_its_context_from_nothing_and_encodes_the_first_frame_anew
     torch.testing.assert_close(encoded[0], pixels[1][:, :, -1:])
 
 
+def test_krea_has_a_shorter_first_chunk_for_as_long_as_it_fits(monkeypatch):
+    pipe, encoded = pipeline("krea", chunk_frames=2, context_frames=4), []
+    pipe.packforcing.first_chunk_frames = 1
+    real = wan_denoiser.encode
+    monkeypatch.setattr(wan_denoiser, "encode", lambda vae, frames: (encoded.append(frames), real(vae, frames))[1])
+    call = {**CALL, "height": 64, "width": 64}
+    with pipe.packforcing.stream(FOX, num_frames=None, generator=seeded(), **call) as stream:
+        for frames, times in (([0], 0), ([0, 1, 2], 0), ([1, 2, 3, 4], 1), ([3, 4, 5, 6], 2)):
+            next(stream)
+            held = state(pipe.packforcing.sessions["cond"])
+            assert held.coordinates[0, :: len(held) // len(frames), 0].tolist() == frames
+            assert len(encoded) == times
+
+
+@pytest.mark.parametrize("name", ["magi", "token-trim"])
+def test_a_shorter_first_chunk_is_replayed_with_the_rest(name):
+    pipe = pipeline(name, chunk_frames=2)
+    pipe.packforcing.first_chunk_frames = 1
+    with pipe.packforcing.stream(FOX, num_frames=None, generator=seeded(), **CALL) as stream:
+        for _ in range(3):
+            next(stream)
+        session = pipe.packforcing.sessions["cond"]
+        assert session.replays() == (1, 2, 2)
+        before, chunks = state(session, -1), session.past.book.chunks
+        pipe._kvpack.run.set_prompt(DOG)
+        after = state(session, -1)
+    old, new = (each if name == "magi" else each.window for each in (before, after))
+    assert session.past.book.chunks == chunks
+    assert torch.equal(old.coordinates, new.coordinates)
+    assert (old.values - new.values).abs().amax(dim=(0, 2, 3)).min() > 0  # of every token
+
+
 def test_kreas_bias_is_on_the_past_while_denoising_only():
     session = Session(Krea(past_bias=-1.0), TINY)
     run_session(session, 2)
