@@ -236,6 +236,30 @@ def test_twins_are_replayed_with_their_chunk(compressor):
     stream.close()
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("full", {}),
+        ("packforcing", {"sink_frames": 3, "recent_frames": 3}),
+        ("mixed-windows", {"windows": (6, 10), "sinks": (2,), "shares": ((0,), (1,))}),
+    ],
+)
+def test_a_stack_computes_a_shorter_first_chunk_anew_with_the_rest(name, options):
+    pipe = pipeline(name, chunk_frames=2, **options)
+    pipe.packforcing.first_chunk_frames = 1
+    with pipe.packforcing.stream(FOX, num_frames=None, generator=seeded(), **CALL) as stream:
+        for prompt, plan in ((DOG, (1,)), (FOX, (1, 2)), (DOG, (1, 2, 2))):
+            next(stream)
+            session = pipe.packforcing.sessions["cond"]
+            past = session.past
+            assert session.replays() == plan
+            pipe._kvpack.run.set_prompt(prompt)
+            assert session.past.book == past.book
+            kept = [each.states[-1] if name != "mixed-windows" else each.states[-1][0] for each in (past, session.past)]
+            for old, new in zip(*(state.whole for state in kept), strict=True):
+                assert not torch.equal(old.block.values, new.block.values)
+
+
 def test_the_window_of_a_replay_is_an_option():
     stack = packforcing(chunk_frames=2, sink_frames=2, recent_frames=6)
     for most, plan in ((21, (2, 2, 2)), (4, (2, 2)), (3, (2,)), (0, ())):
