@@ -27,7 +27,7 @@ STACK_OPTIONS: dict[str, dict[str, Any]] = {
     "krea": {"context_frames": 4},
     "longlive-rag": {"window_frames": 13},
     # Of two layers, one has the whole window.
-    "mixed-windows": {"windows": (8, 20), "shares": ((0,), (1,))},
+    "mixed-windows": {"windows": (12, 20), "sinks": (4,), "shares": ((0,), (1,))},
     "magi": {"previous_chunks": (4, 3, 2, 1)},
     "rolling-sink": {"window_frames": 20},
     "token-trim": {"window_frames": 20},

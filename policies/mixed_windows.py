@@ -19,8 +19,9 @@ class MixedWindows(Divided):
     second window, `[[0, 1]]` every second head of all layers, `[[0, 1, 1], [0]]` both.
 
     Which heads do with a short window is a property of the checkpoint, which its user measures; Forcing-KV reads it
-    from a file that comes with each model. The default shares follow LightX2V, which gives every fifth layer a long
-    window; it is no measured choice. Under a new prompt as much is computed anew as the longest window still has.
+    from a file that comes with each model. The defaults follow LightX2V's `W2-W2-W2-W2-W21`: the sink and two chunks,
+    the current one included, in four layers of five, and a long window in the fifth, here as long as the models were
+    trained with. It is no measured choice. Under a new prompt as much is computed anew as the longest window still has.
 
     Args:
         chunk_frames: latent frames generated together.
@@ -33,7 +34,7 @@ class MixedWindows(Divided):
     """
 
     chunk_frames: int = 3
-    windows: Sequence[int] = (6, 21)
+    windows: Sequence[int] = (9, 21)
     sinks: Sequence[int] = (3,)
     shares: Sequence[Sequence[int]] = ((0,), (0,), (0,), (0,), (1,))
     name = "mixed-windows"

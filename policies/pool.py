@@ -23,15 +23,6 @@ def pooled_grid(frames: int, grid: tuple[int, int]) -> tuple[int, int, int]:
     return max(1, frames // 2), max(1, grid[0] // 4), max(1, grid[1] // 4)
 
 
-def pooled_span(first_frame: int, frames: int, grid: tuple[int, int], coordinates: Coordinates) -> Span:
-    """Return a token for every window; the block spans `frames` positions wherever its tokens sit in it.
-
-    >>> [pooled_span(8, 4, (4, 8), each).coordinates[-1].tolist() for each in ("centered", "strided", "compact")]
-    [[2.5, 1.5, 5.5], [2.0, 0.0, 4.0], [1.0, 0.0, 1.0]]
-    """
-    return Span(first_frame, frames, grid_coordinates(frames, grid, pooled_grid(frames, grid), coordinates))
-
-
 def averaged(
     tokens: Float[Tensor, "b thw h d"], sizes: tuple[int, int, int], pooled: tuple[int, int, int]
 ) -> Float[Tensor, "b n h d"]:
@@ -54,6 +45,8 @@ class PoolCompressor(Compressor):
 
     >>> PoolCompressor().span(8, 4, (4, 4)).coordinates.tolist()
     [[0.5, 1.5, 1.5], [2.5, 1.5, 1.5]]
+    >>> [PoolCompressor(coordinates=way).span(8, 4, (4, 8)).coordinates[-1].tolist() for way in ("strided", "compact")]
+    [[2.0, 0.0, 4.0], [1.0, 0.0, 1.0]]
     """
 
     coordinates: Coordinates = field(default="centered", kw_only=True)
@@ -68,7 +61,7 @@ class PoolCompressor(Compressor):
         return pooled_grid(frames, grid)
 
     def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
-        """Return a token for every window."""
+        """Return a token for every window; the block spans `frames` positions wherever its tokens sit in it."""
         return Span(first_frame, frames, grid_coordinates(frames, grid, self.pooled(frames, grid), self.coordinates))
 
     def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
@@ -100,5 +93,5 @@ class PooledLatents(LatentCompressor):
         require_choice("project", self.project, get_args(Project))
 
     def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
-        """Return a token for every window."""
-        return pooled_span(first_frame, frames, grid, self.coordinates)
+        """Return the tokens of `PoolCompressor`."""
+        return PoolCompressor(coordinates=self.coordinates).span(first_frame, frames, grid)

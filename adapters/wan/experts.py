@@ -92,9 +92,10 @@ class ExpertsDenoiser(WanDenoiser):
         name = branch.removesuffix(_SECOND)
         return (self.transformer if name == branch else self.second), name
 
-    def _second_layers(self, branch: str, _: int | None) -> Sequence[AttendingLayer]:
-        # Its steps are counted, since its first one, whichever it is of the chunk, chooses what is attended.
-        return self.layers_for(f"{branch}{_SECOND}")
+    def _second_layers(self, branch: str, step: int | None) -> Sequence[AttendingLayer]:
+        if step is None and self.phase is not None:
+            step = self.phase.counted(branch)  # the steps of both are those of one chunk
+        return self.layers_for(f"{branch}{_SECOND}", step)
 
 
 def _require_both(stack: Memory) -> None:

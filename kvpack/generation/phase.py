@@ -42,6 +42,10 @@ class Phase:
             return session.commit(self.pieces, self.latents)
         if self.kind == "compress":
             return session.compress(*self.pieces)
-        counted = self.steps[branch]
-        self.steps[branch] += 1
+        counted = self.counted(branch)
         return session.denoise(counted if step is None else step)
+
+    def counted(self, branch: str) -> int:
+        """Return the step of a branch's coming denoising forward, if none was left out before it."""
+        self.steps[branch] += 1
+        return self.steps[branch] - 1

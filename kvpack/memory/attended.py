@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from kvpack.memory.base import Attended
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.rope import joined_places, rotate, rotations
-from kvpack.memory.store import Arena, KeysValues, StoredBlock, Workspace
+from kvpack.memory.store import Arena, KeysValues, StoredBlock, Workspace, leave_ended
 from kvpack.memory.tokens import Later, Tokens
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -173,6 +173,8 @@ class Gathered:
         else:
             self.groups = [(slice(0, rows), attended.tokens)]
         self.lengths = [sum(map(len, tokens)) for _, tokens in self.groups for _ in range(rows // len(self.groups))]
+        if stores:
+            leave_ended(each.block for _, tokens in self.groups for each in tokens if each.block is not None)
         self.like = like[:, :0]
         biases = [(len(each), each.bias) for each in self.groups[0][1]]
         self.bias = None

@@ -175,8 +175,10 @@ class Memory(Policy, ABC):
         frames = min(self.replay_frames, book.frames + coming)
         if self.replays_jointly:
             return (frames,) if frames else ()
+        whole, rest = divmod(frames - coming, self.chunk_frames)
+        first = (rest,) if rest and frames == book.frames + coming else ()  # a video's first chunk may be shorter
         last = (coming,) if coming else ()
-        return (self.chunk_frames,) * ((frames - coming) // self.chunk_frames) + last
+        return first + (self.chunk_frames,) * whole + last
 
     def start(self, geometry: Geometry, layer: int) -> Any:
         """Return the state of a layer before the first chunk."""

@@ -59,9 +59,6 @@ class DividedLayer(LayerCache):
         attention: Attention,
     ) -> Tensor:
         """Return the attention of all heads; arguments as those of `LayerCache.attend`."""
-        if forward.step == 0:
-            for cache in self._caches:
-                cache.earlier = ()
         each = []
         for i, cache in enumerate(self._caches):
             q, k, v = (self._heads(i, all_heads) for all_heads in (queries, keys, values))

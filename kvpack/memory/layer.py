@@ -227,11 +227,12 @@ class LayerCache:
             nothing = like.new_empty(like.shape[0], 0, *like.shape[2:])
             places = tuple(Tokens(nothing, nothing, each.coordinates) for each in attended.tokens)
             attended = replace(attended, tokens=places)
-        self.attended, self._settled, self.selected = attended, forward.settled, attended.selected
-        if memory.in_place or not forward.step or not self.lengths:
+        begins = self.attended is None and forward.step >= 0
+        if memory.in_place or begins or not self.lengths:
             self.lengths = self.context.lengths
         elif forward.step > 0:
             self.lengths = list(map(max, self.lengths, self.context.lengths))
+        self.attended, self._settled, self.selected = attended, forward.settled, attended.selected
 
     def _laid_out(self, attended: Attended, like: Tensor, chunk: Chunk) -> Context:
         memory = self.memory

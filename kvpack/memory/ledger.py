@@ -187,20 +187,21 @@ class Ledger:
         )
         return replace(self, archive=archive)
 
-    def replayable(self, most_frames: int) -> int:
-        """Last frames, in chunks and at most so many, of which each chunk has recent frames or is still all whole."""
-        stop = self.frames
-        while self.frames - stop + self.chunk_frames <= min(most_frames, self.frames):
-            pieces = [each for each in self.whole if stop - self.chunk_frames <= each.first_frame < stop]
-            whole = sum(piece.frames for piece in pieces) == self.chunk_frames
-            if not whole and all(piece.part != "recent" for piece in pieces):
+    def replayable(self, most_frames: int) -> tuple[int, ...]:
+        """Frames of the last chunks, at most so many in all, of which each has recent frames or is still all whole."""
+        lengths: tuple[int, ...] = ()
+        while stop := self.frames - sum(lengths):
+            length = min(self.chunk_frames, stop)  # a video's first chunk may be shorter
+            pieces = [each for each in self.whole if stop - length <= each.first_frame < stop]
+            whole = sum(piece.frames for piece in pieces) == length
+            if sum(lengths) + length > most_frames or not (whole or any(piece.part == "recent" for piece in pieces)):
                 break
-            stop -= self.chunk_frames
-        return self.frames - stop
+            lengths = (length, *lengths)
+        return lengths
 
     def rewound(self, frames: int) -> "Ledger":
         """Return the history without its last frames; what has left the recent ones since does not come back."""
-        first, chunks = self.frames - frames, self.chunks - frames // self.chunk_frames
+        first, chunks = self.frames - frames, self.chunks - -(-frames // self.chunk_frames)
         return replace(
             self,
             frames=first,
@@ -216,7 +217,7 @@ class Ledger:
         firsts = {piece.first_frame for piece in whole}
         pieces = (*self.whole, *self.new_pieces())
         kept = tuple(index for index, piece in enumerate(pieces) if piece.first_frame in firsts)
-        return Step(replace(self, frames=stop, chunks=self.chunks + 1, whole=whole), kept, ())
+        return Step(replace(self, frames=stop, chunks=self.chunks + 1, expected=None, whole=whole), kept, ())
 
     def _shorten(self, mid: list[tuple[BlockEntry, ...]], history: int) -> None:
         """Let one of the compressed pieces go, or two become one."""

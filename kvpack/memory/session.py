@@ -102,11 +102,14 @@ class Session:
         self._expected = require_length(frames, self.stack.chunk_frames)
 
     def denoise(self, step: int) -> tuple[ForwardLayer, ...]:
-        """Announce a denoising forward; step 0 chooses and places the history anew. Never writes history."""
+        """Announce a denoising forward; step 0, or else a chunk's first, chooses and places the history anew.
+
+        Never writes history.
+        """
         if step == 0 or self.plan is None:
             self._make_plan(self.coming_frames)
             for cache in self.caches:
-                cache.earlier = ()
+                cache.clear()
         elif self.stack.every_step:
             self._settled = object()
         self.step = step
@@ -229,7 +232,8 @@ class Session:
             with memory_call(self.stack, "veto", self.policy_seconds):
                 rows, states = zip(*(self.stack.veto(state, latents) for state in self.past.states), strict=True)
             if bool(rows[0].any()):
-                self._retry = states
+                # The first step of another try need not be step 0: two experts share a chunk's.
+                self._retry, self.plan = states, None
                 return rows[0]
         self.settle()
         return None

@@ -158,11 +158,10 @@ class Stack(Memory):
         return StackBook.of(book.ledger.rewound(frames), book.ledger)
 
     def replays(self, book: Book, coming: int = 0) -> tuple[int, ...]:
-        """Return a chunk's frames for each chunk that is still whole."""
+        """Return the frames of each of the last chunks that is still whole."""
         assert isinstance(book, StackBook)
         assert book.ledger is not None
-        frames = book.ledger.replayable(self.replay_frames)
-        return (self.chunk_frames,) * (frames // self.chunk_frames)
+        return book.ledger.replayable(self.replay_frames)
 
     def start(self, geometry: Geometry, layer: int) -> StackState:
         """Return an empty archive, whose slots hold the longest block."""

@@ -3,7 +3,7 @@
 A layer's `Arena` holds what is attended, in attended order. One `Workspace` serves all layers of a session.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from weakref import ref
 
 import torch
@@ -148,8 +148,7 @@ class Arena:
         else:
             self._move([(start, block) for start, block in blocks if block.places.get(self) != start])
         self._residents = [ref(block) for _, block in blocks]
-        for arena in {each for _, block in blocks if len(block.places) > 1 for each in block.places}:
-            arena.vacate()
+        leave_ended(block for _, block in blocks)
 
     def write(self, start: int, keys: Tensor | None, values: Tensor) -> None:
         """Write tokens that are no block, from `start` on; those of `keyless` without keys."""
@@ -206,6 +205,12 @@ class Arena:
                 return False
             before = place
         return True
+
+
+def leave_ended(blocks: Iterable[StoredBlock]) -> None:
+    """Let blocks, and all that lies beside them, leave arenas whose owner is gone."""
+    for arena in {each for block in blocks for each in block.places}:
+        arena.vacate()
 
 
 class Workspace:

@@ -236,6 +236,30 @@ def test_twins_are_replayed_with_their_chunk(compressor):
     stream.close()
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("full", {}),
+        ("packforcing", {"sink_frames": 3, "recent_frames": 3}),
+        ("mixed-windows", {"windows": (6, 10), "sinks": (2,), "shares": ((0,), (1,))}),
+    ],
+)
+def test_a_stack_computes_a_shorter_first_chunk_anew_with_the_rest(name, options):
+    pipe = pipeline(name, chunk_frames=2, **options)
+    pipe.packforcing.first_chunk_frames = 1
+    with pipe.packforcing.stream(FOX, num_frames=None, generator=seeded(), **CALL) as stream:
+        for prompt, plan in ((DOG, (1,)), (FOX, (1, 2)), (DOG, (1, 2, 2))):
+            next(stream)
+            session = pipe.packforcing.sessions["cond"]
+            past = session.past
+            assert session.replays() == plan
+            pipe._kvpack.run.set_prompt(prompt)
+            assert session.past.book == past.book
+            kept = [each.states[-1] if name != "mixed-windows" else each.states[-1][0] for each in (past, session.past)]
+            for old, new in zip(*(state.whole for state in kept), strict=True):
+                assert not torch.equal(old.block.values, new.block.values)
+
+
 def test_the_window_of_a_replay_is_an_option():
     stack = packforcing(chunk_frames=2, sink_frames=2, recent_frames=6)
     for most, plan in ((21, (2, 2, 2)), (4, (2, 2)), (3, (2,)), (0, ())):
@@ -348,6 +372,19 @@ def test_infinity_rope_flushes_and_cuts():
     assert attended_frames(session) == ([0, 1, 2], 3)
 
 
+def test_tokens_are_those_of_a_chunks_own_steps_whichever_is_the_first():
+    """As of the second of two experts, whose first step is none of a chunk's first."""
+    session, told = Session(InfinityRoPE(window_frames=9), TINY), []
+    run_session(session, 4)
+    for event in ("scene-cut", "prompt-changed"):
+        session.notify(event)
+        session.denoise(2)
+        forward(session)
+        told.append(session.stats()["attended_tokens"])
+        session.adopt(session.past)
+    assert told == [6 * FRAME, 3 * FRAME]
+
+
 def test_a_flush_leaves_the_last_frames():
     session = Session(InfinityRoPE(window_frames=9), TINY)
     run_session(session, 4)
@@ -392,6 +429,38 @@ def test_krea_forwards_its_context_from_nothing_and_encodes_the_first_frame_anew
     with torch.no_grad():
         pixels = [decode(each) for each in chunks]
     torch.testing.assert_close(encoded[0], pixels[1][:, :, -1:])
+
+
+def test_krea_has_a_shorter_first_chunk_for_as_long_as_it_fits(monkeypatch):
+    pipe, encoded = pipeline("krea", chunk_frames=2, context_frames=4), []
+    pipe.packforcing.first_chunk_frames = 1
+    real = wan_denoiser.encode
+    monkeypatch.setattr(wan_denoiser, "encode", lambda vae, frames: (encoded.append(frames), real(vae, frames))[1])
+    call = {**CALL, "height": 64, "width": 64}
+    with pipe.packforcing.stream(FOX, num_frames=None, generator=seeded(), **call) as stream:
+        for frames, times in (([0], 0), ([0, 1, 2], 0), ([1, 2, 3, 4], 1), ([3, 4, 5, 6], 2)):
+            next(stream)
+            held = state(pipe.packforcing.sessions["cond"])
+            assert held.coordinates[0, :: len(held) // len(frames), 0].tolist() == frames
+            assert len(encoded) == times
+
+
+@pytest.mark.parametrize("name", ["magi", "token-trim"])
+def test_a_shorter_first_chunk_is_replayed_with_the_rest(name):
+    pipe = pipeline(name, chunk_frames=2)
+    pipe.packforcing.first_chunk_frames = 1
+    with pipe.packforcing.stream(FOX, num_frames=None, generator=seeded(), **CALL) as stream:
+        for _ in range(3):
+            next(stream)
+        session = pipe.packforcing.sessions["cond"]
+        assert session.replays() == (1, 2, 2)
+        before, chunks = state(session, -1), session.past.book.chunks
+        pipe._kvpack.run.set_prompt(DOG)
+        after = state(session, -1)
+    old, new = (each if name == "magi" else each.window for each in (before, after))
+    assert session.past.book.chunks == chunks
+    assert torch.equal(old.coordinates, new.coordinates)
+    assert (old.values - new.values).abs().amax(dim=(0, 2, 3)).min() > 0  # of every token
 
 
 def test_kreas_bias_is_on_the_past_while_denoising_only():

@@ -19,6 +19,7 @@ from kvpack.planning.resident import most_resident
 from kvpack.plugins.resolve import resolve_stack
 from kvpack.policies.mixed_windows import MixedWindows
 from kvpack.policies.stacks import self_forcing
+from kvpack.shipped import demo_stack
 from kvpack.testing import (
     check_policy,
     run_session,
@@ -114,6 +115,16 @@ def test_bytes_are_those_of_each_heads_own_window(memory):
     assert planned.attended_kv_bytes == stats["attended_bytes"]
     assert planned.attended_tokens == stats["attended_tokens"] + planned.chunk_tokens
     assert most_resident(FOUR, memory, None, 2).bytes(FOUR.layers) == stats["resident_bytes"]
+
+
+@pytest.mark.parametrize("memory", [MixedWindows(), demo_stack("mixed-windows")])
+def test_every_head_attends_a_chunk_of_history_beside_the_sink_unless_told_otherwise(memory):
+    for stack in memory.stacks:
+        chunk = stack.chunk_frames
+        sink, recent = stack.partitioner.partition(10 * chunk, chunk)
+        assert (sink.part, recent.part) == ("sink", "recent")
+        assert len(sink.frames) == chunk
+        assert len(recent.frames) >= chunk
 
 
 def test_short_windows_hold_less():

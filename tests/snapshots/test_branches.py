@@ -140,12 +140,14 @@ def test_nothing_is_copied_until_it_is_written():
             assert [id(each) for each in mine.archive.keys] == [id(each) for each in its.archive.keys]
 
 
+# Blocks that lie in order, and, once an archived one is smaller than the others, apart.
+@pytest.mark.parametrize("sizes", [SMALL, {**SMALL, "sink_frames": 1, "archive_blocks": 8}], ids=["equal", "unequal"])
 @pytest.mark.parametrize("closes", [True, False])
-def test_a_future_that_ends_leaves_no_arena_to_the_others(closes):
+def test_a_future_that_ends_leaves_no_arena_to_the_others(closes, sizes):
     """Neither the elder nor the younger: what they share moves at the others' next chunk."""
-    pipe = make()
+    pipe = quiet(tiny_wan_pipeline()).enable_packforcing("packforcing", **sizes)
     whole = list(pipe.packforcing.stream(**CALL, generator=seeded()))
-    stream, arenas = pipe.packforcing.stream(**CALL, generator=seeded()), []
+    stream, arenas, shared = pipe.packforcing.stream(**CALL, generator=seeded()), [], []
     made = taken(stream, 2)
     for _ in range(3):
         ended = [stream, stream.fork(seed=5)]
@@ -157,10 +159,10 @@ def test_a_future_that_ends_leaves_no_arena_to_the_others(closes):
                 each.close()
         del ended, each
         gc.collect()
-        assert arenas[-1]() is not None
+        shared.append(arenas[-1]() is not None)
         made += taken(stream, 1)
         assert [arena for arena in arenas if arena() is not None] == []
-    assert len(arenas) == 12
+    assert (len(arenas), shared) == (12, [True, True, sizes is SMALL])  # apart, no block lies in an arena any more
     assert same([*made, *stream], whole)
 
 

@@ -11,7 +11,7 @@ from kvpack.adapters import WanAdapter
 from kvpack.errors import GradientError
 from kvpack.memory.roles import LatentCompressor
 from kvpack.policies import QueryTopK, packforcing
-from kvpack.policies.pool import pooled_grid, pooled_span
+from kvpack.policies.pool import PoolCompressor, pooled_grid
 from kvpack.testing import tiny_wan_pipeline
 from kvpack.training.buffer import GraphLayer, backward_history, histories
 from kvpack.training.distillation import ContextDistillation
@@ -28,7 +28,7 @@ class Learned(LatentCompressor):
     name = "test-learned"
 
     def span(self, first_frame, frames, grid):
-        return pooled_span(first_frame, frames, grid, "centered")
+        return PoolCompressor().span(first_frame, frames, grid)
 
     def tokens(self, chunk):
         small = nn.functional.adaptive_avg_pool3d(chunk.latents, pooled_grid(chunk.latents.shape[2], chunk.grid))

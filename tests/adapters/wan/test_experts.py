@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import CpuOffload
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
 
 from helpers import distance, generated, quiet, seeded
 from kvpack.errors import UnsupportedPipelineError
@@ -25,7 +25,7 @@ SIZES = {"chunk_frames": 2, "sink_frames": 2, "recent_frames": 2, "topk": 2, "ar
 
 
 def experts(second=None, boundary=0.875):
-    """A pipeline whose first two steps of four are the first expert's."""
+    """A pipeline whose first step of four is the first expert's."""
     pipe = tiny_wan_pipeline()
     second = tiny_wan_transformer(1) if second is None else second
     return quiet(WanPipeline(**{**pipe.components, "transformer_2": second}, boundary_ratio=boundary))
@@ -74,6 +74,8 @@ def test_offloaded_experts_are_never_in_at_once(monkeypatch):
 STACKS = {
     "packforcing": {**SIZES, "selector": "recency"},
     "h2o": {"chunk_frames": 2, "budget_frames": 6, "recent_frames": 2},
+    "magi": {"chunk_frames": 1, "previous_chunks": (4, 3, 2, 1)},
+    "token-trim": {"chunk_frames": 2, "window_frames": 6, "deviations": -9.0},  # every chunk is made twice
 }
 
 
@@ -87,7 +89,22 @@ def test_the_same_expert_twice_is_one_model(stack):
     assert torch.equal(video(pipe, 53), video(alone, 53))
     one, two = alone.packforcing.stats(), pipe.packforcing.stats()
     assert two["branches"] == ["cond", "uncond", "cond transformer_2", "uncond transformer_2"]
-    assert two["resident_bytes"] == 2 * one["resident_bytes"]
+    held = [each["resident_bytes"] - each["workspace_bytes"] for each in (one, two)]
+    assert held[1] == 2 * held[0]
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_each_expert_attends_what_its_own_steps_ask_for(tells, monkeypatch):
+    """Whether the pipeline says its step or it is counted."""
+    if not tells:
+        real = WanTransformer3DModel.cache_context
+        monkeypatch.setattr(WanTransformer3DModel, "cache_context", lambda self, name, **_: real(self, name))
+    pipe = experts().enable_packforcing("magi", chunk_frames=1, previous_chunks=(4, 3, 2, 1))
+    with pipe.packforcing.stream(**{**CALL, "guidance_scale": 1.0, "num_frames": None}, generator=seeded()) as stream:
+        for _ in range(6):
+            next(stream)
+        sessions = pipe.packforcing.sessions.values()
+        assert [session.stats()["attended_tokens"] for session in sessions] == [4 * 4, 3 * 4]
 
 
 def test_other_experts_have_other_keys_of_the_same_past(tmp_path):
