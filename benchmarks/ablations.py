@@ -44,6 +44,11 @@ def _kept(tokens: int, selector: str, topk: int) -> dict[str, Any]:
     return {"compressor": compressor, "selector": selector, "topk": topk}
 
 
+def _archive(rule: str, blocks: int) -> Memory:
+    options = {"keep_tokens": 8, "topk": 4, "archive_blocks": blocks, "eviction": rule}
+    return Memory(f"{rule}, {blocks} blocks", "packforcing", options)
+
+
 ABLATIONS: dict[str, tuple[Memory, ...]] = {
     COLLECTION: collection(),
     "positions": _changed(
@@ -145,15 +150,10 @@ ABLATIONS: dict[str, tuple[Memory, ...]] = {
     "selection": _changed(
         {"selection layer": {"share_selection": False}, "selection chunk": {"share_selection": True}}
     ),
-    # What becomes of an archive that is full, of an eighth and a sixteenth of the usual blocks.
-    "eviction": tuple(
-        Memory(
-            f"{rule}, {blocks} blocks",
-            "packforcing",
-            {"keep_tokens": 8, "topk": 4, "archive_blocks": blocks, "eviction": rule},
-        )
-        for blocks in (16, 8)
-        for rule in get_args(Eviction)
+    # What becomes of an archive that is full; two minutes do not fill one of 128 blocks.
+    "eviction": (
+        _archive("oldest", 128),
+        *(_archive(rule, blocks) for blocks in (16, 8) for rule in get_args(Eviction)),
     ),
     # Too many keys, or positions that were never seen in training? Each of the two alone.
     "full": (
@@ -177,6 +177,8 @@ ABLATIONS: dict[str, tuple[Memory, ...]] = {
         ),
     ),
 }
+#: Variants that are compared with each other one of their ablation, video by video.
+COMPARED = {"eviction": ("merged, 16 blocks", "merged, 8 blocks")}
 SMOKE = {"commit": ABLATIONS["commit"]}
 
 
@@ -197,10 +199,14 @@ def main() -> int:
 def _keep(name: str, found: list[figures.Measured], options: Any) -> None:
     """One table."""
     scores = [row for each in found for row in figures.scores(each, None, options.resamples)]
+    heroes = [each for each in found if each.name in COMPARED.get(name, ())]
+    pairs = [(hero, rival) for hero in heroes for rival in found if rival is not hero]
+    scores += [row for pair in pairs for row in figures.differences(*pair, options.resamples)]
     rows = run.stamped(scores, "ablations")
     if rows:
         path = report.write(f"ablation-{name}", rows, options.out)
-        page = f"# {name.capitalize()}\n\n{tables.leaderboard(rows, [each.name for each in found], ())}\n"
+        names = [each.name for each in found]
+        page = f"# {name.capitalize()}\n\n{tables.leaderboard(rows, names, [each.name for each in heroes])}\n"
         save_bytes(page.encode(), path.with_suffix(".md"))
         longest = max(row.seconds for row in rows)
         if name == COLLECTION:
