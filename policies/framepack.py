@@ -48,7 +48,6 @@ class GeometricCompressor(Compressor):
     levels: int = 1
     name = "geometric"
     by_head = True
-    merges = False
 
     def __post_init__(self) -> None:
         require_int("newest_blocks", self.newest_blocks, minimum=1)

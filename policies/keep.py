@@ -78,11 +78,17 @@ class KeepCompressor(Compressor):
         ]
 
     def merged(self, older: KVBlock, newer: KVBlock, grid: tuple[int, int]) -> KVBlock:
-        """Return those tokens of two blocks that are most unlike each other, as many as one of them has."""
+        """Return as many tokens of two blocks as one of them has."""
         both, count = joined(older, newer), older.keys.shape[1]
-        index = farthest(joined_heads(both.keys), both.keys.shape[1], count, rounds=16).sort(dim=1).values
+        index = self.among(both, count).sort(dim=1).values
         span = replace(both.span, coordinates=taken(both.span.coordinates, index))
         return replace(both, keys=taken(both.keys, index), values=taken(both.values, index), span=span)
+
+    def among(self, both: KVBlock, count: int) -> Int[Tensor, "batch kept"]:
+        """Return indices of the `count` kept tokens of two blocks that stay: unless overridden, the most unlike."""
+        if count == 1:  # both are equally unlike their mean, and rounding would decide
+            return torch.zeros(len(both.keys), 1, dtype=torch.long, device=both.keys.device)
+        return farthest(joined_heads(both.keys), both.keys.shape[1], count, rounds=16)
 
     @abstractmethod
     def choose(self, block: KVBlock, grid: tuple[int, int], count: int) -> Int[Tensor, "batch kept"]:

@@ -35,6 +35,10 @@ class GridCompressor(KeepCompressor):
         index = _on_grid(frames, grid, self.count(frames, grid), torch.device("cpu"))
         return Span(first_frame, frames, grid_coordinates(frames, grid)[index])
 
+    def among(self, both: KVBlock, count: int) -> Int[Tensor, "batch kept"]:
+        """Return every other token, whatever it holds."""
+        return (2 * torch.arange(count, device=both.keys.device)).expand(both.keys.shape[0], -1)
+
     def choose(self, block: KVBlock, grid: tuple[int, int], count: int) -> Int[Tensor, "batch kept"]:
         """Return the same tokens for every row."""
         return _on_grid(block.span.frames, grid, count, block.keys.device).expand(block.keys.shape[0], -1)

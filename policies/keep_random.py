@@ -34,6 +34,11 @@ class RandomTokensCompressor(KeepCompressor):
         super().__post_init__()
         require_int("seed", self.seed)
 
+    def among(self, both: KVBlock, count: int) -> Int[Tensor, "batch kept"]:
+        """Draw distinct tokens, other ones whenever the block has grown."""
+        (rows, tokens), stop = both.keys.shape[:2], both.span.first_frame + both.span.frames
+        return _drawn(self.seed, stop, tokens, count, both.keys.device).expand(rows, -1)
+
     def choose(self, block: KVBlock, grid: tuple[int, int], count: int) -> Int[Tensor, "batch kept"]:
         """Draw distinct tokens, each set as likely as any other."""
         rows, tokens = block.keys.shape[:2]

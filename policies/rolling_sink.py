@@ -77,7 +77,7 @@ class RollingSink(StateMemory):
 
     def attend(self, state: RollingState | None, chunk: Chunk) -> Attended:
         """Return the window without its oldest frames, if it is full."""
-        nothing = chunk.tokens[:0]
+        nothing = chunk.tokens[:0].compact()
         state = state or RollingState(chunk.geometry.tokens_per_frame, nothing, nothing)
         over = max(0, len(state.window) + chunk.frames - self.window_frames)
         state = replace(state, window=state.window[over:]).shown()

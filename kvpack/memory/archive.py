@@ -221,6 +221,8 @@ class Archive:
 
     def _of_block(self, stored: Stored, decode: Decode, slot: int, tokens: int, rows: slice) -> Tensor:
         parts = [each[rows, slot].to(self.key_sums.device, non_blocking=True) for each in stored]
+        # What is decoded with gradients must outlive the slot, which the next commit may write over.
+        parts = [each.clone() if each.requires_grad else each for each in parts]
         return decode(parts, self.slot_tokens, self.dtype)[:, :tokens]
 
     def _grown(self, old: Stored, parts: Form, size: tuple[int, int], device: torch.device) -> Stored:

@@ -16,8 +16,9 @@ def evicted(blocks: Sequence["BlockEntry"], history: int, rule: Eviction) -> int
     "oldest" forgets what is longest ago. "spread" thins out: of all blocks but the first and the last, that one goes
     whose neighbours are nearest to each other for its age. The archive then reaches back to the beginning, and blocks
     lie the denser the newer they are; of fewer than three the oldest goes. "least-selected" forgets the block that the
-    smallest share of layers and rows has chosen since it was there to be chosen; a block that never was stays. Where
-    "merged" finds no two blocks to merge, the oldest goes.
+    smallest share of layers and rows had chosen before this chunk, since it was there to be chosen; a block that never
+    was stays. All rows keep the same blocks, so that what a row forgets depends on the others. Where "merged" finds no
+    two blocks to merge, the oldest goes.
 
     Args:
         blocks: the archive, oldest first, behind it those on their way into it.

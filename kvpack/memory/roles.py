@@ -53,8 +53,6 @@ class Compressor(Policy, ABC):
     role: ClassVar[str] = "compressor"
     #: Where tokens sit; other places than those of `span` are in the returned block's own, and are stored with it.
     places: ClassVar[Places] = "span"
-    #: Whether `merged` makes one block of two; blocks that are attended at a level above 0 cannot be made so.
-    merges: ClassVar[bool] = True
     #: Most queries that `compress` sees as `block.queries`, spread evenly over the chunk at whose commit it is called.
     max_queries: ClassVar[int] = 0
 
@@ -70,18 +68,21 @@ class Compressor(Policy, ABC):
         """Return what `compress` does of the same block in a few layers; a device is soonest done with all at once."""
         return [self.compress(block, grid) for block in blocks]
 
+    @property
+    def merges(self) -> bool:
+        """Whether `merged` makes one block of two."""
+        one = type(self)
+        alike = self.places == "span" or one.merged is not Compressor.merged
+        return alike and one.level is Compressor.level
+
     def merged(self, older: KVBlock, newer: KVBlock, grid: tuple[int, int]) -> KVBlock:
-        """Return a block of as many tokens that stands for two neighbours; unless overridden, the mean of both.
+        """Return a block of as many tokens that stands for two neighbours: of tokens at equal places, the mean of both.
 
         Args:
             older: a compressed block whose tokens have places of their own, `[rows, tokens, 3]` or by head.
             newer: one of as many tokens that begins where the other one ends.
             grid: token rows and columns of a latent frame.
         """
-        if self.places != "span":
-            raise NotImplementedError(
-                f"{type(self).__name__} keeps tokens anywhere, so it must have merged(), or say merges = False"
-            )
         share = newer.span.frames / (older.span.frames + newer.span.frames)
         both = joined(older, newer)
 

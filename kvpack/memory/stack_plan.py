@@ -152,7 +152,7 @@ class StackPlan(Plan):
 
     def place(self, chosen: Tensor | list[int] | None, device: torch.device) -> Placed:
         """Return positions for a choice: indices of all rows at once, the list of one row, or None for all blocks."""
-        if isinstance(chosen, list) or (isinstance(chosen, Tensor) and not self.stack.reindexer.shared):
+        if chosen is not None and (isinstance(chosen, list) or not self.shares(chosen)):
             return self._place(chosen, device)
         if device not in self._placed:
             self._placed[device] = self._place(list(range(self.chosen)), device)
@@ -160,7 +160,9 @@ class StackPlan(Plan):
 
     def shares(self, chosen: Tensor | list[int] | None) -> bool:
         """Return whether `place` gives every layer the same."""
-        return chosen is None or (isinstance(chosen, Tensor) and self.stack.reindexer.shared)
+        # A merged block has more frames than another one in as many positions.
+        alike = self.stack.reindexer.shared and len({piece.frames for piece in self.mid}) == 1
+        return chosen is None or (isinstance(chosen, Tensor) and alike)
 
     def absolute_rotations(
         self, block: int | None, device: torch.device, own: Tensor | None = None

@@ -166,19 +166,26 @@ def _counted(geometry: Geometry, stack: Stack, batch: int, first_frames: int | N
     # Of a slot: sums of keys in float32, (t, y, x) of tokens that have places of their own, and the block itself.
     slot_bytes = 4 * geometry.width + 12 * block * placed + stored
     room = keys = joined = slots = 0
-    due, apart = set[int](), set[int]()
+    due, apart, seen = set[int](), set[int](), set[tuple[int, int]]()
     coming = first_frames or stack.chunk_frames
     while True:
         plan = StackPlan(stack, StackBook.of(ledger), coming, geometry)
         in_place, before = plan.uniform or plan.takes_all, ledger
         sizes = [span.tokens for span in plan.attended]
-        mid = sum(sizes[: plan.chosen] if in_place else sorted(sizes)[len(sizes) - plan.chosen :])
+        seen |= set(zip((piece.block_frames for piece in plan.mid), sizes, strict=True))
+        # Nobody knows which blocks are selected least: of several lengths, the longest may stay, or one of each.
+        unknown = stack.eviction == "least-selected" and len({frames for frames, _ in seen}) > 1
+        largest = sorted(sizes)[len(sizes) - plan.chosen :]
+        if unknown:
+            largest = [max(tokens for _, tokens in seen)] * plan.chosen
+        mid = sum(sizes[: plan.chosen] if in_place and not unknown else largest)
         history = sum(piece.frames for piece in before.whole) * each + mid
         new, needed = {piece.first_frame for piece in plan.new_pieces}, history + coming * each
-        if in_place:
-            room, apart = max(room, needed), set()
-            keys = max(keys, needed - (mid if archive.decodes_later and plan.uniform else 0))
-        else:  # rows differ: each is gathered in a workspace of its own, and what is new lies in no arena
+        if in_place or unknown:
+            room, apart = max(room, needed), set[int]() if not unknown else apart
+            keys = max(keys, needed - (mid if archive.decodes_later and plan.uniform and not unknown else 0))
+        if not in_place or unknown:
+            # Rows differ: each is gathered in a workspace of its own, and what is new lies in no arena.
             joined, apart = max(joined, needed), apart | new
         for _, slot in plan.step.leaving:
             slots = grown_slots(slots, slot)
@@ -251,13 +258,14 @@ def _run(
         session.expect(first_frames)
     while True:
         frames = session.coming_frames
-        zeros = torch.zeros(batch, frames * geometry.tokens_per_frame, heads, head_dim, dtype=geometry.dtype)
+        shape = batch, frames * geometry.tokens_per_frame, heads, head_dim
+        queries, keys, values = (torch.zeros(shape, dtype=geometry.dtype) for _ in range(3))
         latents = torch.zeros(batch, channels, frames, *geometry.grid)
         for announce in (partial(session.denoise, 0), partial(session.commit, latents=latents)):
             (layer,) = announce()
-            layer.attend(zeros, zeros, zeros, lambda queries, keys, values: queries)
+            layer.attend(queries, keys, values, lambda queries, keys, values: queries)
         for piece in session.pending_compressions():
-            (layer,), twin = session.compress(piece), zeros[:, : session.twin_span(piece).tokens]
+            (layer,), twin = session.compress(piece), keys[:, : session.twin_span(piece).tokens]
             layer.attend(twin, twin, twin, lambda queries, keys, values: queries)
         session.finish_commit()
         stats = session.stats()

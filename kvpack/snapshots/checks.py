@@ -104,7 +104,16 @@ def _check_state(state: StackState, book: StackBook, geometry: Geometry) -> None
         if len(kept.block) != piece.frames * geometry.tokens_per_frame:
             raise SnapshotError(f"a block of {piece.frames} frames has {len(kept.block)} tokens")
         _check_block(kept.block, geometry)
-    slots = [piece.slot for piece in ledger.archive]
+    slots, stop = [piece.slot for piece in ledger.archive], 0
+    for piece in ledger.archive:
+        whole = piece.blocks > 0 and piece.frames > 0 and piece.frames % piece.blocks == 0
+        if not whole or piece.first_frame < stop or piece.stop > ledger.frames:
+            raise SnapshotError(f"its archive lists {piece}, which is no block of {ledger.frames} frames")
+        if not 0 <= piece.chosen <= piece.offered:
+            raise SnapshotError(f"a block was chosen {piece.chosen} times of {piece.offered}")
+        stop = piece.stop
+    if len(set(slots)) < len(slots):
+        raise SnapshotError(f"its archive has two blocks in a slot, of {sorted(slots)}")
     if any(slot not in state.archive.marks for slot in slots):
         raise SnapshotError(f"blocks in the slots {sorted(set(slots) - set(state.archive.marks))} are missing")
     if state.archive.slots and tuple(state.archive.key_sums.shape[2:]) != (geometry.heads, geometry.head_dim):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpack.generation.trainee import Rollout, Trainee
+from kvpack.memory.codec import DENSE
 from kvpack.memory.layer import LayerCache
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
@@ -97,9 +98,15 @@ class ContextDistillation:
         latents, embeds = torch.stack([clip.latents for clip in clips]), torch.stack([clip.embeds for clip in clips])
         chunks = latents.split(self.stack.chunk_frames, dim=2)[: chosen[-1] + 1]
         noises, levels = {c: noise_like(chunks[c], source) for c in chosen}, noise_levels(self.scheduler, self.steps)
-        # The teacher is the same stack, except that nothing is compressed and everything is attended.
+        # The teacher is the same stack, except that nothing is compressed or forgotten and everything is attended.
         policy = registry().policy
-        whole = replace(self.stack, compressor=policy("compressor", "identity"), selector=policy("selector", "all"))
+        whole = replace(
+            self.stack,
+            compressor=policy("compressor", "identity"),
+            selector=policy("selector", "all"),
+            archive_blocks=None,
+            store=DENSE,
+        )
 
         def predictions(rollout: Rollout, chunk: int) -> Iterator[Tensor]:
             for step, (sigma, timestep) in enumerate(levels):

@@ -44,6 +44,7 @@ MEMORIES = {
     "keep-farthest": lambda: stack("keep-farthest", share_selection=True),
     "int8": lambda: replace(stack(), store=Int8Codec(group_tokens=4)),
     "merged": lambda: replace(stack("keep-farthest"), eviction="merged"),
+    "merged at random": lambda: replace(stack("keep-random"), eviction="merged"),
     "least selected": lambda: replace(stack(), eviction="least-selected", share_selection=True),
     "lr": lambda: stack("lr"),
     "dual": lambda: learned(DualCompressor),

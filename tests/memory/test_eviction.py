@@ -14,6 +14,7 @@ from kvpack.memory.blocks import KVBlock, Span, joined
 from kvpack.memory.eviction import evicted
 from kvpack.memory.ledger import BlockEntry
 from kvpack.memory.roles import Places, Selector
+from kvpack.memory.rope import rotate, rotations
 from kvpack.memory.stack_state import with_places
 from kvpack.planning.resident import most_resident, resident
 from kvpack.plugins.registry import registry
@@ -108,11 +109,25 @@ class FixedSelector(Selector):
     name = "fixed"
 
     def limit(self, candidates):
-        return min(candidates, len(self.frames))
+        return min(candidates, 2)
 
     def select(self, query, candidates):
         order = sorted(range(candidates.count), key=lambda i: (candidates.first_frames[i] not in self.frames, -i))
-        return torch.tensor([order[: len(self.frames)]]).expand(query.queries.shape[0], -1)
+        return torch.tensor([order[:2]]).expand(query.queries.shape[0], -1)
+
+
+@dataclass(frozen=True)
+class OldestSelector(Selector):
+    """Chooses the oldest blocks, which stay for good then."""
+
+    topk: int = 1
+    name = "oldest"
+
+    def limit(self, candidates):
+        return min(candidates, self.topk)
+
+    def select(self, query, candidates):
+        return torch.arange(self.topk).expand(query.queries.shape[0], -1)
 
 
 def test_the_block_that_fewest_have_chosen_goes():
@@ -173,16 +188,78 @@ def test_merged_kept_tokens_are_tokens_of_both_at_their_places():
     assert torch.equal(both.span.coordinates[:, 4:, 0], newer.span.coordinates[..., 0] + 4)
 
 
-def test_a_merged_block_takes_the_positions_of_one_unless_they_are_those_of_the_video():
-    _, session = run(60, eviction="merged", reindexer="contiguous")
-    session.denoise(0)
-    plan = session.plan
-    placed = plan.place(torch.tensor([[0, 5]]), torch.device("cpu"))
-    lengths = placed.placement.lengths.tolist()
-    assert lengths[0][len(plan.sink) : len(plan.sink) + 2] == [4, 4]
-    absolute = replace(session.stack, reindexer=registry().policy("reindexer", "absolute"))
-    there = absolute.plan(session.past.book, 4, TINY).place(torch.tensor([[0, 5]]), torch.device("cpu"))
-    assert there.placement.lengths.tolist()[0][len(plan.sink) : len(plan.sink) + 2] == [120, 4]
+@pytest.mark.parametrize(
+    ("reindexer", "spans"),
+    [("contiguous", (4, 4)), ("packed", (2, 2)), ("absolute", (120, 4)), ("sink-shift", (120, 4)), ("fit", (2, 2))],
+)
+def test_a_merged_block_takes_the_positions_of_one_unless_they_are_those_of_the_video(reindexer, spans):
+    """And its tokens lie in these as they lie in its frames, whichever block stands beside it."""
+    _, session = run(60, eviction="merged", reindexer=reindexer, **({"train_frames": 20} if reindexer == "fit" else {}))
+    archive = ledger(session).archive
+    chosen = torch.tensor([[0, 5], [4, 5]])
+    plan = session.stack.plan(session.past.book, 4, TINY)
+    placed = plan.place(chosen, torch.device("cpu"))
+    first = len(plan.sink)
+    lengths, starts = (each[:, first : first + 2] for each in (placed.placement.lengths, placed.placement.starts))
+    assert lengths[0].tolist() == list(spans)
+    frames = torch.tensor([[archive[index].frames for index in row] for row in chosen.tolist()])
+    torch.testing.assert_close(placed.ratios[:, first : first + 2], (lengths / frames).expand(2, -1).double())
+    if reindexer == "absolute":
+        assert starts.tolist() == [[archive[index].first_frame for index in row] for row in chosen.tolist()]
+
+
+def test_a_layer_attends_merged_tokens_at_their_positions():
+    _, session = run(60, eviction="merged")
+    seen = []
+
+    def look(session):
+        for layer, cache in enumerate(session.caches):
+            seen.append((layer, cache.selected, session.attended(layer)[0].clone()))
+
+    before = session.state()  # the commit merges again
+    run_session(session, 1, batch=2, inspect=look)
+    plan, grid = session.stack.plan(before.book, 4, TINY), TINY.tokens_per_frame
+    for layer, selected, keys in seen:
+        state, tokens = before.states[layer], plan.tokens[0]
+        for row in range(2):
+            for column, index in enumerate(selected[row].tolist()):
+                piece, length = plan.mid[index], (20 - 4 - 8 - 4) / 2
+                start = 8 + column * length
+                places = state.archive.coordinates[row, piece.slot].clone()
+                places[:, 0] = start + (places[:, 0] + 0.5) * length / piece.frames - 0.5
+                wanted = rotate(
+                    state.archive.block_keys(piece.slot, tokens)[row : row + 1], rotations(places[None].double(), TINY)
+                )
+                at = 8 * grid + column * tokens
+                torch.testing.assert_close(keys[row : row + 1, at : at + tokens], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"sink_frames": 6, "recent_frames": 16},
+        {"sink_frames": 3, "recent_frames": 6},
+        {"sink_frames": 7, "recent_frames": 20, "keep_tokens": 3},
+        {"sink_frames": 7, "recent_frames": 20, "keep_tokens": 0.5},
+        {"sink_frames": 5, "recent_frames": 12, "compressor": "pool-time"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("first", [4, 1])
+def test_what_is_planned_is_enough_whichever_blocks_are_selected_least(sizes, first):
+    """Blocks of other lengths may stay for good, or go at once."""
+    options = {**SIZES, "archive_blocks": 3, "reindexer": "contiguous", "eviction": "least-selected", **sizes}
+    made = registry().stack("packforcing", options)
+    for selector in (OldestSelector(1), OldestSelector(2), FixedSelector()):
+        stack = replace(made, selector=selector)
+        session, held = Session(stack, TINY), []
+        session.expect(first)
+        for chunk in range(24):
+            run_session(session, 1, batch=2, seed=chunk)
+            held.append(session.stats()["resident_bytes"])
+        most = most_resident(TINY, stack, 24, 2, 16, first)
+        assert most is not None
+        assert max(held) <= most.bytes(TINY.layers)
 
 
 @pytest.mark.parametrize("rule", ["least-selected", "merged"])
@@ -237,15 +314,6 @@ class AnywhereCompressor(PoolCompressor):
 
 
 def test_tokens_that_lie_anywhere_have_no_mean():
-    with pytest.raises(NotImplementedError, match=r"must have merged\(\), or say merges = False"):
-        check_policy(AnywhereCompressor())
-
-
-@dataclass(frozen=True)
-class UnmergedCompressor(AnywhereCompressor):
-    merges: ClassVar[bool] = False
-    name = "unmerged"
-
-
-def test_a_compressor_that_does_not_merge_is_a_policy_like_any_other():
-    check_policy(UnmergedCompressor())
+    check_policy(AnywhereCompressor())
+    with pytest.raises(InvalidOptionError, match="blocks of compressor anywhere cannot be merged"):
+        registry().stack("packforcing", {"compressor": AnywhereCompressor(), "eviction": "merged"})

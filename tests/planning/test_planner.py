@@ -11,17 +11,18 @@ import pytest
 import torch
 
 import kvpack
-from kvpack import Compressor
+from kvpack import Compressor, Session
 from kvpack.checkpoints.config import Settings
 from kvpack.cli.tables import plan_rows
 from kvpack.compressors.network import HighResolutionBranch
 from kvpack.errors import InvalidOptionError, UnknownNameError, UnsupportedPipelineError
 from kvpack.memory.costs import LatentShape
 from kvpack.planning import planner, presets
+from kvpack.planning.resident import resident
 from kvpack.plugins.registry import registry
 from kvpack.policies import HighResolutionCompressor
 from kvpack.shipped import CALL, demo_stack
-from kvpack.testing import TINY, tiny_wan_pipeline
+from kvpack.testing import TINY, run_session, tiny_wan_pipeline
 
 SHIPPED = Path(kvpack.__file__).parent / "data" / "toyworld"
 
@@ -44,6 +45,17 @@ def pipe() -> Any:
 def wan() -> kvpack.Geometry:
     model = presets.preset("wan2.1-t2v-1.3b")
     return presets.adapter_for(model).geometry(model.configs, 480, 832, torch.bfloat16)
+
+
+# What these keep of latents depends on their channels, which a session alone is not told.
+@pytest.mark.parametrize("name", sorted({*registry().names("stack")} - {"longlive-rag", "token-trim"}))
+def test_what_is_planned_is_held_behind_each_chunk(name: str) -> None:
+    """The first ones too, in which windows fill."""
+    session = Session(stack(name), TINY)
+    for chunk in range(9):
+        run_session(session, 1, batch=2, seed=chunk)
+        held = resident(TINY, session.stack, chunk + 1, 2).bytes(TINY.layers)
+        assert session.stats()["resident_bytes"] == held, chunk
 
 
 def test_two_minutes_of_wan_cost_what_the_paper_says(wan: kvpack.Geometry) -> None:

@@ -379,6 +379,32 @@ def test_no_class_but_those_of_memories(pipe, snapshots):
         refused(pipe, snapshots, f"it holds a '{name}'")
 
 
+def archived(node, change):
+    """Change each archived block that a snapshot's JSON lists."""
+    for each in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        archived(each, change)
+    if isinstance(node, dict) and "BlockEntry" in str(node.get("class")) and node["fields"]["part"] == "mid":
+        node["fields"].update(change)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        *(({name: number}, "which is no block of") for name, number in [("blocks", 0), ("blocks", -1), ("blocks", 3)]),
+        *(({name: number}, "which is no block of") for name, number in [("frames", 0), ("frames", 400)]),
+        ({"first_frame": 500}, "which is no block of"),
+        ({"slot": 0}, "has two blocks in a slot"),
+        ({"offered": -4}, "a block was chosen 0 times of -4"),
+        ({"chosen": 5}, "a block was chosen 5 times of 0"),
+    ],
+    ids=str,
+)
+def test_no_archive_that_cannot_be(change, words, pipe, snapshots):
+    for path in snapshots.glob("snapshot-*"):
+        rewritten(path, lambda content: archived(content, change))
+    refused(pipe, snapshots, words)
+
+
 @pytest.mark.parametrize("name", ["noise", "chunks", "rows", "__class__", "fps"])
 def test_no_method_is_replaced(name, pipe, snapshots):
     for path in snapshots.glob("snapshot-*"):

@@ -1,6 +1,6 @@
 """Gradients through selection, re-indexing, RoPE and attention into what compresses, against finite differences."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ from torch import nn
 from kvpack.adapters import WanAdapter
 from kvpack.errors import GradientError
 from kvpack.memory.roles import LatentCompressor
+from kvpack.plugins.registry import registry
 from kvpack.policies import QueryTopK, packforcing
 from kvpack.policies.pool import PoolCompressor, pooled_grid
 from kvpack.testing import tiny_wan_pipeline
@@ -142,6 +143,37 @@ def test_the_packed_buffer_refuses_gradients(pipe, module):
 
     with pytest.raises(GradientError, match="gradients are enabled"):
         predictions(pipe, stack_of(module), LayerCache)
+
+
+@pytest.mark.parametrize("rule", ["oldest", "spread", "least-selected", "merged"])
+def test_gradients_pass_through_a_full_archive(rule, pipe, module, monkeypatch):
+    """Nothing that backward needs is written over where blocks leave it."""
+    monkeypatch.setitem(globals(), "FRAMES", 18)
+    stack = replace(stack_of(module, archive_blocks=3, reindexer="contiguous"), eviction=rule)
+    cuts = []
+
+    def visit(rollout, velocity):
+        cuts[:] = histories(rollout.session)
+        velocity.sum().backward()
+
+    predictions(pipe, stack, GraphLayer, visit=visit)
+    backward_history(cuts)
+    assert module.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("changed", [{"archive_blocks": 1}, {"store": "int4"}], ids=str)
+def test_the_teacher_forgets_nothing(changed, pipe, module):
+    """A student that keeps all tokens loses nothing but what a full archive and a codec lose."""
+    from kvpack.training.clips import Clip
+
+    trainee = WanAdapter().trainee(pipe, 8)
+    clip, losses = Clip("one", clips(1)[0], trainee.embed(["a red circle"])[0]), []
+    sizes = {"sink_frames": 2, "recent_frames": 2, "chunk_frames": 2, "archive_blocks": None, "reindexer": "contiguous"}
+    for options in ({}, changed):
+        stack = registry().stack("packforcing", {**sizes, "compressor": "identity", "selector": "all", **options})
+        objective = ContextDistillation(trainee, stack, module, pipe.scheduler, steps=2)
+        losses.append(sum(objective.measure([clip], [4], seed=0)[4]))
+    assert losses[0] < 1e-12 < losses[1]
 
 
 def test_memory_is_that_of_one_step(pipe, module):
