@@ -1,13 +1,12 @@
 """The loop of a training run: the same weights whether or not it was stopped on its way."""
 
 import csv
-import io
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kvpack.errors import InvalidOptionError, TrainingError, require_int
-from kvpack.media.files import save_bytes
+from kvpack.media.files import save_bytes, whole_file
 from kvpack.training.clips import Clip, ClipFolder
 from kvpack.training.noise import generator
 
@@ -246,10 +245,10 @@ class Trainer:
             rows.writerows([self.step, name, value] for name, value in told.items())
 
     def _save(self) -> None:
-        data = io.BytesIO()
         learners, scaler = {each.name: self._state(each) for each in self.objective.learners}, self.accelerator.scaler
-        torch.save({"step": self.step, "learners": learners, "scaler": scaler and scaler.state_dict()}, data)
-        save_bytes(data.getvalue(), self.output / STATE)
+        with whole_file(self.output / STATE, durable=True) as file:
+            data = {"step": self.step, "learners": learners, "scaler": scaler and scaler.state_dict()}
+            torch.save(data, cast(IO[bytes], file))  # it asks for `write` and `flush` alone
         self.saved_step = self.step
 
     def _state(self, learner: Learner) -> dict[str, Any]:

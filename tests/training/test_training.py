@@ -1,6 +1,7 @@
 """`kvpack train-compressor` from a folder of clips to weights that a pipeline takes."""
 
 import csv
+import io
 import json
 import shutil
 import socket
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import kvpack.plugins.registry
 from helpers import forked, told
-from kvpack.errors import BrokenClipError, InvalidOptionError, TrainingError
+from kvpack.errors import BrokenClipError, InvalidOptionError, OutputError, TrainingError
+from kvpack.media import files
 from kvpack.testing import tiny_wan_pipeline
 from kvpack.training.clips import ClipFolder
 from kvpack.training.compressor import CompressorTraining, frozen
@@ -295,6 +297,24 @@ def test_accumulation_is_a_larger_batch(model, data, tmp_path):
         torch.testing.assert_close(weight, found[0][1])
     assert len(found[0][0]) == 12
     assert {name: found[0][0].count(name) for name in found[0][0]} == {clip.name: 4 for clip in clips}
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(training, tmp_path, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, data):
+            return super().write(data[: 50_000 - self.tell()])  # none behind it, as the system never says
+
+    training("whole").run()
+    training(recipe={"steps": 2}).run()
+    kept = (tmp_path / "run" / "state.pt").read_bytes()
+    assert len(kept) > 50_000
+    monkeypatch.setattr(files, "open", lambda path, mode, buffering: Full(path, "w+"), raising=False)
+    with pytest.raises(OutputError, match=r"state\.pt: No space left on device; nothing of it was kept"):
+        training().run()
+    monkeypatch.undo()
+    assert (tmp_path / "run" / "state.pt").read_bytes() == kept
+    training().run()
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("broken", ["_save", "weights"])
