@@ -1,6 +1,5 @@
 """The loop of a training run: the same weights whether or not it was stopped on its way."""
 
-import csv
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -14,9 +13,10 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kvpack.errors import InvalidOptionError, TrainingError, require_int
+from kvpack.errors import InvalidOptionError, TrainingError, first_line, require_int
 from kvpack.media.files import save_bytes, whole_file
 from kvpack.training.clips import Clip, ClipFolder
+from kvpack.training.log import append_log, cut_log
 from kvpack.training.noise import generator
 
 STATE, LOG, RECIPE = "state.pt", "log.csv", "recipe.json"
@@ -113,7 +113,7 @@ class Trainer:
         about: what else must be the same for a run to go on.
 
     Raises:
-        TrainingError: if the folder holds another training.
+        TrainingError: if the folder holds another training, or a state that cannot be read.
     """
 
     def __init__(
@@ -159,7 +159,8 @@ class Trainer:
                 bar.update()
                 bar.set_postfix({name: f"{value:.4g}" for name, value in told.items()})
                 if main:
-                    self._log(told)
+                    self.accelerator.log(told, step=self.step)
+                    append_log(self.output / LOG, self.step, told)
                 if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps:
                     self.accelerator.wait_for_everyone()
                     if main:
@@ -234,16 +235,6 @@ class Trainer:
         reduced: Any = self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="mean")
         return reduced
 
-    def _log(self, told: dict[str, float]) -> None:
-        self.accelerator.log(told, step=self.step)
-        path = self.output / LOG
-        new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            if new:
-                rows.writerow(["step", "name", "value"])
-            rows.writerows([self.step, name, value] for name, value in told.items())
-
     def _save(self) -> None:
         learners, scaler = {each.name: self._state(each) for each in self.objective.learners}, self.accelerator.scaler
         with whole_file(self.output / STATE, durable=True) as file:
@@ -265,12 +256,18 @@ class Trainer:
                 save_bytes(self.about.encode(), recipe)
                 (self.output / LOG).unlink(missing_ok=True)
             return
-        if recipe.read_text(encoding="utf-8") != self.about:
+        if not recipe.exists() or recipe.read_text(encoding="utf-8", errors="replace") != self.about:
             raise TrainingError(
                 f"{self.output} holds another training, see {recipe}; "
                 "give it the same options to go on, or a new folder"
             )
-        data = torch.load(state, map_location="cpu", weights_only=True)
+        try:
+            data = torch.load(state, map_location="cpu", weights_only=True)
+        except Exception as error:  # of zip, pickle or the disk
+            raise TrainingError(
+                f"{state} cannot be read ({first_line(error)}); put a copy of it there, remove it to begin anew, or "
+                f"train the weights beside it in another folder, from --initial {self.output}"
+            ) from error
         self.step = self.saved_step = data["step"]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(data["scaler"])
@@ -282,12 +279,4 @@ class Trainer:
             self.optimisers[learner.name].load_state_dict(kept["optimiser"])
             self.schedules[learner.name].load_state_dict(kept["schedule"])
         if self.accelerator.is_main_process:
-            self._cut_log()
-
-    def _cut_log(self) -> None:
-        """Drop the log's rows after the checkpoint, whose steps will be done and logged again."""
-        path = self.output / LOG
-        if path.exists():
-            header, *rows = path.read_text(encoding="utf-8").splitlines()
-            kept = [row for row in rows if int(row.split(",", 1)[0]) <= self.step]
-            save_bytes("\n".join([header, *kept, ""]).encode(), path)
+            cut_log(self.output / LOG, self.step)

@@ -317,6 +317,36 @@ def test_a_full_disk_keeps_the_last_checkpoint(training, tmp_path, monkeypatch):
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("left", ["", "step,na", "{log}3,lo\n\n", "{log}1,loss,0.", "\0\0\0\0\n"])
+def test_a_log_that_a_crash_has_damaged_stops_nothing(left, training, tmp_path):
+    training(recipe={"steps": 2}).run()
+    log = tmp_path / "run" / "log.csv"
+    before = rows(tmp_path / "run") if "{log}" in left else []
+    log.write_text(left.format(log=log.read_bytes().decode()), newline="")
+    training(recipe={"steps": 3}).run()
+    now = rows(tmp_path / "run")
+    assert now[: len(before)] == before
+    assert [(row["step"], row["name"]) for row in now[len(before) :]] == [
+        ("3", "loss"),
+        ("3", "compressor gradient norm"),
+    ]
+
+
+@pytest.mark.parametrize("left", [0, 100, -100])
+def test_a_state_that_cannot_be_read_is_named(left, training, tmp_path):
+    training(recipe={"steps": 2}).run()
+    state = tmp_path / "run" / "state.pt"
+    state.write_bytes(state.read_bytes()[:left])
+    with pytest.raises(TrainingError, match=r"state\.pt cannot be read \(.+\); put a copy .* --initial .*run"):
+        training().run()
+    (tmp_path / "run" / "recipe.json").unlink()
+    with pytest.raises(TrainingError, match="holds another training"):
+        training().run()
+    state.unlink()
+    training(recipe={"steps": 2}).run()
+    assert {row["step"] for row in rows(tmp_path / "run")} == {"1", "2"}
+
+
 @pytest.mark.parametrize("broken", ["_save", "weights"])
 def test_killed_while_it_saves(broken, training, tmp_path, monkeypatch):
     """At its very end, between the weights and the state: the next run makes up for what is missing."""
