@@ -199,13 +199,10 @@ class Trainer:
         """Take a step with each learner that has gradients, and return their norms."""
         norms, scaler = {}, self.accelerator.scaler
         for learner in self.objective.learners:
-            gradients = {each: each.grad for each in learner.trained.values() if each.grad is not None}
-            for each, gradient in gradients.items():
-                each.grad = self._mean(gradient)
-            if gradients:
+            if reached := self._reached(list(learner.trained.values())):
                 # Not those of the others, as accelerate's own clipping does.
                 self.accelerator.unscale_gradients(self.optimisers[learner.name])
-                norms[learner.name] = float(nn.utils.clip_grad_norm_(list(gradients), self.recipe.clip_norm))
+                norms[learner.name] = float(nn.utils.clip_grad_norm_(reached, self.recipe.clip_norm))
         named = {f"{name} gradient norm": norm for name, norm in norms.items()}
         # A gradient that overflows fp16 is no sign of divergence: its scaler passes over the step.
         seen = told if self.accelerator.mixed_precision == "fp16" else {**told, **named}
@@ -227,6 +224,15 @@ class Trainer:
         if scaler is not None and norms:
             scaler.update()
         return named
+
+    def _reached(self, trained: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Return the parameters that have a gradient in any process, each with the mean over all of them."""
+        shares = self._mean(torch.tensor([float(each.grad is not None) for each in trained]))
+        reached = [each for each, share in zip(trained, shares.tolist(), strict=True) if share > 0]
+        for each in reached:
+            # What a batch does not reach has a gradient of zero there, as in an accumulation of both batches.
+            each.grad = self._mean(torch.zeros_like(each) if each.grad is None else each.grad)
+        return reached
 
     def _mean(self, tensor: Tensor) -> Tensor:
         """Average a tensor over all processes."""

@@ -19,6 +19,7 @@ from helpers import forked, told
 from kvpack.errors import BrokenClipError, InvalidOptionError, OutputError, TrainingError
 from kvpack.media import files
 from kvpack.testing import tiny_wan_pipeline
+from kvpack.testing.ranks import run_ranks
 from kvpack.training.clips import ClipFolder
 from kvpack.training.compressor import CompressorTraining, frozen
 from kvpack.training.trainer import Learner, Trainer, TrainingRecipe
@@ -263,6 +264,52 @@ def test_gradients_in_float16_are_unscaled_once(monkeypatch, tmp_path):
     assert torch.equal(modules["compressor"].weight, before["compressor"])
     assert not torch.equal(modules["critic"].weight, before["critic"])
     assert accelerator.scaler.get_scale() == 1024.0
+
+
+class Halves:
+    """An objective of two modules whose gradients are the turn: even turns reach the first, odd ones the second."""
+
+    def __init__(self):
+        self.modules = torch.nn.ModuleList(torch.nn.Linear(2, 1, bias=False) for _ in range(3))
+        for module in self.modules:
+            torch.nn.init.ones_(module.weight)
+
+    @property
+    def learners(self):
+        return [Learner("both", self.modules[:2]), Learner("none", self.modules[2])]
+
+    def backward(self, step, clips, source, backward):
+        (turn,) = clips
+        backward(self.modules[turn % 2].weight.sum() * (turn + 1))
+        return {"loss": 1.0}
+
+    def trained(self, folder, accumulation):
+        """The weights, and what the last step logged."""
+        clips = SimpleNamespace(fingerprint=lambda: "")
+        recipe = TrainingRecipe(steps=3, accumulation=accumulation, learning_rate=0.1)
+        trainer = Trainer(self, clips, recipe, folder, Accelerator(cpu=True))
+        trainer._batch = lambda turn: [turn]
+        trainer.run()
+        told = {row["name"]: float(row["value"]) for row in rows(folder)}
+        return [each.weight.detach() for each in self.modules], told
+
+
+def test_processes_whose_batches_reach_different_weights(tmp_path, monkeypatch):
+    """Half of the weights have no gradient in each of them, and all take the steps of an accumulation of two."""
+
+    def work(rank):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        return Halves().trained(tmp_path / "two", 1)
+
+    two = run_ranks(2, work, seconds=60)
+    weights, told = Halves().trained(tmp_path / "one", 2)
+    assert told.keys() == {"loss", "both gradient norm"}
+    assert torch.equal(weights[2], torch.ones(1, 2))
+    for got, logged in two:
+        assert logged == pytest.approx(told)
+        for one, other in zip(weights, got, strict=True):
+            torch.testing.assert_close(other, one)
 
 
 class MeanLatent:
