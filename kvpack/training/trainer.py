@@ -31,7 +31,7 @@ class TrainingRecipe:
         learning_rate: of the compressor.
         batch: clips a backward pass, in each process.
         accumulation: backward passes a step.
-        schedule: of the learning rate, a name that diffusers knows, e.g. "constant", "cosine" or "linear".
+        schedule: of the learning rate by the run's steps, a name that diffusers knows, e.g. "constant", "cosine" or "linear".
         warmup: steps until the learning rate is reached.
         clip_norm: the largest norm of a step's gradient.
         seed: of the order of clips and of all noise.
@@ -129,17 +129,14 @@ class Trainer:
         self.accelerator = accelerator
         self.step = self.saved_step = 0
         told = {**asdict(recipe), "clips": clips.fingerprint(), "processes": accelerator.num_processes, **(about or {})}
-        # These two may change between a run and its continuation: they change no gradient.
+        # These two may change between a run and its continuation: they change no gradient, and no rate of the past.
         told = {name: value for name, value in told.items() if name not in ("steps", "save_every")}
         self.about = json.dumps(told, indent=2, sort_keys=True, default=str) + "\n"
-        self.optimisers, self.schedules = {}, {}
+        self.optimisers, self.rates = {}, {}
         for learner in objective.learners:
-            rate = recipe.learning_rate * learner.rate
-            optimiser = torch.optim.AdamW(learner.trained.values(), rate, **learner.options)
+            optimiser = torch.optim.AdamW(learner.trained.values(), **learner.options)
             self.optimisers[learner.name] = accelerator.prepare_optimizer(optimiser)
-            self.schedules[learner.name] = get_scheduler(
-                recipe.schedule, optimiser, num_warmup_steps=recipe.warmup, num_training_steps=recipe.steps
-            )
+            self.rates[learner.name] = _rates(recipe, learner)
         output.mkdir(parents=True, exist_ok=True)
         self._resume()
 
@@ -217,10 +214,11 @@ class Trainer:
             )
         for name in norms:
             optimiser = self.optimisers[name]
+            for group in optimiser.param_groups:
+                group["lr"] = self.rates[name](self.step)
             # Accelerate's own step would change the scale before the next learner's.
             optimiser.step() if scaler is None else scaler.step(optimiser.optimizer)
             optimiser.zero_grad()
-            self.schedules[name].step()
         if scaler is not None and norms:
             scaler.update()
         return named
@@ -252,7 +250,6 @@ class Trainer:
         return {
             "weights": {name: each.detach().cpu() for name, each in learner.trained.items()},
             "optimiser": self.optimisers[learner.name].state_dict(),
-            "schedule": self.schedules[learner.name].state_dict(),
         }
 
     def _resume(self) -> None:
@@ -283,6 +280,16 @@ class Trainer:
                 for name, weights in kept["weights"].items():
                     trained[name].copy_(weights)
             self.optimisers[learner.name].load_state_dict(kept["optimiser"])
-            self.schedules[learner.name].load_state_dict(kept["schedule"])
         if self.accelerator.is_main_process:
             cut_log(self.output / LOG, self.step)
+
+
+def _rates(recipe: TrainingRecipe, learner: Learner) -> Callable[[int], float]:
+    """Return a learner's rate by the step of the run alone: it may take fewer steps, and a run may become longer."""
+    rate = recipe.learning_rate * learner.rate
+    unused = torch.optim.AdamW([torch.zeros(())], rate)
+    schedule: Any = get_scheduler(
+        recipe.schedule, unused, num_warmup_steps=recipe.warmup, num_training_steps=recipe.steps
+    )
+    (factor,) = schedule.lr_lambdas
+    return lambda step: float(rate * factor(step))

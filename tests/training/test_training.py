@@ -266,6 +266,54 @@ def test_gradients_in_float16_are_unscaled_once(monkeypatch, tmp_path):
     assert accelerator.scaler.get_scale() == 1024.0
 
 
+class Alternating:
+    """An objective of a learner in every step, and one in every third only."""
+
+    def __init__(self):
+        self.modules = {name: torch.nn.Linear(1, 1, bias=False) for name in ("often", "seldom")}
+        self.learners = [Learner("often", self.modules["often"]), Learner("seldom", self.modules["seldom"], 0.5)]
+        for module in self.modules.values():
+            torch.nn.init.ones_(module.weight)
+
+    def backward(self, step, clips, source, backward):
+        for name, module in self.modules.items():
+            if name == "often" or step % 3 == 0:
+                backward(module.weight.square().sum())
+        return {"loss": 1.0}
+
+    def rates(self, folder, steps, schedule):
+        """The rate of each step of each learner, and the weights behind them."""
+        clips, found = SimpleNamespace(fingerprint=lambda: ""), {name: {} for name in self.modules}
+        recipe = TrainingRecipe(steps=steps, learning_rate=1.0, schedule=schedule, warmup=2)
+        trainer = Trainer(self, clips, recipe, folder, Accelerator(cpu=True))
+        trainer._batch = lambda turn: []
+        for name, optimiser in trainer.optimisers.items():
+            optimiser.optimizer.register_step_pre_hook(
+                lambda used, *_, name=name: found[name].update({trainer.step: used.param_groups[0]["lr"]})
+            )
+        trainer.run()
+        return found, {name: module.weight.detach() for name, module in self.modules.items()}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup", "polynomial"])
+def test_every_learner_has_the_rate_of_the_run_s_step(schedule, tmp_path):
+    """However few steps it takes, and as the whole run has it where a shorter one goes on."""
+    whole, last = Alternating().rates(tmp_path / "whole", 12, schedule)
+    assert list(whole["often"]) == list(range(12))
+    assert whole["seldom"] == pytest.approx({step: 0.5 * whole["often"][step] for step in (0, 3, 6, 9)}, rel=1e-5)
+    assert whole["often"][1] == pytest.approx(0.5)
+    assert whole["often"][2] == pytest.approx(1)
+    if schedule == "cosine":
+        assert whole["often"][7] == pytest.approx(0.5)
+    first, _ = Alternating().rates(tmp_path / "cut", 5, schedule)
+    then, longer = Alternating().rates(tmp_path / "cut", 12, schedule)
+    assert list(first["often"]) == list(range(5))
+    for name in ("often", "seldom"):
+        assert then[name] == {step: rate for step, rate in whole[name].items() if step >= 5}
+    if schedule == "constant_with_warmup":
+        assert longer == last
+
+
 class Halves:
     """An objective of two modules whose gradients are the turn: even turns reach the first, odd ones the second."""
 
