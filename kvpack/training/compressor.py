@@ -26,8 +26,9 @@ from kvpack.snapshots.fingerprint import model_digests
 from kvpack.training.clips import Broken, ClipFolder
 from kvpack.training.distillation import ContextDistillation
 from kvpack.training.matching import DistributionMatching
+from kvpack.training.recipe import TrainingRecipe
 from kvpack.training.targets import targets
-from kvpack.training.trainer import Objective, Trainer, TrainingRecipe
+from kvpack.training.trainer import Objective, Trainer
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

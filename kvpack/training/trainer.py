@@ -9,56 +9,17 @@ from typing import IO, Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kvpack.errors import InvalidOptionError, TrainingError, first_line, require_int
+from kvpack.errors import TrainingError, first_line
 from kvpack.media.files import save_bytes, whole_file
 from kvpack.training.clips import Clip, ClipFolder
 from kvpack.training.log import append_log, cut_log
 from kvpack.training.noise import generator
+from kvpack.training.recipe import TrainingRecipe
 
 STATE, LOG, RECIPE = "state.pt", "log.csv", "recipe.json"
-
-
-@dataclass(frozen=True)
-class TrainingRecipe:
-    """Length, learning rate, batch and seed of a training run.
-
-    Args:
-        steps: optimiser steps.
-        learning_rate: of the compressor.
-        batch: clips a backward pass, in each process.
-        accumulation: backward passes a step.
-        schedule: of the learning rate by the run's steps, a name that diffusers knows, e.g. "constant", "cosine" or "linear".
-        warmup: steps until the learning rate is reached.
-        clip_norm: the largest norm of a step's gradient.
-        seed: of the order of clips and of all noise.
-        save_every: steps between checkpoints.
-
-    Raises:
-        InvalidOptionError: if a number cannot work.
-    """
-
-    steps: int = 3000
-    learning_rate: float = 1e-4
-    batch: int = 1
-    accumulation: int = 1
-    schedule: str = "constant"
-    warmup: int = 0
-    clip_norm: float = 1.0
-    seed: int = 0
-    save_every: int = 100
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulation", "save_every"):
-            require_int(name, getattr(self, name), minimum=1)
-        for name in ("warmup", "seed"):
-            require_int(name, getattr(self, name))
-        for name in ("learning_rate", "clip_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InvalidOptionError(f"{name} must be a number > 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +74,8 @@ class Trainer:
         about: what else must be the same for a run to go on.
 
     Raises:
-        TrainingError: if the folder holds another training, or a state that cannot be read.
+        TrainingError: if the folder holds another training, a state that cannot be read, or not the same in
+            all processes.
     """
 
     def __init__(
@@ -136,7 +98,7 @@ class Trainer:
         for learner in objective.learners:
             optimiser = torch.optim.AdamW(learner.trained.values(), **learner.options)
             self.optimisers[learner.name] = accelerator.prepare_optimizer(optimiser)
-            self.rates[learner.name] = _rates(recipe, learner)
+            self.rates[learner.name] = recipe.rates(learner.rate)
         output.mkdir(parents=True, exist_ok=True)
         self._resume()
 
@@ -254,23 +216,18 @@ class Trainer:
 
     def _resume(self) -> None:
         recipe, state = self.output / RECIPE, self.output / STATE
-        if not state.exists():
+        data: dict[str, Any] = self._read(recipe, state) if state.exists() else {"step": 0}
+        steps = self.accelerator.gather(torch.tensor([data["step"]], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            seen = ", ".join(f"process {rank} at step {step}" for rank, step in enumerate(steps))
+            raise TrainingError(
+                f"the processes do not see the same {state}: with theirs {seen}; give a folder that all nodes share"
+            )
+        if not data["step"]:
             if self.accelerator.is_main_process:
                 save_bytes(self.about.encode(), recipe)
                 (self.output / LOG).unlink(missing_ok=True)
             return
-        if not recipe.exists() or recipe.read_text(encoding="utf-8", errors="replace") != self.about:
-            raise TrainingError(
-                f"{self.output} holds another training, see {recipe}; "
-                "give it the same options to go on, or a new folder"
-            )
-        try:
-            data = torch.load(state, map_location="cpu", weights_only=True)
-        except Exception as error:  # of zip, pickle or the disk
-            raise TrainingError(
-                f"{state} cannot be read ({first_line(error)}); put a copy of it there, remove it to begin anew, or "
-                f"train the weights beside it in another folder, from --initial {self.output}"
-            ) from error
         self.step = self.saved_step = data["step"]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(data["scaler"])
@@ -283,13 +240,17 @@ class Trainer:
         if self.accelerator.is_main_process:
             cut_log(self.output / LOG, self.step)
 
-
-def _rates(recipe: TrainingRecipe, learner: Learner) -> Callable[[int], float]:
-    """Return a learner's rate by the step of the run alone: it may take fewer steps, and a run may become longer."""
-    rate = recipe.learning_rate * learner.rate
-    unused = torch.optim.AdamW([torch.zeros(())], rate)
-    schedule: Any = get_scheduler(
-        recipe.schedule, unused, num_warmup_steps=recipe.warmup, num_training_steps=recipe.steps
-    )
-    (factor,) = schedule.lr_lambdas
-    return lambda step: float(rate * factor(step))
+    def _read(self, recipe: Path, state: Path) -> dict[str, Any]:
+        """Return the state in a folder, if it is one of this training."""
+        if not recipe.exists() or recipe.read_text(encoding="utf-8", errors="replace") != self.about:
+            raise TrainingError(
+                f"{self.output} holds another training, see {recipe}; "
+                "give it the same options to go on, or a new folder"
+            )
+        try:
+            return dict(torch.load(state, map_location="cpu", weights_only=True))
+        except Exception as error:  # of zip, pickle or the disk
+            raise TrainingError(
+                f"{state} cannot be read ({first_line(error)}); put a copy of it there, remove it to begin anew, or "
+                f"train the weights beside it in another folder, from --initial {self.output}"
+            ) from error

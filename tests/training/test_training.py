@@ -22,7 +22,8 @@ from kvpack.testing import tiny_wan_pipeline
 from kvpack.testing.ranks import run_ranks
 from kvpack.training.clips import ClipFolder
 from kvpack.training.compressor import CompressorTraining, frozen
-from kvpack.training.trainer import Learner, Trainer, TrainingRecipe
+from kvpack.training.recipe import TrainingRecipe
+from kvpack.training.trainer import Learner, Trainer
 
 CHUNKS, SIZE = 5, (8, 8)
 STACK = {"topk": 4, "sink_frames": 2, "recent_frames": 2, "chunk_frames": 2}
@@ -331,10 +332,10 @@ class Halves:
         backward(self.modules[turn % 2].weight.sum() * (turn + 1))
         return {"loss": 1.0}
 
-    def trained(self, folder, accumulation):
+    def trained(self, folder, accumulation=1, steps=3):
         """The weights, and what the last step logged."""
         clips = SimpleNamespace(fingerprint=lambda: "")
-        recipe = TrainingRecipe(steps=3, accumulation=accumulation, learning_rate=0.1)
+        recipe = TrainingRecipe(steps=steps, accumulation=accumulation, learning_rate=0.1)
         trainer = Trainer(self, clips, recipe, folder, Accelerator(cpu=True))
         trainer._batch = lambda turn: [turn]
         trainer.run()
@@ -342,15 +343,38 @@ class Halves:
         return [each.weight.detach() for each in self.modules], told
 
 
-def test_processes_whose_batches_reach_different_weights(tmp_path, monkeypatch):
-    """Half of the weights have no gradient in each of them, and all take the steps of an accumulation of two."""
-
-    def work(rank):
+def in_two_processes(work, monkeypatch):
+    def told(rank):
         for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
             monkeypatch.setenv(name, str(value))
-        return Halves().trained(tmp_path / "two", 1)
+        return work(rank)
 
-    two = run_ranks(2, work, seconds=60)
+    return run_ranks(2, told, seconds=60)
+
+
+@pytest.mark.parametrize("blind", [0, 1])
+def test_processes_that_do_not_see_the_same_checkpoint(blind, tmp_path, monkeypatch):
+    """As those of two nodes that do not share the folder."""
+    in_two_processes(lambda rank: Halves().trained(tmp_path / "run", steps=2), monkeypatch)
+    before = {each.name: each.read_bytes() for each in (tmp_path / "run").iterdir()}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "log.csv").write_text("step,name,value\n")
+
+    def work(rank):
+        with pytest.raises(TrainingError) as caught:
+            Halves().trained(tmp_path / ("other" if rank == blind else "run"))
+        return str(caught.value)
+
+    seen = {0: "process 0 at step 0, process 1 at step 2", 1: "process 0 at step 2, process 1 at step 0"}[blind]
+    for message in in_two_processes(work, monkeypatch):
+        assert f"state.pt: with theirs {seen}; give a folder that all nodes share" in message
+    assert {each.name: each.read_bytes() for each in (tmp_path / "run").iterdir()} == before
+    assert [each.name for each in (tmp_path / "other").iterdir()] == ["log.csv"]
+
+
+def test_processes_whose_batches_reach_different_weights(tmp_path, monkeypatch):
+    """Half of the weights have no gradient in each of them, and all take the steps of an accumulation of two."""
+    two = in_two_processes(lambda rank: Halves().trained(tmp_path / "two"), monkeypatch)
     weights, told = Halves().trained(tmp_path / "one", 2)
     assert told.keys() == {"loss", "both gradient norm"}
     assert torch.equal(weights[2], torch.ones(1, 2))
