@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -146,6 +147,25 @@ def save_bytes(data: bytes, path: Path) -> None:
     """
     with whole_file(path) as file:
         file.write(data)
+
+
+@contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder whose files come into `folder` behind the block, each whole or not at all.
+
+    Raises:
+        OutputError: if they cannot be written; what was there stays.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as made:
+            yield Path(made)
+            for path in Path(made).iterdir():
+                os.replace(path, folder / path.name)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write into {folder}: {reason}; what was there is kept") from error
 
 
 def sync_folder(folder: Path) -> None:

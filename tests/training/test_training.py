@@ -12,10 +12,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import kvpack.plugins.registry
 from helpers import forked, told
+from kvpack.compressors.network import HighResolutionBranch
 from kvpack.errors import BrokenClipError, InvalidOptionError, OutputError, TrainingError
 from kvpack.media import files
 from kvpack.testing import tiny_wan_pipeline
@@ -434,6 +436,30 @@ def test_a_full_disk_keeps_the_last_checkpoint(training, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "state.pt").read_bytes() == kept
     training().run()
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("ends", "error"), [(KeyboardInterrupt, KeyboardInterrupt), (SafetensorError("No space left"), OutputError)]
+)
+def test_weights_that_are_being_written_replace_none(ends, error, training, tmp_path, monkeypatch):
+    """A pipeline may read them meanwhile."""
+
+    def half(self, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise ends
+
+    training(recipe={"steps": 2}).run()
+    (tmp_path / "run" / "README.md").write_text("mine")
+    kept = {each.name: each.read_bytes() for each in (tmp_path / "run").iterdir() if each.name != "log.csv"}
+    monkeypatch.setattr(HighResolutionBranch, "_save_pretrained", half)
+    with pytest.raises(error):
+        training().run()
+    assert {each.name: each.read_bytes() for each in (tmp_path / "run").iterdir() if each.name != "log.csv"} == kept
+    monkeypatch.undo()
+    training().run()
+    training("whole").run()
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+    assert (tmp_path / "run" / "README.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize("left", ["", "step,na", "{log}3,lo\n\n", "{log}1,loss,0.", "\0\0\0\0\n"])
