@@ -5,19 +5,27 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
+from kvpack.errors import OutputError
 from kvpack.media.files import save_bytes
 
 _HEADER = ["step", "name", "value"]
 
 
 def append_log(path: Path, step: int, told: Mapping[str, float]) -> None:
-    """Append what a step told."""
+    """Append what a step told.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
     new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        if new:
-            rows.writerow(_HEADER)
-        rows.writerows([step, name, value] for name, value in told.items())
+    try:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            if new:
+                rows.writerow(_HEADER)
+            rows.writerows([step, name, value] for name, value in told.items())
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; the last checkpoint can be gone on from") from error
 
 
 def cut_log(path: Path, step: int) -> None:

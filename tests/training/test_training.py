@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from kvpack.testing import tiny_wan_pipeline
 from kvpack.testing.ranks import run_ranks
 from kvpack.training.clips import ClipFolder
 from kvpack.training.compressor import CompressorTraining, frozen
+from kvpack.training.log import append_log
 from kvpack.training.recipe import TrainingRecipe
 from kvpack.training.trainer import Learner, Trainer
 
@@ -475,6 +477,12 @@ def test_a_log_that_a_crash_has_damaged_stops_nothing(left, training, tmp_path):
         ("3", "loss"),
         ("3", "compressor gradient norm"),
     ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+def test_a_log_on_a_full_disk_is_one_line():
+    with pytest.raises(OutputError, match="cannot write /dev/full: No space left on device; the last checkpoint"):
+        append_log(Path("/dev/full"), 1, {"loss": 1.0})
 
 
 @pytest.mark.parametrize("left", [0, 100, -100])
