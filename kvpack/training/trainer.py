@@ -217,7 +217,8 @@ class Trainer:
     def _resume(self) -> None:
         recipe, state = self.output / RECIPE, self.output / STATE
         data: dict[str, Any] = self._read(recipe, state) if state.exists() else {"step": 0}
-        steps = self.accelerator.gather(torch.tensor([data["step"]], device=self.accelerator.device)).tolist()
+        every: Any = self.accelerator.gather(torch.tensor([data["step"]], device=self.accelerator.device))
+        steps = every.tolist()
         if len(set(steps)) > 1:
             seen = ", ".join(f"process {rank} at step {step}" for rank, step in enumerate(steps))
             raise TrainingError(
