@@ -1,5 +1,6 @@
 """The folder of a batch: its videos, what was asked for, and what was made."""
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -72,9 +73,12 @@ class BatchFolder:
     def note(self, entry: dict[str, Any]) -> None:
         """Append a line to the manifest, in one piece, so that several processes may."""
         line = json.dumps(entry).encode() + b"\n"
-        descriptor = os.open(self.path / _MANIFEST, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(self.path / _MANIFEST, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line)
+            if (size := os.fstat(descriptor).st_size) and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line  # behind one that a full disk cut off
+            if os.write(descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
         except OSError as error:
             raise OutputError(f"cannot write {self.path / _MANIFEST}: {error.strerror}") from error

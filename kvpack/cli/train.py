@@ -68,7 +68,7 @@ def train_compressor(
         raise InvalidOptionError(f"--seed must be between 0 and 2^32 - 1, got {seed}")
 
     from kvpack.training.compressor import CompressorTraining
-    from kvpack.training.trainer import TrainingRecipe
+    from kvpack.training.recipe import TrainingRecipe
 
     recipe = TrainingRecipe(steps, learning_rate, batch, accumulation, schedule, warmup, clip_norm, seed, save_every)
     width_height = None if size is None else parse_size(size)

@@ -1,7 +1,9 @@
 """Files that are written whole or not at all."""
 
+import errno
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,14 +63,22 @@ class PartialFile:
             # Unbuffered, so that what is written is there if the process is killed; closed by commit or discard.
             self._file = open(self._partial, "w+b", buffering=0)  # noqa: SIM115
         self.seek, self.tell, self.read = self._file.seek, self._file.tell, self._file.read
+        self.flush = self._file.flush
 
-    def write(self, data: bytes) -> int:
-        """Append bytes."""
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all of the bytes, and return how many they are."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
         try:
-            return self._file.write(data)
+            while rest:
+                # One system call takes 2 GiB at most, and less where the disk runs full.
+                if not (taken := self._file.write(rest)):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                rest = rest[taken:]
         except OSError as error:
             self.error = error
             raise
+        return size
 
     def commit(self, *, durable: bool = False) -> None:
         """Move the complete file to its name.
@@ -98,7 +108,10 @@ class PartialFile:
 
         try:
             yield
-        except (OSError, av.FFmpegError) as error:
+        except Exception as error:
+            # Of an error while writing libav and torch make one of their own, or several.
+            if self.error is None and not isinstance(error, OSError | av.FFmpegError):
+                raise
             cause = self.error or error
             if hasattr(self, "_file"):
                 self.discard()
@@ -106,19 +119,53 @@ class PartialFile:
             raise OutputError(f"cannot write {self.path}: {reason}; nothing of it was kept") from cause
 
 
-def save_bytes(data: bytes, path: Path) -> None:
-    """Write a file, whole or not at all.
+@contextmanager
+def whole_file(path: Path, *, durable: bool = False) -> Iterator[PartialFile]:
+    """Yield a file that appears under its name behind the block, whole or not at all.
+
+    Args:
+        path: where it will be.
+        durable: whether it is on the disk for certain then, though the power fails.
 
     Raises:
-        OutputError: if it cannot be written.
+        OutputError: if it cannot be written; what was there stays.
     """
     file = PartialFile(path)
     try:
         with file.reported():
-            file.write(data)
-        file.commit()
+            yield file
+        file.commit(durable=durable)
     finally:
         file.discard()
+
+
+def save_bytes(data: bytes, path: Path) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        OutputError: if it cannot be written; what was there stays.
+    """
+    with whole_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder whose files come into `folder` behind the block, each whole or not at all.
+
+    Raises:
+        OutputError: if they cannot be written; what was there stays.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as made:
+            yield Path(made)
+            for path in Path(made).iterdir():
+                os.replace(path, folder / path.name)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write into {folder}: {reason}; what was there is kept") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -15,6 +15,7 @@ from kvpack.checkpoints.hub import model_folder
 from kvpack.compressors.network import Branches, HighResolutionBranch
 from kvpack.compressors.weights import CompressorWeights
 from kvpack.errors import InvalidOptionError, require_choice, require_int
+from kvpack.media.files import whole_files
 from kvpack.memory.roles import Project
 from kvpack.memory.stack import Stack
 from kvpack.pipeline.enabled import adapter_of
@@ -26,8 +27,9 @@ from kvpack.snapshots.fingerprint import model_digests
 from kvpack.training.clips import Broken, ClipFolder
 from kvpack.training.distillation import ContextDistillation
 from kvpack.training.matching import DistributionMatching
+from kvpack.training.recipe import TrainingRecipe
 from kvpack.training.targets import targets
-from kvpack.training.trainer import Objective, Trainer, TrainingRecipe
+from kvpack.training.trainer import Objective, Trainer
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -217,11 +219,14 @@ class CompressorTraining:
         return nn.ModuleList([branch, transformer])
 
     def _save(self, branch: HighResolutionBranch, pipeline: Any) -> None:
-        branch.save_pretrained(self.output)
-        if self.lora_rank:
-            from peft import get_peft_model_state_dict
+        with whole_files(self.output) as folder:
+            branch.save_pretrained(folder)
+            if (self.output / "README.md").exists():  # somebody may have written into it
+                (folder / "README.md").unlink()
+            if self.lora_rank:
+                from peft import get_peft_model_state_dict
 
-            pipeline.save_lora_weights(self.output, get_peft_model_state_dict(pipeline.transformer))
+                pipeline.save_lora_weights(folder, get_peft_model_state_dict(pipeline.transformer))
 
 
 _ABOUT = (

@@ -1,65 +1,25 @@
 """The loop of a training run: the same weights whether or not it was stopped on its way."""
 
-import csv
-import io
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kvpack.errors import InvalidOptionError, TrainingError, require_int
-from kvpack.media.files import save_bytes
+from kvpack.errors import TrainingError, first_line
+from kvpack.media.files import save_bytes, whole_file
 from kvpack.training.clips import Clip, ClipFolder
+from kvpack.training.log import append_log, cut_log
 from kvpack.training.noise import generator
+from kvpack.training.recipe import TrainingRecipe
 
 STATE, LOG, RECIPE = "state.pt", "log.csv", "recipe.json"
-
-
-@dataclass(frozen=True)
-class TrainingRecipe:
-    """Length, learning rate, batch and seed of a training run.
-
-    Args:
-        steps: optimiser steps.
-        learning_rate: of the compressor.
-        batch: clips a backward pass, in each process.
-        accumulation: backward passes a step.
-        schedule: of the learning rate, a name that diffusers knows, e.g. "constant", "cosine" or "linear".
-        warmup: steps until the learning rate is reached.
-        clip_norm: the largest norm of a step's gradient.
-        seed: of the order of clips and of all noise.
-        save_every: steps between checkpoints.
-
-    Raises:
-        InvalidOptionError: if a number cannot work.
-    """
-
-    steps: int = 3000
-    learning_rate: float = 1e-4
-    batch: int = 1
-    accumulation: int = 1
-    schedule: str = "constant"
-    warmup: int = 0
-    clip_norm: float = 1.0
-    seed: int = 0
-    save_every: int = 100
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulation", "save_every"):
-            require_int(name, getattr(self, name), minimum=1)
-        for name in ("warmup", "seed"):
-            require_int(name, getattr(self, name))
-        for name in ("learning_rate", "clip_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InvalidOptionError(f"{name} must be a number > 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +74,8 @@ class Trainer:
         about: what else must be the same for a run to go on.
 
     Raises:
-        TrainingError: if the folder holds another training.
+        TrainingError: if the folder holds another training, a state that cannot be read, or not the same in
+            all processes.
     """
 
     def __init__(
@@ -130,17 +91,14 @@ class Trainer:
         self.accelerator = accelerator
         self.step = self.saved_step = 0
         told = {**asdict(recipe), "clips": clips.fingerprint(), "processes": accelerator.num_processes, **(about or {})}
-        # These two may change between a run and its continuation: they change no gradient.
+        # These two may change between a run and its continuation: they change no gradient, and no rate of the past.
         told = {name: value for name, value in told.items() if name not in ("steps", "save_every")}
         self.about = json.dumps(told, indent=2, sort_keys=True, default=str) + "\n"
-        self.optimisers, self.schedules = {}, {}
+        self.optimisers, self.rates = {}, {}
         for learner in objective.learners:
-            rate = recipe.learning_rate * learner.rate
-            optimiser = torch.optim.AdamW(learner.trained.values(), rate, **learner.options)
+            optimiser = torch.optim.AdamW(learner.trained.values(), **learner.options)
             self.optimisers[learner.name] = accelerator.prepare_optimizer(optimiser)
-            self.schedules[learner.name] = get_scheduler(
-                recipe.schedule, optimiser, num_warmup_steps=recipe.warmup, num_training_steps=recipe.steps
-            )
+            self.rates[learner.name] = recipe.rates(learner.rate)
         output.mkdir(parents=True, exist_ok=True)
         self._resume()
 
@@ -160,7 +118,8 @@ class Trainer:
                 bar.update()
                 bar.set_postfix({name: f"{value:.4g}" for name, value in told.items()})
                 if main:
-                    self._log(told)
+                    self.accelerator.log(told, step=self.step)
+                    append_log(self.output / LOG, self.step, told)
                 if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps:
                     self.accelerator.wait_for_everyone()
                     if main:
@@ -199,13 +158,10 @@ class Trainer:
         """Take a step with each learner that has gradients, and return their norms."""
         norms, scaler = {}, self.accelerator.scaler
         for learner in self.objective.learners:
-            gradients = {each: each.grad for each in learner.trained.values() if each.grad is not None}
-            for each, gradient in gradients.items():
-                each.grad = self._mean(gradient)
-            if gradients:
+            if reached := self._reached(list(learner.trained.values())):
                 # Not those of the others, as accelerate's own clipping does.
                 self.accelerator.unscale_gradients(self.optimisers[learner.name])
-                norms[learner.name] = float(nn.utils.clip_grad_norm_(list(gradients), self.recipe.clip_norm))
+                norms[learner.name] = float(nn.utils.clip_grad_norm_(reached, self.recipe.clip_norm))
         named = {f"{name} gradient norm": norm for name, norm in norms.items()}
         # A gradient that overflows fp16 is no sign of divergence: its scaler passes over the step.
         seen = told if self.accelerator.mixed_precision == "fp16" else {**told, **named}
@@ -220,13 +176,23 @@ class Trainer:
             )
         for name in norms:
             optimiser = self.optimisers[name]
+            for group in optimiser.param_groups:
+                group["lr"] = self.rates[name](self.step)
             # Accelerate's own step would change the scale before the next learner's.
             optimiser.step() if scaler is None else scaler.step(optimiser.optimizer)
             optimiser.zero_grad()
-            self.schedules[name].step()
         if scaler is not None and norms:
             scaler.update()
         return named
+
+    def _reached(self, trained: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Return the parameters that have a gradient in any process, each with the mean over all of them."""
+        shares = self._mean(torch.tensor([float(each.grad is not None) for each in trained]))
+        reached = [each for each, share in zip(trained, shares.tolist(), strict=True) if share > 0]
+        for each in reached:
+            # What a batch does not reach has a gradient of zero there, as in an accumulation of both batches.
+            each.grad = self._mean(torch.zeros_like(each) if each.grad is None else each.grad)
+        return reached
 
     def _mean(self, tensor: Tensor) -> Tensor:
         """Average a tensor over all processes."""
@@ -235,43 +201,34 @@ class Trainer:
         reduced: Any = self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="mean")
         return reduced
 
-    def _log(self, told: dict[str, float]) -> None:
-        self.accelerator.log(told, step=self.step)
-        path = self.output / LOG
-        new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            if new:
-                rows.writerow(["step", "name", "value"])
-            rows.writerows([self.step, name, value] for name, value in told.items())
-
     def _save(self) -> None:
-        data = io.BytesIO()
         learners, scaler = {each.name: self._state(each) for each in self.objective.learners}, self.accelerator.scaler
-        torch.save({"step": self.step, "learners": learners, "scaler": scaler and scaler.state_dict()}, data)
-        save_bytes(data.getvalue(), self.output / STATE)
+        with whole_file(self.output / STATE, durable=True) as file:
+            data = {"step": self.step, "learners": learners, "scaler": scaler and scaler.state_dict()}
+            torch.save(data, cast(IO[bytes], file))  # it asks for `write` and `flush` alone
         self.saved_step = self.step
 
     def _state(self, learner: Learner) -> dict[str, Any]:
         return {
             "weights": {name: each.detach().cpu() for name, each in learner.trained.items()},
             "optimiser": self.optimisers[learner.name].state_dict(),
-            "schedule": self.schedules[learner.name].state_dict(),
         }
 
     def _resume(self) -> None:
         recipe, state = self.output / RECIPE, self.output / STATE
-        if not state.exists():
+        data: dict[str, Any] = self._read(recipe, state) if state.exists() else {"step": 0}
+        every: Any = self.accelerator.gather(torch.tensor([data["step"]], device=self.accelerator.device))
+        steps = every.tolist()
+        if len(set(steps)) > 1:
+            seen = ", ".join(f"process {rank} at step {step}" for rank, step in enumerate(steps))
+            raise TrainingError(
+                f"the processes do not see the same {state}: with theirs {seen}; give a folder that all nodes share"
+            )
+        if not data["step"]:
             if self.accelerator.is_main_process:
                 save_bytes(self.about.encode(), recipe)
                 (self.output / LOG).unlink(missing_ok=True)
             return
-        if recipe.read_text(encoding="utf-8") != self.about:
-            raise TrainingError(
-                f"{self.output} holds another training, see {recipe}; "
-                "give it the same options to go on, or a new folder"
-            )
-        data = torch.load(state, map_location="cpu", weights_only=True)
         self.step = self.saved_step = data["step"]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(data["scaler"])
@@ -281,14 +238,20 @@ class Trainer:
                 for name, weights in kept["weights"].items():
                     trained[name].copy_(weights)
             self.optimisers[learner.name].load_state_dict(kept["optimiser"])
-            self.schedules[learner.name].load_state_dict(kept["schedule"])
         if self.accelerator.is_main_process:
-            self._cut_log()
+            cut_log(self.output / LOG, self.step)
 
-    def _cut_log(self) -> None:
-        """Drop the log's rows after the checkpoint, whose steps will be done and logged again."""
-        path = self.output / LOG
-        if path.exists():
-            header, *rows = path.read_text(encoding="utf-8").splitlines()
-            kept = [row for row in rows if int(row.split(",", 1)[0]) <= self.step]
-            save_bytes("\n".join([header, *kept, ""]).encode(), path)
+    def _read(self, recipe: Path, state: Path) -> dict[str, Any]:
+        """Return the state in a folder, if it is one of this training."""
+        if not recipe.exists() or recipe.read_text(encoding="utf-8", errors="replace") != self.about:
+            raise TrainingError(
+                f"{self.output} holds another training, see {recipe}; "
+                "give it the same options to go on, or a new folder"
+            )
+        try:
+            return dict(torch.load(state, map_location="cpu", weights_only=True))
+        except Exception as error:  # of zip, pickle or the disk
+            raise TrainingError(
+                f"{state} cannot be read ({first_line(error)}); put a copy of it there, remove it to begin anew, or "
+                f"train the weights beside it in another folder, from --initial {self.output}"
+            ) from error

@@ -1,6 +1,7 @@
 """A file of prompts: its lines are right, or refused by number before anything starts; a folder knows what it holds."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -118,6 +119,17 @@ def test_the_manifest_is_held_against_the_files(tmp_path):
     assert [json.loads(line)["name"] for line in (tmp_path / "manifest.jsonl").read_text().splitlines()[:2]] == [
         "fox"
     ] * 2
+
+
+def test_a_line_that_a_full_disk_cuts_off_is_an_error_and_spoils_no_other(tmp_path, monkeypatch):
+    folder, write = BatchFolder(tmp_path), os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:10]))
+        with pytest.raises(OutputError, match=r"manifest\.jsonl: No space left on device"):
+            folder.note({"name": "fox"})
+    folder.note({"name": "cat"})
+    folder.note({"name": "dog"})
+    assert [entry["name"] for entry in folder.entries()] == ["cat", "dog"]
 
 
 def test_files_of_other_editors(tmp_path):

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import io
+import multiprocessing
 import os
+import resource
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from helpers import pixels
 from kvpack.errors import NonFiniteLatentsError, OutputError
 from kvpack.media import files, video
 from kvpack.media.contact_sheet import Row, banner, contact_sheet, side_by_side
-from kvpack.media.files import require_writable, save_bytes
+from kvpack.media.files import require_writable, save_bytes, whole_file
 from kvpack.media.video import Frames, VideoWriter
 
 
@@ -137,6 +141,74 @@ def test_a_full_disk_is_an_output_error_and_leaves_nothing(
     with pytest.raises(OutputError, match=r"cannot write .*a\.mp4: No space left on device; nothing of it was kept"):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+class ShortWrites(io.FileIO):
+    """A file each of whose writes takes a few bytes only, as the system's take 2 GiB, until the disk is full."""
+
+    most, room = 1000, 1 << 40
+
+    def write(self, data: Any) -> int:
+        taken = min(len(data), self.most, self.room - self.tell())
+        return super().write(data[:taken])
+
+
+@pytest.fixture
+def short_writes(monkeypatch: pytest.MonkeyPatch) -> type[ShortWrites]:
+    class File(ShortWrites):
+        pass
+
+    monkeypatch.setattr(files, "open", lambda path, mode, buffering: File(path, "w+"), raising=False)
+    return File
+
+
+def save_tensor(tensor: torch.Tensor, path: Path) -> None:
+    with whole_file(path) as file:
+        torch.save(tensor, cast(IO[bytes], file))
+
+
+@pytest.mark.usefixtures("short_writes")
+def test_all_is_written_where_the_system_takes_a_part_at_a_time(tmp_path: Path) -> None:
+    data, tensor = os.urandom(12345), torch.randn(5000)
+    save_bytes(data, tmp_path / "bytes")
+    assert (tmp_path / "bytes").read_bytes() == data
+    save_tensor(tensor, tmp_path / "tensor")
+    assert torch.equal(torch.load(tmp_path / "tensor"), tensor)
+    with VideoWriter(tmp_path / "a.mp4", 16) as writer:
+        writer.write(noise(20))
+    assert len(pixels(tmp_path / "a.mp4")) == 20
+
+
+@pytest.mark.parametrize("room", [0, 100, 15_000])
+def test_a_disk_that_fills_within_a_write_keeps_what_was_there(
+    room: int, tmp_path: Path, short_writes: type[ShortWrites]
+) -> None:
+    for name in ("bytes", "tensor"):
+        (tmp_path / name).write_bytes(b"good")
+    short_writes.room = room
+    message = "No space left on device; nothing of it was kept"
+    with pytest.raises(OutputError, match=message):
+        save_bytes(bytes(20_000), tmp_path / "bytes")
+    with pytest.raises(OutputError, match=message):
+        save_tensor(torch.randn(5000), tmp_path / "tensor")
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == dict.fromkeys(("bytes", "tensor"), b"good")
+
+
+def test_a_real_device_that_takes_a_part_of_a_write(tmp_path: Path) -> None:
+    """A limit on the size of files is met as a full disk is: by a write that is cut short, and an error at the next."""
+    path = tmp_path / "state.pt"
+    path.write_bytes(b"good")
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        with pytest.raises(OutputError, match="File too large; nothing of it was kept"):
+            save_bytes(bytes(20_000), path)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"good"]
 
 
 def test_a_disk_that_is_full_at_the_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

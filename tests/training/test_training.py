@@ -1,25 +1,33 @@
 """`kvpack train-compressor` from a folder of clips to weights that a pipeline takes."""
 
 import csv
+import io
 import json
 import shutil
 import socket
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import kvpack.plugins.registry
 from helpers import forked, told
-from kvpack.errors import BrokenClipError, InvalidOptionError, TrainingError
+from kvpack.compressors.network import HighResolutionBranch
+from kvpack.errors import BrokenClipError, InvalidOptionError, OutputError, TrainingError
+from kvpack.media import files
 from kvpack.testing import tiny_wan_pipeline
+from kvpack.testing.ranks import run_ranks
 from kvpack.training.clips import ClipFolder
 from kvpack.training.compressor import CompressorTraining, frozen
-from kvpack.training.trainer import Learner, Trainer, TrainingRecipe
+from kvpack.training.log import append_log
+from kvpack.training.recipe import TrainingRecipe
+from kvpack.training.trainer import Learner, Trainer
 
 CHUNKS, SIZE = 5, (8, 8)
 STACK = {"topk": 4, "sink_frames": 2, "recent_frames": 2, "chunk_frames": 2}
@@ -263,6 +271,123 @@ def test_gradients_in_float16_are_unscaled_once(monkeypatch, tmp_path):
     assert accelerator.scaler.get_scale() == 1024.0
 
 
+class Alternating:
+    """An objective of a learner in every step, and one in every third only."""
+
+    def __init__(self):
+        self.modules = {name: torch.nn.Linear(1, 1, bias=False) for name in ("often", "seldom")}
+        self.learners = [Learner("often", self.modules["often"]), Learner("seldom", self.modules["seldom"], 0.5)]
+        for module in self.modules.values():
+            torch.nn.init.ones_(module.weight)
+
+    def backward(self, step, clips, source, backward):
+        for name, module in self.modules.items():
+            if name == "often" or step % 3 == 0:
+                backward(module.weight.square().sum())
+        return {"loss": 1.0}
+
+    def rates(self, folder, steps, schedule):
+        """The rate of each step of each learner, and the weights behind them."""
+        clips, found = SimpleNamespace(fingerprint=lambda: ""), {name: {} for name in self.modules}
+        recipe = TrainingRecipe(steps=steps, learning_rate=1.0, schedule=schedule, warmup=2)
+        trainer = Trainer(self, clips, recipe, folder, Accelerator(cpu=True))
+        trainer._batch = lambda turn: []
+        for name, optimiser in trainer.optimisers.items():
+            optimiser.optimizer.register_step_pre_hook(
+                lambda used, *_, name=name: found[name].update({trainer.step: used.param_groups[0]["lr"]})
+            )
+        trainer.run()
+        return found, {name: module.weight.detach() for name, module in self.modules.items()}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup", "polynomial"])
+def test_every_learner_has_the_rate_of_the_run_s_step(schedule, tmp_path):
+    """However few steps it takes, and as the whole run has it where a shorter one goes on."""
+    whole, last = Alternating().rates(tmp_path / "whole", 12, schedule)
+    assert list(whole["often"]) == list(range(12))
+    assert whole["seldom"] == pytest.approx({step: 0.5 * whole["often"][step] for step in (0, 3, 6, 9)}, rel=1e-5)
+    assert whole["often"][1] == pytest.approx(0.5)
+    assert whole["often"][2] == pytest.approx(1)
+    if schedule == "cosine":
+        assert whole["often"][7] == pytest.approx(0.5)
+    first, _ = Alternating().rates(tmp_path / "cut", 5, schedule)
+    then, longer = Alternating().rates(tmp_path / "cut", 12, schedule)
+    assert list(first["often"]) == list(range(5))
+    for name in ("often", "seldom"):
+        assert then[name] == {step: rate for step, rate in whole[name].items() if step >= 5}
+    if schedule == "constant_with_warmup":
+        assert longer == last
+
+
+class Halves:
+    """An objective of two modules whose gradients are the turn: even turns reach the first, odd ones the second."""
+
+    def __init__(self):
+        self.modules = torch.nn.ModuleList(torch.nn.Linear(2, 1, bias=False) for _ in range(3))
+        for module in self.modules:
+            torch.nn.init.ones_(module.weight)
+
+    @property
+    def learners(self):
+        return [Learner("both", self.modules[:2]), Learner("none", self.modules[2])]
+
+    def backward(self, step, clips, source, backward):
+        (turn,) = clips
+        backward(self.modules[turn % 2].weight.sum() * (turn + 1))
+        return {"loss": 1.0}
+
+    def trained(self, folder, accumulation=1, steps=3):
+        """The weights, and what the last step logged."""
+        clips = SimpleNamespace(fingerprint=lambda: "")
+        recipe = TrainingRecipe(steps=steps, accumulation=accumulation, learning_rate=0.1)
+        trainer = Trainer(self, clips, recipe, folder, Accelerator(cpu=True))
+        trainer._batch = lambda turn: [turn]
+        trainer.run()
+        told = {row["name"]: float(row["value"]) for row in rows(folder)}
+        return [each.weight.detach() for each in self.modules], told
+
+
+def in_two_processes(work, monkeypatch):
+    def told(rank):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        return work(rank)
+
+    return run_ranks(2, told, seconds=60)
+
+
+@pytest.mark.parametrize("blind", [0, 1])
+def test_processes_that_do_not_see_the_same_checkpoint(blind, tmp_path, monkeypatch):
+    """As those of two nodes that do not share the folder."""
+    in_two_processes(lambda rank: Halves().trained(tmp_path / "run", steps=2), monkeypatch)
+    before = {each.name: each.read_bytes() for each in (tmp_path / "run").iterdir()}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "log.csv").write_text("step,name,value\n")
+
+    def work(rank):
+        with pytest.raises(TrainingError) as caught:
+            Halves().trained(tmp_path / ("other" if rank == blind else "run"))
+        return str(caught.value)
+
+    seen = {0: "process 0 at step 0, process 1 at step 2", 1: "process 0 at step 2, process 1 at step 0"}[blind]
+    for message in in_two_processes(work, monkeypatch):
+        assert f"state.pt: with theirs {seen}; give a folder that all nodes share" in message
+    assert {each.name: each.read_bytes() for each in (tmp_path / "run").iterdir()} == before
+    assert [each.name for each in (tmp_path / "other").iterdir()] == ["log.csv"]
+
+
+def test_processes_whose_batches_reach_different_weights(tmp_path, monkeypatch):
+    """Half of the weights have no gradient in each of them, and all take the steps of an accumulation of two."""
+    two = in_two_processes(lambda rank: Halves().trained(tmp_path / "two"), monkeypatch)
+    weights, told = Halves().trained(tmp_path / "one", 2)
+    assert told.keys() == {"loss", "both gradient norm"}
+    assert torch.equal(weights[2], torch.ones(1, 2))
+    for got, logged in two:
+        assert logged == pytest.approx(told)
+        for one, other in zip(weights, got, strict=True):
+            torch.testing.assert_close(other, one)
+
+
 class MeanLatent:
     """An objective without noise: its gradient is the mean latent of a batch."""
 
@@ -295,6 +420,84 @@ def test_accumulation_is_a_larger_batch(model, data, tmp_path):
         torch.testing.assert_close(weight, found[0][1])
     assert len(found[0][0]) == 12
     assert {name: found[0][0].count(name) for name in found[0][0]} == {clip.name: 4 for clip in clips}
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(training, tmp_path, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, data):
+            return super().write(data[: 50_000 - self.tell()])  # none behind it, as the system never says
+
+    training("whole").run()
+    training(recipe={"steps": 2}).run()
+    kept = (tmp_path / "run" / "state.pt").read_bytes()
+    assert len(kept) > 50_000
+    monkeypatch.setattr(files, "open", lambda path, mode, buffering: Full(path, "w+"), raising=False)
+    with pytest.raises(OutputError, match=r"state\.pt: No space left on device; nothing of it was kept"):
+        training().run()
+    monkeypatch.undo()
+    assert (tmp_path / "run" / "state.pt").read_bytes() == kept
+    training().run()
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("ends", "error"), [(KeyboardInterrupt, KeyboardInterrupt), (SafetensorError("No space left"), OutputError)]
+)
+def test_weights_that_are_being_written_replace_none(ends, error, training, tmp_path, monkeypatch):
+    """A pipeline may read them meanwhile."""
+
+    def half(self, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise ends
+
+    training(recipe={"steps": 2}).run()
+    (tmp_path / "run" / "README.md").write_text("mine")
+    kept = {each.name: each.read_bytes() for each in (tmp_path / "run").iterdir() if each.name != "log.csv"}
+    monkeypatch.setattr(HighResolutionBranch, "_save_pretrained", half)
+    with pytest.raises(error):
+        training().run()
+    assert {each.name: each.read_bytes() for each in (tmp_path / "run").iterdir() if each.name != "log.csv"} == kept
+    monkeypatch.undo()
+    training().run()
+    training("whole").run()
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+    assert (tmp_path / "run" / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", ["", "step,na", "{log}3,lo\n\n", "{log}1,loss,0.", "\0\0\0\0\n"])
+def test_a_log_that_a_crash_has_damaged_stops_nothing(left, training, tmp_path):
+    training(recipe={"steps": 2}).run()
+    log = tmp_path / "run" / "log.csv"
+    before = rows(tmp_path / "run") if "{log}" in left else []
+    log.write_text(left.format(log=log.read_bytes().decode()), newline="")
+    training(recipe={"steps": 3}).run()
+    now = rows(tmp_path / "run")
+    assert now[: len(before)] == before
+    assert [(row["step"], row["name"]) for row in now[len(before) :]] == [
+        ("3", "loss"),
+        ("3", "compressor gradient norm"),
+    ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+def test_a_log_on_a_full_disk_is_one_line():
+    with pytest.raises(OutputError, match="cannot write /dev/full: No space left on device; the last checkpoint"):
+        append_log(Path("/dev/full"), 1, {"loss": 1.0})
+
+
+@pytest.mark.parametrize("left", [0, 100, -100])
+def test_a_state_that_cannot_be_read_is_named(left, training, tmp_path):
+    training(recipe={"steps": 2}).run()
+    state = tmp_path / "run" / "state.pt"
+    state.write_bytes(state.read_bytes()[:left])
+    with pytest.raises(TrainingError, match=r"state\.pt cannot be read \(.+\); put a copy .* --initial .*run"):
+        training().run()
+    (tmp_path / "run" / "recipe.json").unlink()
+    with pytest.raises(TrainingError, match="holds another training"):
+        training().run()
+    state.unlink()
+    training(recipe={"steps": 2}).run()
+    assert {row["step"] for row in rows(tmp_path / "run")} == {"1", "2"}
 
 
 @pytest.mark.parametrize("broken", ["_save", "weights"])
