@@ -53,7 +53,7 @@ TOY := kvpack/data/toyworld
 CLIPS := runs/compressor/clips
 ENCODE := $(BIN)/python -m benchmarks.toyworld.encode --vae $(TOY)/vae
 TRAIN := train-compressor --model $(TOY) --base-model kvpack-toyworld --max-sequence-length 16 --cpu --save-every 50 \
-	--learning-rate 2e-3 --schedule cosine
+	--learning-rate 2e-3 --schedule cosine --stack packforcing
 
 # What ships, on clips of 20 seconds, whose chunks attend one to sixteen compressed blocks, as in a long video: 70 minutes
 # on two cores. Then the learned branch alone, on clips of 8 seconds, with up to four blocks.

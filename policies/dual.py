@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvpack.compressors.weights import branch_config
+from kvpack.errors import InvalidOptionError
 from kvpack.memory.blocks import LatentChunk
 from kvpack.memory.costs import Cost, LatentShape
 from kvpack.memory.geometry import Geometry
@@ -39,13 +40,23 @@ class DualCompressor(HighResolutionCompressor):
         }
 
 
-def trained_compressor(source: str) -> HighResolutionCompressor:
+def trained_compressor(source: str, chunk_frames: int | None = None) -> HighResolutionCompressor:
     """Load the compressor whose weights are in a folder or on the Hub, used as its config says.
 
+    Args:
+        source: folder or Hub id.
+        chunk_frames: latent frames of the chunks that it is for; None takes any.
+
     Raises:
-        InvalidOptionError: if there is none.
+        InvalidOptionError: if there is none, or it was trained in chunks of another length.
     """
     config = branch_config(source)
+    trained = config.get("chunk_frames")
+    if None not in (trained, chunk_frames) and trained != chunk_frames:
+        raise InvalidOptionError(
+            f"compressor {source} was trained in chunks of {trained} latent frames, but chunk_frames is {chunk_frames}"
+            "; give a compressor that was trained in chunks as long as the model's"
+        )
     cls = HighResolutionCompressor if config.get("branches") == "hr" else DualCompressor
     options = {name: config[name] for name in ("coordinates", "project") if name in config}
     return cls(source, **options)

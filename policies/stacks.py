@@ -78,7 +78,7 @@ def packforcing(
     return Stack(
         "packforcing",
         SinkMidRecentPartitioner(sink_frames, recent_frames),
-        _compressor(compressor, coordinates, keep_tokens),
+        _compressor(compressor, coordinates, keep_tokens, chunk_frames),
         chosen_by,
         resolve_policy("reindexer", reindexer, _POSITIONS, train_frames=train_frames),
         chunk_frames,
@@ -156,14 +156,16 @@ def full(
     )
 
 
-def _compressor(compressor: str | Compressor, coordinates: Coordinates | None, keep_tokens: int | float | None) -> Any:
+def _compressor(
+    compressor: str | Compressor, coordinates: Coordinates | None, keep_tokens: int | float | None, chunk_frames: int
+) -> Any:
     """Return a compressor by name, or by the folder or Hub id of its weights; installed names win."""
     installed = ("compressor", compressor) in registry().policies
     if isinstance(compressor, str) and not installed and ("/" in compressor or os.path.isdir(compressor)):
         for option, given in (("coordinates", coordinates), ("keep_tokens", keep_tokens)):
             if given is not None:
                 raise UnusedOptionError(option, f"{compressor} was trained with its own, which its config has")
-        return trained_compressor(compressor)
+        return trained_compressor(compressor, chunk_frames)
     try:
         usual = {"coordinates": "centered"}
         return resolve_policy("compressor", compressor, usual, coordinates=coordinates, keep_tokens=keep_tokens)

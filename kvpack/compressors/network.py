@@ -50,6 +50,7 @@ class HighResolutionBranch(
         branches: "dual" if its tokens are added to those of `lr`, "hr" if they stand alone.
         project: how tokens become keys and values (see `LatentCompressor.project`).
         coordinates: where tokens sit (see `PoolCompressor`).
+        chunk_frames: latent frames of the chunks that it was trained in; None if nobody knows.
         base_model: the model that it was trained for.
         kvpack_version: version that made it.
         seed: of the weights at the start; the process's random state is left alone.
@@ -73,6 +74,7 @@ class HighResolutionBranch(
         branches: Branches = "dual",
         project: Project = "layers",
         coordinates: Coordinates = "centered",
+        chunk_frames: int | None = None,
         base_model: str | None = None,
         kvpack_version: str = __version__,
         seed: int = 0,
@@ -82,12 +84,14 @@ class HighResolutionBranch(
             require_int(name, value, minimum=1)
         for side in patch:
             require_int("patch", side, minimum=1)
+        if chunk_frames is not None:
+            require_int("chunk_frames", chunk_frames, minimum=1)
         require_choice("branches", branches, get_args(Branches))
         require_choice("project", project, get_args(Project))
         require_choice("coordinates", coordinates, get_args(Coordinates))
         self.channels, self.width, self.patch, self.hidden = channels, width, patch, hidden
         self.branches, self.project, self.coordinates = branches, project, coordinates
-        self.base_model, self.kvpack_version = base_model, kvpack_version
+        self.chunk_frames, self.base_model, self.kvpack_version = chunk_frames, base_model, kvpack_version
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             convolutions = [

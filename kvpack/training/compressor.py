@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from kvpack.memory.roles import Project
 from kvpack.memory.stack import Stack
 from kvpack.pipeline.enabled import adapter_of
 from kvpack.pipeline.track import load_pipeline
-from kvpack.planning.presets import from_folder
+from kvpack.planning.presets import ModelDescription, adapter_for, from_folder
 from kvpack.plugins.registry import registry
 from kvpack.plugins.resolve import require_stack, resolve_stack
 from kvpack.snapshots.fingerprint import model_digests
@@ -42,8 +43,8 @@ class CompressorTraining:
         model: folder or Hub id of a diffusers pipeline.
         data: folder of clips (see `ClipFolder`).
         output: folder of the run; the compressor is saved there, for `enable_packforcing(compressor=folder)`.
-        stack: the memory that it is trained in.
-        options: options of the stack.
+        stack: the memory that it is trained in; the model's own if None, as `enable_packforcing` has it.
+        options: options of the stack, which go before the model's own.
         branches: which compressor.
         project: how its tokens become keys and values.
         hidden: channels between its convolutions.
@@ -73,7 +74,7 @@ class CompressorTraining:
     model: Path
     data: Path
     output: Path
-    stack: str = "packforcing"
+    stack: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     branches: Branches = "dual"
     project: Project = "layers"
@@ -121,6 +122,9 @@ class CompressorTraining:
             TrainingError: if training diverges, or the folder holds another one.
             UnsupportedPipelineError: if no adapter can train this pipeline.
         """
+        described = from_folder(self.model)
+        stack = self._stack(described)
+        targets(stack, self.frames)  # finds out now whether there are any
         accelerator = Accelerator(
             mixed_precision=self.mixed_precision,
             cpu=self.cpu,
@@ -131,15 +135,17 @@ class CompressorTraining:
         trainee = adapter_of(pipeline).trainee(pipeline, self.max_sequence_length)
         config = pipeline.transformer.config
         models = model_digests(pipeline)
-        branch = self._branch(pipeline.transformer.config).to(accelerator.device)
-        stack = self._stack(branch)
+        branch = self._branch(config, stack).to(accelerator.device)
+        about = {name: str(getattr(self, name)) for name in _ABOUT} | {"stack": stack.to_dict(), "models": models}
+        trained = {"weights": branch, "project": branch.project, "coordinates": branch.coordinates}
+        stack = replace(stack, compressor=registry().policy("compressor", self.branches, trained))
         clips = ClipFolder(
             self.data,
             trainee,
             self.frames,
             config.in_channels,
             size=self.size,
-            fps=from_folder(self.model).settings.fps if self.fps is None else self.fps,
+            fps=described.settings.fps if self.fps is None else self.fps,
             cache=self.output / "clips",
             encoder=models.get("vae", ""),
             broken=self.broken,
@@ -148,7 +154,6 @@ class CompressorTraining:
         negative = trainee.embed([""])[0]
         if (text_encoder := getattr(pipeline, "text_encoder", None)) is not None:
             text_encoder.to("cpu")  # its work is done, and it may be larger than the model
-        targets(stack, self.frames)  # finds out now whether there are any
         objective: Objective
         if self.teacher is None:
             objective = ContextDistillation(
@@ -168,7 +173,6 @@ class CompressorTraining:
                 guidance_scale=self.guidance_scale,
                 autocast=lambda: accelerator.autocast(),
             )
-        about = {name: str(getattr(self, name)) for name in _ABOUT} | {"models": models}
         trainer = Trainer(objective, clips, self.recipe, self.output, accelerator, about)
         if self.tensorboard:
             accelerator.init_trackers("tensorboard")
@@ -177,7 +181,7 @@ class CompressorTraining:
             accelerator.end_training()
         return branch
 
-    def _branch(self, config: Any) -> HighResolutionBranch:
+    def _branch(self, config: Any, stack: Stack) -> HighResolutionBranch:
         """Build the network that is trained, with its initial weights."""
         branch = HighResolutionBranch(
             channels=config.in_channels,
@@ -186,22 +190,28 @@ class CompressorTraining:
             hidden=self.hidden,
             branches=self.branches,
             project=self.project,
+            coordinates=getattr(stack.compressor, "coordinates", "centered"),
+            chunk_frames=stack.chunk_frames,
             base_model=self.base_model or self.model.resolve().name,
             seed=self.recipe.seed,
         )
         if self.initial is not None:
             source = CompressorWeights(self.initial).fitting(branch.channels, branch.width, branch.patch)
-            if source.hidden != branch.hidden:
-                raise InvalidOptionError(
-                    f"initial {self.initial} has hidden={source.hidden}, but hidden={branch.hidden} was asked for; "
-                    f"give hidden={source.hidden}"
-                )
+            for name in ("hidden", "branches", "project", "coordinates"):
+                has, asked = getattr(source, name), getattr(branch, name)
+                if has != asked:
+                    raise InvalidOptionError(
+                        f"initial {self.initial} has {name}={has}, but {name}={asked} was asked for; give {name}={has}"
+                    )
             branch.load_state_dict(source.state_dict())
         return branch
 
-    def _stack(self, branch: HighResolutionBranch) -> Stack:
-        compressor = registry().policy("compressor", self.branches, {"weights": branch, "project": self.project})
-        return replace(require_stack(resolve_stack(self.stack, self.options)), compressor=compressor)
+    def _stack(self, described: ModelDescription) -> Stack:
+        """Return the memory as it is enabled on this model, its compressor not yet with weights."""
+        # Asked for as a user does, so that options which a trained compressor does not take are refused.
+        compressor = registry().taken(self.stack or described.settings.stack, {"compressor": self.branches})
+        defaults = partial(adapter_for(described).default_options, described.configs)
+        return require_stack(resolve_stack(self.stack, {**compressor, **self.options}, described.settings, defaults))
 
     def _generator(self, branch: HighResolutionBranch, transformer: Any) -> nn.Module:
         """Return the trained modules: the compressor, and the model if it has LoRA weights."""
@@ -230,8 +240,6 @@ class CompressorTraining:
 
 
 _ABOUT = (
-    "stack",
-    "options",
     "branches",
     "project",
     "hidden",

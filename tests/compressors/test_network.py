@@ -131,6 +131,7 @@ def test_the_config_says_how_it_is_used(folder):
         "base_model": "tiny",
         "branches": "dual",
         "channels": 16,
+        "chunk_frames": None,
         "coordinates": "centered",
         "hidden": 4,
         "kvpack_version": branches.HighResolutionBranch(**TINY).kvpack_version,

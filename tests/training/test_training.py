@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import kvpack.plugins.registry
 from helpers import forked, told
+from kvpack.checkpoints.config import Settings
 from kvpack.compressors.network import HighResolutionBranch
 from kvpack.errors import BrokenClipError, InvalidOptionError, OutputError, TrainingError
 from kvpack.media import files
@@ -220,6 +221,43 @@ def test_going_on_from_trained_weights(training, tmp_path):
         training("third", initial=str(tmp_path / "first"), hidden=4).run()
     with pytest.raises(InvalidOptionError, match="no compressor folder"):
         training("third", initial=str(tmp_path / "nowhere")).run()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        ({"branches": "hr"}, {}, "has branches=hr, but branches=dual was asked for; give branches=hr"),
+        ({"project": "direct"}, {}, "has project=direct, but project=layers was asked for"),
+        ({"options": {**STACK, "coordinates": "strided"}}, {}, "has coordinates=strided, but coordinates=centered"),
+        ({}, {"options": {**STACK, "coordinates": "strided"}}, "has coordinates=centered, but coordinates=strided"),
+    ],
+)
+def test_trained_weights_go_on_as_they_were_used(first, second, told, training, tmp_path):
+    training("first", {"steps": 1}, **first).run()
+    with pytest.raises(InvalidOptionError, match=rf"initial .* {told}"):
+        training("second", initial=str(tmp_path / "first"), **second).run()
+
+
+def test_the_models_own_memory_is_trained_in(training, model, tmp_path):
+    """And the compressor is for chunks of its length, not for others."""
+    own, run = tmp_path / "own", tmp_path / "run"
+    shutil.copytree(model, own)
+    Settings("packforcing", {**STACK, "keep_tokens": 2}).write(own)
+    training(recipe={"steps": 1}, model=own, options={"topk": 3, "coordinates": "strided"}).run()
+    trained = json.loads((run / "recipe.json").read_text())["stack"]
+    assert (trained["chunk_frames"], trained["partitioner"]["sink_frames"], trained["selector"]["topk"]) == (2, 2, 3)
+    config = json.loads((run / "config.json").read_text())
+    assert (config["chunk_frames"], config["coordinates"]) == (2, "strided")
+    pipe = frozen(own, torch.float32, "cpu")
+    pipe.enable_packforcing(compressor=str(run))
+    assert pipe.packforcing.stack.chunk_frames == 2
+    with pytest.raises(InvalidOptionError, match=r"was trained in chunks of 2 latent frames, but chunk_frames is 4"):
+        pipe.enable_packforcing("packforcing", compressor=str(run))
+    Settings("packforcing", {**STACK, "sink_frames": 4}).write(own)
+    with pytest.raises(TrainingError, match="holds another training"):  # the folder says another memory by now
+        training(model=own, options={"topk": 3, "coordinates": "strided"}).run()
+    training("other", {"steps": 1}, model=own, stack="packforcing", options=STACK).run()
+    assert json.loads((tmp_path / "other/recipe.json").read_text())["stack"]["partitioner"]["sink_frames"] == 2
 
 
 def test_another_training_is_not_gone_on_with(training, tmp_path):
@@ -604,6 +642,8 @@ def test_options_that_cannot_work(training):
         training(fps=-1.0)
     with pytest.raises(InvalidOptionError, match="no chunk of 2 attends anything that"):
         training(options={**STACK, "sink_frames": 8}).run()
+    with pytest.raises(InvalidOptionError, match="keep_tokens has no effect: compressor 'dual' does not take it"):
+        training(options={**STACK, "keep_tokens": 3}).run()
     with pytest.raises(InvalidOptionError, match="learning_rate must be a number > 0"):
         TrainingRecipe(learning_rate=0.0)
 
