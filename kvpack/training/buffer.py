@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -10,10 +11,12 @@ from torch.nn.functional import pad
 
 from kvpack.memory.attended import Attention, Rotations
 from kvpack.memory.base import Attended, Chunk
+from kvpack.memory.codec import DENSE, Codec, DenseCodec, Stored
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.layer import LayerCache
 from kvpack.memory.rope import joined_places, rotate, rotations
 from kvpack.memory.session import Session
+from kvpack.memory.stack import Stack
 from kvpack.memory.store import KeysValues, StoredBlock
 from kvpack.memory.tokens import Tokens
 
@@ -84,6 +87,35 @@ class GraphLayer(LayerCache):
 
     def _laid_out(self, attended: Attended, like: Tensor, chunk: Chunk) -> GraphContext:
         return GraphContext(attended, like, chunk.geometry)
+
+
+@dataclass(frozen=True)
+class StraightThrough(DenseCodec):
+    """Stores what another codec would give back, with the gradient of what it was given: rounding has none of its own.
+
+    Args:
+        codec: the other one.
+    """
+
+    codec: Codec
+    name = "straight-through"
+
+    def encode_keys(self, keys: Tensor) -> Stored:
+        """Return the keys as they will come back."""
+        return self._rounded(keys, self.codec.decode_keys(self.codec.encode_keys(keys), keys.shape[1], keys.dtype))
+
+    def encode_values(self, values: Tensor) -> Stored:
+        """Return the values as they will come back."""
+        back = self.codec.decode_values(self.codec.encode_values(values), values.shape[1], values.dtype)
+        return self._rounded(values, back)
+
+    def _rounded(self, given: Tensor, back: Tensor) -> Stored:
+        return (back.detach() + (given - given.detach()),)  # a sum with zero, so that no bit changes
+
+
+def straight_through(stack: Stack) -> Stack:
+    """Return a stack whose archive lets gradients through, in whatever form it is stored."""
+    return stack if stack.store == DENSE else replace(stack, store=StraightThrough(stack.store))
 
 
 def _joined(

@@ -13,7 +13,7 @@ from kvpack.memory.layer import LayerCache
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 from kvpack.plugins.registry import registry
-from kvpack.training.buffer import Cut, GraphLayer, backward_history, histories
+from kvpack.training.buffer import Cut, GraphLayer, backward_history, histories, straight_through
 from kvpack.training.clips import Clip
 from kvpack.training.noise import generator, mixed, noise_levels, noise_like
 from kvpack.training.targets import targets
@@ -123,6 +123,6 @@ class ContextDistillation:
 
         with torch.no_grad():
             wanted = {chunk: list(predictions(each, chunk)) for chunk, each in rolled(whole, LayerCache)}
-        for chunk, student in rolled(self.stack, buffer):
+        for chunk, student in rolled(straight_through(self.stack), buffer):
             pairs = zip(predictions(student, chunk), wanted[chunk], strict=True)
             yield chunk, student.session, ((mine - theirs).square().mean() for mine, theirs in pairs)

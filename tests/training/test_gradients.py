@@ -14,7 +14,7 @@ from kvpack.plugins.registry import registry
 from kvpack.policies import QueryTopK, packforcing
 from kvpack.policies.pool import PoolCompressor, pooled_grid
 from kvpack.testing import tiny_wan_pipeline
-from kvpack.training.buffer import GraphLayer, backward_history, histories
+from kvpack.training.buffer import GraphLayer, StraightThrough, backward_history, histories
 from kvpack.training.distillation import ContextDistillation
 from kvpack.training.targets import targets
 
@@ -203,6 +203,36 @@ def test_weights_of_the_model_have_no_gradient(pipe, module):
     assert told["loss"] > 0
     assert module.weight.grad.abs().max() > 0
     assert all(each.grad is None for each in pipe.transformer.parameters())
+
+
+@pytest.mark.parametrize("store", ["int8", "int4", "fp8", "residual"])
+@pytest.mark.parametrize("tier", ["device", "disk"])
+def test_rounding_of_the_archive_takes_no_gradient_away(store, tier, pipe, module):
+    trainee = WanAdapter().trainee(pipe, 8)
+    from kvpack.training.clips import Clip
+
+    clip = Clip("one", clips(1)[0], trainee.embed(["a red circle"])[0])
+    found, losses = {}, {}
+    for each in ("dense", store):
+        stack = replace(stack_of(module), store=registry().policy("codec", each), tier=tier)
+        objective = ContextDistillation(trainee, stack, module, pipe.scheduler, steps=2, chunks=2)
+        objective.backward(0, [clip], torch.Generator().manual_seed(0), lambda loss: loss.backward())
+        found[each], losses[each] = module.weight.grad.flatten(), objective.measure([clip], [3, 4], seed=0)
+        module.weight.grad = module.bias.grad = None
+    assert torch.cosine_similarity(found[store], found["dense"], dim=0) > 0.99
+    assert losses[store] != losses["dense"]  # what is attended is rounded all the same
+
+
+def test_what_passes_straight_through_is_what_a_codec_gives_back():
+    keys = torch.randn(2, 6, 2, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    codec = registry().policy("codec", "int4")
+    passed = StraightThrough(codec)
+    for encode, decode in (("encode_keys", "decode_keys"), ("encode_values", "decode_values")):
+        back = getattr(codec, decode)(getattr(codec, encode)(keys.detach()), 6, torch.float32)
+        (given,) = getattr(passed, encode)(keys)
+        assert torch.equal(getattr(passed, decode)((given,), 6, torch.float32), back)
+        (gradient,) = torch.autograd.grad(given.square().sum(), keys)
+        assert torch.equal(gradient, 2 * back)
 
 
 def test_training_lowers_the_loss(pipe, module):
