@@ -27,6 +27,7 @@ class WanTrainee(Trainee):
     def __init__(self, adapter: Adapter, pipeline: Any, max_sequence_length: int | None = None) -> None:
         self.adapter, self.pipeline = adapter, pipeline
         self.temporal_scale = adapter.temporal_scale(adapter.configs(pipeline))
+        self.spatial_scale = pipeline.vae_scale_factor_spatial
         default = call_signature(type(pipeline)).parameters["max_sequence_length"].default
         self.max_sequence_length = max_sequence_length or default
 

@@ -56,6 +56,8 @@ class Trainee(ABC):
 
     #: Pixel frames of a latent frame, of which a clip's first stands for one alone.
     temporal_scale: int = 4
+    #: Pixel rows and columns of a latent's.
+    spatial_scale: int = 8
 
     @abstractmethod
     def encode(self, pixels: Float[Tensor, "batch 3 frames height width"]) -> Tensor:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from kvpack.media.pixels import video_pixels
 Broken = Literal["stop", "skip"]
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 LATENTS = ".safetensors"
+_MEGABYTE = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,19 +45,22 @@ class Clip:
 
 @dataclass(frozen=True)
 class _Row:
-    """The file and the row in it that hold a clip."""
+    """Where a clip is: the file that was given, that of its latents, and the row in it; and what it is."""
 
+    given: Path
     file: Path
     index: int
     caption: str
+    shape: tuple[int, ...]
+    digest: str
 
     @property
     def name(self) -> str:
-        return f"{self.file.name}[{self.index}]"
+        return f"{self.given.name}[{self.index}]"
 
 
 class ClipFolder(Sequence[Clip]):
-    """Clips of one size, cut to one length, in the order of their files' names.
+    """Clips of one size, that of most of them, cut to one length, in the order of their files' names.
 
     A `.safetensors` file has `latents` `[clips, channels, frames, height, width]`, normalised as the pipeline does. Of
     a video (`.mp4`, `.mov`, `.mkv`, `.webm`, `.avi`) the first frames are encoded, once, into a file in `cache`.
@@ -65,16 +71,18 @@ class ClipFolder(Sequence[Clip]):
         trainee: encodes videos and captions.
         frames: latent frames of a clip; longer ones are cut.
         channels: latent channels of the model.
-        size: height and width in pixels that videos are scaled and cropped to; None leaves them.
+        size: height and width in pixels that videos are scaled and cropped to, and that latents must have; None leaves
+            them.
         fps: frames a second that the model was trained with; of videos with more, some are left out.
-        cache: folder of encoded videos, made where there is none.
+        cache: folder of encoded videos, another than that of the clips, made where there is none; without one no video
+            is taken.
         encoder: what tells the VAE from others, whose encoded videos are not taken for its own.
-        broken: whether a clip that cannot be used is reported and skipped, or stops everything.
+        broken: whether a clip that cannot be used is left out, or stops everything; `skipped` says which are and why.
         device: where latents go.
 
     Raises:
         BrokenClipError: if a clip cannot be used and `broken` is "stop", or if none can.
-        InvalidOptionError: if there is no such folder.
+        InvalidOptionError: if there is no such folder, or none for what is encoded.
     """
 
     def __init__(
@@ -94,20 +102,19 @@ class ClipFolder(Sequence[Clip]):
         if not folder.is_dir():
             raise InvalidOptionError(f"no data folder {folder}; give a folder of videos or of latents")
         self.trainee, self.frames, self.channels, self.size, self.fps = trainee, frames, channels, size, fps
-        self.cache, self.encoder, self.device = cache or folder, encoder, device
-        self.shape: tuple[int, ...] | None = None
+        self.folder, self.cache, self.encoder, self.device = folder, cache, encoder, device
         self.skipped: list[str] = []
-        self._rows: list[_Row] = []
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (*VIDEOS, LATENTS))
-        for file in tqdm(files, desc="clips", leave=False):
-            for row in self._usable(file, broken):
-                self._rows.append(row)
+        found = [row for file in tqdm(files, desc="clips", leave=False) for row in self._usable(file, broken)]
+        self._rows = list(self._of_one_size(found, broken))
         if not self._rows:
             kinds = ", ".join((*VIDEOS, LATENTS))
             told = f"; left out: {'; '.join(self.skipped)}" if self.skipped else ""
             raise BrokenClipError(f"{folder} holds no usable clip; it needs {kinds} with captions in .txt{told}")
         captions = sorted({row.caption for row in self._rows})
-        self._embeds = {caption: trainee.embed([caption])[0] for caption in tqdm(captions, desc="text", leave=False)}
+        # On the host: there may be more of them than a device has room for, and a batch needs its own.
+        each_once = tqdm(captions, desc="text", leave=False)
+        self._embeds = {caption: trainee.embed([caption])[0].cpu() for caption in each_once}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -117,11 +124,11 @@ class ClipFolder(Sequence[Clip]):
             return [self[each] for each in range(*index.indices(len(self)))]
         row = self._rows[index]
         latents = self._read(row.file, row.index).float().to(self.device)
-        return Clip(row.name, latents, self._embeds[row.caption])
+        return Clip(row.name, latents, self._embeds[row.caption].to(self.device))
 
     def fingerprint(self) -> str:
-        """Return a hash of names, captions and sizes, by which a resumed run checks that it has the same clips."""
-        told = json.dumps([[row.name, row.caption] for row in self._rows] + [self.shape])
+        """Return a hash of names, captions and latents, by which a resumed run checks that it has the same clips."""
+        told = json.dumps([[row.name, row.caption, row.digest, *row.shape] for row in self._rows])
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def _usable(self, file: Path, broken: Broken) -> Iterator[_Row]:
@@ -135,13 +142,29 @@ class ClipFolder(Sequence[Clip]):
             self._report(f"{file.name}: {error}", broken)
             return
         for index, caption in enumerate(captions):
-            row = _Row(source, index, caption)
             try:
-                self._check(self._read(source, index))
+                latents = self._read(source, index)
+                self._check(latents)
             except BrokenClipError as error:
                 self._report(f"{file.name}, clip {index}: {error}", broken)
             else:
+                digest = hashlib.sha256(latents.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+                yield _Row(file, source, index, caption, tuple(latents.shape), digest)
+
+    def _of_one_size(self, rows: Sequence[_Row], broken: Broken) -> Iterator[_Row]:
+        sizes = Counter(row.shape[2:] for row in rows)
+        if self.size is None:
+            (wanted, _), *_ = sizes.most_common(1) or [((), 0)]
+            why = "those of most clips are"
+        else:
+            wanted = tuple(side // self.trainee.spatial_scale for side in self.size)
+            why = f"a height and width of {self.size[0]}x{self.size[1]} pixels ask for"
+        for row in rows:
+            if row.shape[2:] == wanted:
                 yield row
+            else:
+                has, asked = (f"{size[0]}x{size[1]}" for size in (row.shape[2:], wanted))
+                self._report(f"{row.given.name}, clip {row.index}: its latents are {has}, but {why} {asked}", broken)
 
     def _report(self, what: str, broken: Broken) -> None:
         if broken == "stop":
@@ -161,19 +184,18 @@ class ClipFolder(Sequence[Clip]):
         return latents[:, : self.frames]
 
     def _check(self, latents: Tensor) -> None:
-        channels, frames, *size = latents.shape
+        channels, frames, *_ = latents.shape
         if channels != self.channels:
             raise BrokenClipError(f"it has {channels} latent channels, but the model has {self.channels}")
         if frames < self.frames:
             raise BrokenClipError(f"it has {frames} latent frames, but {self.frames} are needed")
-        if self.shape is not None and tuple(latents.shape) != self.shape:
-            raise BrokenClipError(f"its latents are {size[0]}x{size[1]}, but those of the clips before it are not")
         if not bool(latents.isfinite().all()):
             raise BrokenClipError("its latents hold NaN or infinity")
-        self.shape = tuple(latents.shape)
 
     def _encoded(self, file: Path) -> Path:
-        wanted = f"{file.stat().st_size}-{file.stat().st_mtime_ns}-{self.frames}-{self.size}-{self.fps}-{self.encoder}"
+        if self.cache is None or self.cache.resolve() == self.folder.resolve():
+            raise InvalidOptionError(f"{file.name} is a video; give cache, a folder of its own for what is encoded")
+        wanted = f"{_digest(file)}-{self.frames}-{self.size}-{self.fps}-{self.encoder}"
         path = self.cache / f"{file.stem}-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}{LATENTS}"
         if not path.exists():
             pixels = _pixels(file, self.trainee.temporal_scale * (self.frames - 1) + 1, self.size, self.fps)
@@ -181,6 +203,17 @@ class ClipFolder(Sequence[Clip]):
             self.cache.mkdir(parents=True, exist_ok=True)
             save_bytes(save({"latents": latents.float().cpu().contiguous()}), path)
         return path
+
+
+def _digest(path: Path) -> str:
+    """Return a hash of a file's size, and of its first and last megabyte: videos are large, and dates tell nothing."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(str(size).encode())
+        for start in (0, max(0, size - _MEGABYTE)):
+            file.seek(start)
+            digest.update(file.read(_MEGABYTE))
+    return digest.hexdigest()
 
 
 def _captions(file: Path) -> list[str]:

@@ -16,6 +16,7 @@ from kvpack.checkpoints.hub import model_folder
 from kvpack.compressors.network import Branches, HighResolutionBranch
 from kvpack.compressors.weights import CompressorWeights
 from kvpack.errors import InvalidOptionError, require_choice, require_int
+from kvpack.logging import get_logger
 from kvpack.media.files import whole_files
 from kvpack.memory.roles import Project
 from kvpack.memory.stack import Stack
@@ -152,6 +153,9 @@ class CompressorTraining:
             broken=self.broken,
             device=accelerator.device,
         )
+        if clips.skipped and accelerator.is_main_process:
+            lines = "\n".join([f"{len(clips)} clips are taken, left out are {len(clips.skipped)}:", *clips.skipped])
+            get_logger().warning(lines)
         negative = trainee.embed([""])[0]
         if (text_encoder := getattr(pipeline, "text_encoder", None)) is not None:
             text_encoder.to("cpu")  # its work is done, and it may be larger than the model

@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+import os
 import shutil
 import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -22,6 +24,7 @@ from kvpack.checkpoints.config import Settings
 from kvpack.compressors.network import HighResolutionBranch
 from kvpack.errors import BrokenClipError, InvalidOptionError, OutputError, TrainingError
 from kvpack.media import files
+from kvpack.media.video import VideoWriter
 from kvpack.testing import tiny_wan_pipeline
 from kvpack.testing.ranks import run_ranks
 from kvpack.training.clips import ClipFolder
@@ -52,6 +55,17 @@ def write_clips(folder, name="clips", captions=CAPTIONS, frames=2 * CHUNKS, size
     )
     (folder / f"{name}.txt").write_text("\n".join(captions) + "\n")
     return folder
+
+
+def write_video(path, shape, fps=16):
+    frames = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+    with VideoWriter(path, fps) as writer:
+        writer.write(frames)
+    path.with_suffix(".txt").write_text("a red circle\n")
+
+
+def trainee_of(model):
+    return kvpack.plugins.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
 
 
 @pytest.fixture(scope="module")
@@ -445,8 +459,7 @@ class MeanLatent:
 
 
 def test_accumulation_is_a_larger_batch(model, data, tmp_path):
-    trainee = kvpack.plugins.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
-    clips, found = ClipFolder(data, trainee, 2 * CHUNKS, 16), []
+    clips, found = ClipFolder(data, trainee_of(model), 2 * CHUNKS, 16), []
     for batch, accumulation in ((1, 4), (2, 2), (4, 1)):
         torch.manual_seed(0)
         objective = MeanLatent()
@@ -568,7 +581,7 @@ def test_killed_while_it_saves(broken, training, tmp_path, monkeypatch):
 def test_a_broken_clip_is_named_or_skipped(changed, told, model, data, tmp_path):
     folder = write_clips(tmp_path / "data", "a-good")
     write_clips(folder, "b-bad", **{"frames": 2 * CHUNKS, **changed, **({"frames": 2} if "frames" in changed else {})})
-    trainee = kvpack.plugins.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
+    trainee = trainee_of(model)
     with pytest.raises(BrokenClipError, match=rf"b-bad.*{told}.*let broken clips be skipped"):
         ClipFolder(folder, trainee, 2 * CHUNKS, 16)
     clips = ClipFolder(folder, trainee, 2 * CHUNKS, 16, broken="skip")
@@ -578,15 +591,63 @@ def test_a_broken_clip_is_named_or_skipped(changed, told, model, data, tmp_path)
     assert [clip.name for clip in clips[:2]] == ["a-good.safetensors[0]", "a-good.safetensors[1]"]
 
 
+def test_clips_have_the_size_of_most_of_them_or_the_one_asked_for(model, tmp_path):
+    folder = write_clips(tmp_path / "data", "a-odd", ["a red circle"], size=(4, 8))
+    write_clips(folder, "b-most")
+    clips = ClipFolder(folder, trainee_of(model), 2 * CHUNKS, 16, broken="skip")
+    assert [clip.name for clip in clips] == [f"b-most.safetensors[{row}]" for row in range(3)]
+    told = "a-odd.safetensors, clip 0: its latents are 4x8, but those of most clips are 8x8"
+    assert clips.skipped == [told]
+    with pytest.raises(BrokenClipError, match=told):
+        ClipFolder(folder, trainee_of(model), 2 * CHUNKS, 16)
+    clips = ClipFolder(folder, trainee_of(model), 2 * CHUNKS, 16, size=(32, 64), broken="skip")
+    assert [clip.name for clip in clips] == ["a-odd.safetensors[0]"]
+    assert clips.skipped[0].endswith("are 8x8, but a height and width of 32x64 pixels ask for 4x8")
+
+
+def test_what_is_left_out_is_told(training, caplog, tmp_path):
+    folder = write_clips(tmp_path / "data", "a-good")
+    write_clips(folder, "b-bad", frames=2)
+    training(recipe={"steps": 1}, data=folder, broken="skip").run()
+    first, *names = caplog.text.splitlines()
+    assert first.endswith("3 clips are taken, left out are 3:")
+    assert [name.split(":")[0] for name in names] == [f"b-bad.safetensors, clip {row}" for row in range(3)]
+
+
+def test_clips_are_told_by_what_is_in_them(training, model, tmp_path):
+    """Not by their dates or names alone."""
+    folder = write_clips(tmp_path / "data", "latents")
+    write_video(folder / "video.mp4", (37, 64, 64, 3))
+    training(recipe={"steps": 1}, data=folder).run()
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+    training(recipe={"steps": 2}, data=folder).run()
+    assert len(list((tmp_path / "run/clips").iterdir())) == 1  # encoded once
+    write_clips(folder, "latents", seed=1)
+    with pytest.raises(TrainingError, match="holds another training"):
+        training(recipe={"steps": 3}, data=folder).run()
+
+
+def test_embeddings_of_captions_stay_on_the_host(model, data):
+    trainee = trainee_of(model)
+    clips = ClipFolder(data, trainee, 2 * CHUNKS, 16, device="meta")
+    assert {each.device.type for each in clips._embeds.values()} == {"cpu"}
+    assert clips[0].embeds.device.type == clips[0].latents.device.type == "meta"
+    embed = trainee.embed
+    trainee.embed = lambda captions: embed(captions).to("meta")
+    with pytest.raises(NotImplementedError, match="copy out of meta"):  # what is made elsewhere is brought to the host
+        ClipFolder(data, trainee, 2 * CHUNKS, 16)
+
+
 def test_the_case_of_an_ending_makes_no_difference(model, tmp_path):
     folder = write_clips(tmp_path / "data", "clips")
     (folder / "clips.safetensors").rename(folder / "clips.SAFETENSORS")
-    trainee = kvpack.plugins.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
+    trainee = trainee_of(model)
     assert len(ClipFolder(folder, trainee, 2 * CHUNKS, 16)) == len(CAPTIONS)
 
 
 def test_other_broken_files(model, tmp_path):
-    trainee = kvpack.plugins.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
+    trainee = trainee_of(model)
     folder = tmp_path / "data"
     folder.mkdir()
     with pytest.raises(BrokenClipError, match="holds no usable clip"):
@@ -600,7 +661,7 @@ def test_other_broken_files(model, tmp_path):
     (folder / "nan.txt").write_text("a red circle\n")
     save_file({"latents": torch.zeros(1, 16, 4, 2, 2)}, folder / "silent.safetensors")
     with pytest.raises(BrokenClipError) as caught:
-        ClipFolder(folder, trainee, 4, 16, broken="skip")
+        ClipFolder(folder, trainee, 4, 16, broken="skip", cache=tmp_path / "cache")
     for part in ("text.safetensors cannot be read", "NaN or infinity", "no captions can be read", "libav decodes"):
         assert part in str(caught.value)
     with pytest.raises(InvalidOptionError, match="no data folder"):
@@ -608,18 +669,10 @@ def test_other_broken_files(model, tmp_path):
 
 
 def test_videos_are_encoded_once(model, tmp_path):
-    import numpy as np
-
-    from kvpack.media.video import VideoWriter
-
     folder = tmp_path / "data"
     folder.mkdir()
-    frames = np.random.default_rng(0).integers(0, 255, (20, 48, 80, 3), np.uint8)
-    with VideoWriter(folder / "one.mp4", 32) as writer:
-        writer.write(frames)
-    (folder / "one.txt").write_text("a red circle\n")
-    trainee = kvpack.plugins.registry.registry().adapters["wan"].trainee(frozen(model, torch.float32, "cpu"), 8)
-    cache = tmp_path / "cache"
+    write_video(folder / "one.mp4", (20, 48, 80, 3), fps=32)
+    trainee, cache = trainee_of(model), tmp_path / "cache"
     clips = ClipFolder(folder, trainee, 3, 16, size=(32, 32), cache=cache)
     assert tuple(clips[0].latents.shape) == (16, 3, 4, 4)  # nine of the ten frames at 16 a second
     (file,) = cache.iterdir()
@@ -627,6 +680,9 @@ def test_videos_are_encoded_once(model, tmp_path):
     again = ClipFolder(folder, trainee, 3, 16, size=(32, 32), cache=cache)
     assert file.stat().st_mtime_ns == written
     assert torch.equal(again[0].latents, clips[0].latents)
+    for nowhere in (None, folder):  # what is encoded would be taken for a clip of its own
+        with pytest.raises(InvalidOptionError, match=r"one\.mp4 is a video; give cache, a folder of its own"):
+            ClipFolder(folder, trainee, 3, 16, size=(32, 32), cache=nowhere)
     with pytest.raises(BrokenClipError, match="10 frames at 16 frames a second, but 13 are needed"):
         ClipFolder(folder, trainee, 4, 16, size=(32, 32), cache=cache)
 
