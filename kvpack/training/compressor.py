@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from kvpack.training.buffer import straight_through
 from kvpack.training.clips import Broken, ClipFolder
 from kvpack.training.distillation import ContextDistillation
 from kvpack.training.matching import DistributionMatching
+from kvpack.training.noise import noise_levels
 from kvpack.training.recipe import TrainingRecipe
 from kvpack.training.targets import targets
 from kvpack.training.trainer import Objective, Trainer
@@ -105,6 +106,10 @@ class CompressorTraining:
         for name in ("critic_steps", "frames", "denoising_steps", "chunks"):
             require_int(name, getattr(self, name), minimum=1)
         require_int("lora_rank", self.lora_rank)
+        if self.max_sequence_length is not None:
+            require_int("max_sequence_length", self.max_sequence_length, minimum=1)
+        if not isfinite(self.guidance_scale):
+            raise InvalidOptionError(f"guidance_scale must be a number, got {self.guidance_scale}")
         if self.fps is not None and not 0 < self.fps < inf:
             raise InvalidOptionError(f"fps must be a number > 0, got {self.fps}")
         if self.lora_rank and self.teacher is None:
@@ -124,9 +129,12 @@ class CompressorTraining:
             TrainingError: if training diverges, or the folder holds another one.
             UnsupportedPipelineError: if no adapter can train this pipeline.
         """
+        # What cannot work is found out now, before models are loaded and clips encoded.
         described = from_folder(self.model)
         stack = self._stack(described)
-        targets(stack, self.frames)  # finds out now whether there are any
+        targets(stack, self.frames)
+        if self.size is not None:
+            adapter_for(described).geometry(described.configs, *self.size, PRECISIONS[self.mixed_precision])
         accelerator = Accelerator(
             mixed_precision=self.mixed_precision,
             cpu=self.cpu,
@@ -135,6 +143,7 @@ class CompressorTraining:
         )
         pipeline = frozen(self.model, PRECISIONS[self.mixed_precision], str(accelerator.device))
         trainee = adapter_of(pipeline).trainee(pipeline, self.max_sequence_length)
+        noise_levels(pipeline.scheduler, self.denoising_steps)
         config = pipeline.transformer.config
         models = model_digests(pipeline)
         branch = self._branch(config, stack).to(accelerator.device)
@@ -216,7 +225,12 @@ class CompressorTraining:
         # Asked for as a user does, so that options which a trained compressor does not take are refused.
         compressor = registry().taken(self.stack or described.settings.stack, {"compressor": self.branches})
         defaults = partial(adapter_for(described).default_options, described.configs)
-        return require_stack(resolve_stack(self.stack, {**compressor, **self.options}, described.settings, defaults))
+        stack = require_stack(resolve_stack(self.stack, {**compressor, **self.options}, described.settings, defaults))
+        if stack.commit != "rerun":
+            raise InvalidOptionError(
+                f"training commits clean chunks, but {stack.name} has commit={stack.commit}; give commit=rerun"
+            )
+        return stack
 
     def _generator(self, branch: HighResolutionBranch, transformer: Any) -> nn.Module:
         """Return the trained modules: the compressor, and the model if it has LoRA weights."""

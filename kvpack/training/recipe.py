@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
 
-from kvpack.errors import InvalidOptionError, require_int
+from kvpack.errors import InvalidOptionError, require_choice, require_int
+
+#: Those of diffusers that need no more than the steps; "piecewise_constant" has rules of its own.
+SCHEDULES = [each.value for each in SchedulerType if each != SchedulerType.PIECEWISE_CONSTANT]
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,14 @@ class TrainingRecipe:
         learning_rate: of the compressor.
         batch: clips a backward pass, in each process.
         accumulation: backward passes a step.
-        schedule: of learning rates, a name that diffusers knows, e.g. "constant", "cosine" or "linear".
+        schedule: of learning rates, one of `SCHEDULES`, e.g. "constant", "cosine" or "linear".
         warmup: steps until the learning rate is reached.
         clip_norm: the largest norm of a step's gradient.
         seed: of the order of clips and of all noise.
         save_every: steps between checkpoints.
 
     Raises:
-        InvalidOptionError: if a number cannot work.
+        InvalidOptionError: if a number or a word cannot work.
     """
 
     steps: int = 3000
@@ -42,6 +45,7 @@ class TrainingRecipe:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulation", "save_every"):
             require_int(name, getattr(self, name), minimum=1)
+        require_choice("schedule", self.schedule, SCHEDULES)
         for name in ("warmup", "seed"):
             require_int(name, getattr(self, name))
         for name in ("learning_rate", "clip_norm"):

@@ -15,6 +15,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -696,12 +702,46 @@ def test_options_that_cannot_work(training):
         training(mixed_precision="int8")
     with pytest.raises(InvalidOptionError, match="fps must be a number > 0, got -1"):
         training(fps=-1.0)
-    with pytest.raises(InvalidOptionError, match="no chunk of 2 attends anything that"):
-        training(options={**STACK, "sink_frames": 8}).run()
+    with pytest.raises(InvalidOptionError, match="guidance_scale must be a number, got nan"):
+        training(guidance_scale=float("nan"))
+    with pytest.raises(InvalidOptionError, match="max_sequence_length must be >= 1, got 0"):
+        training(max_sequence_length=0)
+    for schedule in ("cosinus", "piecewise_constant"):
+        with pytest.raises(InvalidOptionError, match=f"schedule must be one of linear, .*, got '{schedule}'"):
+            training(recipe={"schedule": schedule})
     with pytest.raises(InvalidOptionError, match="keep_tokens has no effect: compressor 'dual' does not take it"):
         training(options={**STACK, "keep_tokens": 3}).run()
     with pytest.raises(InvalidOptionError, match="learning_rate must be a number > 0"):
         TrainingRecipe(learning_rate=0.0)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_loaded(training, monkeypatch):
+    monkeypatch.setattr("kvpack.training.compressor.frozen", None)
+    with pytest.raises(InvalidOptionError, match="packforcing has commit=last-step; give commit=rerun"):
+        training(options={**STACK, "commit": "last-step"}).run()
+    with pytest.raises(InvalidOptionError, match="multiples of 16 and 16 for this model, got 56x64"):
+        training(size=(56, 64)).run()
+    with pytest.raises(InvalidOptionError, match="no chunk of 2 attends anything that"):
+        training(options={**STACK, "sink_frames": 8}).run()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "told"),
+    [
+        (UniPCMultistepScheduler(), "UniPCMultistepScheduler has noise levels 157, 1.*, not falling from 1 to 0"),
+        (FlowMatchHeunDiscreteScheduler(), "FlowMatchHeunDiscreteScheduler has noise levels 1, "),
+        (DDIMScheduler(), "no noise levels from DDIMScheduler: .*sigmas.*; give the model a flow-matching scheduler"),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "no noise levels from FlowMatchEuler.*mu"),
+    ],
+)
+def test_a_scheduler_that_is_no_flow_is_refused_before_clips_are_read(scheduler, told, training, model, tmp_path):
+    shutil.copytree(model, tmp_path / "other")
+    scheduler.save_pretrained(tmp_path / "other/scheduler")
+    index = tmp_path / "other/model_index.json"
+    kinds = json.loads(index.read_text()) | {"scheduler": ["diffusers", type(scheduler).__name__]}
+    index.write_text(json.dumps(kinds))
+    with pytest.raises(InvalidOptionError, match=told):
+        training(model=tmp_path / "other", data=tmp_path / "nowhere", denoising_steps=4).run()
 
 
 def test_bf16_model_and_float32_weights(training, tmp_path):
