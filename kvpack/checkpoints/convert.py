@@ -103,6 +103,7 @@ def convert(asked: Conversion, rename: Callable[..., dict[str, Any]], build: Cal
     if asked.dtype is not None:
         weights = {name: each.to(asked.dtype) for name, each in weights.items()}
     model = build(weights, config)
+    _require_finite(weights, asked)
     # Nothing is written before all that can be wrong with the weights has been found.
     with _replacing(asked.output) as folder:
         model.save_pretrained(folder / "transformer", max_shard_size=asked.max_shard_size)
@@ -113,6 +114,16 @@ def convert(asked: Conversion, rename: Callable[..., dict[str, Any]], build: Cal
         copied, absent = _copy_parts(asked, folder, index)
     parameters = sum(each.numel() for each in model.parameters())
     return Converted(checkpoint.nesting, len(weights), parameters, len(deltas), copied, absent)
+
+
+def _require_finite(weights: dict[str, Any], asked: Conversion) -> None:
+    """Raise `InvalidOptionError` if a weight is not finite; the least and the greatest tell, without a copy of it."""
+    bad = [name for name, each in weights.items() if each.numel() and not torch.stack(each.aminmax()).isfinite().all()]
+    if bad:
+        cause = "it is broken" if asked.dtype is None else f"it is broken, or {asked.dtype} is too small for it"
+        raise InvalidOptionError(
+            f"{len(bad)} weights of {asked.source} hold NaN or infinity, first {bad[0]}: {cause}; give another"
+        )
 
 
 def _base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:

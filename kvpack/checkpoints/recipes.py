@@ -168,22 +168,28 @@ _OTHERS = {
 }
 
 
-def recipe_for(source: Path, name: str | None) -> Recipe:
+def recipe_for(source: Path, name: str | None, causal: bool = False) -> Recipe:
     """Return a recipe by name, or the one whose released file the checkpoint's path is that of.
+
+    Args:
+        source: the checkpoint.
+        name: of the recipe; None goes by the path.
+        causal: whether somebody says that the weights are causal, whatever their path tells.
 
     Raises:
         UnknownNameError: if there is no recipe of that name.
         InvalidOptionError: if the path is that of no recipe's file, or of weights that are not causal.
     """
+    path = "/".join(source.absolute().parts[-3:])
+    if not causal and (what := why_not_causal(source)):
+        raise InvalidOptionError(
+            f"{path} is not causal: {what}. It was never taught to work chunk by chunk; give a checkpoint that was, or "
+            "--causal if the path is wrong about it"
+        )
     if name is not None:
         if name not in RECIPES:
             raise unknown_name("recipe", name, RECIPES)
         return RECIPES[name]
-    path = "/".join(source.absolute().parts[-3:])
-    if what := why_not_causal(source):
-        raise InvalidOptionError(
-            f"{path} is not causal: {what}. It was never taught to work chunk by chunk; give a checkpoint that was"
-        )
     found = [each for each in RECIPES.values() if any(ends(source, pattern) for pattern in each.files)]
     if len(found) == 1:
         return found[0]

@@ -32,6 +32,9 @@ def convert(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES), show_default="the checkpoint's")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of the transformer.")] = "5GB",
+    causal: Annotated[
+        bool, typer.Option("--causal", help="The weights are causal, though their path is that of some that are not.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -44,7 +47,7 @@ def convert(
     from kvpack.checkpoints.recipes import recipe_for
     from kvpack.plugins.registry import registry
 
-    known = recipe_for(source, recipe)
+    known = recipe_for(source, recipe, causal or lora is not None)  # a LoRA may make them causal
     precision = None if dtype is None else parse_dtype(dtype)
     asked = Conversion(source, base, output, known, weights, lora, lora_alpha, precision, max_shard_size, overwrite)
     done = run(asked, *registry().adapters["wan"].checkpoint_layout())

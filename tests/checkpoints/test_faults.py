@@ -119,8 +119,41 @@ def test_another_file_of_the_same_repository_asks_for_a_recipe(path, tmp_path):
     ],
 )
 def test_weights_that_are_not_causal_are_refused(path, tmp_path):
-    with pytest.raises(InvalidOptionError, match=r"is not causal: .*; give a checkpoint that was"):
-        recipe_for(tmp_path / path, None)
+    for recipe in (None, "self-forcing"):
+        with pytest.raises(InvalidOptionError, match=r"is not causal: .*; give a checkpoint that was, or --causal"):
+            recipe_for(tmp_path / path, recipe)
+    assert recipe_for(tmp_path / path, "self-forcing", causal=True).name == "self-forcing"
+
+
+def test_stock_weights_are_converted_where_somebody_knows_better(base, tmp_path):
+    source = tmp_path / "Wan2.1-T2V-1.3B-Diffusers/transformer/diffusion_pytorch_model.safetensors"
+    source.parent.mkdir(parents=True)
+    save_file(tiny_wan_transformer().state_dict(), source)
+    asked = source, base, tmp_path / "out", "--recipe", "self-forcing"
+    refused = convert(*asked)
+    assert refused.exit_code == 1
+    assert "is not causal: Wan's own weights" in refused.output
+    assert not (tmp_path / "out").exists()
+    assert convert(*asked, "--causal").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("worst", "more", "told"),
+    [
+        (float("nan"), (), "hold NaN or infinity, first proj_out.weight: it is broken; give another"),
+        (float("-inf"), (), "hold NaN or infinity"),
+        (1e6, ("--dtype", "float16"), "it is broken, or torch.float16 is too small for it"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused(worst, more, told, dtype, base, tmp_path):
+    weights = {name: each.to(dtype) for name, each in tiny_wan_transformer().state_dict().items()}
+    weights["proj_out.weight"][0, 0] = worst
+    save_file(weights, tmp_path / "model.safetensors")
+    refused = convert(tmp_path / "model.safetensors", base, tmp_path / "out", "--recipe", "self-forcing", *more)
+    assert refused.exit_code == 1
+    assert told in " ".join(refused.output.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_causal_model_with_wan_in_its_name_is_not_taken_for_wan(tmp_path):
