@@ -14,6 +14,7 @@ from kvpack.adapters.wan.compression import check_compressor, native_window, pat
 from kvpack.adapters.wan.experts import experts_of
 from kvpack.adapters.wan.run import WanRun
 from kvpack.adapters.wan.training import WanTrainee
+from kvpack.adapters.wan.vae import StreamingDecoder
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.generation.adapter import Adapter
 from kvpack.generation.run import Run
@@ -126,7 +127,7 @@ class WanAdapter(Adapter):
         config, spatial = configs["transformer"], configs["vae"].get("scale_factor_spatial", 8)
         with torch.device("meta"):
             vae: Any = AutoencoderKLWan.from_config(dict(configs["vae"]))
-            parts = [WanTransformer3DModel.from_config(dict(config)), vae]
+            parts: list[Any] = [WanTransformer3DModel.from_config(dict(config)), vae]
         inner = config["num_attention_heads"] * config["attention_head_dim"]
 
         def graph_elements(query_tokens: int, attended_tokens: int) -> int:
@@ -134,15 +135,21 @@ class WanAdapter(Adapter):
             own = query_tokens * (11 * inner + config["ffn_dim"])
             return config["num_layers"] * (own + 2 * inner * (attended_tokens + _TEXT_TOKENS))
 
+        def latents(frames: int) -> torch.Tensor:
+            return torch.zeros(1, config["in_channels"], frames, height // spatial, width // spatial, device="meta")
+
         def decode_flops(frames: int) -> int:
-            channels = config["in_channels"]
-            latents = torch.zeros(1, channels, frames, height // spatial, width // spatial, device="meta")
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                vae.decode(latents)
+                vae.decode(latents(frames))
             return counter.get_total_flops()
 
+        decoder = StreamingDecoder(vae, height, width)
+        with torch.no_grad():
+            decoder(latents(3))  # what is kept of two frames behind the first is all that is ever kept
+        kept = sum(each.numel() for each in decoder.features if isinstance(each, torch.Tensor))
+        text = _TEXT_TOKENS * parts[0].config.text_dim
         parameters = sum(each.numel() for part in parts for each in part.parameters())
-        return ModelCost(parameters, graph_elements, decode_flops)
+        return ModelCost(parameters, graph_elements, decode_flops, kept, text)
 
     def checkpoint_layout(self) -> tuple[Callable[..., dict[str, Any]], Callable[..., Any]]:
         """Return how the original checkpoints' weights are named, and what builds a transformer of them."""

@@ -207,6 +207,7 @@ def training_rows(plan: TrainingPlan) -> list[list[str]]:
         ["compressor", f"{plan.trained_parameters:,} parameters, {size_text(plan.trained_bytes)} with its optimiser"],
         ["graph of a chunk and its twins", size_text(plan.graph_bytes)],
         ["KV, packed and whole", size_text(plan.kv_bytes)],
+        ["clips and decoder of a batch", size_text(plan.batch_bytes)],
         ["together", f"{size_text(plan.total_bytes)}, text encoder not counted: captions are embedded first"],
         ["a step", f"{plan.flops_per_step:.3g} FLOPs; {seconds:.3g} s at a sustained 100 TFLOP/s"],
     ]

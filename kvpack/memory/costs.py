@@ -50,8 +50,12 @@ class ModelCost:
         parameters: numbers in its transformer and its VAE.
         graph_elements: numbers that one forward keeps for the backward pass, given query tokens and attended tokens.
         decode_flops: operations of decoding a video, given its latent frames.
+        decoder_elements: numbers that decoding a video chunk by chunk keeps between chunks.
+        text_elements: numbers of a caption's embeddings.
     """
 
     parameters: int
     graph_elements: Callable[[int, int], int]
     decode_flops: Callable[[int], int]
+    decoder_elements: int
+    text_elements: int

@@ -13,6 +13,8 @@ from kvpack.training.targets import targets
 
 #: Weight, gradient and the two moments of AdamW, in float32.
 _TRAINED_BYTES = 16
+#: Latents of clips are in float32.
+_LATENT_BYTES = 4
 #: A backward pass costs about two forwards.
 _BACKWARD = 2
 
@@ -28,6 +30,8 @@ class TrainingPlan:
         trained_bytes: its weights, gradients and AdamW's moments, in float32.
         graph_bytes: what is kept for the backward pass: of one denoising step of the chunk, and of the twins.
         kv_bytes: keys and values of the history, packed and whole.
+        batch_bytes: latents and captions' embeddings of a batch, and features that a decoder keeps for a compressor
+            that looks at pixels; other clips are on the disk, and other captions on the host.
         flops_per_step: both rollouts, and the backward passes of one of them.
     """
 
@@ -37,12 +41,13 @@ class TrainingPlan:
     trained_bytes: int
     graph_bytes: int
     kv_bytes: int
+    batch_bytes: int
     flops_per_step: int
 
     @property
     def total_bytes(self) -> int:
         """All that is held at once, except the temporary memory of single operations."""
-        return self.model_bytes + self.trained_bytes + self.graph_bytes + self.kv_bytes
+        return self.model_bytes + self.trained_bytes + self.graph_bytes + self.kv_bytes + self.batch_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that JSON can hold."""
@@ -95,6 +100,8 @@ def training_plan(
     learned = steps * flops(chunk, packed + chunk) + sum(flops(count, history + count) for count, history in made)
     learned += len(made) * sum(each.flops for each in branches.values())
     decoded = cost.decode_flops(last * stack.chunk_frames) if "lr" in branches else 0
+    rows, columns = (tokens * patch for tokens, patch in zip(geometry.grid, latents.patch, strict=True))
+    kept = cost.text_elements + (cost.decoder_elements if stack.needs_pixels else 0)
     return TrainingPlan(
         model_parameters=cost.parameters,
         model_bytes=cost.parameters * itemsize,
@@ -102,5 +109,6 @@ def training_plan(
         trained_bytes=trained * _TRAINED_BYTES,
         graph_bytes=graph * itemsize * batch,
         kv_bytes=(packed + whole) * geometry.kv_bytes_per_token * batch,
+        batch_bytes=(latents.channels * frames * rows * columns * _LATENT_BYTES + kept * itemsize) * batch,
         flops_per_step=(teacher + student + (1 + _BACKWARD) * learned + decoded) * batch,
     )

@@ -52,10 +52,35 @@ def test_the_graph_is_as_large_as_planned(layers, head_dim, ffn, size, monkeypat
     for each in (pipe.transformer, pipe.vae):
         each.requires_grad_(False)
     counted, chunk, history = kept(pipe, size, 2 * head_dim)
-    configs = {"transformer": pipe.transformer.config, "vae": pipe.vae.config}
-    cost = WanAdapter().model_cost(configs, 8 * size[0], 8 * size[1])
+    cost = cost_of(pipe, size)
     assert cost.graph_elements(chunk, history + chunk) == pytest.approx(counted, rel=0.1)
     assert cost.parameters == sum(p.numel() for part in (pipe.transformer, pipe.vae) for p in part.parameters())
+
+
+def test_a_batch_is_as_large_as_planned(monkeypatch):
+    monkeypatch.setattr("kvpack.adapters.wan.adapter._TEXT_TOKENS", 8)
+    pipe, size, compressors = tiny_wan_pipeline(), (8, 16), ("dual", "hr")
+    trainee, latents = WanAdapter().trainee(pipe, 8), torch.zeros(2, 16, 20, *size)
+    embeds, cost = trainee.embed(["a red circle", "the blue square"]), cost_of(pipe, size)
+    rollout = trainee.rollout(packforcing(compressor="dual"), embeds, size)
+    with torch.no_grad():
+        for chunk in latents.split(4, dim=2):
+            rollout.decoder(chunk)
+    held = latents.nbytes + embeds.nbytes
+    decoder = sum(each.nbytes for each in rollout.decoder.features if isinstance(each, torch.Tensor))
+    geometry = WanAdapter().geometry(WanAdapter.configs(pipe), 8 * size[0], 8 * size[1], torch.float32)
+    shape = WanAdapter().latent_shape(WanAdapter.configs(pipe))
+    plans = {
+        each: training_plan(geometry, packforcing(compressor=each), shape, cost, lambda *_: 0, batch=2)
+        for each in compressors
+    }
+    assert {each: plan.batch_bytes for each, plan in plans.items()} == {"dual": held + decoder, "hr": held}
+    assert plans["dual"].total_bytes - plans["hr"].total_bytes >= decoder
+
+
+def cost_of(pipe, size):
+    configs = {"transformer": pipe.transformer.config, "vae": pipe.vae.config}
+    return WanAdapter().model_cost(configs, 8 * size[0], 8 * size[1])
 
 
 @cache
