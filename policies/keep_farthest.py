@@ -41,6 +41,10 @@ class FarthestCompressor(KeepCompressor):
         """Choose by the keys alone."""
         return farthest(joined_heads(block.keys), grid[0] * grid[1], count, self.rounds)
 
+    def among(self, both: KVBlock, count: int, rounds: int = 0) -> Int[Tensor, "batch kept"]:
+        """Choose in as many rounds as in a block."""
+        return super().among(both, count, rounds or self.rounds)
+
     def compress_all(self, blocks: Sequence[KVBlock], grid: tuple[int, int]) -> list[KVBlock]:
         """Choose for a few layers at once: a round is a dozen small kernels, for however many rows."""
         own = type(self).choose is FarthestCompressor.choose and type(self).compress is KeepCompressor.compress

@@ -272,8 +272,8 @@ class Denoiser(ABC):
         for session in self.sessions.values():
             session.rewind(sum(plan) - coming)
         for part in latents.split(plan, dim=2):
-            tokens = {piece: clean.tokens[piece] for piece in self.pending_compressions}
-            self._commit(part, tokens, again=True)
+            self.expect(min(part.shape[2], self.stack.chunk_frames))  # a video's first chunk may be shorter
+            self._commit(part, {piece: clean.tokens[piece] for piece in self.pending_compressions}, again=True)
 
     def _commit(self, latents: Tensor, tokens: Mapping[BlockEntry, Tensor], *, again: bool) -> None:
         last = max(each.step for each in self.sessions.values())

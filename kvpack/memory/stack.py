@@ -62,7 +62,7 @@ class Stack(Memory):
         store: in what form compressed blocks are archived.
         tier: where they are archived: on the "device" of the model, in the memory of the "host", or on "disk".
         eviction: which blocks leave a full archive: the "oldest", such that the rest are "spread" over all the past, or
-            the "least-selected"; or, "merged", which two become one, their mean (see `eviction.py`).
+            the "least-selected"; or, "merged", which two become one (see `eviction.py`).
 
     Raises:
         InvalidOptionError: if a size or word is wrong, a policy is in the wrong role, or the roles do not fit together.
@@ -149,7 +149,8 @@ class Stack(Memory):
     def committed(self, plan: Plan, selected: Sequence[Tensor] = ()) -> StackBook:
         """Return the book with the planned chunk in it."""
         assert isinstance(plan, StackPlan)
-        return plan.counted(selected) if self.eviction == "least-selected" and selected else plan.after
+        counts = self.eviction == "least-selected" and selected and plan.aim is None
+        return plan.counted(selected) if counts else plan.after
 
     def rewound(self, book: Book, frames: int) -> StackBook:
         """Return the book without its last frames; what has left the recent ones since does not come back."""
@@ -209,7 +210,7 @@ class Stack(Memory):
                 tuple(whole[i] for i in plan.step.kept),
                 state.archive,
                 state.tokens + len(chunk.tokens),
-                (*mine, *self._merged(state, chunk, plan)),
+                (*self._merged(state, chunk, plan), *mine),  # in this order, for a merged block may be views of slots
             )
             for state, chunk, whole, mine in zip(states, chunks, wholes, leaving, strict=True)
         )

@@ -137,7 +137,7 @@ class StackPlan(Plan):
 
     def counted(self, selected: Sequence[Tensor]) -> StackBook:
         """Return the book with the chunk in it and what layers have chosen; waits for the device."""
-        indices = torch.cat([each.flatten() for each in selected])
+        indices = torch.cat([each.flatten().to(selected[0].device) for each in selected])
         times = torch.bincount(indices, minlength=len(self.mid)).tolist()
         chosen = {piece.first_frame: count for piece, count in zip(self.mid, times, strict=True)}
         offered = sum(each.shape[0] for each in selected)

@@ -81,6 +81,7 @@ class Trace:
     seconds: dict[str, float] = field(default_factory=dict)
     _attended: list[dict[str, Any]] = field(default_factory=list)
     _frame: int = 0
+    _begun: bool = False
 
     def look(self) -> None:
         """Read what the chunk in progress attends; called between its last denoising step and its commit."""
@@ -89,8 +90,9 @@ class Trace:
 
     def write(self, chunk: GeneratedChunk) -> None:
         """Write a line for a chunk that is done."""
-        if not self.file.tell():
+        if not self._begun:
             self._line(self._head())
+        self._begun = True
         stats = self.run.stats()
         seconds, self.seconds = self.seconds, stats["seconds"]
         spent = {part: round(now - seconds.get(part, 0.0), 6) for part, now in stats["seconds"].items()}

@@ -44,7 +44,6 @@ def check_attributes(run_class: type, value: Any) -> dict[str, Any]:
     """
     if not isinstance(value, dict):
         raise SnapshotError(f"what its run remembers is a {type(value).__name__}")
-    value = {"first_spread": None, **value}  # which older snapshots do not say
     for name in value:
         found = getattr(run_class, str(name), None)
         if not isinstance(name, str) or callable(found) or isinstance(found, property | cached_property):

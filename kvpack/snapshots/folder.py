@@ -14,7 +14,7 @@ from kvpack.errors import OutputError, SnapshotError, SnapshotWarning
 from kvpack.media.files import make_folder, sync_folder
 from kvpack.snapshots.tensors import TensorFiles, tensor_parts, write_file
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 2
 _NAME, _TENSORS = re.compile(r"snapshot-(\d{6})\.json"), re.compile(r"(blocks|tensors)-\d{6}\.safetensors")
 _MOST_JSON = 1 << 26

@@ -207,12 +207,15 @@ class ClipFolder(Sequence[Clip]):
 
 def _digest(path: Path) -> str:
     """Return a hash of a file's size, and of its first and last megabyte: videos are large, and dates tell nothing."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        digest = hashlib.sha256(str(size).encode())
-        for start in (0, max(0, size - _MEGABYTE)):
-            file.seek(start)
-            digest.update(file.read(_MEGABYTE))
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest = hashlib.sha256(str(size).encode())
+            for start in (0, max(0, size - _MEGABYTE)):
+                file.seek(start)
+                digest.update(file.read(_MEGABYTE))
+    except OSError as error:
+        raise BrokenClipError(f"{path.name} cannot be read: {error}") from error
     return digest.hexdigest()
 
 

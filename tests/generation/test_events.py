@@ -260,6 +260,18 @@ def test_a_stack_computes_a_shorter_first_chunk_anew_with_the_rest(name, options
                 assert not torch.equal(old.block.values, new.block.values)
 
 
+@pytest.mark.parametrize(("first", "sink"), [(1, 1), (3, 3)])
+def test_twins_of_a_shorter_first_chunk_are_replayed_with_it(first, sink):
+    """Of a sink that is shorter than a chunk, so that a part of the first one is compressed."""
+    pipe = pipeline("packforcing", chunk_frames=4, compressor="lr", selector="topk", sink_frames=sink, recent_frames=4)
+    pipe.packforcing.first_chunk_frames = first
+    with pipe.packforcing.stream(FOX, num_frames=None, generator=seeded(), **CALL) as stream:
+        for _ in range(2):
+            next(stream)
+        assert pipe.packforcing.sessions["cond"].replays() == (first, 4)
+        assert stream.send(DOG).isfinite().all()
+
+
 def test_the_window_of_a_replay_is_an_option():
     stack = packforcing(chunk_frames=2, sink_frames=2, recent_frames=6)
     for most, plan in ((21, (2, 2, 2)), (4, (2, 2)), (3, (2,)), (0, ())):

@@ -20,6 +20,7 @@ from kvpack.planning.resident import most_resident, resident
 from kvpack.plugins.registry import registry
 from kvpack.plugins.resolve import stack_from_dict
 from kvpack.policies import FarthestCompressor, PoolCompressor
+from kvpack.policies.farthest import farthest, joined_heads
 from kvpack.testing import TINY, check_policy, run_session
 
 SIZES = {"topk": 2, "archive_blocks": 6}
@@ -297,6 +298,37 @@ def test_two_at_a_time_become_one_where_two_come_at_once():
     assert len(archive) == 6
     assert archive[0].first_frame == 2
     assert all(one.stop == two.first_frame for one, two in pairwise(archive))
+
+
+@dataclass(frozen=True)
+class NewerCompressor(PoolCompressor):
+    """Lets the newer of two blocks stand for both; what it gives back is the archive's own memory."""
+
+    name = "newer"
+
+    def merged(self, older, newer, grid):
+        return replace(joined(older, newer), keys=newer.keys, values=newer.values, span=replace(newer.span, frames=8))
+
+
+def test_a_merged_block_may_be_a_view_of_the_archive():
+    _, session = run(20, eviction="merged", compressor=NewerCompressor(), selector="topk")
+    _, whole = run(20, compressor="pool", archive_blocks=None)
+    state, everything = session.past.states[0], whole.past.states[0]
+    slots = {piece.first_frame: piece.slot for piece in ledger(whole).archive}
+    for piece in ledger(session).archive:
+        newest = everything.archive.block_keys(slots[piece.stop - 4], 2)
+        assert torch.equal(state.archive.block_keys(piece.slot, 2), newest)
+
+
+def test_merging_goes_by_the_rounds_of_the_compressor():
+    blocks = [with_places(KVBlock(*torch.randn(2, 1, 8, 2, 8), Span(first, 4, torch.rand(8, 3)))) for first in (8, 12)]
+    both = joined(*blocks)
+    few, many = (FarthestCompressor(keep_tokens=8, rounds=rounds) for rounds in (2, 16))
+    unit = joined_heads(both.keys)
+    for policy in (few, many):
+        chosen = farthest(unit, 16, 8, policy.rounds).sort(dim=1).values
+        assert torch.equal(policy.merged(*blocks, (4, 4)).keys[0], both.keys[0, chosen[0]])
+    assert not torch.equal(few.merged(*blocks, (4, 4)).keys, many.merged(*blocks, (4, 4)).keys)
 
 
 def test_what_cannot_be_merged_is_refused():

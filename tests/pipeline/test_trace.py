@@ -1,6 +1,7 @@
 """`pipe.packforcing.trace(path)`: a line of JSON behind every chunk, and nothing else is different."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ import torch
 from helpers import enable_small, generated, quiet, seeded
 from kvpack.errors import OutputError
 from kvpack.pipeline import trace as tracing
-from kvpack.snapshots.checks import check_attributes
 from kvpack.testing import tiny_wan_pipeline
 
 CALL = {"prompt": "a red circle", "height": 32, "width": 32, "num_inference_steps": 2, "output_type": "latent"}
@@ -143,12 +143,6 @@ def test_drift_is_from_the_first_chunk_wherever_a_generation_goes_on(pipe, tmp_p
     assert drift(pipe.packforcing.resume(tmp_path / "saved")) == wanted
 
 
-def test_a_snapshot_that_does_not_say_the_first_spread(pipe):
-    run = pipe.packforcing.stream(**CALL)._run
-    older = {name: value for name, value in vars(run).items() if name != "first_spread"}
-    assert check_attributes(type(run), older)["first_spread"] is None
-
-
 def test_a_stream_has_pictures_and_what_was_written_stays(pipe, tmp_path):
     pipe.packforcing.trace(tmp_path / "t.jsonl")
     stream = pipe.packforcing.stream(**{**CALL, "output_type": "np"})
@@ -158,6 +152,17 @@ def test_a_stream_has_pictures_and_what_was_written_stays(pipe, tmp_path):
     chunks = lines(tmp_path / "t.jsonl")[1:]
     assert len(chunks) == 3
     assert all(chunk["picture"].startswith("data:image/jpeg;base64,") for chunk in chunks)
+
+
+def test_a_trace_goes_into_a_pipe(pipe):
+    reads, writes = os.pipe()
+    pipe.packforcing.trace(f"/dev/fd/{writes}")
+    generate(pipe, num_frames=17)
+    os.close(writes)
+    with os.fdopen(reads) as file:
+        head, *chunks = [json.loads(line) for line in file]
+    assert "chunk" not in head
+    assert [each["chunk"] for each in chunks] == list(range(len(chunks)))
 
 
 def test_an_image_that_is_given_has_a_line(pipe, tmp_path):

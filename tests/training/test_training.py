@@ -575,6 +575,16 @@ def test_killed_while_it_saves(broken, training, tmp_path, monkeypatch):
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
+def test_a_video_that_cannot_be_opened_is_skipped(model, data, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    (folder / "b-bad.mp4").mkdir()
+    (folder / "b-bad.txt").write_text("a red circle\n")
+    clips = ClipFolder(
+        folder, trainee_of(model), 2 * CHUNKS, 16, cache=tmp_path / "cache", size=(64, 64), broken="skip"
+    )
+    assert any("b-bad.mp4 cannot be read" in each for each in clips.skipped)
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
