@@ -34,7 +34,8 @@ def train_compressor(
     initial: Annotated[str | None, typer.Option(help="Folder or Hub id of trained weights to go on from.")] = None,
     frames: Annotated[int, typer.Option(help="Latent frames of a clip.")] = 20,
     size: Annotated[
-        str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels that videos are scaled and cropped to.")
+        str | None,
+        typer.Option(metavar="WIDTHxHEIGHT", help="Pixels that videos are cut to, and that latents must be of."),
     ] = None,
     fps: Annotated[
         float | None, typer.Option(help="Frames a second that it was trained with.", show_default="the model's own")

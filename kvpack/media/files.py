@@ -151,7 +151,7 @@ def save_bytes(data: bytes, path: Path) -> None:
 
 @contextmanager
 def whole_files(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder whose files come into `folder` behind the block, each whole or not at all.
+    """Yield an empty folder whose files come into `folder` behind the block, each whole and on the disk or not at all.
 
     Raises:
         OutputError: if they cannot be written; what was there stays.
@@ -162,7 +162,10 @@ def whole_files(folder: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as made:
             yield Path(made)
             for path in Path(made).iterdir():
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
                 os.replace(path, folder / path.name)
+        sync_folder(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"cannot write into {folder}: {reason}; what was there is kept") from error

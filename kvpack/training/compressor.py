@@ -58,7 +58,7 @@ class CompressorTraining:
         critic_steps: steps of the critic for one of the compressor; needs a teacher.
         guidance_scale: of the teacher.
         frames: latent frames of a clip.
-        size: height and width in pixels that videos are scaled and cropped to.
+        size: height and width in pixels that videos are scaled and cropped to, and that latents must have.
         fps: frames a second that the model was trained with; its settings' or its family's if None.
         denoising_steps: of a chunk.
         chunks: chunks of a clip that are learned from at once, by context distillation.

@@ -51,6 +51,7 @@ class TrainingRecipe:
         for name in ("learning_rate", "clip_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InvalidOptionError(f"{name} must be a number > 0, got {getattr(self, name)}")
+        self.rates(0.5)  # as a critic has; refuses what the schedule does
 
     def rates(self, multiple: float) -> Callable[[int], float]:
         """Return a learner's rate by the step of the run alone: it may take fewer steps, and a run may become longer.
@@ -60,8 +61,11 @@ class TrainingRecipe:
         """
         rate = self.learning_rate * multiple
         unused = torch.optim.AdamW([torch.zeros(())], rate)
-        schedule: Any = get_scheduler(
-            self.schedule, unused, num_warmup_steps=self.warmup, num_training_steps=self.steps
-        )
+        try:
+            schedule: Any = get_scheduler(
+                self.schedule, unused, num_warmup_steps=self.warmup, num_training_steps=self.steps
+            )
+        except ValueError as error:  # a polynomial ends at a rate of its own
+            raise InvalidOptionError(f"schedule {self.schedule} does not go with a rate of {rate}: {error}") from error
         (factor,) = schedule.lr_lambdas
         return lambda step: float(rate * factor(step))

@@ -575,6 +575,11 @@ def test_killed_while_it_saves(broken, training, tmp_path, monkeypatch):
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
+def test_a_schedule_that_ends_above_the_rate_is_refused_at_once():
+    with pytest.raises(InvalidOptionError, match="schedule polynomial does not go with a rate of 5e-08"):
+        TrainingRecipe(schedule="polynomial", learning_rate=1e-7)
+
+
 def test_a_video_that_cannot_be_opened_is_skipped(model, data, tmp_path):
     folder = shutil.copytree(data, tmp_path / "data")
     (folder / "b-bad.mp4").mkdir()
