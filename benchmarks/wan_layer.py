@@ -75,14 +75,14 @@ class InPlace:
     """Attends rotated keys and values that lie in place, and writes nothing: the transformer's own work."""
 
     def __init__(self, layer: Layer, projections: Projections) -> None:
-        self.turns, held = layer.chunk_rotations, []
+        held: list[Tensor] = []
 
         def hold(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             held.extend((keys, values))
             return queries
 
         layer.memory.attend(*projections, hold)
-        self.keys, self.values = held
+        self.turns, (self.keys, self.values) = layer.chunk_rotations, held
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, attention: Any) -> Any:
         return attention(rotate(queries, self.turns), self.keys, self.values)

@@ -61,6 +61,10 @@ def check_moment(moment: Moment, run: Run) -> None:
     wrong = [*fits(Moment, vars(moment)), *fits(run.new_denoiser, {"conditioning": moment.conditioning})]
     for name, hint in wrong:
         raise SnapshotError(f"{name} is a {type(getattr(moment, name)).__name__}, but must be {hint}")
+    sized = {"height", "width"} & set(run.call) if run.call.get("latents") is None else ()
+    for name in sized:
+        if not is_a(run.call[name], int):
+            raise SnapshotError(f"{name} of its call is a {type(run.call[name]).__name__}, but must be a number")
 
 
 def check_sessions(run: Run) -> None:

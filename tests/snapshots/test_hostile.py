@@ -119,6 +119,19 @@ def test_a_key_that_is_no_name_is_refused_by_the_part_that_has_it(part, pipe, sa
         pipe.packforcing.resume(folder)
 
 
+@pytest.mark.parametrize("name", ["height", "width"])
+def test_a_size_that_is_no_number_is_refused(name, pipe, saved, folder):
+    (path,) = saved.glob("snapshot-*")
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    attributes = dict(content["state"]["run"]["of"])
+    call = next(pair for pair in attributes["call"]["of"] if pair[0] == name)
+    call[1] = "0.1.0"
+    (folder / path.name).write_text(json.dumps({**content, "sha256": folders._digest(content)}))
+    with pytest.raises(SnapshotError, match=f"{name} of its call is a str, but must be a number"):
+        pipe.packforcing.resume(folder)
+
+
 @MANY
 @given(data=st.data(), kind=st.sampled_from(["snapshot", "tensors", "blocks"]))
 def test_any_bytes(data, kind, pipe, saved, folder):
