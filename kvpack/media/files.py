@@ -162,7 +162,7 @@ def whole_files(folder: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as made:
             yield Path(made)
             for path in Path(made).iterdir():
-                with open(path, "rb+") as file:
+                with path.open("rb+") as file:
                     os.fsync(file.fileno())
                 os.replace(path, folder / path.name)
         sync_folder(folder)

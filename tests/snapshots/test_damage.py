@@ -114,7 +114,7 @@ DAMAGE = {
     "truncated JSON": ("snapshot", truncated, "is no JSON"),
     "a bit of the JSON": ("snapshot", flipped, "is no JSON|checksum differs|format"),
     "empty JSON": ("snapshot", lambda path: path.write_text(""), "is no JSON"),
-    "older format": ("snapshot", older, r"has format 0, written by kvpack 0\.0\.9; this one reads 1"),
+    "older format": ("snapshot", older, r"has format 0, written by kvpack 0\.0\.9; this one reads 2"),
 }
 
 
