@@ -37,6 +37,21 @@ def farthest(
     return torch.cat(chosen, dim=1)
 
 
+def unlike(
+    keys: Float[Tensor, "batch tokens heads head_dim"], count: int, rounds: int = 16
+) -> Int[Tensor, "batch count"]:
+    """Return indices of the tokens that are most unlike each other, wherever they lie; the first, if one is wanted.
+
+    Args:
+        keys: keys before RoPE.
+        count: how many.
+        rounds: most passes over them.
+    """
+    if count == 1:  # of two tokens both are equally unlike their mean, and rounding would decide
+        return torch.zeros(len(keys), 1, dtype=torch.long, device=keys.device)
+    return farthest(joined_heads(keys), keys.shape[1], count, rounds)
+
+
 def round_sizes(count: int, rounds: int) -> list[int]:
     """Return how many tokens each round takes: the first one, the others as equal numbers as can be.
 

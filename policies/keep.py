@@ -13,7 +13,7 @@ from torch import Tensor
 from kvpack.errors import InvalidOptionError, require_int
 from kvpack.memory.blocks import KVBlock, Span, grid_coordinates, joined
 from kvpack.memory.roles import Compressor, Places
-from kvpack.policies.farthest import farthest, joined_heads
+from kvpack.policies.farthest import unlike
 from kvpack.policies.pool import pooled_grid
 
 
@@ -84,19 +84,12 @@ class KeepCompressor(Compressor):
         span = replace(both.span, coordinates=taken(both.span.coordinates, index))
         return replace(both, keys=taken(both.keys, index), values=taken(both.values, index), span=span)
 
-    def among(self, both: KVBlock, count: int, rounds: int = 16) -> Int[Tensor, "batch kept"]:
+    def among(self, both: KVBlock, count: int) -> Int[Tensor, "batch kept"]:
         """Return indices of the `count` kept tokens of two blocks that stay: unless overridden, the most unlike.
 
         They are told by all heads, so that a compressor that is `by_head` must override it.
-
-        Args:
-            both: the tokens of both blocks.
-            count: how many stay.
-            rounds: most passes over them.
         """
-        if count == 1:  # both are equally unlike their mean, and rounding would decide
-            return torch.zeros(len(both.keys), 1, dtype=torch.long, device=both.keys.device)
-        return farthest(joined_heads(both.keys), both.keys.shape[1], count, rounds)
+        return unlike(both.keys, count)
 
     @abstractmethod
     def choose(self, block: KVBlock, grid: tuple[int, int], count: int) -> Int[Tensor, "batch kept"]:

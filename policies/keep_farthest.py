@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpack.errors import require_int
 from kvpack.memory.blocks import KVBlock
-from kvpack.policies.farthest import farthest, joined_heads
+from kvpack.policies.farthest import farthest, joined_heads, unlike
 from kvpack.policies.keep import KeepCompressor
 
 
@@ -41,9 +41,9 @@ class FarthestCompressor(KeepCompressor):
         """Choose by the keys alone."""
         return farthest(joined_heads(block.keys), grid[0] * grid[1], count, self.rounds)
 
-    def among(self, both: KVBlock, count: int, rounds: int = 0) -> Int[Tensor, "batch kept"]:
+    def among(self, both: KVBlock, count: int) -> Int[Tensor, "batch kept"]:
         """Choose in as many rounds as in a block."""
-        return super().among(both, count, rounds or self.rounds)
+        return unlike(both.keys, count, self.rounds)
 
     def compress_all(self, blocks: Sequence[KVBlock], grid: tuple[int, int]) -> list[KVBlock]:
         """Choose for a few layers at once: a round is a dozen small kernels, for however many rows."""

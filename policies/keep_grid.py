@@ -35,7 +35,7 @@ class GridCompressor(KeepCompressor):
         index = _on_grid(frames, grid, self.count(frames, grid), torch.device("cpu"))
         return Span(first_frame, frames, grid_coordinates(frames, grid)[index])
 
-    def among(self, both: KVBlock, count: int, rounds: int = 0) -> Int[Tensor, "batch kept"]:
+    def among(self, both: KVBlock, count: int) -> Int[Tensor, "batch kept"]:
         """Return every other token, whatever it holds."""
         return (2 * torch.arange(count, device=both.keys.device)).expand(both.keys.shape[0], -1)
 

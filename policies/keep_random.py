@@ -34,7 +34,7 @@ class RandomTokensCompressor(KeepCompressor):
         super().__post_init__()
         require_int("seed", self.seed)
 
-    def among(self, both: KVBlock, count: int, rounds: int = 0) -> Int[Tensor, "batch kept"]:
+    def among(self, both: KVBlock, count: int) -> Int[Tensor, "batch kept"]:
         """Draw distinct tokens, other ones whenever the block has grown."""
         (rows, tokens), stop = both.keys.shape[:2], both.span.first_frame + both.span.frames
         return _drawn(self.seed, stop, tokens, count, both.keys.device).expand(rows, -1)

@@ -51,9 +51,8 @@ def in_order(stored: Tensor, slots: Sequence[int], device: torch.device) -> Tens
 
     Slots that all do, and lie on that device, are a view.
     """
-    starts = [slots[0], *(slot for before, slot in pairwise(slots) if slot != before + 1)]
-    stops = [*(before + 1 for before, slot in pairwise(slots) if slot != before + 1), slots[-1] + 1]
-    runs = [stored[:, first:last].to(device, non_blocking=True) for first, last in zip(starts, stops, strict=True)]
+    edges = [0, *(i for i in range(1, len(slots)) if slots[i] != slots[i - 1] + 1), len(slots)]
+    runs = [stored[:, slots[a] : slots[b - 1] + 1].to(device, non_blocking=True) for a, b in pairwise(edges)]
     return runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
 
 

@@ -116,6 +116,8 @@ class StackPlan(Plan):
         ]
         #: Mid blocks of one size: a choice is gathered on the device, whatever it is.
         self.uniform = len(self.spans) <= 1 and not any(self.levels)
+        #: Whether all choices have the same positions: a merged block has more frames than another in as many of them.
+        self._places_alike = stack.reindexer.shared and len({piece.frames for piece in self.mid}) == 1
         self._placed: dict[torch.device, Placed] = {}
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
@@ -160,9 +162,7 @@ class StackPlan(Plan):
 
     def shares(self, chosen: Tensor | list[int] | None) -> bool:
         """Return whether `place` gives every layer the same."""
-        # A merged block has more frames than another one in as many positions.
-        alike = self.stack.reindexer.shared and len({piece.frames for piece in self.mid}) == 1
-        return chosen is None or (isinstance(chosen, Tensor) and alike)
+        return chosen is None or (isinstance(chosen, Tensor) and self._places_alike)
 
     def absolute_rotations(
         self, block: int | None, device: torch.device, own: Tensor | None = None
