@@ -26,7 +26,6 @@ from kvpack.planning.presets import ModelDescription, adapter_for, from_folder
 from kvpack.plugins.registry import registry
 from kvpack.plugins.resolve import require_stack, resolve_stack
 from kvpack.snapshots.fingerprint import model_digests
-from kvpack.training.buffer import straight_through
 from kvpack.training.clips import Broken, ClipFolder
 from kvpack.training.distillation import ContextDistillation
 from kvpack.training.matching import DistributionMatching
@@ -176,7 +175,7 @@ class CompressorTraining:
         else:
             objective = DistributionMatching(
                 trainee,
-                straight_through(stack),
+                stack,
                 pipeline.scheduler,
                 self._generator(branch, pipeline.transformer),
                 frozen(self.teacher, PRECISIONS[self.mixed_precision], str(accelerator.device)).transformer,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kvpack.generation.trainee import Trainee
 from kvpack.memory.stack import Stack
-from kvpack.training.buffer import Cut, GraphLayer, backward_history, histories
+from kvpack.training.buffer import Cut, GraphLayer, backward_history, histories, straight_through
 from kvpack.training.clips import Clip
 from kvpack.training.noise import mixed, noise_levels, noise_like
 from kvpack.training.targets import targets
@@ -109,7 +109,8 @@ class DistributionMatching:
     ) -> tuple[Tensor, list[Cut]]:
         """Generate clean videos with the last step of chunk `learning` in the graph; return them and its history."""
         chunks, levels = like.split(self.stack.chunk_frames, dim=2), noise_levels(self.scheduler, self.steps)
-        rollout = self.trainee.rollout(self.stack, embeds, (like.shape[3], like.shape[4]), GraphLayer)
+        size = like.shape[3], like.shape[4]
+        rollout = self.trainee.rollout(straight_through(self.stack), embeds, size, GraphLayer)
         last = int(torch.randint(len(levels), (), generator=source))  # one noise level for all chunks, as in the paper
         made: list[Tensor] = []
         cuts: list[Cut] = []
