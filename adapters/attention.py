@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvpack.adapters.parallel import attended_by_heads
 from kvpack.errors import UnsupportedPipelineError
-from kvpack.generation.compile_boundary import OpaqueAttention, attend
+from kvpack.generation.compile_boundary import OpaqueAttention, attend, begin_forward, end_forward
 from kvpack.generation.threads import one_thread, require_thread
 from kvpack.memory.layer import AttendingLayer
 from kvpack.memory.shard import Shard
@@ -36,7 +36,7 @@ class ForwardLayers:
             raise UnsupportedPipelineError("a layer attended twice in one forward, which the memory would count twice")
         return self._layers.pop(index)
 
-    def check_all_taken(self, *_: Any) -> None:
+    def check_all_taken(self) -> None:
         """Raise `UnsupportedPipelineError` if the forward has left a layer's attention out."""
         if self._layers:
             raise UnsupportedPipelineError(
@@ -136,13 +136,18 @@ def attached(
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         require_thread(layers.thread)
+        begin_forward()
         layers.hand_out(layers_for(args, kwargs))
+
+    def after(_: Any, args: tuple[Any, ...], output: Any) -> Any:
+        layers.check_all_taken()
+        return end_forward(output)
 
     outside: Any = torch.compiler.disable  # where the whole transformer is compiled, not its blocks
     with (
         one_thread(transformer, drives=True),
         transformer.register_forward_pre_hook(outside(before), with_kwargs=True),
-        transformer.register_forward_hook(outside(layers.check_all_taken)),
+        transformer.register_forward_hook(outside(after)),
         installed({**processors, **(others or {})}),
     ):
         yield

@@ -3,6 +3,7 @@
 Compiled code holds a number for each layer, as a tensor, so that neither layers nor chunks compile anew.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from itertools import count
 from typing import Any, ClassVar
@@ -20,6 +21,27 @@ _alive: "WeakValueDictionary[int, OpaqueAttention]" = WeakValueDictionary()
 def compiled_from(model: Any) -> Any:
     """Return the model that `torch.compile(model)` wraps; a model that is not wrapped as it is."""
     return getattr(model, "_orig_mod", model)
+
+
+def graphs_replay() -> bool:
+    """Return whether CUDA graphs may be there, by the module that torch loads for the first one."""
+    return "torch._inductor.cudagraph_trees" in sys.modules
+
+
+def begin_forward() -> None:
+    """Tell CUDA graphs that another forward of the model begins, so that its blocks may pass tensors to each other.
+
+    Without it each call of a compiled block may write over what the one before put out.
+    """
+    if graphs_replay():
+        torch.compiler.cudagraph_mark_step_begin()
+
+
+def end_forward(output: Any) -> Any:
+    """Return what a model put out such that the next forward, of another branch say, does not write over it."""
+    if graphs_replay() and isinstance(output, tuple):
+        return tuple(each.clone() if isinstance(each, Tensor) else each for each in output)
+    return output
 
 
 class OpaqueAttention(ABC):

@@ -2,6 +2,8 @@
 
 import gc
 import inspect
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,6 +201,29 @@ def test_a_cuda_graph_is_told_to_leave_the_memory_out():
     """Where torch has the word for it: what is around the operator can be replayed."""
     tags = torch.ops.kvpack.attend.default.tags
     assert not hasattr(torch.Tag, "cudagraph_unsafe") or torch.Tag.cudagraph_unsafe in tags
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_where_cuda_graphs_replay_each_forward_is_a_step_of_theirs_and_its_output_outlives_it(graphs, monkeypatch):
+    if graphs:
+        monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", SimpleNamespace())
+    else:
+        monkeypatch.delitem(sys.modules, "torch._inductor.cudagraph_trees", raising=False)
+    steps, put_out, pipe = [], [], pipeline()
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: steps.append(len(put_out)))
+    forward = pipe.transformer.proj_out.forward
+    monkeypatch.setattr(pipe.transformer.proj_out, "forward", lambda *given: put_out.append(1) or forward(*given))
+    generate(pipe, chunks=2, guidance_scale=3.0, prompt="a red circle", negative_prompt="blur")
+    assert not steps  # a pipeline that is not enabled is left alone
+    put_out.clear()
+    pipe.enable_packforcing("packforcing", **PACKED)
+    generate(pipe, chunks=2, guidance_scale=3.0, prompt="a red circle", negative_prompt="blur")
+    assert put_out
+    assert steps == (list(range(len(put_out))) if graphs else [])  # one before each forward
+    given = torch.ones(2)
+    (kept,) = compile_boundary.end_forward((given,))
+    assert (kept is given) == (not graphs)
+    assert torch.equal(kept, given)
 
 
 @pytest.mark.slow
