@@ -13,6 +13,7 @@ from torch import Tensor
 from kvpack.errors import InvalidOptionError, require_int
 from kvpack.memory.blocks import KVBlock, Span, grid_coordinates, joined
 from kvpack.memory.roles import Compressor, Places
+from kvpack.memory.tokens import taken
 from kvpack.policies.farthest import unlike
 from kvpack.policies.pool import pooled_grid
 
@@ -100,11 +101,3 @@ class KeepCompressor(Compressor):
     ) -> tuple[Float[Tensor, "batch kept heads head_dim"], Float[Tensor, "batch kept heads head_dim"]]:
         """Return keys and values of the tokens at `index`, which ascends."""
         return taken(block.keys, index), taken(block.values, index)
-
-
-def taken(
-    tokens: Float[Tensor, "batch tokens *each"], index: Int[Tensor, "batch kept"]
-) -> Float[Tensor, "batch kept *each"]:
-    """Return each row's tokens, or their places, at its indices."""
-    rows = torch.arange(index.shape[0], device=index.device)[:, None]
-    return tokens[rows, index]

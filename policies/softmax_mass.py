@@ -58,22 +58,22 @@ class SoftmaxMassSelector(QueryTopK):
         else:
             runs = candidates.together(most)
         masses = [products(some, keys) if fused is None else attended(some, keys, fused) for keys in runs]
-        return query.mean_heads(torch.cat(masses, dim=1))
+        return query.mean_heads(torch.cat(masses, dim=1).mean(dim=(2, 3)))
 
 
 def products(
     queries: Float[Tensor, "batch queries heads head_dim"], keys: Float[Tensor, "batch blocks tokens heads head_dim"]
-) -> Float[Tensor, "batch blocks"]:
-    """Return the mean logarithm of each block's softmax mass, from all products of queries and keys."""
+) -> Float[Tensor, "batch blocks heads queries"]:
+    """Return the logarithm of each block's softmax mass, from all products of queries and keys."""
     scaled = queries.float() / queries.shape[-1] ** 0.5
-    return torch.einsum("bihd,bmjhd->bmhij", scaled, keys.float()).logsumexp(dim=4).mean(dim=(2, 3))
+    return torch.einsum("bihd,bmjhd->bmhij", scaled, keys.float()).logsumexp(dim=4)
 
 
 def attended(
     queries: Float[Tensor, "batch queries heads head_dim"],
     keys: Float[Tensor, "batch blocks tokens heads head_dim"],
     attention: Callable[..., Any],
-) -> Float[Tensor, "batch blocks"]:
+) -> Float[Tensor, "batch blocks heads queries"]:
     """Return the same from the log-sum-exp that an attention kernel gives; products are never in memory.
 
     Args:
@@ -84,7 +84,8 @@ def attended(
     blocks = keys.shape[1]
     every = queries[:, None].expand(-1, blocks, -1, -1, -1).flatten(0, 1).transpose(1, 2)
     each = keys.flatten(0, 1).transpose(1, 2)  # (batch * blocks, heads, tokens, head_dim)
-    return attention(every, each, each)[1].mean(dim=(1, 2)).unflatten(0, (-1, blocks))
+    masses: Tensor = attention(every, each, each)[1]  # (batch * blocks, heads, queries)
+    return masses.unflatten(0, (-1, blocks))
 
 
 def _fused_attention(queries: Tensor) -> Callable[..., Any] | None:

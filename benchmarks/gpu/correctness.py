@@ -39,6 +39,9 @@ MEMORIES: dict[str, tuple[str, dict[str, Any]]] = {
     "self-forcing": ("self-forcing", {}),
 }
 ERROR, TWICE = "error / error of a CPU", 2.0
+#: Archives whose keys choose, each on the device and in the memory of the host.
+TIERS: dict[str, dict[str, Any]] = {store: {"topk": 2, "store": store} for store in ("dense", "int8")}
+APART = "greatest difference between tiers"
 EXACT, EXACT_AT_MOST = "error of the device in float32", 1e-4
 
 
@@ -101,3 +104,19 @@ def rows_of(machine: Machine, rows: list[Row], compiled: str = "") -> str | None
         if compiled:
             break
     return f"WRONG, far more than a CPU's error: {', '.join(wrong)}" if wrong else None
+
+
+def tiers(machine: Machine, rows: list[Row]) -> str | None:
+    """Append how far outputs of an archive in host memory are from those of one on the device, and say which are."""
+    wrong = []
+    for store, options in TIERS.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            subject = f"packforcing, {store}, {str(dtype).removeprefix('torch.')}"
+            one_tier, other = (
+                outputs(("packforcing", {**options, "tier": tier}), machine.device, dtype)
+                for tier in ("device", "host")
+            )
+            rows.append(one(subject, APART, float((one_tier - other).abs().max()), ""))
+            if not torch.equal(one_tier, other):
+                wrong.append(subject)
+    return f"WRONG, the tiers differ: {', '.join(wrong)}" if wrong else None

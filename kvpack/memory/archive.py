@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvpack.memory.codec import DENSE, Codec, Form, Stored, Tier, form, lengthened, room
 from kvpack.memory.fetching import fetched, in_order, selecting
+from kvpack.memory.prefetch import Prefetch, overlaps
 from kvpack.memory.tokens import Later
 
 Decode = Callable[[Sequence[Tensor], int, torch.dtype], Tensor]
@@ -64,7 +65,9 @@ class Archive:
         self.marks: dict[int, Mark] = {}
         #: Of keys and values once they are decoded.
         self.dtype = torch.float32
-        self._shared = False
+        self._shared, self._prefetch = False, Prefetch()
+        #: Of the last write to host memory, which nobody has waited for.
+        self._written: torch.cuda.Event | None = None
 
     @property
     def decodes_later(self) -> bool:
@@ -96,16 +99,26 @@ class Archive:
     def write(self, slot: int, block: Encoded) -> None:
         """Put a block into a free slot, for which there is room after `reserve`.
 
-        What the device has yet to read there it reads before: a copy on it keeps its order, and one to the host waits.
+        What the device has yet to read there it reads before, and what it reads later is there: all is in its order.
+        The host must wait for it (`settle`) before it looks.
         """
         self.marks[slot] = Mark()
+        self._prefetch.drop(self.key_sums.device)
         for rooms, parts in ((self.keys, block.keys), (self.values, block.values)):
             for each, part in zip(rooms, parts, strict=True):
-                each[:, slot] = part
+                each[:, slot].copy_(part, non_blocking=part.is_cuda)
+        if overlaps(self.tier, self.key_sums.device):
+            self._written = torch.cuda.current_stream(self.key_sums.device).record_event()
         self.key_sums[:, slot] = block.key_sums
         if block.coordinates is not None:
             assert self.coordinates is not None
             self.coordinates[:, slot, : block.coordinates.shape[1]] = block.coordinates
+
+    def settle(self) -> None:
+        """Wait until blocks that are on their way to host memory lie there."""
+        if self._written is not None:
+            self._written.synchronize()
+            self._written = None
 
     def reserve(
         self, slot: int, like: Float[Tensor, "rows tokens heads head_dim"], coordinates: Tensor | None = None
@@ -174,9 +187,15 @@ class Archive:
     def blocks_keys(self, slots: Sequence[int]) -> Float[Tensor, "rows blocks tokens heads head_dim"]:
         """Return keys of several blocks, each as long as a slot, decoded at once, on the model's device."""
         device = self.key_sums.device
-        parts = [in_order(each, slots, device) for each in self.keys]
+        parts = self._prefetch.take(slots, device) or [in_order(each, slots, device) for each in self.keys]
         decoded = self.codec.decode_keys([each.flatten(0, 1) for each in parts], self.slot_tokens, self.dtype)
         return decoded.unflatten(0, (-1, len(slots)))
+
+    def prefetch(self, runs: Sequence[Sequence[int]]) -> None:
+        """Begin to bring keys of runs of blocks to the model's device, for `blocks_keys` with the same runs."""
+        device = self.key_sums.device
+        if overlaps(self.tier, device) and not any(each.requires_grad for each in self.keys):
+            self._prefetch.begin(self.keys, runs, device)
 
     def block_values(self, slot: int, tokens: int, rows: slice = slice(None)) -> Tensor:
         """Return values `[some rows, tokens, heads, head_dim]` of a block, on the model's device."""
@@ -215,7 +234,7 @@ class Archive:
     def fork(self) -> "Archive":
         """Return an independent archive that shares all memory with this one until either is written."""
         fork = copy(self)
-        fork.marks = dict(self.marks)
+        fork.marks, fork._prefetch = dict(self.marks), Prefetch()
         self._shared = fork._shared = True
         return fork
 
@@ -230,11 +249,13 @@ class Archive:
         for number, (shape, kind) in enumerate(parts):
             larger = room((*size, *shape), kind, device, self.tier)
             if old:
+                self.settle()
                 larger[:, : old[number].shape[1]] = old[number]
             new.append(larger)
         return tuple(new)
 
     def _own(self) -> None:
+        self.settle()
         self.keys, self.values = (
             tuple(room(each.shape, each.dtype, self.key_sums.device, self.tier).copy_(each) for each in stored)
             for stored in (self.keys, self.values)

@@ -78,6 +78,8 @@ class Attended:
         rotations: those of all tokens in order, in pieces, where layers share them; otherwise the tokens' coordinates
             say them.
         selected: indices of the chosen blocks, `[rows, chosen]`, for `stats()`.
+        candidates: of how many blocks those were chosen; each row of `selected` ascends then. `Memory.explain` is asked
+            at the end of the chunk if one is out of range or there twice.
         shared: told to the layers behind the first, as `Chunk.shared`.
         suspect: a scalar on the device; where it is true, `Memory.explain` is asked at the end of the chunk.
     """
@@ -88,6 +90,7 @@ class Attended:
     hidden: int = 0
     rotations: tuple[Tensor, ...] | None = None
     selected: Tensor | None = None
+    candidates: int = 0
     shared: Any = None
     suspect: Tensor | None = None
 

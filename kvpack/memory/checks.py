@@ -1,6 +1,7 @@
 """What a memory returns, checked at the boundary."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,17 +46,35 @@ def check_tokens(memory: Memory, tokens: object, like: Tensor, layer: int) -> No
         )
 
 
-def signs(attended: Attended, *, deeply: bool) -> list[Tensor]:
-    """Return scalars that are all finite if what is attended looks right; nothing waits for the device.
+def signs(attended: Attended) -> list[Tensor]:
+    """Return scalars that are all finite if what is attended is; nothing waits for the device."""
+    # The sum of numbers is finite only if each of them is; what overflows is looked at again.
+    parts = attended.tokens if isinstance(attended.tokens, tuple) else ()
+    tensors = (tensor for each in parts for tensor in (each.keys, each.values, each.coordinates))
+    return [tensor.detach().sum(dtype=torch.float32) for tensor in tensors]
+
+
+def looks_right(every: Sequence[Attended], signs: Sequence[Tensor]) -> bool:
+    """Return whether nothing that layers attended looks wrong; all of them in one wait for the device.
 
     Args:
-        attended: what a memory wants attended.
-        deeply: whether its keys, values and places are looked at, which costs a pass over them.
+        every: what each layer attended.
+        signs: scalars that are finite if all is right.
     """
-    found = [] if attended.suspect is None else [torch.where(attended.suspect, torch.nan, 0.0)]
-    if deeply:
-        # The sum of numbers is finite only if each of them is; what overflows is looked at again.
-        parts = attended.tokens if isinstance(attended.tokens, tuple) else ()
-        for each in parts:
-            found += [part.detach().sum(dtype=torch.float32) for part in (each.keys, each.values, each.coordinates)]
-    return found
+    doubts = [each.suspect for each in every if each.suspect is not None]
+    choices: dict[tuple[int, torch.Size], list[Tensor]] = {}
+    for each in every:
+        if each.selected is not None and each.candidates and each.selected.numel():
+            choices.setdefault((each.candidates, each.selected.shape), []).append(each.selected)
+    wrong = [~_together(signs).isfinite().all()] if signs else []
+    wrong += [_together(doubts).any()] if doubts else []
+    for (count, _), alike in choices.items():
+        chosen = _together(alike)
+        wrong += [((chosen[..., 0] < 0) | (chosen[..., -1] >= count)).any()]
+        wrong += [(chosen[..., 1:] == chosen[..., :-1]).any()]
+    return not wrong or not bool(_together(wrong).any())
+
+
+def _together(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors of one shape in one; those that layers share are there once."""
+    return torch.stack([each.to(tensors[0].device) for each in {id(each): each for each in tensors}.values()])

@@ -25,6 +25,7 @@ def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) 
     Raises:
         PolicyError: if the selector returns anything but `[rows, limit]` indices.
     """
+    plan.read.clear()
     if plan.takes_all:
         return None
     device, geometry = chunk.queries.device, plan.geometry
@@ -79,7 +80,7 @@ def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) 
 
 def _keys(archive: Archive, plan: StackPlan) -> Callable[[int], Tensor]:
     """Return what gives one mid block's keys; a codec that computes decodes those behind it too, for who asks next."""
-    if archive.codec == DENSE:
+    if archive.codec == DENSE and archive.tier == "device":
         return lambda block: archive.block_keys(plan.mid[block].slot, plan.tokens[block])
     ahead: dict[int, Tensor] = {}
 
@@ -88,7 +89,7 @@ def _keys(archive: Archive, plan: StackPlan) -> Callable[[int], Tensor]:
             in_order = block - 1 in ahead or block == 0
             run = range(block, min(block + (AT_ONCE if in_order else 1), len(plan.mid)))
             ahead.clear()
-            blocks = archive.blocks_keys([plan.mid[each].slot for each in run])
+            blocks = _read(archive, plan, run)
             ahead.update(zip(run, blocks.unbind(1), strict=True))
         return ahead[block][:, : plan.tokens[block]]
 
@@ -101,17 +102,15 @@ def _runs(archive: Archive, plan: StackPlan, most: int) -> Iterator[Float[Tensor
     for tokens, alike in groupby(plan.tokens):
         stop = first + len(list(alike))
         for start in range(first, stop, most):
-            slots = [piece.slot for piece in plan.mid[start : min(start + most, stop)]]
-            yield archive.blocks_keys(slots)[:, :, :tokens]
+            yield _read(archive, plan, range(start, min(start + most, stop)))[:, :, :tokens]
         first = stop
 
 
-def doubtful(chosen: Tensor | None, count: int) -> Tensor | bool:
-    """Return whether a sorted choice is out of range or names a block twice, without waiting for the device."""
-    if chosen is None or not chosen.numel():
-        return False
-    wrong = (chosen[:, 0] < 0) | (chosen[:, -1] >= count)
-    return wrong.any() | (chosen[:, 1:] == chosen[:, :-1]).any()
+def _read(archive: Archive, plan: StackPlan, blocks: range) -> Float[Tensor, "rows blocks tokens heads head_dim"]:
+    """Return keys of some mid blocks, and note that they were read."""
+    slots = [piece.slot for piece in plan.mid[blocks.start : blocks.stop]]
+    plan.read.append(slots)
+    return archive.blocks_keys(slots)
 
 
 def check_choice(selector: Selector, chosen: Tensor | None, count: int, layer: int) -> None:

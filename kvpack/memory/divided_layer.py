@@ -65,7 +65,6 @@ class DividedLayer(LayerCache):
             each.append(cache.attend(self._forward(forward, i), self._firsts[i], q, k, v, attention))
         self.attended = self._caches[0].attended
         self.context = _Histories(self)  # type: ignore[assignment]
-        self.signs = [sign for cache in self._caches for sign in cache.signs]
         self.lengths = self._mean_lengths()
         return self.joined(each)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvpack.memory.attended import Attention, Context, Gathered, InPlace
 from kvpack.memory.attribution import memory_call
 from kvpack.memory.base import Attended, Chunk, Memory
-from kvpack.memory.checks import check_attended, signs
+from kvpack.memory.checks import check_attended, looks_right, signs
 from kvpack.memory.ledger import BlockEntry
 from kvpack.memory.plan import Plan, at
 from kvpack.memory.rope import rotations, wide_dtype
@@ -220,9 +220,12 @@ class LayerCache:
         memory, plan, like = self.memory, forward.plan, chunk.tokens.keys
         with memory_call(memory, "attend", plan.book.seconds, self.index):
             attended = memory.attend(forward.states[self.index], chunk)
+            for following in forward.states[self.index + 1 : self.index + 2]:
+                plan.prefetch(following)
         check_attended(memory, attended, like, self.index)
         self.context = self._laid_out(attended, like, chunk)
-        self.signs = signs(attended, deeply=not memory.in_place)
+        # What a policy makes by itself may hold anything, and costs a pass to look at.
+        self.signs = [] if memory.in_place else signs(attended)
         if memory.in_place and isinstance(attended.tokens, tuple):  # they lie in the arena now
             nothing = like.new_empty(like.shape[0], 0, *like.shape[2:])
             places = tuple(Tokens(nothing, nothing, each.coordinates) for each in attended.tokens)
@@ -279,6 +282,7 @@ def spread(
 
 
 def check_layers(caches: Sequence[LayerCache]) -> bool:
-    """Return whether nothing that a memory did in this chunk looks wrong: one reduction, one wait for the device."""
-    numbers = [number for cache in caches for number in cache.signs]
-    return not numbers or bool(torch.stack([each.to(numbers[0].device) for each in numbers]).isfinite().all())
+    """Return whether nothing that a memory did in this chunk looks wrong; one wait for the device."""
+    leaves = [leaf for cache in caches for leaf in cache.leaves]
+    attended = [leaf.attended for leaf in leaves if leaf.attended is not None]
+    return looks_right(attended, [sign for leaf in leaves for sign in leaf.signs])

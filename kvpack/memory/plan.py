@@ -1,6 +1,7 @@
 """A chunk in host integers: what came before it, how long it is, where it sits. No model is needed."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Complex, Float
@@ -45,6 +46,9 @@ class Plan:
         self._coordinates: dict[torch.device, Tensor] = {}
         #: Rotations by the tensor, or number, that they come from, which is kept so that it stays the only one.
         self._rotations: dict[object, tuple[object, Tensor]] = {}
+
+    def prefetch(self, state: Any) -> None:
+        """Begin to bring to the device what the next layer will read of its state, as the last one did."""
 
     def coordinates(self, device: torch.device) -> Float[Tensor, "1 tokens 3"]:
         """Return (t, y, x) of the chunk's tokens in the video, the same tensor for all layers."""

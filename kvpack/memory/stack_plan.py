@@ -22,6 +22,7 @@ from kvpack.memory.sending import sent
 
 if TYPE_CHECKING:
     from kvpack.memory.stack import Stack
+    from kvpack.memory.stack_state import StackState
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Placed:
     Args:
         placement: what the re-indexer gave.
         ratios: positions that a frame of each block spans.
+        begins: position of each token's block.
+        squeezed: positions that a frame of each token's block spans.
         places: (t, y, x) of all tokens, block behind block.
         edges: first token of each block, and the number of all.
         geometry: the model.
@@ -61,6 +64,8 @@ class Placed:
 
     placement: Placement
     ratios: Float[Tensor, "rows blocks"]
+    begins: Float[Tensor, "rows tokens"]
+    squeezed: Float[Tensor, "rows tokens"]
     places: Float[Tensor, "rows tokens 3"]
     edges: tuple[int, ...]
     geometry: Geometry
@@ -118,6 +123,8 @@ class StackPlan(Plan):
         self.uniform = len(self.spans) <= 1 and not any(self.levels)
         #: Whether all choices have the same positions: a merged block has more frames than another in as many of them.
         self._places_alike = stack.reindexer.shared and len({piece.frames for piece in self.mid}) == 1
+        #: Runs of slots whose keys the last layer has read to choose.
+        self.read: list[list[int]] = []
         self._placed: dict[torch.device, Placed] = {}
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
@@ -144,6 +151,11 @@ class StackPlan(Plan):
         chosen = {piece.first_frame: count for piece, count in zip(self.mid, times, strict=True)}
         offered = sum(each.shape[0] for each in selected)
         return replace(self.after, ledger=self.step.ledger.counted(offered, chosen))
+
+    def prefetch(self, state: "StackState") -> None:
+        """Begin to bring the archived keys by which the next layer chooses."""
+        if not self.stack.share_selection:
+            state.archive.prefetch(self.read)
 
     def on(self, device: torch.device) -> tuple[Int[Tensor, " blocks"], Int[Tensor, " blocks"]]:
         """Return slot and token count of every mid block; copied to the device once for all layers."""
@@ -197,10 +209,11 @@ class StackPlan(Plan):
         ]
         edges = tuple(accumulate(map(len, coordinates)))
         counts = sent(torch.tensor([len(each) for each in coordinates[1:]], dtype=torch.long), device)
-        starts, lengths = (
+        begins, squeezed = (
             each.repeat_interleave(counts, dim=1, output_size=edges[-1]) for each in (placement.starts, ratios)
         )
-        return Placed(placement, ratios, at(torch.cat(coordinates), starts, lengths), edges, self.geometry)
+        places = at(torch.cat(coordinates), begins, squeezed)
+        return Placed(placement, ratios, begins, squeezed, places, edges, self.geometry)
 
     def _layout(self, chosen: Tensor | list[int], device: torch.device) -> Layout:
         """Return the attended blocks; rows differ only where a tensor has chosen."""

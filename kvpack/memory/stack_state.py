@@ -12,7 +12,6 @@ from kvpack.memory.archive import Archive, Encoded
 from kvpack.memory.attribution import policy_call
 from kvpack.memory.base import Attended, Chunk
 from kvpack.memory.blocks import KVBlock, Span, check_block
-from kvpack.memory.choice import doubtful
 from kvpack.memory.ledger import BlockEntry
 from kvpack.memory.plan import at
 from kvpack.memory.roles import Compressor
@@ -21,7 +20,7 @@ from kvpack.memory.sending import sent
 from kvpack.memory.sharded import with_all_heads, with_own_heads
 from kvpack.memory.stack_plan import Placed, StackPlan
 from kvpack.memory.store import KeysValues, StoredBlock
-from kvpack.memory.tokens import Tokens
+from kvpack.memory.tokens import Tokens, taken
 
 if TYPE_CHECKING:
     from kvpack.memory.stack import Stack
@@ -144,8 +143,9 @@ def attended_tokens(
         state,
         rotations=shared,
         selected=selected,
+        candidates=len(plan.mid),
         shared=selected if stack.share_selection else None,
-        suspect=placed.suspect | doubtful(selected, len(plan.mid)),
+        suspect=placed.suspect,
     )
 
 
@@ -185,14 +185,9 @@ def _own_places(archive: Archive, rows: slice, slots: Tensor, plan: StackPlan, p
     first = len(plan.sink)
     if archive.coordinates is None:
         return placed.of(first, first + plan.chosen)
-    tokens = plan.tokens[0]
-    index = torch.arange(slots.shape[0], device=slots.device)[:, None]
-    own = archive.coordinates[rows, :, :tokens][index, slots].flatten(1, 2)  # (rows, chosen * tokens, [heads,] 3)
-    columns = slice(first, first + plan.chosen)
-    starts, ratios = (
-        each[:, columns].repeat_interleave(tokens, dim=1) for each in (placed.placement.starts, placed.ratios)
-    )
-    return at(own, starts, ratios)
+    own = taken(archive.coordinates[rows, :, : plan.tokens[0]], slots).flatten(1, 2)  # (rows, tokens, [heads,] 3)
+    columns = slice(placed.edges[first], placed.edges[first + plan.chosen])
+    return at(own, placed.begins[:, columns], placed.squeezed[:, columns])
 
 
 def _archived(stack: "Stack", archive: Archive, plan: StackPlan, rows: slice, block: int, chunk: Chunk) -> KeysValues:

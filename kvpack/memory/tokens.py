@@ -114,3 +114,12 @@ def shortened(parts: Sequence[Tokens], tokens: int) -> list[Tokens]:
         left.append(part[: len(part) - cut])
         tokens -= cut
     return left[::-1]
+
+
+def taken(
+    tokens: Float[Tensor, "batch tokens *each"], index: Int[Tensor, "batch kept"]
+) -> Float[Tensor, "batch kept *each"]:
+    """Return each row's tokens, or their places, at its indices."""
+    if index.shape[0] == 1:
+        return tokens.index_select(1, index[0])
+    return tokens[torch.arange(index.shape[0], device=index.device)[:, None], index]

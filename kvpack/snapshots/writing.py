@@ -129,6 +129,7 @@ class TreeWriter:
         return {KIND: "block", "keys": self._tensor(block.keys, 2), "values": self._tensor(block.values, 2)}
 
     def _archive(self, archive: Archive) -> Node:
+        archive.settle()
         held = [[slot, self._once(mark, partial(self._slot, archive, slot))] for slot, mark in archive.marks.items()]
         return {
             KIND: "archive",

@@ -159,7 +159,7 @@ def test_the_whole_command_on_a_cpu(tmp_path, python):
     assert written["machine"]["torch"] == torch.__version__
     states = {section["name"]: section["state"] for section in written["sections"]}
     assert set(states.values()) == {"measured"}
-    assert len(states) == 18
+    assert len(states) == 19
     rows = [row for section in written["sections"] for row in section["rows"]]
     found = {(row["subject"], row["metric"]): row["value"] for row in rows}
     errors = [error for (_, metric), error in found.items() if metric == correctness.ERROR]

@@ -1,0 +1,157 @@
+"""Archived keys of the next layer come while one works; a stand-in for CUDA's streams notes the order."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from kvpack import Session
+from kvpack.memory import archive as archive_module
+from kvpack.memory import prefetch
+from kvpack.memory.prefetch import Prefetch, overlaps
+from kvpack.plugins.registry import registry
+from kvpack.testing import TINY, run_session
+
+CPU = torch.device("cpu")
+
+
+class Event(str):
+    waited: list[str] = []  # by the host
+
+    def synchronize(self):
+        self.waited.append(self)
+
+
+class Stream:
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append((self.name, "waits for", other.name))
+
+    def wait_event(self, event):
+        self.log.append((self.name, "waits for", event))
+
+    def record_event(self):
+        event = Event(f"event {len(self.log)}")
+        self.log.append((self.name, "records", event))
+        return event
+
+
+def archives_of(session):
+    return [state.archive for state in session.past.states]
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """Return what streams did, of a CPU that takes itself for a card."""
+    log, streams = [], [None]
+    main, side = (Stream(name, log) for name in ("main", "side"))
+    streams[0] = main
+
+    @contextmanager
+    def on(stream):
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    in_order = prefetch.in_order
+
+    def copied(stored, slots, device):
+        assert streams[-1] is side
+        log.append(("side", "copies", tuple(slots)))
+        return in_order(stored, slots, device).clone()
+
+    monkeypatch.setattr(prefetch, "_stream", lambda device: side)
+    monkeypatch.setattr(prefetch, "in_order", copied)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda each, stream: log.append((stream.name, "uses", None)))
+    return log
+
+
+def test_only_pinned_memory_beside_cuda_is_read_ahead():
+    assert overlaps("host", torch.device("cuda", 0))
+    assert not any(overlaps(tier, torch.device("cuda", 0)) for tier in ("device", "disk"))
+    assert not overlaps("host", CPU)
+
+
+@pytest.mark.parametrize("selector", [{"selector": "softmax-mass"}, {"selector": "softmax-mass", "share_selection": 1}])
+@pytest.mark.parametrize("store", ["dense", "int8"])
+def test_each_layer_but_the_first_finds_its_keys_there(selector, store, log, monkeypatch):
+    options = {"selector": selector["selector"], "share_selection": "share_selection" in selector}
+    stack = registry().stack("packforcing", {"topk": 2, "archive_blocks": 4, "tier": "host", "store": store, **options})
+    wanted = run_session(Session(stack, TINY), 12, batch=2)
+    monkeypatch.setattr(archive_module, "overlaps", lambda tier, device: tier == "host")
+    found, left = [], []
+    take = Prefetch.take
+
+    def taken(self, slots, device):
+        parts = take(self, slots, device)
+        found.append(parts is not None)
+        return parts
+
+    monkeypatch.setattr(Prefetch, "take", taken)
+    session = Session(stack, TINY)
+    given = run_session(
+        session, 12, batch=2, inspect=lambda s: left.append([each._prefetch._begun for each in archives_of(s)])
+    )
+    assert all(map(torch.equal, wanted, given))
+    assert found
+    per_chunk = TINY.layers if not options["share_selection"] else 1
+    for first in range(0, len(found), per_chunk):
+        assert found[first : first + per_chunk] == [False] + [True] * (per_chunk - 1)
+    assert not any(begun for every in left for begun in every)
+    assert any(did == "copies" for _, did, _ in log) == any(found)
+
+
+def test_a_write_comes_behind_copies_that_nobody_took(log):
+    stored, ahead = (torch.arange(24.0).view(2, 6, 2),), Prefetch()
+    ahead.begin(stored, [[1, 2], [4]], CPU)
+    (event,) = [what for who, did, what in log[1:3] if did == "records"]
+    assert log[0] == ("side", "waits for", "main")
+    (part,) = ahead.take([1, 2], CPU)
+    assert torch.equal(part, stored[0][:, 1:3])
+    assert log[-2:] == [("main", "waits for", event), ("main", "uses", None)]
+    assert ahead.take([1, 2], CPU) is None
+    assert ahead.take([0], CPU) is None
+    ahead.drop(CPU)
+    assert log[-2][:2] == ("main", "waits for")
+    assert ahead.take([4], CPU) is None
+
+
+def test_the_host_waits_for_what_it_looks_at_and_for_nothing_else(log, monkeypatch):
+    """A write to pinned memory is on its way until an archive grows, or a fork gets memory of its own."""
+    monkeypatch.setattr(archive_module, "overlaps", lambda tier, device: tier == "host")
+    stack = registry().stack("packforcing", {"topk": 2, "archive_blocks": 3, "tier": "host"})
+    session = Session(stack, TINY)
+    run_session(session, 12)
+    Event.waited.clear()
+    run_session(session, 2)  # slots are written over
+    assert not Event.waited
+    pending = [archive._written for archive in archives_of(session)]
+    fork = session.snapshot()
+    run_session(fork, 1)
+    assert Event.waited[: len(pending)] == pending
+    for archive in archives_of(session):
+        archive.settle()
+    Event.waited.clear()
+    archives_of(session)[0].settle()
+    assert not Event.waited
+
+
+def test_no_run_needs_no_stream(log):
+    Prefetch().begin((torch.zeros(1, 2, 1),), [], CPU)
+    assert not log
+
+
+def test_where_memory_is_short_the_rest_comes_later(log, monkeypatch):
+    def short(stored, slots, device):
+        if slots == [4]:
+            raise torch.OutOfMemoryError("no")
+        return stored[:, slots]
+
+    monkeypatch.setattr(prefetch, "in_order", short)
+    ahead = Prefetch()
+    ahead.begin((torch.zeros(1, 6, 2),), [[1], [4], [5]], CPU)
+    assert [ahead.take([slot], CPU) is not None for slot in (1, 4, 5)] == [True, False, False]
