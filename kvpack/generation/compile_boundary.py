@@ -24,8 +24,8 @@ def compiled_from(model: Any) -> Any:
 
 
 def graphs_replay() -> bool:
-    """Return whether CUDA graphs may be there, by the module that torch loads for the first one."""
-    return "torch._inductor.cudagraph_trees" in sys.modules
+    """Return whether a forward may record or replay CUDA graphs: nothing is compiled before torch loads this module."""
+    return "torch._dynamo" in sys.modules and torch.cuda.is_initialized()
 
 
 def begin_forward() -> None:
