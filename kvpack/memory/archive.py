@@ -65,7 +65,7 @@ class Archive:
         self.marks: dict[int, Mark] = {}
         #: Of keys and values once they are decoded.
         self.dtype = torch.float32
-        self._shared, self._prefetch = False, Prefetch()
+        self._shared = False
         #: Of the last write to host memory, which nobody has waited for.
         self._written: torch.cuda.Event | None = None
 
@@ -103,7 +103,6 @@ class Archive:
         The host must wait for it (`settle`) before it looks.
         """
         self.marks[slot] = Mark()
-        self._prefetch.drop(self.key_sums.device)
         for rooms, parts in ((self.keys, block.keys), (self.values, block.values)):
             for each, part in zip(rooms, parts, strict=True):
                 each[:, slot].copy_(part, non_blocking=part.is_cuda)
@@ -184,18 +183,23 @@ class Archive:
         """Return keys `[some rows, tokens, heads, head_dim]` of a block, on the model's device."""
         return self._of_block(self.keys, self.codec.decode_keys, slot, tokens, rows)
 
-    def blocks_keys(self, slots: Sequence[int]) -> Float[Tensor, "rows blocks tokens heads head_dim"]:
-        """Return keys of several blocks, each as long as a slot, decoded at once, on the model's device."""
+    def blocks_keys(self, slots: Sequence[int], ahead: Prefetch) -> Float[Tensor, "rows blocks tokens heads head_dim"]:
+        """Return keys of several blocks, each as long as a slot, decoded at once, on the model's device.
+
+        Args:
+            slots: theirs.
+            ahead: where they may have been begun.
+        """
         device = self.key_sums.device
-        parts = self._prefetch.take(slots, device) or [in_order(each, slots, device) for each in self.keys]
+        parts = ahead.take(self, slots, device) or [in_order(each, slots, device) for each in self.keys]
         decoded = self.codec.decode_keys([each.flatten(0, 1) for each in parts], self.slot_tokens, self.dtype)
         return decoded.unflatten(0, (-1, len(slots)))
 
-    def prefetch(self, runs: Sequence[Sequence[int]]) -> None:
+    def begin(self, runs: Sequence[Sequence[int]], ahead: Prefetch) -> None:
         """Begin to bring keys of runs of blocks to the model's device, for `blocks_keys` with the same runs."""
         device = self.key_sums.device
-        if overlaps(self.tier, device) and not any(each.requires_grad for each in self.keys):
-            self._prefetch.begin(self.keys, runs, device)
+        if runs and overlaps(self.tier, device) and not any(each.requires_grad for each in self.keys):
+            ahead.begin(self, self.keys, runs, device)
 
     def block_values(self, slot: int, tokens: int, rows: slice = slice(None)) -> Tensor:
         """Return values `[some rows, tokens, heads, head_dim]` of a block, on the model's device."""
@@ -234,7 +238,7 @@ class Archive:
     def fork(self) -> "Archive":
         """Return an independent archive that shares all memory with this one until either is written."""
         fork = copy(self)
-        fork.marks, fork._prefetch = dict(self.marks), Prefetch()
+        fork.marks = dict(self.marks)
         self._shared = fork._shared = True
         return fork
 

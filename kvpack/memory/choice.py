@@ -110,7 +110,7 @@ def _read(archive: Archive, plan: StackPlan, blocks: range) -> Float[Tensor, "ro
     """Return keys of some mid blocks, and note that they were read."""
     slots = [piece.slot for piece in plan.mid[blocks.start : blocks.stop]]
     plan.read.append(slots)
-    return archive.blocks_keys(slots)
+    return archive.blocks_keys(slots, plan.ahead)
 
 
 def check_choice(selector: Selector, chosen: Tensor | None, count: int, layer: int) -> None:

@@ -1,6 +1,6 @@
 """How chosen slots of an archive come to the model's device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -51,9 +51,17 @@ def in_order(stored: Tensor, slots: Sequence[int], device: torch.device) -> Tens
 
     Slots that all do, and lie on that device, are a view.
     """
-    edges = [0, *(i for i in range(1, len(slots)) if slots[i] != slots[i - 1] + 1), len(slots)]
-    runs = [stored[:, slots[a] : slots[b - 1] + 1].to(device, non_blocking=True) for a, b in pairwise(edges)]
+    runs = [stored[:, slots[a] : slots[b - 1] + 1].to(device, non_blocking=True) for a, b in consecutive_runs(slots)]
     return runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
+
+
+def consecutive_runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Return where runs of slots that lie one behind the other begin and end.
+
+    >>> list(consecutive_runs([4, 5, 0, 1, 2]))
+    [(0, 2), (2, 5)]
+    """
+    return pairwise([0, *(i for i in range(1, len(slots)) if slots[i] != slots[i - 1] + 1), len(slots)])
 
 
 def _beside(stored: Tensor, index: Tensor) -> Tensor:

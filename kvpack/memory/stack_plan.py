@@ -16,6 +16,7 @@ from kvpack.memory.blocks import grid_coordinates
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import BlockEntry, Ledger, Step
 from kvpack.memory.plan import Book, Plan, at
+from kvpack.memory.prefetch import Prefetch
 from kvpack.memory.roles import Layout, Part, Placement
 from kvpack.memory.rope import rotations, wide_dtype
 from kvpack.memory.sending import sent
@@ -125,6 +126,7 @@ class StackPlan(Plan):
         self._places_alike = stack.reindexer.shared and len({piece.frames for piece in self.mid}) == 1
         #: Runs of slots whose keys the last layer has read to choose.
         self.read: list[list[int]] = []
+        self.ahead = Prefetch()
         self._placed: dict[torch.device, Placed] = {}
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
@@ -155,7 +157,7 @@ class StackPlan(Plan):
     def prefetch(self, state: "StackState") -> None:
         """Begin to bring the archived keys by which the next layer chooses."""
         if not self.stack.share_selection:
-            state.archive.prefetch(self.read)
+            state.archive.begin(self.read, self.ahead)
 
     def on(self, device: torch.device) -> tuple[Int[Tensor, " blocks"], Int[Tensor, " blocks"]]:
         """Return slot and token count of every mid block; copied to the device once for all layers."""

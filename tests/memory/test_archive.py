@@ -144,7 +144,9 @@ def test_keys_of_several_blocks_are_those_of_each(store, monkeypatch):
     archive, plan = session.past.states[0].archive, session.stack.plan(session.past.book, 4, TINY)
     alone = [archive.block_keys(piece.slot, tokens) for piece, tokens in zip(plan.mid, plan.tokens, strict=True)]
     decoded, several = [], archive.blocks_keys
-    monkeypatch.setattr(archive, "blocks_keys", lambda slots: decoded.append(len(slots)) or several(slots))
+    monkeypatch.setattr(
+        archive, "blocks_keys", lambda slots, ahead: decoded.append(len(slots)) or several(slots, ahead)
+    )
     for order in (range(len(alone)), reversed(range(len(alone)))):
         keys = choice._keys(archive, plan)
         assert all(torch.equal(keys(block), alone[block]) for block in order)

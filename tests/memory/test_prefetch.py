@@ -55,15 +55,15 @@ def log(monkeypatch):
         yield
         streams.pop()
 
-    in_order = prefetch.in_order
+    copy = prefetch._copy
 
-    def copied(stored, slots, device):
+    def copied(room, stored, slots):
         assert streams[-1] is side
         log.append(("side", "copies", tuple(slots)))
-        return in_order(stored, slots, device).clone()
+        copy(room, stored, slots)
 
+    monkeypatch.setattr(prefetch, "_copy", copied)
     monkeypatch.setattr(prefetch, "_stream", lambda device: side)
-    monkeypatch.setattr(prefetch, "in_order", copied)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[-1])
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda each, stream: log.append((stream.name, "uses", None)))
@@ -83,41 +83,45 @@ def test_each_layer_but_the_first_finds_its_keys_there(selector, store, log, mon
     stack = registry().stack("packforcing", {"topk": 2, "archive_blocks": 4, "tier": "host", "store": store, **options})
     wanted = run_session(Session(stack, TINY), 12, batch=2)
     monkeypatch.setattr(archive_module, "overlaps", lambda tier, device: tier == "host")
-    found, left = [], []
-    take = Prefetch.take
+    found, take = [], Prefetch.take
 
-    def taken(self, slots, device):
-        parts = take(self, slots, device)
+    def taken(self, owner, slots, device):
+        parts = take(self, owner, slots, device)
         found.append(parts is not None)
         return parts
 
     monkeypatch.setattr(Prefetch, "take", taken)
-    session = Session(stack, TINY)
-    given = run_session(
-        session, 12, batch=2, inspect=lambda s: left.append([each._prefetch._begun for each in archives_of(s)])
-    )
+    given = run_session(Session(stack, TINY), 12, batch=2)
     assert all(map(torch.equal, wanted, given))
     assert found
     per_chunk = TINY.layers if not options["share_selection"] else 1
     for first in range(0, len(found), per_chunk):
         assert found[first : first + per_chunk] == [False] + [True] * (per_chunk - 1)
-    assert not any(begun for every in left for begun in every)
     assert any(did == "copies" for _, did, _ in log) == any(found)
 
 
-def test_a_write_comes_behind_copies_that_nobody_took(log):
-    stored, ahead = (torch.arange(24.0).view(2, 6, 2),), Prefetch()
-    ahead.begin(stored, [[1, 2], [4]], CPU)
-    (event,) = [what for who, did, what in log[1:3] if did == "records"]
-    assert log[0] == ("side", "waits for", "main")
-    (part,) = ahead.take([1, 2], CPU)
-    assert torch.equal(part, stored[0][:, 1:3])
-    assert log[-2:] == [("main", "waits for", event), ("main", "uses", None)]
-    assert ahead.take([1, 2], CPU) is None
-    assert ahead.take([0], CPU) is None
-    ahead.drop(CPU)
-    assert log[-2][:2] == ("main", "waits for")
-    assert ahead.take([4], CPU) is None
+def test_copies_lie_where_those_of_the_layer_before_lay_once_they_were_read(log):
+    first, second = ((torch.randn(2, 6, 2, 1),), (torch.randn(2, 6, 2, 1),))
+    ahead, runs = Prefetch(), [[4, 5, 0], [2]]
+    ahead.begin("first", first, runs, CPU)
+    events = [what for _, did, what in log if did == "records"]
+    assert log.index(("side", "waits for", "main")) < log.index(("side", "copies", (4, 5, 0)))
+    assert ahead.take("second", runs[0], CPU) is None
+    assert ahead.take("first", [0], CPU) is None
+    rooms = []
+    for slots, event in zip(runs, events, strict=True):
+        (room,) = ahead.take("first", slots, CPU)
+        assert torch.equal(room, first[0][:, slots])
+        assert log[-1] == ("main", "waits for", event)
+        rooms.append(room)
+    log.clear()
+    ahead.begin("second", second, runs, CPU)
+    assert log[0] == ("side", "waits for", "main")  # no memory is got anew
+    for slots, room in zip(runs, rooms, strict=True):
+        (again,) = ahead.take("second", slots, CPU)
+        assert again is room
+        assert torch.equal(again, second[0][:, slots])
+    assert ahead.take("first", runs[0], CPU) is None
 
 
 def test_the_host_waits_for_what_it_looks_at_and_for_nothing_else(log, monkeypatch):
@@ -140,18 +144,13 @@ def test_the_host_waits_for_what_it_looks_at_and_for_nothing_else(log, monkeypat
     assert not Event.waited
 
 
-def test_no_run_needs_no_stream(log):
-    Prefetch().begin((torch.zeros(1, 2, 1),), [], CPU)
-    assert not log
+def test_where_memory_is_short_keys_come_when_they_are_asked_for(log, monkeypatch):
+    def short(*_, **__):
+        raise torch.OutOfMemoryError("no")
 
-
-def test_where_memory_is_short_the_rest_comes_later(log, monkeypatch):
-    def short(stored, slots, device):
-        if slots == [4]:
-            raise torch.OutOfMemoryError("no")
-        return stored[:, slots]
-
-    monkeypatch.setattr(prefetch, "in_order", short)
     ahead = Prefetch()
-    ahead.begin((torch.zeros(1, 6, 2),), [[1], [4], [5]], CPU)
-    assert [ahead.take([slot], CPU) is not None for slot in (1, 4, 5)] == [True, False, False]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", short)
+        ahead.begin("it", (torch.zeros(1, 6, 2, 1),), [[1], [4]], CPU)
+    assert ahead.take("it", [1], CPU) is None
+    assert not log
