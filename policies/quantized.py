@@ -131,10 +131,13 @@ class ResidualCodec(Int8Codec):
                 f"store residual packs four channels in a byte, but heads have {codes.shape[-1]}; take int4 or int8"
             )
         stages = torch.stack([codes >> 2 * stage & 3 for stage in range(self.stages)], dim=-2)
-        return stages[..., ::4] | stages[..., 1::4] << 2 | stages[..., 2::4] << 4 | stages[..., 3::4] << 6
+        # [..., heads, stages, head_dim / 4]; heads are the last axis but one of all that a codec by head stores
+        packed = stages[..., ::4] | stages[..., 1::4] << 2 | stages[..., 2::4] << 4 | stages[..., 3::4] << 6
+        return packed.flatten(-2)
 
     def _unpacked(self, codes: Tensor) -> Tensor:
-        stages = torch.stack([codes >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(-2)
+        packed = codes.unflatten(-1, (self.stages, -1))
+        stages = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(-2)
         first, *others = stages.unbind(-2)
         for stage, left in enumerate(others, 1):
             first = first | left << 2 * stage

@@ -46,21 +46,23 @@ def one_thread(transformer: Any, *, drives: bool = False) -> Iterator[None]:
         yield
         return
     mine = _Holder(get_ident(), id(model))
-    found = vars(model).setdefault(_HOLDER, mine)  # one step, that no other thread comes between
-    if found.model != id(model):  # came along with a copy that was made inside such a block
-        found = vars(model)[_HOLDER] = mine
-    require_thread(found.thread)
-    if found.drives:
-        raise BusyPipelineError(
-            "a chunk is being made with this pipeline, or with one that shares its transformer, and this was called "
-            "back from inside of it; wait for its end, e.g. in on_chunk, or make another pipeline"
-        )
-    found.drives = drives
     try:
-        yield
+        found = vars(model).setdefault(_HOLDER, mine)  # one step, that no other thread comes between
+        if found.model != id(model):  # came along with a copy that was made inside such a block
+            found = vars(model)[_HOLDER] = mine
+        require_thread(found.thread)
+        if found.drives:
+            raise BusyPipelineError(
+                "a chunk is being made with this pipeline, or with one that shares its transformer, and this was "
+                "called back from inside of it; wait for its end, e.g. in on_chunk, or make another pipeline"
+            )
+        try:
+            found.drives = drives
+            yield
+        finally:
+            found.drives = False
     finally:
-        found.drives = False
-        if found is mine:
+        if vars(model).get(_HOLDER) is mine:
             del vars(model)[_HOLDER]
 
 

@@ -219,8 +219,8 @@ class Archive:
 
         def joined(stored: Stored, decode: Decode, some: Tensor) -> Tensor:
             if select:
-                index = _flat(some, self.slots)  # in every forward: a commit that failed may have made room
-                chosen = [select(each[rows].flatten(0, 1), index) for each in stored]
+                # In every forward, by what is there: a commit that failed may have made room for some of it.
+                chosen = [select(each[rows].flatten(0, 1), _flat(some, each.shape[1])) for each in stored]
             else:
                 chosen = [fetched(each[rows], known, slots.device) for each in stored]
             blocks = decode(chosen, self.slot_tokens, self.dtype)[:, :tokens]

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 
-from kvpack.errors import KVPackError, OutputError, SnapshotError
+from kvpack.errors import OutputError, SnapshotError
 from kvpack.generation.moment import captured
 from kvpack.generation.run import Run
 from kvpack.media.files import make_folder
@@ -91,7 +91,7 @@ class Saver:
         self._lock = FolderLock(make_folder(path))
         try:
             self.folder.require_own(self.generation)
-        except KVPackError:
+        except BaseException:  # an interrupt too: its traceback may live on, and the lock with it
             self.close()
             raise
 

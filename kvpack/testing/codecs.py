@@ -30,6 +30,8 @@ def check_codec(codec: Codec) -> None:
             raise PolicyError(f"{name} announces {counted} bytes for {_SHAPE[0]} blocks, but stores {held}")
         if not all(each.shape[0] == _SHAPE[0] for form in stored for each in form):
             raise PolicyError(f"{name} stores tensors whose first axis is not that of the blocks")
+        if codec.by_head and not all(each.ndim > 2 and each.shape[-2] == _SHAPE[2] for form in stored for each in form):
+            raise PolicyError(f"{name} is by_head, so that the last axis but one of all that it stores must be heads")
         for what, back, alone in zip(("keys", "values"), _back(codec, block), _back(codec, block[1:]), strict=True):
             if back.shape != block.shape or back.dtype != dtype:
                 raise PolicyError(

@@ -10,7 +10,7 @@ import torch
 import kvpack
 from helpers import distance, quiet, random_branch, seeded
 from kvpack.errors import InvalidOptionError, ParallelError, UnsupportedPipelineError
-from kvpack.policies import HighResolutionCompressor, Int8Codec, packforcing
+from kvpack.policies import HighResolutionCompressor, Int8Codec, ResidualCodec, packforcing
 from kvpack.policies.dual import DualCompressor
 from kvpack.policies.h2o import HeavyHitters
 from kvpack.testing import tiny_wan_pipeline
@@ -43,6 +43,7 @@ MEMORIES = {
     "keep-attended": lambda: stack("keep-attended", "softmax-mass"),  # given all heads, and a mean over them
     "keep-farthest": lambda: stack("keep-farthest", share_selection=True),
     "int8": lambda: replace(stack(), store=Int8Codec(group_tokens=4)),
+    "residual": lambda: replace(stack(), store=ResidualCodec()),
     "merged": lambda: replace(stack("keep-farthest"), eviction="merged"),
     "merged at random": lambda: replace(stack("keep-random"), eviction="merged"),
     "least selected": lambda: replace(stack(), eviction="least-selected", share_selection=True),
@@ -88,7 +89,7 @@ def alone():
 
 
 #: Memories of which a snapshot is read by one process, and by four.
-SAVED = ("keep-attended", "int8", "merged", "lr", "deep-forcing", "mixed-windows")
+SAVED = ("keep-attended", "int8", "residual", "merged", "lr", "deep-forcing", "mixed-windows")
 
 
 @pytest.mark.parametrize(("ranks", "memories"), [(2, MEMORIES), (4, MEMORIES.keys() - set(SAVED))])

@@ -154,6 +154,18 @@ def test_keys_of_several_blocks_are_those_of_each(store, monkeypatch):
     assert decoded[:2] == [len(alone), 1]  # in order all at once, backwards one by one
 
 
+def no_memory_for_the_second(room, after):
+    calls = []
+
+    def given(*what):
+        calls.append(what)
+        if len(calls) > after:
+            raise torch.OutOfMemoryError("no memory for values")
+        return room(*what)
+
+    return given
+
+
 @pytest.mark.parametrize("store", ["int8", "int4", "residual", "fp8"])
 def test_keys_to_come_are_the_same_once_there_is_more_room(store, monkeypatch):
     """A commit that fails may have made room for its block, and the chunk is attended again."""
@@ -168,6 +180,12 @@ def test_keys_to_come_are_the_same_once_there_is_more_room(store, monkeypatch):
     wanted = torch.stack([torch.cat([archive.block_keys(slot, 3)[row] for slot in slots[row]]) for row in range(2)])
     assert torch.equal(torch.cat(list(later()), dim=1), wanted)
     assert keys.shape == wanted.shape
+    with monkeypatch.context() as patch:  # or for a part of it
+        patch.setattr(archive_module, "room", no_memory_for_the_second(archive_module.room, len(archive.keys)))
+        with pytest.raises(torch.OutOfMemoryError):
+            archive.reserve(7, block[0])
+    assert archive.keys[0].shape[1] > archive.slots == 4
+    assert torch.equal(torch.cat(list(later()), dim=1), wanted)
     archive.reserve(7, block[0])
     assert archive.slots == 8
     assert torch.equal(torch.cat(list(later()), dim=1), wanted)

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 
 from helpers import ledger
 from kvpack import Geometry, Session
-from kvpack.errors import InvalidOptionError, OutputError, UnusedOptionError
+from kvpack.errors import InvalidOptionError, OutputError, PolicyError, UnusedOptionError
 from kvpack.memory import codec as codec_module
 from kvpack.memory.archive import Archive
 from kvpack.memory.codec import DENSE, stored_bytes
@@ -19,7 +19,7 @@ from kvpack.planning.resident import resident
 from kvpack.plugins.registry import registry
 from kvpack.plugins.resolve import stack_from_dict
 from kvpack.policies.quantized import Float8Codec, Int4Codec, Int8Codec, ResidualCodec
-from kvpack.testing import TINY, check_policy, run_session
+from kvpack.testing import TINY, check_codec, check_policy, run_session
 
 CODECS = [Int8Codec(), Int8Codec(3), Int4Codec(), Int4Codec(5), Float8Codec()]
 CODECS += [ResidualCodec(stages=stages) for stages in (1, 2, 3, 4)]
@@ -124,6 +124,56 @@ def test_keys_that_are_decoded_whenever_they_are_rotated_are_those_that_would_be
 @pytest.mark.parametrize("codec", [DENSE, *CODECS], ids=repr)
 def test_the_contract_of_a_codec(codec):
     check_policy(codec)
+
+
+class Longer(Int8Codec):
+    """Announces fewer bytes than it stores."""
+
+    def encode_values(self, values):
+        stored = super().encode_values(values)
+        return (*stored, values.new_zeros(len(values), 0 if values.device.type == "meta" else 1))
+
+
+class Mixed(Int8Codec):
+    def encode_keys(self, keys):
+        return super().encode_keys(keys - keys.mean(dim=0))
+
+
+class Wide(Int8Codec):
+    def decode_keys(self, stored, tokens, dtype):
+        return super().decode_keys(stored, tokens, torch.float64)
+
+
+class Hiding(Int8Codec):
+    def decode_values(self, stored, tokens, dtype):
+        return super().decode_values(stored, tokens, dtype).nan_to_num()
+
+
+class Flat(Int8Codec):
+    """Stores heads where several processes do not look for them."""
+
+    def encode_keys(self, keys):
+        codes, *scales = super().encode_keys(keys)
+        return (codes.flatten(3), *scales)
+
+    def decode_keys(self, stored, tokens, dtype):
+        codes, *scales = stored
+        return super().decode_keys((codes.unflatten(3, (-1, scales[0].shape[-1])), *scales), tokens, dtype)
+
+
+@pytest.mark.parametrize(
+    ("codec", "said"),
+    [
+        (Longer, "announces .* bytes for 2 blocks, but stores"),
+        (Mixed, "lets blocks influence each other: keys"),
+        (Wide, r"gives keys torch.float64 .* back, but they were torch.float32"),
+        (Hiding, "gives nan in values back as 0"),
+        (Flat, "is by_head, so that the last axis but one of all that it stores must be heads"),
+    ],
+)
+def test_a_codec_that_breaks_its_contract_is_told_how(codec, said):
+    with pytest.raises(PolicyError, match=said):
+        check_codec(codec())
 
 
 def outputs(options, name="packforcing", chunks=9, geometry=TINY):

@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from diffusers import WanPipeline
 
 from helpers import quiet, seeded
 from kvpack.errors import BusyPipelineError, InvalidOptionError
+from kvpack.generation import threads
 from kvpack.testing import tiny_wan_pipeline
 
 CALL = {
@@ -203,3 +205,15 @@ def test_what_a_step_calls_back_is_told(pipe):
     assert traces(pipe) == before
     assert torch.equal(torch.cat(list(streams[0]), dim=2), wanted)
     assert sum(each.shape[2] for each in streams[1]) == wanted.shape[2]
+
+
+def test_an_interrupt_as_a_thread_begins_leaves_the_stock_transformer(monkeypatch):
+    model = torch.nn.Module()
+    with monkeypatch.context() as patch:
+        patch.setattr(threads, "require_thread", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt), threads.one_thread(model, drives=True):
+            pytest.fail("it had not begun")
+    assert not [name for name in vars(model) if name.startswith("_kvpack")]
+    with threads.one_thread(model), threads.one_thread(model, drives=True):
+        assert threads.holder(model) is threading.current_thread()
+    assert threads.holder(model) is None

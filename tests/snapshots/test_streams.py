@@ -5,6 +5,7 @@ import weakref
 from dataclasses import dataclass, replace
 from itertools import islice
 from threading import Thread
+from unittest.mock import Mock
 
 import pytest
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from helpers import quiet, same, seeded
 from kvpack.errors import BusyPipelineError, SnapshotError
 from kvpack.memory import Attended, StateMemory, Tokens
+from kvpack.snapshots.folder import SnapshotFolder
 from kvpack.testing import tiny_wan_pipeline
 
 CALL = {
@@ -120,6 +122,18 @@ def test_two_streams_of_one_pipeline_are_saved_and_go_on(tmp_path):
     parts = list(zip(*rest, strict=True))
     assert same([part for part, _ in parts], whole[0][3:])
     assert same([part for _, part in parts], whole[1][3:])
+
+
+def test_an_interrupt_within_a_save_leaves_no_lock_though_its_traceback_lives(tmp_path, monkeypatch):
+    stream = make().packforcing.stream(**CALL, generator=seeded())
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(SnapshotFolder, "require_own", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt) as interrupt:
+            stream.save(tmp_path)
+    stream.save(tmp_path)
+    assert interrupt.value.__traceback__ is not None
+    stream.close()
 
 
 def test_what_was_saved_or_resumed_is_freed_without_the_collector(tmp_path):
