@@ -38,14 +38,16 @@ class AnyFlowFARRun(WanRun):
                 f"chunk_partition must be a list of latent frames, got {partition!r}; e.g. [1, 3, 3]"
             )
         self.partition = replace(own, partition=None) if partition is None else Chunks.of(partition, own.rest)
+        given = arguments["video"]
+        if given is not None:  # upstream takes tensors of one shape only
+            size = arguments["height"], arguments["width"]
+            arguments = {**arguments, "video": video_pixels(given, *size, self.pipeline.packforcing.fps)}
         call = super().checked(arguments)
         if not call["use_kv_cache"]:
             raise InvalidOptionError(
                 "use_kv_cache=False cannot work here, since kvpack is the cache; leave it out, or call "
                 "pipe.disable_packforcing() first"
             )
-        if call["video"] is not None:
-            call["video"] = video_pixels(call["video"], call["height"], call["width"], self.pipeline.packforcing.fps)
         schedule = call["sigmas"] if call["sigmas"] is not None else call["timesteps"]
         return call if schedule is None else {**call, "num_inference_steps": len(schedule)}
 
@@ -92,10 +94,15 @@ class AnyFlowFARRun(WanRun):
             return 0
         channels = self.pipeline.transformer.config.in_channels
         height, width = (side // self.pipeline.vae_scale_factor_spatial for side in self.frame_size())
-        if latents.ndim != 5 or tuple(latents.shape[2:]) != (channels, height, width) or not latents.shape[1]:
+        if (
+            not isinstance(latents, Tensor)
+            or latents.ndim != 5
+            or tuple(latents.shape[2:]) != (channels, height, width)
+            or not latents.shape[1]
+        ):
             raise InvalidOptionError(
                 f"video_latents must be [batch, frames, {channels} channels, {height}, {width}], "
-                f"got {list(latents.shape)}"
+                f"got {list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__}"
             )
         return int(latents.shape[1])
 

@@ -178,7 +178,7 @@ class SanaWMRun(Run):
 def _check_latents(pipeline: Any, call: dict[str, Any]) -> None:
     latents, config = call["sana_latent"], pipeline.transformer.config
     channels, patch = config.in_channels // config.patch_size**2, config.patch_size
-    shape = tuple(getattr(latents, "shape", ()))
+    shape = tuple(latents.shape) if isinstance(latents, Tensor) else ()
     if len(shape) != 5 or shape[1] != channels or 0 in shape or shape[3] % patch or shape[4] % patch:
         raise InvalidOptionError(
             f"sana_latent must be [batch, {channels} channels, frames, height, width] with height and width multiples "

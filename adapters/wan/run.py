@@ -1,6 +1,7 @@
 """One call of a `WanPipeline`: a chunk of it has latents, embeddings and a length of its own."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from kvpack.adapters.wan.denoiser import WanDenoiser
 from kvpack.adapters.wan.experts import ExpertsDenoiser
 from kvpack.adapters.wan.prompt_cache import PromptCache
 from kvpack.adapters.wan.vae import StreamingDecoder, WholeDecoder, is_own, require_vae
-from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, require_choice, require_int
+from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, plain, require_choice, require_int
 from kvpack.generation.prompts import Prompt
 from kvpack.generation.run import Run
 from kvpack.logging import get_logger
@@ -46,6 +47,7 @@ class WanRun(Run):
         if isinstance(call["prompt"], list) and not call["prompt"]:
             raise InvalidOptionError("prompt is an empty list; give at least one prompt")
         require_choice("output_type", call["output_type"], ("latent", "np", "pt", "pil"))
+        _check_guidance(call["guidance_scale"])
         require_int("num_inference_steps", call["num_inference_steps"], minimum=1)
         videos = require_int("num_videos_per_prompt", call["num_videos_per_prompt"] or 1, minimum=1)
         if call["num_frames"] is not None:
@@ -100,7 +102,9 @@ class WanRun(Run):
         """Return text embeddings of each guidance branch, `[batch, tokens, width]`, a row for each video.
 
         Raises:
-            InvalidOptionError: if the batch of `latents` does not go with that of the prompts.
+            InvalidOptionError: if the batch of `latents` does not go with that of the prompts, or given embeddings do
+                not go with the model.
+            NonFiniteLatentsError: if embeddings hold NaN or infinity.
         """
         pipeline, call = self.pipeline, self.call
         guided, videos = call["guidance_scale"] > 1.0, call["num_videos_per_prompt"]
@@ -125,6 +129,7 @@ class WanRun(Run):
             )
             for name, (each, own) in branches.items()
         }
+        _check_embeds(embeds, pipeline.transformer)
         return _same_batch(embeds, call["latents"])
 
     def new_denoiser(self, geometry: Geometry, conditioning: dict[str, Tensor]) -> WanDenoiser:
@@ -157,6 +162,8 @@ class WanRun(Run):
         pixel_frames = self.scale * (frames - 1) + 1
         shape = self.rows, pipeline.transformer.config.in_channels, *self.frame_size(), pixel_frames
         device, generator = pipeline._execution_device, self.call["generator"]
+        if part is not None and generator is None:  # latents alone say the video, be their last chunk cut off or not
+            generator = torch.Generator().manual_seed(0)
         noise = pipeline.prepare_latents(*shape, torch.float32, device, generator, None)
         noise = noise[0] if isinstance(noise, tuple) else noise  # some pipelines tell their lengths too
         return noise if part is None else torch.cat([part.to(noise), noise[:, :, part.shape[2] :]], dim=2)
@@ -210,7 +217,7 @@ def _adjusted(pipeline: Any, *given: int) -> tuple[int, ...]:
 def _check_latents(pipeline: Any, latents: Any) -> None:
     if latents is None:
         return
-    config, shape = pipeline.transformer.config, tuple(getattr(latents, "shape", ()))
+    config, shape = pipeline.transformer.config, tuple(latents.shape) if isinstance(latents, Tensor) else ()
     _, *patch = config.patch_size
     if len(shape) != 5 or shape[1] != config.in_channels or 0 in shape or shape[3] % patch[0] or shape[4] % patch[1]:
         raise InvalidOptionError(
@@ -232,3 +239,18 @@ def _same_batch(embeds: dict[str, Tensor], latents: Tensor | None) -> dict[str, 
             batches["latents"] = latents.shape[0]
         raise InvalidOptionError(f"batches do not go together: {', '.join(f'{k} {v}' for k, v in batches.items())}")
     return {name: each if each.shape[0] == rows else each.repeat(rows, 1, 1) for name, each in embeds.items()}
+
+
+def _check_guidance(scale: Any) -> None:
+    if isinstance(plain(scale), bool) or not isinstance(plain(scale), int | float) or not math.isfinite(scale):
+        raise InvalidOptionError(f"guidance_scale must be a finite number, e.g. 5.0, got {scale!r}")
+
+
+def _check_embeds(embeds: dict[str, Tensor], transformer: Any) -> None:
+    width = transformer.config.text_dim
+    for name, each in embeds.items():
+        what = "the prompt" if name == "cond" else "the negative prompt"
+        if each.ndim != 3 or each.shape[2] != width:
+            raise InvalidOptionError(f"embeddings of {what} must be [batch, tokens, {width}], got {list(each.shape)}")
+        if not bool(each.isfinite().all()):
+            raise NonFiniteLatentsError(f"embeddings of {what} hold NaN or infinity; check the text encoder's dtype")

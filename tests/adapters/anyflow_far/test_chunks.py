@@ -1,10 +1,13 @@
 """Videos of any length and beginning, errors by name, and what an AnyFlow-FAR pipeline is enabled with."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from helpers import quiet, seeded
 from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, UnsupportedPipelineError
+from kvpack.media.video import VideoWriter
 from kvpack.planning.presets import adapter_for, from_folder
 from kvpack.policies import IdentityCompressor, NativeCompressor
 from kvpack.testing import tiny_anyflow_far_pipeline, tiny_wan_pipeline
@@ -100,8 +103,25 @@ def test_an_endless_video_has_no_partition(pipe):
     assert [next(stream).shape[2] for _ in range(12)] == [1] + [3] * 11
 
 
+def test_a_clip_of_any_kind(pipe, tmp_path):
+    pipe.enable_packforcing("full")
+    clip = torch.rand(9, 3, 32, 48, generator=seeded(1)).mul(255).byte()
+    arrays = clip.permute(0, 2, 3, 1).numpy()
+    with VideoWriter(tmp_path / "clip.mp4", 16) as writer:
+        writer.write(arrays)
+    wanted = pipe(**CALL, num_frames=17, generator=seeded(), video=clip[None].float() / 255).frames
+    for given in (clip, arrays, list(map(Image.fromarray, arrays))):
+        found = pipe(**CALL, num_frames=17, generator=seeded(), video=given).frames
+        torch.testing.assert_close(found, wanted)
+    assert (
+        pipe(**CALL, num_frames=17, generator=seeded(), video=str(tmp_path / "clip.mp4")).frames.shape == wanted.shape
+    )
+
+
 def test_wrong_beginnings(pipe):
     pipe.enable_packforcing("full")
+    with pytest.raises(InvalidOptionError, match=r"video_latents must be .*, got ndarray"):
+        pipe(**CALL, video_latents=np.ones((1, 1, 16, 4, 6)))
     with pytest.raises(InvalidOptionError, match=r"video_latents must be \[batch, frames, 16 channels, 4, 6\], got"):
         pipe(**CALL, video_latents=torch.ones(1, 16, 1, 4, 6))
     with pytest.raises(InvalidOptionError, match="what is given has 5 latent frames, but the whole video has 5"):

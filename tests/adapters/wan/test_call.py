@@ -165,6 +165,10 @@ def test_given_latents(pipe):
     assert partly.shape[2] == 7
     assert torch.equal(partly[:, :, :6], whole[:, :, :6])
     assert torch.equal(generate(pipe, latents=noise[:, :, :7]), partly)
+    once, again = (
+        generate(pipe, latents=noise[:, :, :7], generator=None) for _ in range(2)
+    )  # as of the stock pipeline
+    assert torch.equal(once, again)
 
 
 def test_given_latents_set_the_size_as_stock(pipe):
