@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvpack.adapters.parallel import attended_by_heads
 from kvpack.errors import UnsupportedPipelineError
-from kvpack.generation.compile_boundary import OpaqueAttention, attend, begin_forward, end_forward
+from kvpack.generation.compile_boundary import OpaqueAttention, attend, begin_forward, end_forward, has_compiled_parts
 from kvpack.generation.threads import one_thread, require_thread
 from kvpack.memory.layer import AttendingLayer
 from kvpack.memory.shard import Shard
@@ -131,12 +131,12 @@ def attached(
         BusyPipelineError: if it is in another thread, which may be that of a stock pipeline over the same transformer,
             or attached already.
     """
-    layers = ForwardLayers()
+    layers, in_parts = ForwardLayers(), has_compiled_parts(transformer)
     processors = {each: processor(processor.backend_of(each), layers, i, shard) for i, each in enumerate(attentions)}
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         require_thread(layers.thread)
-        begin_forward()
+        begin_forward(in_parts)
         layers.hand_out(layers_for(args, kwargs))
 
     def after(_: Any, args: tuple[Any, ...], output: Any) -> Any:

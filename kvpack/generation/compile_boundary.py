@@ -23,17 +23,25 @@ def compiled_from(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
+def has_compiled_parts(model: torch.nn.Module) -> bool:
+    """Return whether a part of a model is compiled, such as its blocks."""
+    return any(each._compiled_call_impl is not None for each in model.modules())
+
+
 def graphs_replay() -> bool:
-    """Return whether a forward may record or replay CUDA graphs: nothing is compiled before torch loads this module."""
-    return "torch._dynamo" in sys.modules and torch.cuda.is_initialized()
+    """Return whether CUDA graphs may have been recorded: whether the part of torch that does it is loaded."""
+    return "torch._inductor.cudagraph_trees" in sys.modules and torch.cuda.is_initialized()
 
 
-def begin_forward() -> None:
+def begin_forward(in_parts: bool) -> None:
     """Tell CUDA graphs that another forward of the model begins, so that its blocks may pass tensors to each other.
 
     Without it each call of a compiled block may write over what the one before put out.
+
+    Args:
+        in_parts: whether parts of the model are compiled, and may be about to record their first graphs.
     """
-    if graphs_replay():
+    if graphs_replay() or (in_parts and torch.cuda.is_initialized()):
         torch.compiler.cudagraph_mark_step_begin()
 
 

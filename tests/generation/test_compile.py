@@ -2,6 +2,9 @@
 
 import gc
 import inspect
+import itertools
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,10 +204,18 @@ def test_a_cuda_graph_is_told_to_leave_the_memory_out():
     assert not hasattr(torch.Tag, "cudagraph_unsafe") or torch.Tag.cudagraph_unsafe in tags
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-def test_where_cuda_graphs_replay_each_forward_is_a_step_of_theirs_and_its_output_outlives_it(graphs, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: graphs)
-    steps, put_out, pipe = [], [], pipeline()
+@pytest.mark.parametrize(("cuda", "loaded", "in_parts"), itertools.product([False, True], repeat=3))
+def test_where_cuda_graphs_replay_each_forward_is_a_step_of_theirs_and_its_output_outlives_it(
+    cuda, loaded, in_parts, monkeypatch
+):
+    graphs, steps, put_out, pipe = cuda and (loaded or in_parts), [], [], pipeline()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: cuda)
+    if loaded:
+        monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", SimpleNamespace())
+    else:
+        monkeypatch.delitem(sys.modules, "torch._inductor.cudagraph_trees", raising=False)
+    if in_parts:
+        pipe.transformer.compile_repeated_blocks(backend="eager")
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: steps.append(len(put_out)))
     forward = pipe.transformer.proj_out.forward
     monkeypatch.setattr(pipe.transformer.proj_out, "forward", lambda *given: put_out.append(1) or forward(*given))
@@ -217,7 +228,7 @@ def test_where_cuda_graphs_replay_each_forward_is_a_step_of_theirs_and_its_outpu
     assert steps == (list(range(len(put_out))) if graphs else [])  # one before each forward
     given = torch.ones(2)
     (kept,) = compile_boundary.end_forward((given,))
-    assert (kept is given) == (not graphs)
+    assert (kept is given) == (not (cuda and loaded))
     assert torch.equal(kept, given)
 
 
