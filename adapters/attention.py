@@ -136,8 +136,10 @@ def attached(
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         require_thread(layers.thread)
-        begin_forward(in_parts)
-        layers.hand_out(layers_for(args, kwargs))
+        handed = layers_for(args, kwargs)
+        if not any(getattr(each, "differentiable", False) for each in handed):  # a backward pass is yet to read them
+            begin_forward(in_parts)
+        layers.hand_out(handed)
 
     def after(_: Any, args: tuple[Any, ...], output: Any) -> Any:
         layers.check_all_taken()

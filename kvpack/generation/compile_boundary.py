@@ -25,7 +25,7 @@ def compiled_from(model: Any) -> Any:
 
 def has_compiled_parts(model: torch.nn.Module) -> bool:
     """Return whether a part of a model is compiled, such as its blocks."""
-    return any(each._compiled_call_impl is not None for each in model.modules())
+    return any(each._compiled_call_impl is not None or compiled_from(each) is not each for each in model.modules())
 
 
 def graphs_replay() -> bool:

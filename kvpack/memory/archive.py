@@ -99,13 +99,15 @@ class Archive:
     def write(self, slot: int, block: Encoded) -> None:
         """Put a block into a free slot, for which there is room after `reserve`.
 
-        What the device has yet to read there it reads before, and what it reads later is there: all is in its order.
-        The host must wait for it (`settle`) before it looks.
+        What the device has yet to read there it reads before, and what it reads later is there. Where that lies in one
+        piece of pinned memory nobody waits, but for who looks from the host (`settle`).
         """
         self.marks[slot] = Mark()
         for rooms, parts in ((self.keys, block.keys), (self.values, block.values)):
             for each, part in zip(rooms, parts, strict=True):
-                each[:, slot].copy_(part, non_blocking=part.is_cuda)
+                place = each[:, slot]
+                # Torch copies what lies apart through memory of its own, which need not be there in time.
+                place.copy_(part, non_blocking=overlaps(self.tier, part.device) and place.is_contiguous())
         if overlaps(self.tier, self.key_sums.device):
             self._written = torch.cuda.current_stream(self.key_sums.device).record_event()
         self.key_sums[:, slot] = block.key_sums
@@ -195,11 +197,11 @@ class Archive:
         decoded = self.codec.decode_keys([each.flatten(0, 1) for each in parts], self.slot_tokens, self.dtype)
         return decoded.unflatten(0, (-1, len(slots)))
 
-    def begin(self, runs: Sequence[Sequence[int]], ahead: Prefetch) -> None:
-        """Begin to bring keys of runs of blocks to the model's device, for `blocks_keys` with the same runs."""
+    def begin(self, ahead: Prefetch) -> None:
+        """Begin to bring to the model's device the keys that were asked for of another layer, for `blocks_keys`."""
         device = self.key_sums.device
-        if runs and overlaps(self.tier, device) and not any(each.requires_grad for each in self.keys):
-            ahead.begin(self, self.keys, runs, device)
+        if overlaps(self.tier, device) and not any(each.requires_grad for each in self.keys):
+            ahead.begin(self, self.keys, device)
 
     def block_values(self, slot: int, tokens: int, rows: slice = slice(None)) -> Tensor:
         """Return values `[some rows, tokens, heads, head_dim]` of a block, on the model's device."""
@@ -250,10 +252,10 @@ class Archive:
 
     def _grown(self, old: Stored, parts: Form, size: tuple[int, int], device: torch.device) -> Stored:
         new = []
+        self.settle()
         for number, (shape, kind) in enumerate(parts):
             larger = room((*size, *shape), kind, device, self.tier)
             if old:
-                self.settle()
                 larger[:, : old[number].shape[1]] = old[number]
             new.append(larger)
         return tuple(new)

@@ -25,7 +25,6 @@ def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) 
     Raises:
         PolicyError: if the selector returns anything but `[rows, limit]` indices.
     """
-    plan.read.clear()
     if plan.takes_all:
         return None
     device, geometry = chunk.queries.device, plan.geometry
@@ -89,7 +88,7 @@ def _keys(archive: Archive, plan: StackPlan) -> Callable[[int], Tensor]:
             in_order = block - 1 in ahead or block == 0
             run = range(block, min(block + (AT_ONCE if in_order else 1), len(plan.mid)))
             ahead.clear()
-            blocks = _read(archive, plan, run)
+            blocks = archive.blocks_keys([plan.mid[each].slot for each in run], plan.ahead)
             ahead.update(zip(run, blocks.unbind(1), strict=True))
         return ahead[block][:, : plan.tokens[block]]
 
@@ -102,15 +101,9 @@ def _runs(archive: Archive, plan: StackPlan, most: int) -> Iterator[Float[Tensor
     for tokens, alike in groupby(plan.tokens):
         stop = first + len(list(alike))
         for start in range(first, stop, most):
-            yield _read(archive, plan, range(start, min(start + most, stop)))[:, :, :tokens]
+            slots = [piece.slot for piece in plan.mid[start : min(start + most, stop)]]
+            yield archive.blocks_keys(slots, plan.ahead)[:, :, :tokens]
         first = stop
-
-
-def _read(archive: Archive, plan: StackPlan, blocks: range) -> Float[Tensor, "rows blocks tokens heads head_dim"]:
-    """Return keys of some mid blocks, and note that they were read."""
-    slots = [piece.slot for piece in plan.mid[blocks.start : blocks.stop]]
-    plan.read.append(slots)
-    return archive.blocks_keys(slots, plan.ahead)
 
 
 def check_choice(selector: Selector, chosen: Tensor | None, count: int, layer: int) -> None:

@@ -220,8 +220,7 @@ class LayerCache:
         memory, plan, like = self.memory, forward.plan, chunk.tokens.keys
         with memory_call(memory, "attend", plan.book.seconds, self.index):
             attended = memory.attend(forward.states[self.index], chunk)
-            for following in forward.states[self.index + 1 : self.index + 2]:
-                plan.prefetch(following)
+        plan.prefetch(next(iter(forward.states[self.index + 1 :]), None))
         check_attended(memory, attended, like, self.index)
         self.context = self._laid_out(attended, like, chunk)
         # What a policy makes by itself may hold anything, and costs a pass to look at.
@@ -258,6 +257,11 @@ class ForwardLayer:
     cache: LayerCache
     first: LayerCache
     forward: Forward
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients pass."""
+        return self.cache.differentiable
 
     @property
     def tokens(self) -> int:

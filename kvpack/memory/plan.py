@@ -48,7 +48,11 @@ class Plan:
         self._rotations: dict[object, tuple[object, Tensor]] = {}
 
     def prefetch(self, state: Any) -> None:
-        """Begin to bring to the device what the next layer will read of its state, as the last one did."""
+        """Begin to bring to the device what the next layer will read of its state, as the last one did.
+
+        Args:
+            state: that layer's; None behind the last layer.
+        """
 
     def coordinates(self, device: torch.device) -> Float[Tensor, "1 tokens 3"]:
         """Return (t, y, x) of the chunk's tokens in the video, the same tensor for all layers."""

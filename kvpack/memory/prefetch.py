@@ -16,47 +16,59 @@ def overlaps(tier: Tier, device: torch.device) -> bool:
 
 
 class Prefetch:
-    """Copies of one layer's slots that were begun before anyone asked for them, on a stream of their own.
+    """Copies of one layer's slots that were begun before it asks for them, on a stream of their own.
 
-    They lie where those of the layer before lay, which the device has read by then.
+    What the layer before has asked for is begun. Rooms are used again: the stream waits until the device has read them.
     """
 
     def __init__(self) -> None:
+        #: Runs of slots that were asked for since the last copies were begun.
+        self._asked: dict[tuple[int, ...], None] = {}
         self._rooms: dict[tuple[int, int], Tensor] = {}
         self._owner: object = None
         self._begun: dict[tuple[int, ...], tuple[Stored, torch.cuda.Event]] = {}
+        self._given_up = False
 
-    def begin(self, owner: object, stored: Stored, runs: Sequence[Sequence[int]], device: torch.device) -> None:
-        """Begin to copy runs of slots; the host does not wait.
+    def begin(self, owner: object, stored: Stored, device: torch.device) -> None:
+        """Begin to copy what was asked for last, of another layer; the host does not wait.
 
         Args:
             owner: whose slots they are.
             stored: pinned tensors `[rows, slots, ...]`.
-            runs: slots that will be taken together.
             device: a CUDA device.
         """
-        self._owner, self._begun, stream = owner, {}, _stream(device)
+        runs, self._asked, self._owner, self._begun = tuple(self._asked), {}, owner, {}
+        if self._given_up or not runs:
+            return
         try:
             rooms = [
                 tuple(self._room((number, part), each, len(slots), device) for part, each in enumerate(stored))
                 for number, slots in enumerate(runs)
             ]
-        except torch.OutOfMemoryError:  # then they come when they are asked for
+        except torch.OutOfMemoryError:  # the model needs what is left, and keys come when they are asked for
+            self.drop()
+            self._given_up = True
             return
+        stream = _stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))  # it may have yet to write to slots, or to read rooms
         with torch.cuda.stream(stream):
             for slots, parts in zip(runs, rooms, strict=True):
                 for room, each in zip(parts, stored, strict=True):
                     _copy(room, each, slots)
-                self._begun[tuple(slots)] = parts, stream.record_event()
+                self._begun[slots] = parts, stream.record_event()
 
     def take(self, owner: object, slots: Sequence[int], device: torch.device) -> Stored | None:
         """Return the copies of slots, for which later work of the device waits; None if nobody began them."""
+        self._asked[tuple(slots)] = None
         if owner is not self._owner or tuple(slots) not in self._begun:
             return None
         parts, done = self._begun[tuple(slots)]
         torch.cuda.current_stream(device).wait_event(done)
         return parts
+
+    def drop(self) -> None:
+        """Let go of all copies and of the rooms for more."""
+        self._rooms, self._begun = {}, {}
 
     def _room(self, key: tuple[int, int], stored: Tensor, slots: int, device: torch.device) -> Tensor:
         shape = (stored.shape[0], slots, *stored.shape[2:])

@@ -39,15 +39,16 @@ def rotations(
 
 
 def _angles(places: Float[Tensor, "rows tokens one_or_heads 3"], geometry: Geometry) -> Tensor:
-    # A product of matrices, in which each angle is one product and zeros: as exact as one by one.
-    return places.to(wide_dtype(places.device)) @ _frequencies(geometry.rope_split, geometry.rope_theta, places.device)
+    axes, frequencies = _frequencies(geometry.rope_split, geometry.rope_theta, places.device)
+    return places.to(wide_dtype(places.device)).index_select(-1, axes) * frequencies
 
 
 @lru_cache(maxsize=16)
-def _frequencies(split: tuple[int, ...], theta: float, device: torch.device) -> Float[Tensor, "3 half_head_dim"]:
-    """Return radians that a step along each of (t, y, x) turns each channel pair, 0 for pairs of the other axes."""
+def _frequencies(split: tuple[int, ...], theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the axis of (t, y, x) along which each channel pair turns, and radians that a step turns it."""
     ranges = [torch.arange(0, width, 2, device=device, dtype=wide_dtype(device)) / width for width in split]
-    return torch.block_diag(*(theta**-exponents for exponents in ranges))
+    axes = [axis for axis, width in enumerate(split) for _ in range(0, width, 2)]
+    return torch.tensor(axes, device=device), torch.cat([theta**-exponents for exponents in ranges])
 
 
 def rotate(

@@ -124,8 +124,7 @@ class StackPlan(Plan):
         self.uniform = len(self.spans) <= 1 and not any(self.levels)
         #: Whether all choices have the same positions: a merged block has more frames than another in as many of them.
         self._places_alike = stack.reindexer.shared and len({piece.frames for piece in self.mid}) == 1
-        #: Runs of slots whose keys the last layer has read to choose.
-        self.read: list[list[int]] = []
+        #: Archived keys of the next layer that are on their way.
         self.ahead = Prefetch()
         self._placed: dict[torch.device, Placed] = {}
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -154,10 +153,12 @@ class StackPlan(Plan):
         offered = sum(each.shape[0] for each in selected)
         return replace(self.after, ledger=self.step.ledger.counted(offered, chosen))
 
-    def prefetch(self, state: "StackState") -> None:
+    def prefetch(self, state: "StackState | None") -> None:
         """Begin to bring the archived keys by which the next layer chooses."""
-        if not self.stack.share_selection:
-            state.archive.begin(self.read, self.ahead)
+        if state is None:
+            self.ahead.drop()
+        elif not self.stack.share_selection:
+            state.archive.begin(self.ahead)
 
     def on(self, device: torch.device) -> tuple[Int[Tensor, " blocks"], Int[Tensor, " blocks"]]:
         """Return slot and token count of every mid block; copied to the device once for all layers."""

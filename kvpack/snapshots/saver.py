@@ -43,10 +43,15 @@ class Saver:
     def __init__(self, path: Path, generation: str, shard: Shard | None = None) -> None:
         self.folder, self.generation, self._shard = SnapshotFolder(path), generation, shard
         self._lock: FolderLock | None = None
-        with self._together():
-            if self._writes:
-                self._open(path)
-        self._number = max(self.folder.numbers(), default=0)
+        try:
+            with self._together():
+                if self._writes:
+                    self._lock = FolderLock(make_folder(path))
+                    self.folder.require_own(generation)
+            self._number = max(self.folder.numbers(), default=0)
+        except BaseException:  # an interrupt too: its traceback may live on, and the lock with it
+            self.close()
+            raise
         self._device: torch.device | None = None  # diffusers looks through all modules for it
         #: What is in the files of every other snapshot, so that the two that are kept share none.
         self._written = (Written(), Written())
@@ -86,14 +91,6 @@ class Saver:
 
     def _together(self) -> AbstractContextManager[None]:
         return nullcontext() if self._shard is None else self._shard.together(OutputError)
-
-    def _open(self, path: Path) -> None:
-        self._lock = FolderLock(make_folder(path))
-        try:
-            self.folder.require_own(self.generation)
-        except BaseException:  # an interrupt too: its traceback may live on, and the lock with it
-            self.close()
-            raise
 
     def _tree(self, run: Run, files: tuple[str, str], written: Written) -> tuple[dict[str, Any], TreeWriter]:
         policies = policies_of(run.stack)

@@ -198,6 +198,15 @@ def test_training_over_compiled_blocks():
     assert wanted.abs().max() > 0
 
 
+def test_blocks_are_seen_to_be_compiled_however_they_are():
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    assert not compile_boundary.has_compiled_parts(model)
+    model[0].compile(backend="eager")
+    assert compile_boundary.has_compiled_parts(model)
+    wrapped = torch.nn.Sequential(torch.compile(torch.nn.Linear(1, 1), backend="eager"))
+    assert compile_boundary.has_compiled_parts(wrapped)
+
+
 def test_a_cuda_graph_is_told_to_leave_the_memory_out():
     """Where torch has the word for it: what is around the operator can be replayed."""
     tags = torch.ops.kvpack.attend.default.tags
@@ -226,6 +235,13 @@ def test_where_cuda_graphs_replay_each_forward_is_a_step_of_theirs_and_its_outpu
     generate(pipe, chunks=2, guidance_scale=3.0, prompt="a red circle", negative_prompt="blur")
     assert put_out
     assert steps == (list(range(len(put_out))) if graphs else [])  # one before each forward
+    with torch.no_grad():  # a rollout that learns: a backward pass is yet to read what its forwards put out
+        steps.clear()
+        trainee = WanAdapter().trainee(pipe, max_sequence_length=8)
+        rollout = trainee.rollout(resolve_stack("full", {}), trainee.embed(["a red circle"]), (2, 4), GraphLayer)
+        with rollout.attached():
+            rollout.predict(torch.zeros(1, 16, 4, 2, 4), 500.0, 0)
+        assert not steps
     given = torch.ones(2)
     (kept,) = compile_boundary.end_forward((given,))
     assert (kept is given) == (not (cuda and loaded))

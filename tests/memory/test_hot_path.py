@@ -26,7 +26,7 @@ IN_PLACE = {
     "streaming-llm": 4,
 }
 #: The same of memories that are copied and whose angles are computed anew; 10 to 14 tensors are allocated.
-GATHERED = {"deep-forcing": 14, "flowcache": 11, "h2o": 11, "longlive": 14, "magi": 15, "rolling-sink": 32}
+GATHERED = {"deep-forcing": 15, "flowcache": 12, "h2o": 12, "longlive": 15, "magi": 16, "rolling-sink": 33}
 
 
 def counted(stack, chunks=16):

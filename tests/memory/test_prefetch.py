@@ -1,5 +1,6 @@
 """Archived keys of the next layer come while one works; a stand-in for CUDA's streams notes the order."""
 
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from kvpack import Session
 from kvpack.memory import archive as archive_module
 from kvpack.memory import prefetch
+from kvpack.memory.archive import Archive
 from kvpack.memory.prefetch import Prefetch, overlaps
 from kvpack.plugins.registry import registry
 from kvpack.testing import TINY, run_session
@@ -100,14 +102,19 @@ def test_each_layer_but_the_first_finds_its_keys_there(selector, store, log, mon
     assert any(did == "copies" for _, did, _ in log) == any(found)
 
 
+def asked(ahead, owner, runs):
+    for slots in runs:
+        assert ahead.take(owner, slots, CPU) is None
+
+
 def test_copies_lie_where_those_of_the_layer_before_lay_once_they_were_read(log):
     first, second = ((torch.randn(2, 6, 2, 1),), (torch.randn(2, 6, 2, 1),))
     ahead, runs = Prefetch(), [[4, 5, 0], [2]]
-    ahead.begin("first", first, runs, CPU)
+    asked(ahead, "before", [*runs, *runs])  # what is asked for twice is begun once
+    ahead.begin("first", first, CPU)
     events = [what for _, did, what in log if did == "records"]
     assert log.index(("side", "waits for", "main")) < log.index(("side", "copies", (4, 5, 0)))
     assert ahead.take("second", runs[0], CPU) is None
-    assert ahead.take("first", [0], CPU) is None
     rooms = []
     for slots, event in zip(runs, events, strict=True):
         (room,) = ahead.take("first", slots, CPU)
@@ -115,13 +122,21 @@ def test_copies_lie_where_those_of_the_layer_before_lay_once_they_were_read(log)
         assert log[-1] == ("main", "waits for", event)
         rooms.append(room)
     log.clear()
-    ahead.begin("second", second, runs, CPU)
+    ahead.begin("second", second, CPU)
     assert log[0] == ("side", "waits for", "main")  # no memory is got anew
     for slots, room in zip(runs, rooms, strict=True):
         (again,) = ahead.take("second", slots, CPU)
         assert again is room
         assert torch.equal(again, second[0][:, slots])
     assert ahead.take("first", runs[0], CPU) is None
+    assert ahead.take("second", [0], CPU) is None
+    ahead.drop()
+    assert ahead.take("second", runs[0], CPU) is None
+
+
+def test_no_question_needs_no_stream(log):
+    Prefetch().begin("it", (torch.zeros(1, 2, 1, 1),), CPU)
+    assert not log
 
 
 def test_the_host_waits_for_what_it_looks_at_and_for_nothing_else(log, monkeypatch):
@@ -144,13 +159,38 @@ def test_the_host_waits_for_what_it_looks_at_and_for_nothing_else(log, monkeypat
     assert not Event.waited
 
 
-def test_where_memory_is_short_keys_come_when_they_are_asked_for(log, monkeypatch):
-    def short(*_, **__):
-        raise torch.OutOfMemoryError("no")
+def test_where_memory_is_short_it_is_left_to_the_model(log, monkeypatch):
+    rooms, empty = [], torch.empty
 
-    ahead = Prefetch()
+    def short(*what, **named):
+        if rooms:
+            raise torch.OutOfMemoryError("no")
+        rooms.append(weakref.ref(room := empty(*what, **named)))
+        return room
+
+    ahead, stored = Prefetch(), (torch.zeros(1, 6, 2, 1),)
+    asked(ahead, "before", [[1], [4]])
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", short)
-        ahead.begin("it", (torch.zeros(1, 6, 2, 1),), [[1], [4]], CPU)
-    assert ahead.take("it", [1], CPU) is None
-    assert not log
+        ahead.begin("it", stored, CPU)
+    assert rooms[0]() is None
+    asked(ahead, "it", [[1], [4]])
+    ahead.begin("next", stored, CPU)  # nor in the rest of the chunk
+    asked(ahead, "next", [[1], [4]])
+    assert not [did for _, did, _ in log if did == "copies"]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_only_what_lies_in_one_piece_is_written_without_a_wait(rows, log, monkeypatch):
+    archive, block, waits = Archive(2, tier="host"), torch.randn(2, rows, 2, 1, 4), []
+    archive.reserve(1, block[0])
+    monkeypatch.setattr(archive_module, "overlaps", lambda tier, device: tier == "host")
+    copy = torch.Tensor.copy_
+
+    def copied(place, part, non_blocking=False):
+        waits.append(not non_blocking)
+        return copy(place, part)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copied)
+    archive.write(0, archive.encoded(*block))
+    assert waits == [rows > 1] * 2
