@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from kvpack.media.files import whole_file
 from kvpack.memory.costs import channels_of
 from kvpack.pipeline.enable import enable
 from kvpack.pipeline.track import load_pipeline
@@ -45,7 +46,7 @@ class User:
         chunks: made so far.
         stream: the generation; None while it is on the disk.
         prompt: what the next chunk changes to, and whether the scene does; None goes on as it was.
-        last: frames of the last chunk, for a client that lost the answer.
+        last: frames of the last chunk, for a client that lost the answer; in a file while the stream is.
         held: bytes that its memory held behind the last chunk.
         used: when a chunk was last asked for or made.
         waiting: chunks asked for that are not made.
@@ -196,10 +197,10 @@ class Host:
         try:
             if user.cancelled:
                 raise GoneError(f"session {user.name} was cancelled")
-            if user.last is not None and number == user.chunks - 1:
-                return number, user.last
             with self.took.time():
                 self._wake(user)  # what it says of its chunks holds
+                if user.last is not None and number == user.chunks - 1:
+                    return number, user.last
                 if number not in (None, user.chunks):
                     raise WrongChunkError(f"chunk {number} is not at hand; the next is {user.chunks}")
                 return self._next(user)
@@ -236,7 +237,13 @@ class Host:
         user.stream = self.pipeline.packforcing.resume(self.folder / user.name)
         told = user.stream.note["prompt"]
         user.prompt, user.chunks = None if told is None else tuple(told), user.stream.note["chunks"]
+        with suppress(FileNotFoundError), self._last(user).open("rb") as file:
+            if np.load(file) == user.chunks:  # else the newest snapshot is damaged, and the one before is used
+                user.last = np.load(file)
         self.moved.labels("memory").inc()
+
+    def _last(self, user: User) -> Path:
+        return self.folder / f"{user.name}.npy"
 
     def _save(self, user: User, prompt: tuple[str | None, bool] | None) -> None:
         user.stream.save(self.folder / user.name, {"prompt": prompt, "chunks": user.chunks})
@@ -246,6 +253,10 @@ class Host:
         for user in users:
             try:
                 self._save(user, user.prompt)
+                if user.last is not None:
+                    with whole_file(self._last(user), durable=True) as file:
+                        np.save(file, user.chunks)
+                        np.save(file, user.last)
             except Exception as error:  # it stays in memory, and the others are saved all the same
                 failed.append(error)
                 failed[0].add_note(f"session {user.name} was not saved: {error}")
@@ -260,6 +271,7 @@ class Host:
         if user.stream is not None:
             user.stream.close()
         shutil.rmtree(self.folder / user.name, ignore_errors=True)
+        self._last(user).unlink(missing_ok=True)
         self.users.pop(user.name, None)
 
 

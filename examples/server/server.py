@@ -16,6 +16,7 @@ import av
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Response, WebSocket, WebSocketDisconnect
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from hosting import FullError, GoneError, Host, WrongChunkError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -99,6 +100,7 @@ def app_of(host: Host) -> FastAPI:
     app = FastAPI(title="kvpack", lifespan=lifespan)
     for kind in STATUS:
         app.add_exception_handler(kind, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
 
     @app.post("/sessions", status_code=201)
     async def begin(asked: Beginning) -> dict[str, str]:
@@ -146,7 +148,7 @@ def app_of(host: Host) -> FastAPI:
         with suppress(WebSocketDisconnect):  # also where the server stops
             try:
                 while True:
-                    asked = Change.model_validate_json(await socket.receive_text())
+                    asked = await _asked(socket)
                     if asked.prompt is not None or asked.cut:
                         await asyncio.wrap_future(host.change(name, asked.prompt, asked.cut))
                     _, frames = await asyncio.wrap_future(host.chunk(name))
@@ -164,6 +166,19 @@ def app_of(host: Host) -> FastAPI:
 def _refused(_: Any, error: Exception) -> JSONResponse:
     status = next(code for kind, code in STATUS.items() if isinstance(error, kind))
     return JSONResponse({"detail": str(error)}, status)
+
+
+def _invalid(_: Any, error: Any) -> JSONResponse:
+    """Say what is wrong without what was given, which may be a text that no answer can hold: half a character."""
+    return JSONResponse({"detail": [{"loc": each["loc"], "msg": each["msg"]} for each in error.errors()]}, 422)
+
+
+async def _asked(socket: WebSocket) -> Change:
+    """Return what a client sends next; a `ValueError` if it is nothing that can be asked for."""
+    try:
+        return Change.model_validate_json(await socket.receive_text())
+    except KeyError as error:
+        raise ValueError("a message is text, got bytes") from error
 
 
 async def _video(host: Host, name: str, chunks: int | None) -> AsyncIterator[bytes]:

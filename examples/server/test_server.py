@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 import kvpack
 from kvpack.cli import app
-from kvpack.errors import OutputError
+from kvpack.errors import OutputError, SnapshotWarning
 from kvpack.pipeline.track import load_pipeline
 from kvpack.shipped import shipped_folder
 
@@ -192,12 +192,38 @@ def test_sessions_are_listed_while_others_begin(serve):
 
 
 def test_an_answer_that_was_lost(serve):
-    with serve() as client:
+    """It is handed out again, also by a session that was on the disk or of another server meanwhile."""
+    with serve(idle_seconds=0) as client:
         name = begin(client, "a red circle", 1)
         first = chunk(client, name, 0)
         assert same([chunk(client, name, 0)], [first])
         assert client.get(f"/sessions/{name}/chunks/7").status_code == 409
-        assert not same([chunk(client, name, 1)], [first])
+        client.host.tidy().result()
+        assert metric(client, "kvpack_sessions_in_memory") == 0
+        assert same([chunk(client, name, 0)], [first])
+        second = chunk(client, name, 1)
+        assert not same([second], [first])
+    with serve() as client:
+        assert same([chunk(client, name, 1)], [second])
+        assert client.get(f"/sessions/{name}/chunks/0").status_code == 409
+    max((client.host.folder / name).glob("*.json")).write_text("damaged")  # the snapshot before is used
+    with serve() as client:
+        with pytest.warns(SnapshotWarning):
+            answer = client.get(f"/sessions/{name}/chunks/0")
+        assert answer.status_code == 409
+        assert same([chunk(client, name, 1)], [second])
+    with serve() as client:
+        client.delete(f"/sessions/{name}")
+        assert list(client.host.folder.iterdir()) == []
+
+
+def test_half_a_character_is_refused(serve):
+    with serve() as client:
+        name = begin(client, "a red circle", 1)
+        for path in ("/sessions", f"/sessions/{name}/prompt"):
+            answer = client.post(path, content=b'{"prompt":"\\ud800"}', headers={"content-type": "application/json"})
+            assert answer.status_code == 422
+            assert answer.json()["detail"][0]["loc"] == ["body", "prompt"]
 
 
 def test_a_client_that_leaves_is_idle(serve):
@@ -368,6 +394,11 @@ def test_a_websocket_plays_and_listens(alone, serve):
             socket.send_text("no JSON")
             with pytest.raises(WebSocketDisconnect):
                 socket.receive_bytes()
+        with client.websocket_connect(f"/sessions/{again}/live") as socket:
+            socket.send_bytes(b"{}")
+            with pytest.raises(WebSocketDisconnect) as refused:
+                socket.receive_bytes()
+        assert refused.value.reason == "a message is text, got bytes"
         assert client.host.users[again].chunks == 0
     with av.open(io.BytesIO(whole)) as video:
         pictures = np.stack([each.to_ndarray(format="rgb24") for each in video.decode(video=0)])

@@ -15,6 +15,7 @@ from kvpack.cli.ui.model import Model, unknown_words
 from kvpack.cli.ui.player import showing
 from kvpack.cli.ui.studio import Studio, saved_name, saved_names
 from kvpack.errors import InvalidOptionError, SnapshotError, UnknownNameError
+from kvpack.testing import tiny_skyreels_v2_pipeline
 
 PROMPT = "a red circle bouncing over dusk rings"
 
@@ -75,6 +76,10 @@ def test_another_prompt_holds_from_the_next_chunk_on(shipped):
     changed.say("a blue square", cut=True)
     changed.advance()
     assert changed.videos[0].prompts[2][1] == "a blue square (cut)"
+    changed.say("a blue square", cut=True)
+    changed.say("a green circle")
+    changed.advance()
+    assert changed.videos[0].prompts[3][1] == "a green circle (cut)"
     for each in (plain, changed):
         each.close()
 
@@ -99,7 +104,12 @@ def test_what_is_saved_goes_on_as_if_it_had_never_stopped(shipped, tmp_path):
 def test_a_fork_is_another_future_beside_it(shipped):
     studio = begun(shipped, "packforcing")
     pictures(studio, 2)
+    with pytest.raises(InvalidOptionError, match="--seed must be between"):
+        studio.fork(2**64, None)
+    assert not studio.paused
     studio.fork(7, "a blue square")
+    assert studio.paused
+    studio.paused = False
     one, two = studio.videos
     assert (two.first, two.prompts[-1]) == (29, (29 / 16, "a blue square"))
     studio.advance()
@@ -109,6 +119,7 @@ def test_a_fork_is_another_future_beside_it(shipped):
     assert [len(each.traced.chunks) for each in (one, two)] == [3, 1]
     with pytest.raises(InvalidOptionError, match="two videos are shown already"):
         studio.fork(1, None)
+    assert not studio.paused  # what is refused stops nothing
     studio.close()
 
 
@@ -178,6 +189,42 @@ def test_a_model_of_ones_own(model, tmp_path):
     assert _picture(np.zeros((200, 200, 3))).startswith("data:image/jpeg")
 
 
+def test_a_model_that_begins_with_a_picture_is_refused(shipped, tmp_path):
+    pytest.importorskip("gradio", reason="kvpack[ui] is not installed")
+    from diffusers import SkyReelsV2DiffusionForcingImageToVideoPipeline
+
+    from kvpack.cli.ui.page import Page
+
+    page = Page(shipped, tmp_path)
+    tiny_skyreels_v2_pipeline(pipeline_class=SkyReelsV2DiffusionForcingImageToVideoPipeline).save_pretrained(
+        tmp_path / "pictures"
+    )
+    with pytest.raises(InvalidOptionError, match="ImageToVideoPipeline wants image beside a prompt"):
+        page.start(None, str(tmp_path / "pictures"), PROMPT, "packforcing", "none", 4, 0)
+    assert page.model is shipped
+
+
+def test_empty_boxes_and_what_is_no_number(shipped, tmp_path):
+    gradio = pytest.importorskip("gradio", reason="kvpack[ui] is not installed")
+    from kvpack.cli.ui.page import Page, told
+
+    page = Page(shipped, tmp_path)
+    studio = page.start(None, "", None, "packforcing", None, None, None)
+    assert studio.videos[0].prompts == [(0.0, "")]
+    page.say(studio, None)
+    studio.advance()
+    for wrong, asked in (
+        ("give one memory", (page.start, None, "", PROMPT, None, "none", 4, 0)),
+        ("a seed is a whole number, got nan", (page.start, None, "", PROMPT, "packforcing", "none", 4, float("nan"))),
+        ("a seed is a whole number, got inf", (page.fork, studio, float("inf"), PROMPT)),
+        ("a name has letters", (page.save, studio, None)),
+    ):
+        with pytest.raises(gradio.Error, match=wrong):
+            told(asked[0])(*asked[1:])
+    assert not studio.paused
+    studio.close()
+
+
 def test_what_is_wrong_is_said(shipped, tmp_path):
     assert unknown_words(shipped, "a purple circle") == ["purple"]
     for name in ("", "../up", "a/b", ".hidden", "x" * 61):
@@ -204,6 +251,16 @@ def address(shipped, tmp_path_factory):
     page, url = opened(shipped, tmp_path_factory.mktemp("saved"))
     yield url
     page.close()
+
+
+def test_an_error_of_any_other_kind_is_shown(address, shipped, monkeypatch):
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    monkeypatch.setattr(shipped, "begin", lambda *_: 1 / 0)
+    client = Client(address, verbose=False)
+    with pytest.raises(AppError, match="division by zero"):
+        client.predict("", PROMPT, "packforcing", "none", 4, 0, api_name="/start")
 
 
 @pytest.fixture

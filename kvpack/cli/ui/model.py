@@ -13,6 +13,7 @@ import torch
 from kvpack.cli.support import default_device, parse_compared, require_seed
 from kvpack.cli.ui.video import Video
 from kvpack.errors import InvalidOptionError
+from kvpack.generation.adapter import call_signature
 from kvpack.pipeline.track import load_pipeline
 from kvpack.planning.planner import video_frames
 from kvpack.planning.presets import timing
@@ -27,6 +28,9 @@ class Model:
     Args:
         folder: where it is from; None is the tiny one that comes with kvpack.
         device: where it runs.
+
+    Raises:
+        InvalidOptionError: if its videos begin with something that the page has no box for, e.g. a picture.
     """
 
     folder: Path | None = None
@@ -37,6 +41,12 @@ class Model:
     def __post_init__(self) -> None:
         path, device = self.folder or shipped_folder(), self.device or default_device()
         self.pipeline = load_pipeline(path, torch.float32 if device == "cpu" else torch.bfloat16, device)
+        taken = call_signature(type(self.pipeline)).parameters.values()
+        if lacking := [each.name for each in taken if each.default is each.empty and each.name != "prompt"]:
+            raise InvalidOptionError(
+                f"{type(self.pipeline).__name__} wants {' and '.join(lacking)} beside a prompt, which the page has no "
+                "box for; give a text-to-video pipeline, or use kvpack generate --begin"
+            )
         self.pipeline.set_progress_bar_config(disable=True)
         self.scale = timing(path)[1]
         self._traces = TemporaryDirectory(prefix="kvpack-ui-")  # removed with the model
@@ -67,7 +77,7 @@ class Model:
                 pipeline.enable_packforcing(name, **options)
             fps = pipeline.packforcing.fps
             length = {} if not seconds else {"num_frames": video_frames(seconds, fps, self.scale)[0]}
-            stream = pipeline.packforcing.stream(prompt, generator=generator, output_type="np", **length)
+            stream = pipeline.packforcing.stream(prompt=prompt, generator=generator, output_type="np", **length)
             return Video(memory, pipeline, stream, self._trace(), prompts=[(0.0, prompt)])
 
     def resume(self, folder: Path) -> Video:
@@ -85,7 +95,7 @@ class Model:
 
     def fork(self, video: Video, seed: int, prompt: str | None) -> Video:
         """Return another future of a video, with other noise and, if one is given, another prompt."""
-        stream = video.stream.fork(seed=require_seed(seed), prompt=prompt)
+        stream = video.stream.fork(seed=seed, prompt=prompt)
         label = f"{video.label}, forked with seed {seed}"
         return Video(label, video.pipeline, stream, self._trace(), frames=video.frames, first=video.frames)
 

@@ -10,7 +10,7 @@ import gradio as gr
 from kvpack.cli.ui import player, view
 from kvpack.cli.ui.model import Model, unknown_words
 from kvpack.cli.ui.studio import Studio, saved_name, saved_names
-from kvpack.errors import KVPackError
+from kvpack.errors import InvalidOptionError, KVPackError
 from kvpack.plugins.registry import registry
 
 PROMPT = "a red circle bouncing over dusk rings"
@@ -57,17 +57,24 @@ class Page:
         return self.model
 
     def start(
-        self, before: Studio | None, folder: str, prompt: str, memory: str, other: str, seconds: float, seed: float
+        self,
+        before: Studio | None,
+        folder: str,
+        prompt: str | None,
+        memory: str | None,
+        other: str | None,
+        seconds: float | None,
+        seed: float | None,
     ) -> Studio:
         """Begin one video, or two with the same noise; the one before ends as soon as they have begun."""
-        model = self.model_of(folder)
+        model, prompt, memory = self.model_of(folder), prompt or "", memory or ""
         if unknown := unknown_words(model, prompt):
             gr.Warning(f"the tiny model does not know {', '.join(unknown)}")
         names = [memory] if not other or other == _NONE else [memory, other]
         studio = Studio(model, [])
         try:
             for name in names:
-                studio.videos.append(model.begin(name, prompt, seconds or 0, int(seed or 0)))
+                studio.videos.append(model.begin(name, prompt, seconds or 0, seed_of(seed)))
         except KVPackError:
             studio.close()
             raise
@@ -96,15 +103,15 @@ class Page:
         """Make nothing more for the moment."""
         required(studio).paused = True
 
-    def say(self, studio: Studio | None, prompt: str) -> str:
+    def say(self, studio: Studio | None, prompt: str | None) -> str:
         """Go on under another prompt."""
         running = required(studio)
-        if unknown := unknown_words(running.model, prompt):
+        if unknown := unknown_words(running.model, prompt or ""):
             gr.Warning(f"the tiny model does not know {', '.join(unknown)}")
         running.say(prompt)
         return "The new prompt holds from the next chunk on."
 
-    def cut(self, studio: Studio | None, prompt: str) -> str:
+    def cut(self, studio: Studio | None, prompt: str | None) -> str:
         """Begin another scene."""
         required(studio).say(prompt, cut=True)
         return "Another scene begins with the next chunk."
@@ -115,9 +122,9 @@ class Page:
         running.close()
         return self.shown(running)
 
-    def save(self, studio: Studio | None, name: str) -> tuple[Any, str]:
+    def save(self, studio: Studio | None, name: str | None) -> tuple[Any, str]:
         """Save the videos under a name."""
-        folder = self.saved / saved_name(name)
+        folder = self.saved / saved_name(name or "")
         required(studio).save(folder)
         return gr.Dropdown(choices=saved_names(self.saved), value=folder.name), f"Saved as {folder.name}."
 
@@ -127,12 +134,23 @@ class Page:
         close(before)
         return studio
 
-    def fork(self, studio: Studio | None, seed: float, prompt: str) -> Studio:
+    def fork(self, studio: Studio | None, seed: float | None, prompt: str | None) -> Studio:
         """Put another future beside the video: other noise, and the prompt in the box."""
         running = required(studio)
-        running.paused = True
         said = running.videos[0].prompts
-        return running.fork(int(seed or 0), prompt if said and prompt != said[-1][1] else None)
+        return running.fork(seed_of(seed), prompt if said and prompt != said[-1][1] else None)
+
+
+def seed_of(number: float | None) -> int:
+    """Return what the box of a seed holds; nothing is 0.
+
+    Raises:
+        InvalidOptionError: if it is no number.
+    """
+    try:
+        return int(number or 0)
+    except (ValueError, OverflowError) as error:
+        raise InvalidOptionError(f"a seed is a whole number, got {number}") from error
 
 
 def required(studio: Studio | None) -> Studio:
@@ -221,6 +239,6 @@ def opened(model: Model, saved: Path, **given: Any) -> tuple[gr.Blocks, str]:
         given: further arguments of Gradio's `launch`, e.g. `server_port`.
     """
     page, plain = build(model, saved).queue(), gr.themes.Default(font=["sans-serif"], font_mono=["monospace"])
-    usual = {"prevent_thread_lock": True, "quiet": True, "footer_links": [], "ssr_mode": False}
+    usual = {"prevent_thread_lock": True, "quiet": True, "show_error": True, "footer_links": [], "ssr_mode": False}
     _, address, _ = page.launch(css=STYLE, theme=plain, **{**usual, **given})
     return page, address

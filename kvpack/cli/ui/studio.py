@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
+from kvpack.cli.support import require_seed
 from kvpack.cli.ui.model import Model
 from kvpack.cli.ui.video import Video
 from kvpack.errors import InvalidOptionError, SnapshotError
@@ -48,8 +49,10 @@ class Studio:
         return self.closed or all(video.ended for video in self.videos)
 
     def say(self, prompt: str | None, cut: bool = False) -> None:
-        """Ask for another prompt, or another scene, from the next chunk on."""
-        self._wanted = {id(video): (prompt, cut) for video in self.videos}
+        """Ask for another prompt, or another scene, from the next chunk on; a cut asked for before it still holds."""
+        for video in self.videos:
+            before = self._wanted.pop(id(video), (None, False))  # or a chunk that begins meanwhile takes it as well
+            self._wanted[id(video)] = (before[0] if prompt is None else prompt, cut or before[1])
 
     def advance(self) -> bool:
         """Make one chunk of the video that is behind; return whether there was one to make."""
@@ -113,10 +116,12 @@ class Studio:
         """Put another future of the video beside it.
 
         Raises:
-            InvalidOptionError: if two are shown already.
+            InvalidOptionError: if two are shown already, or the seed has more than 64 bits; they go on then.
         """
         if len(self.videos) != 1:
             raise InvalidOptionError("two videos are shown already; fork one that is alone")
+        require_seed(seed)
+        self.paused = True  # or chunk after chunk takes the lock first
         with self.model.lock:
             (video,) = self.videos
             other = self.model.fork(video, seed, prompt)
