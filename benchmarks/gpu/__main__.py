@@ -43,7 +43,7 @@ def measure(bench: Bench, machine: Machine, size: Size, small: bool) -> None:
     """Run all sections."""
     dtype, rest = torch.bfloat16, 0.0 if small else 1.0  # a small run needs next to no time
     bench.section("correctness against the CPU", 25 * rest, partial(correctness.rows_of, machine))
-    bench.section("the same bits in host memory", 10 * rest, partial(correctness.tiers, machine))
+    bench.section("the same bits in every tier", 15 * rest, partial(correctness.tiers, machine))
     bench.section("limits of the card", 3 * rest, lambda rows: kernels.limits(machine, rows, size))
     tokens = KEYS if not small else 64
     bench.section("rotation", 3 * rest, lambda rows: kernels.rotation(machine, rows, size, tokens))

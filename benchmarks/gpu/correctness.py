@@ -45,8 +45,18 @@ APART = "greatest difference between tiers"
 EXACT, EXACT_AT_MOST = "error of the device in float32", 1e-4
 
 
-def outputs(memory: tuple[str, dict[str, Any]], device: torch.device, dtype: torch.dtype, compiled: str = "") -> Tensor:
-    """Return what the model puts out in the last step of every chunk, `[chunks, channels, frames, height, width]`."""
+def outputs(
+    memory: tuple[str, dict[str, Any]], device: torch.device, dtype: torch.dtype, compiled: str = "", rows: int = 1
+) -> Tensor:
+    """Return what the model puts out in the last step of every chunk, `[chunks * rows, channels, frames, height, width]`.
+
+    Args:
+        memory: its name and options.
+        device: where.
+        dtype: of the model.
+        compiled: backend of `torch.compile`; empty does not compile.
+        rows: videos of the batch.
+    """
     name, options = memory
     model = tiny_wan_transformer(SEED, **CONFIG).requires_grad_(False)  # the same weights everywhere
     pipe = pipeline(torch.nn.Module.to(model, device, dtype))
@@ -55,14 +65,14 @@ def outputs(memory: tuple[str, dict[str, Any]], device: torch.device, dtype: tor
     adapter, stack = WanAdapter(), registry().stack(name, options)
     geometry = adapter.geometry(adapter.configs(pipe), SIDE, SIDE, dtype)
     draw = torch.Generator().manual_seed(SEED)
-    text = torch.randn(1, TEXT, CONFIG["text_dim"], generator=draw).to(device, dtype)
+    text = torch.randn(rows, TEXT, CONFIG["text_dim"], generator=draw).to(device, dtype)
     denoiser = WanDenoiser(pipe, stack, geometry, {BRANCH: text}, prompt=PromptCache())
     made = []
     with torch.no_grad(), denoiser.seam():
         for _ in range(CHUNKS):
-            chunk = torch.randn(1, 16, stack.chunk_frames, SIDE // 8, SIDE // 8, generator=draw).to(device, dtype)
+            chunk = torch.randn(rows, 16, stack.chunk_frames, SIDE // 8, SIDE // 8, generator=draw).to(device, dtype)
             for step, time in enumerate((900.0, 400.0)):
-                out = denoiser.predict(BRANCH, chunk, torch.full((1,), time, device=device), step)
+                out = denoiser.predict(BRANCH, chunk, torch.full((rows,), time, device=device), step)
             made.append(out.float().cpu())
             denoiser.commit(chunk, None)
     return torch.cat(made)
@@ -107,16 +117,17 @@ def rows_of(machine: Machine, rows: list[Row], compiled: str = "") -> str | None
 
 
 def tiers(machine: Machine, rows: list[Row]) -> str | None:
-    """Append how far outputs of an archive in host memory are from those of one on the device, and say which are."""
+    """Append how far outputs of an archive elsewhere are from those of one on the device, and say which are."""
     wrong = []
     for store, options in TIERS.items():
-        for dtype in (torch.bfloat16, torch.float32):
-            subject = f"packforcing, {store}, {str(dtype).removeprefix('torch.')}"
-            one_tier, other = (
-                outputs(("packforcing", {**options, "tier": tier}), machine.device, dtype)
-                for tier in ("device", "host")
+        for videos, dtype in ((1, torch.bfloat16), (1, torch.float32), (2, torch.bfloat16)):
+            beside, *others = (
+                outputs(("packforcing", {**options, "tier": tier}), machine.device, dtype, rows=videos)
+                for tier in ("device", "host", "disk")
             )
-            rows.append(one(subject, APART, float((one_tier - other).abs().max()), ""))
-            if not torch.equal(one_tier, other):
-                wrong.append(subject)
+            for tier, found in zip(("host", "disk"), others, strict=True):
+                subject = f"packforcing, {store}, {tier}, {str(dtype).removeprefix('torch.')}, batch {videos}"
+                rows.append(one(subject, APART, float((beside - found).abs().max()), ""))
+                if not torch.equal(beside, found):
+                    wrong.append(subject)
     return f"WRONG, the tiers differ: {', '.join(wrong)}" if wrong else None

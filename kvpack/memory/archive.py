@@ -109,7 +109,8 @@ class Archive:
                 # Torch copies what lies apart through memory of its own, which need not be there in time.
                 place.copy_(part, non_blocking=overlaps(self.tier, part.device) and place.is_contiguous())
         if overlaps(self.tier, self.key_sums.device):
-            self._written = torch.cuda.current_stream(self.key_sums.device).record_event()
+            self._written = torch.cuda.Event()
+            self._written.record(torch.cuda.current_stream(self.key_sums.device))
         self.key_sums[:, slot] = block.key_sums
         if block.coordinates is not None:
             assert self.coordinates is not None

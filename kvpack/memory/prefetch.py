@@ -55,7 +55,9 @@ class Prefetch:
             for slots, parts in zip(runs, rooms, strict=True):
                 for room, each in zip(parts, stored, strict=True):
                     _copy(room, each, slots)
-                self._begun[slots] = parts, stream.record_event()
+                done = torch.cuda.Event()
+                done.record(stream)
+                self._begun[slots] = parts, done
 
     def take(self, owner: object, slots: Sequence[int], device: torch.device) -> Stored | None:
         """Return the copies of slots, for which later work of the device waits; None if nobody began them."""

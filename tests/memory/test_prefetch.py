@@ -17,8 +17,11 @@ from kvpack.testing import TINY, run_session
 CPU = torch.device("cpu")
 
 
-class Event(str):
-    waited: list[str] = []  # by the host
+class Event:
+    waited: list["Event"] = []  # by the host
+
+    def record(self, stream):
+        stream.log.append((stream.name, "records", self))
 
     def synchronize(self):
         self.waited.append(self)
@@ -33,11 +36,6 @@ class Stream:
 
     def wait_event(self, event):
         self.log.append((self.name, "waits for", event))
-
-    def record_event(self):
-        event = Event(f"event {len(self.log)}")
-        self.log.append((self.name, "records", event))
-        return event
 
 
 def archives_of(session):
@@ -68,6 +66,7 @@ def log(monkeypatch):
     monkeypatch.setattr(prefetch, "_stream", lambda device: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[-1])
     monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda each, stream: log.append((stream.name, "uses", None)))
     return log
 
