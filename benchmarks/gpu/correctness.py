@@ -48,7 +48,7 @@ EXACT, EXACT_AT_MOST = "error of the device in float32", 1e-4
 def outputs(
     memory: tuple[str, dict[str, Any]], device: torch.device, dtype: torch.dtype, compiled: str = "", rows: int = 1
 ) -> Tensor:
-    """Return what the model puts out in the last step of every chunk, `[chunks * rows, channels, frames, height, width]`.
+    """Return what the model puts out in the last step of every chunk, `[chunks * rows, channels, frames, h, w]`.
 
     Args:
         memory: its name and options.
