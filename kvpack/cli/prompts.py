@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kvpack.cli.call import call_defaults, check_guidance, given_arguments
+from kvpack.cli.call import call_defaults, check_guidance, given_arguments, require_no_beginning, require_savable
 from kvpack.cli.support import default_device, parse_dtype, parse_options, print_json, print_table, require_seed
 from kvpack.errors import InvalidOptionError, KVPackError
 
@@ -54,7 +54,9 @@ class Asked:
         model = require_model_folder(self.model)
         given = given_arguments({"prompt": "", **self.named}, parse_options(self.call))
         del given["prompt"]
+        require_savable(given)
         (own, scale), defaults = timing(model), call_defaults(model)
+        require_no_beginning(defaults)
         fps = float(own.fps) if self.fps is None else self.fps
         options = parse_options(self.option)
         resolve_stack(self.stack, options, own)
