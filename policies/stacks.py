@@ -160,8 +160,11 @@ def _compressor(
     compressor: str | Compressor, coordinates: Coordinates | None, keep_tokens: int | float | None, chunk_frames: int
 ) -> Any:
     """Return a compressor by name, or by the folder or Hub id of its weights; installed names win."""
-    installed = ("compressor", compressor) in registry().policies
-    if isinstance(compressor, str) and not installed and ("/" in compressor or os.path.isdir(compressor)):
+    if (
+        isinstance(compressor, str)
+        and ("compressor", compressor) not in registry().policies
+        and ("/" in compressor or os.path.isdir(compressor))
+    ):
         for option, given in (("coordinates", coordinates), ("keep_tokens", keep_tokens)):
             if given is not None:
                 raise UnusedOptionError(option, f"{compressor} was trained with its own, which its config has")

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 from kvpack.batch.folder import BatchFolder
@@ -74,11 +76,14 @@ def cluster(address: str | None, workers: int | None) -> Iterator[Any]:
     """
     ray = require_ray()
     here: dict[str, Any] = {"include_dashboard": False, "num_cpus": max(workers or 1, cores())}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else here))
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"no cluster of Ray answers at {address}" if address else "Ray does not start here"
         raise InvalidOptionError(f"{where} ({first_line(error)}); 'ray status' says what is there") from error
+    if on_sigterm is not None and current_thread() is main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own, put over it, aborts this process
     try:
         yield ray
     finally:

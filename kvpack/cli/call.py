@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,8 +69,6 @@ def given_arguments(named: dict[str, Any], more: dict[str, Any]) -> dict[str, An
 
 def call_defaults(model: Path) -> dict[str, Any]:
     """Return the arguments that the model's pipeline takes with kvpack, and their defaults; none if it isn't known."""
-    import inspect
-
     import diffusers
 
     from kvpack.plugins.registry import registry
@@ -82,8 +81,24 @@ def call_defaults(model: Path) -> dict[str, Any]:
     if not isinstance(found, type):
         return {}
     adapter = registry().adapter(found)
-    own = {each.name: each.default for each in inspect.signature(found.__call__).parameters.values()}
+    own = {each.name: each.default for each in signature(found.__call__).parameters.values()}
     return {**own, **(adapter.extra_arguments if adapter else {})}
+
+
+def require_savable(given: Mapping[str, Any]) -> None:
+    """Raise `InvalidOptionError` if an argument does not go with a generation that is saved or forked."""
+    if given.get("decode_device") is not None:
+        raise InvalidOptionError(
+            "--call decode_device does not go with checkpoints, prompts of a file or --fork-at, since it is a chunk "
+            "ahead of the frames that are handed out; leave it out"
+        )
+
+
+def require_no_beginning(defaults: Mapping[str, Any]) -> None:
+    """Raise `InvalidOptionError` if a pipeline needs a picture or clip that its videos begin with."""
+    for name, kind in (("image", "picture"), ("video", "clip")):
+        if defaults.get(name) is Parameter.empty:
+            raise InvalidOptionError(f"this pipeline begins with a {kind}; give 'kvpack generate' one by --begin FILE")
 
 
 def check_guidance(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

@@ -21,6 +21,8 @@ from kvpack.cli.call import (
     call_options,
     check_guidance,
     given_arguments,
+    require_no_beginning,
+    require_savable,
 )
 from kvpack.cli.futures import futures_of, written_futures
 from kvpack.cli.resume import checkpoint_folder
@@ -114,12 +116,16 @@ def generate(
     VideoWriter(output, 1)
     if trace is not None and not (trace.is_symlink() or trace.is_fifo() or trace.is_char_device()):
         require_writable(trace)  # a link, a pipe or a device is written where it leads, not beside it
+    if trace is not None and trace.resolve() == output.resolve():
+        raise InvalidOptionError(f"--trace and --output are one file, {output}; give the trace another name")
     require_seed(seed)
     folder = checkpoint_folder(output, checkpoint_every, checkpoint)
     others = {"--checkpoint-every": checkpoint_every, "--trace": trace}
     futures = futures_of(fork_at, prompts, seconds, output, [name for name, value in others.items() if value])
     picture = begin is not None and is_picture(begin)
     given = given_arguments({"prompt": parse_prompt(prompt), **named}, parse_options(call))
+    if folder is not None or fork_at is not None:
+        require_savable(given)
 
     from kvpack.pipeline.checkpoints import Job, checkpointed
     from kvpack.pipeline.enable import enable
@@ -138,6 +144,8 @@ def generate(
         Budget(budget_gb)  # and whether it is a number
     arguments = {**settings.call, **given, **({"fps": fps} if "fps" in defaults else {})}
     check_guidance(arguments, defaults)
+    if begin is None:
+        require_no_beginning(defaults)
     name = None if begin is None else _check_beginning(begin, picture, arguments, defaults, fps, frames)
     device = device or default_device()
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
@@ -182,6 +190,11 @@ def _check_beginning(
         takes = "a picture" if "image" in defaults else "neither a picture nor a clip"
         raise InvalidOptionError(
             f"this pipeline begins with {takes}, but --begin {begin} is a {'picture' if picture else 'clip'}"
+        )
+    if picture and frames == 1:
+        raise InvalidOptionError(
+            f"--begin {begin} is one frame and the whole video too, so that nothing is left to generate; give more "
+            "--seconds"
         )
     if not picture:
         count = count_frames(begin, fps)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kvpack.cli.call import call_defaults, check_guidance, given_arguments
+from kvpack.cli.call import call_defaults, check_guidance, given_arguments, require_no_beginning, require_savable
 from kvpack.cli.support import default_device, parse_dtype, parse_options, print_json, print_table, require_seed
-from kvpack.errors import InvalidOptionError, KVPackError
+from kvpack.errors import InvalidOptionError, KVPackError, first_line
 
 if TYPE_CHECKING:
     from kvpack.batch.folder import BatchFolder
@@ -54,7 +54,9 @@ class Asked:
         model = require_model_folder(self.model)
         given = given_arguments({"prompt": "", **self.named}, parse_options(self.call))
         del given["prompt"]
+        require_savable(given)
         (own, scale), defaults = timing(model), call_defaults(model)
+        require_no_beginning(defaults)
         fps = float(own.fps) if self.fps is None else self.fps
         options = parse_options(self.option)
         resolve_stack(self.stack, options, own)
@@ -99,7 +101,8 @@ def make_own_share(asked: Asked, device: str | None, as_json: bool) -> None:
     work = Work(settings, folder) if share else None
     for video in share:
         folder.note({**_made(work, video), "begun": 1})
-    print_made(folder, share, as_json)
+    others = {video.name for video in rest} - {video.name for video in share}
+    print_made(folder, [video for video in videos if video.name not in others], as_json)
 
 
 def _made(work: Any, video: "Video") -> dict[str, Any]:
@@ -107,6 +110,8 @@ def _made(work: Any, video: "Video") -> dict[str, Any]:
         *_, frames = work.make(video)
     except KVPackError as error:
         return {"name": video.name, "error": str(error)}
+    except Exception as error:  # a bug, or want of memory, in one video keeps no other from being made
+        return {"name": video.name, "error": f"{type(error).__name__}: {first_line(error)}"}
     typer.echo(f"wrote {work.folder.output(video)}", err=True)
     return work.entry(video, frames)
 

@@ -52,7 +52,9 @@ def read_trace(path: Path) -> Traced:
                 if number < len(lines):
                     raise
         needed = {"stack", "layers", "seconds_a_frame"} <= set(head) and chunks and "attended" in chunks[0]
-    except (OSError, ValueError, IndexError, TypeError) as error:
+    except OSError as error:
+        raise InvalidOptionError(f"cannot read {path}: {error.strerror}; give a trace of kvpack generate") from error
+    except (ValueError, IndexError, TypeError) as error:
         raise InvalidOptionError(
             f"{path} is not a trace of kvpack: {error}; give one of kvpack generate --trace"
         ) from error

@@ -130,7 +130,7 @@ def parse_prompt(text: str) -> Any:
     """Parse a prompt, which is a text, or a schedule such as '[(0, "a fox"), (20, "it rests", "cut")]'.
 
     Raises:
-        InvalidOptionError: if it begins as a schedule, but does not read so.
+        InvalidOptionError: if it begins as a schedule, but does not read so, or is one of several videos.
     """
     if re.match(r"\s*\[\s*[\[(]", text) is None:
         return text
@@ -139,6 +139,8 @@ def parse_prompt(text: str) -> Any:
     except (ValueError, SyntaxError, TypeError) as error:
         form = """'[(0, "a fox"), (20, "it rests", "cut")]'"""
         raise InvalidOptionError(f"--prompt is a schedule if it begins so, e.g. {form}, got {text}") from error
+    if any(isinstance(part, list | tuple) for entry in entries for part in entry):
+        raise InvalidOptionError(f"one video is written, so that each prompt of a schedule is one text, got {text}")
     return entries
 
 

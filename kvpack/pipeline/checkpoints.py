@@ -52,7 +52,7 @@ class Job:
     device: str
 
     def write(self, folder: Path) -> None:
-        """Write it into an empty folder of checkpoints.
+        """Write it into a folder of checkpoints that holds no snapshot.
 
         Raises:
             OutputError: if the folder holds another generation, or cannot be written.
@@ -84,7 +84,7 @@ class Job:
 
 def require_free(folder: Path) -> None:
     """Raise `OutputError` if a folder of checkpoints holds another generation already."""
-    if SnapshotFolder(folder).numbers() or (folder / _JOB).exists():
+    if SnapshotFolder(folder).numbers():  # a job without one is left where the first could not be written
         raise OutputError(
             f"{folder} holds a generation that is not finished; go on with it by 'kvpack resume {folder}', remove it, "
             "or give another --checkpoint"

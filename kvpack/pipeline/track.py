@@ -89,7 +89,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
     require_model_folder(folder)
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.empty(0, device=place).cpu()  # what has no values, as meta, cannot be read
     except Exception as error:  # what torch raises depends on the kind of device
         raise InvalidOptionError(f"no device {device!r} here ({first_line(error)}); cpu always works") from error
     diffusers_logging.disable_progress_bar()

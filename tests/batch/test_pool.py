@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from kvpack.batch.cluster import cluster
 from kvpack.batch.folder import BatchFolder
 from kvpack.batch.pool import Pool
 from kvpack.batch.videos import Settings, Video
+from kvpack.batch.work import Work
 from kvpack.errors import InvalidOptionError
 from kvpack.media.files import checksum
 
@@ -61,6 +63,26 @@ def test_killed_workers_cost_no_frame(model, tmp_path):
     assert files(folder.path) == singly(model, tmp_path)
 
 
+@needs_ray
+def test_sigterm_ends_a_batch_in_one_line(model, tmp_path):
+    """Ray's own handler would abort the process and say its stack."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "name": "a"}')
+    words = ["batch", tmp_path / "p.jsonl", "--model", model, "--seconds", 3600, "--output", tmp_path / "out", *SMALL]
+    with (tmp_path / "told").open("w") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kvpack", *map(str, words)], stdout=said, stderr=said, cwd=tmp_path
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out/a.mp4.checkpoint").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 143, (tmp_path / "told").read_text()
+    finally:
+        process.kill()
+    assert (tmp_path / "told").read_text().splitlines()[-1] == "error: interrupted; nothing half-written was left"
+
+
 def test_no_video_of_the_benchmark_differed():
     rows = report.read(report.RESULTS / "batch.json")
     assert all(bar.verdict(rows).startswith("met ") for bar in batch.BARS)
@@ -82,12 +104,30 @@ def test_processes_of_accelerate_share_the_prompts(model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert files(output) == singly(model, tmp_path)
     report = told("generate", *words[1:], "--checkpoint-every", 1, *SMALL, "--json")  # alone, and nothing is left to do
-    assert report["videos"] == []
     entries = [json.loads(line) for line in (output / "manifest.jsonl").read_text().splitlines()]
     assert sorted(entry["name"] for entry in entries) == ["blue", "green", "red"]
+    assert report["videos"] == [next(each for each in entries if each["name"] == video.name) for video in VIDEOS]
     (output / "blue.mp4").unlink()
-    (again,) = told("generate", *words[1:], "--checkpoint-every", 1, *SMALL, "--json")["videos"]
-    assert again["sha256"] == next(entry["sha256"] for entry in entries if entry["name"] == "blue")
+    assert told("generate", *words[1:], "--checkpoint-every", 1, *SMALL, "--json") == report
+
+
+def test_a_bug_in_one_video_of_a_file_keeps_no_other_from_being_made(model, tmp_path, monkeypatch):
+    def make(self, video):
+        if video.prompt == "red":
+            raise KeyError("a bug")
+        yield from real(self, video)
+
+    real = Work.make
+    monkeypatch.setattr(Work, "make", make)
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": name, "name": name}) for name in ("red", "blue")))
+    words = ["generate", "--model", model, "--prompts", tmp_path / "p.jsonl", "--seconds", 1]
+    done = command(*words, "--output", tmp_path / "out", *SMALL, "--json")
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1] == "error: red: KeyError: 'a bug'"
+    first, second = json.loads(done.stdout)["videos"]
+    assert first == {"name": "red", "error": "KeyError: 'a bug'"}
+    assert second["sha256"] == checksum(tmp_path / "out/blue.mp4")
+    assert [entry["name"] for entry in BatchFolder(tmp_path / "out").entries()] == ["red", "blue"]
 
 
 class Ended(Exception):

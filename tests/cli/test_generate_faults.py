@@ -18,9 +18,11 @@ from diffusers import (
 from PIL import Image
 from typer.testing import CliRunner
 
+import helpers
 from helpers import forked
 from kvpack.cli import app
 from kvpack.media.video import VideoWriter
+from kvpack.pipeline import track
 from kvpack.shipped import CALL, FPS, shipped_folder
 from kvpack.testing import tiny_anyflow_far_pipeline, tiny_skyreels_v2_pipeline, tiny_wan_pipeline
 
@@ -105,6 +107,24 @@ def test_what_a_family_cannot_begin_with_is_told(model, file, words, models, fil
     assert not (files / "a.mp4").exists()
 
 
+@pytest.mark.parametrize(("model", "kind"), [("sky-i2v", "picture"), ("sky-v2v", "clip")])
+def test_a_family_that_must_begin_with_something_says_so_before_it_is_loaded(model, kind, models, files, monkeypatch):
+    monkeypatch.setattr(track, "load_pipeline", None)
+    line = f"error: this pipeline begins with a {kind}; give 'kvpack generate' one by --begin FILE"
+    assert complaint(models / model, files / "a.mp4") == line
+    (files / "p.jsonl").write_text('{"prompt": "a"}')
+    words = ["batch", files / "p.jsonl", "--model", models / model, "--seconds", 1, "--output", files / "out"]
+    assert helpers.complaint(*words, "--device", "cpu") == line
+
+
+@pytest.mark.parametrize("model", ["wan", "far", "sky-i2v"])
+def test_a_picture_that_is_the_whole_video_is_told_in_seconds(model, models, files):
+    line = complaint(models / model, files / "a.mp4", "--begin", files / "p.png", seconds=0.1)
+    assert line.endswith(
+        "is one frame and the whole video too, so that nothing is left to generate; give more --seconds"
+    )
+
+
 def test_a_clip_longer_than_the_video_is_told_in_seconds(models, files):
     line = complaint(models / "wan", files / "a.mp4", "--begin", files / "c.mp4", seconds=0.5)
     assert "c.mp4 lasts 0.625 s (10 frames at 16 a second) and the whole video 0.312 s (5 frames)" in line
@@ -152,11 +172,25 @@ def frames(path):
             ["--negative-prompt", "green", "--guidance-scale", 1],
             "a negative prompt needs guidance, but guidance_scale is 1",
         ),
+        (["--device", "meta"], "no device 'meta' here"),
+        (
+            ["--prompt", '[(0, ["a", "b"])]'],
+            """one video is written, so that each prompt of a schedule is one text, got [(0, ["a", "b"])]""",
+        ),
+        (["--call", "decode_device=cpu", "--checkpoint-every", 1], "--call decode_device does not go with checkpoints"),
     ],
 )
 def test_what_cannot_be_used_is_refused(more, words, models, tmp_path):
     assert words in complaint(models / "wan", tmp_path / "a.mp4", *more)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trace_is_another_file_than_the_video(models, tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.mp4")
+    for name in ("a.mp4", "link.jsonl"):
+        line = complaint(models / "wan", tmp_path / "a.mp4", "--trace", tmp_path / name)
+        assert line == f"error: --trace and --output are one file, {tmp_path / 'a.mp4'}; give the trace another name"
+    assert not (tmp_path / "a.mp4").exists()
 
 
 def test_a_negative_prompt_is_used(models, tmp_path):

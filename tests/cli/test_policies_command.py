@@ -60,12 +60,20 @@ def test_compared_stacks_take_options(text, stacks):
     assert parse_compared(text) == stacks
 
 
+def test_an_option_of_another_kind_is_told_plainly(python):
+    """In an interpreter of its own: here types are checked before the code can."""
+    done = python("from kvpack.plugins.resolve import resolve_stack; resolve_stack('packforcing', {'compressor': {}})")
+    assert done.stderr.endswith("InvalidOptionError: compressor must be a name or an instance, got {}\n")
+
+
 def test_prompts_that_are_no_schedule_are_text():
     for text in ("a fox", "[anime] a fox", "a [(0, 1)]"):
         assert parse_prompt(text) == text
     assert parse_prompt('[(0, "a"), (20, "b", "cut")]') == [(0, "a"), (20, "b", "cut")]
     with pytest.raises(InvalidOptionError, match="--prompt is a schedule"):
         parse_prompt("[(0, a)]")
+    with pytest.raises(InvalidOptionError, match="one video is written"):
+        parse_prompt('[[0, ["a", "b"]]]')
 
 
 def test_demo_compares_stacks_with_options(tmp_path):

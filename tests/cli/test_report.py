@@ -39,6 +39,12 @@ def test_the_page_fetches_nothing(page):
     assert "<b>red" not in own.split("<main>")[1].split("<script>")[0]
 
 
+def test_a_trace_that_is_not_there_is_told_plainly(tmp_path):
+    line = complaint("report", tmp_path / "none.jsonl", "--output", tmp_path / "r.html")
+    said = "No such file or directory; give a trace of kvpack generate"
+    assert line == f"error: cannot read {tmp_path / 'none.jsonl'}: {said}"
+
+
 def test_one_trace_and_the_end_of_a_crash(traces, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text(traces[0].read_text() + '{"chunk": 99, "fir')

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from helpers import command, complaint, forked, pixels, told
+from kvpack.errors import OutputError
 from kvpack.pipeline import checkpoints
+from kvpack.pipeline.stream import Stream
 from kvpack.pipeline.track import Track
 from kvpack.snapshots.lock import FolderLock
 
@@ -156,5 +158,19 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(model, tmp_path, monkeyp
     assert "generate.json is damaged" in complaint("resume", tmp_path)
     (tmp_path / "generate.json").write_text(json.dumps(dict.fromkeys(checkpoints.Job.__dataclass_fields__, 1)))
     assert "its model is '1'" in complaint("resume", tmp_path)
+    (tmp_path / "snapshot-000001.json").write_text("{}")
     more = ["--checkpoint-every", 1, "--checkpoint", tmp_path]
     assert "holds a generation that is not finished" in complaint(*generate(model, output, *more))
+
+
+def test_a_first_checkpoint_that_cannot_be_written_is_no_dead_end(model, whole, tmp_path, monkeypatch):
+    def failing(*_):
+        raise OutputError("No space left on device")
+
+    words = generate(model, tmp_path / "a.mp4", "--checkpoint-every", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "save", failing)
+        assert "No space left" in complaint(*words)
+    told(*words, "--json")
+    assert (tmp_path / "a.mp4").read_bytes() == whole.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
