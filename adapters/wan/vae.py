@@ -8,7 +8,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 
 from kvpack.adapters.offload import onload
-from kvpack.errors import UnsupportedPipelineError
+from kvpack.errors import SnapshotError, UnsupportedPipelineError
 from kvpack.generation.compile_boundary import compiled_from
 
 
@@ -42,8 +42,16 @@ class StreamingDecoder:
         return {"features": list(self.features), "first": self.first}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
-        self.features, self.first = list(state["features"]), bool(state["first"])
+        """Go on from what `state` gave.
+
+        Raises:
+            SnapshotError: if that is not of this VAE's decoder.
+        """
+        features, wanted = list(state["features"]), len(self.features)
+        # "Rep" is what diffusers' decoder notes of a first frame.
+        if len(features) != wanted or not all(isinstance(each, Tensor | None) or each == "Rep" for each in features):
+            raise SnapshotError(f"the VAE's decoder remembers {wanted} tensors, but {len(features)} things are there")
+        self.features, self.first = features, bool(state["first"])
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Return pixels in [-1, 1] of the next normalised latents, `[batch, 3, frames, height, width]`."""

@@ -13,6 +13,8 @@ from kvpack.errors import PolicyError
 
 #: Where a token sits that stands for a window of cells: at its centre, at its first cell, or at its own index.
 Coordinates = Literal["centered", "strided", "compact"]
+#: Axes of coordinates, by what a compressor's `places` says.
+_AXES = {"span": 2, "row": 3, "head": 4}
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,4 +175,15 @@ def check_block(
         raise PolicyError(
             f"{name} returned places {tuple(places.shape)} in layer {layer}, but tokens of its own have {(*rows, 3)}, "
             f"or {(*rows, like.shape[2], 3)} where heads differ"
+        )
+    if method == "shrunk":
+        return
+    said = getattr(compressor, "places", "span")
+    axes, why = _AXES.get(said, 0), f"for its places is {said!r}"
+    if method == "merged":
+        axes, why = span.coordinates.ndim, "as those of what it is given"
+    if block.span.coordinates.ndim != axes:  # plans count bytes by it
+        raise PolicyError(
+            f"{name} returned places {tuple(block.span.coordinates.shape)} in layer {layer}, but they must have {axes} "
+            f"axes, {why}: (tokens, 3) are 'span', rows stand before them in 'row', and heads between them in 'head'"
         )

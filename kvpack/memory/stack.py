@@ -284,15 +284,7 @@ class Stack(Memory):
 
     def _encoded(self, block: KVBlock, slot: int, archive: Archive, chunk: Chunk) -> Encoded:
         """Return a block as its slot will hold it, for which there is room then."""
-        self._check_places(block, archive, chunk.layer)
         archive.reserve(slot, block.keys, block.own_places)
         assert chunk.plan is not None
         with policy_call(self.store, "encode", chunk.plan.book.seconds, chunk.layer):
             return archive.encoded(block.keys, block.values, block.own_places)
-
-    def _check_places(self, block: KVBlock, archive: Archive, layer: int) -> None:
-        if archive.slots and (archive.coordinates is None) != (block.own_places is None):
-            raise PolicyError(
-                f"{type(self.compressor).__name__}.compress gave some blocks of layer {layer} places of their own and "
-                "others the announced ones; give all blocks, or none, coordinates with an axis of rows"
-            )

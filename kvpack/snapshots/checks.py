@@ -1,16 +1,20 @@
 """Whether what a snapshot says fits together, before anything is generated of it."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from kvpack.errors import SnapshotError
+from kvpack.generation.adapter import call_signature
 from kvpack.generation.moment import Moment
 from kvpack.generation.run import Run
 from kvpack.memory.divided import Divided, DividedBook, narrowed
 from kvpack.memory.geometry import Geometry
+from kvpack.memory.ledger import BlockEntry
 from kvpack.memory.plan import Book
+from kvpack.memory.stack import Stack
 from kvpack.memory.stack_plan import StackBook
 from kvpack.memory.stack_state import StackState
 from kvpack.memory.store import StoredBlock
@@ -61,6 +65,10 @@ def check_moment(moment: Moment, run: Run) -> None:
     wrong = [*fits(Moment, vars(moment)), *fits(run.new_denoiser, {"conditioning": moment.conditioning})]
     for name, hint in wrong:
         raise SnapshotError(f"{name} is a {type(getattr(moment, name)).__name__}, but must be {hint}")
+    pipeline = run.pipeline._kvpack_base
+    known = {*call_signature(pipeline).parameters, *run.adapter.extra_arguments}
+    if unknown := sorted(map(str, set(run.call) - known)):
+        raise SnapshotError(f"its call has {', '.join(unknown)[:80]!r}, which a {pipeline.__name__} does not take")
     sized = {"height", "width"} & set(run.call) if run.call.get("latents") is None else ()
     for name in sized:
         if not is_a(run.call[name], int):
@@ -83,23 +91,22 @@ def check_sessions(run: Run) -> None:
         for layer, state in enumerate(past.states):
             if isinstance(session.stack, Divided):
                 _check_parts(session.stack, state, past.book, geometry, layer)
-            elif isinstance(state, StackState) and isinstance(past.book, StackBook):
+            elif isinstance(session.stack, Stack):
                 _check_state(state, past.book, geometry)
 
 
 def _check_parts(memory: Divided, state: Any, book: Book, geometry: Geometry, layer: int) -> None:
     parts = memory.parts(geometry)[layer]
     books = book.books if isinstance(book, DividedBook) else ()
-    if not is_a(state, tuple[StackState, ...]) or len(state) != len(parts) or len(books) != len(memory.stacks):
+    if not isinstance(state, tuple) or len(state) != len(parts) or len(books) != len(memory.stacks):
         raise SnapshotError(f"layer {layer} does not have the {len(parts)} parts of {memory.name}")
     for part, each in zip(parts, state, strict=True):
-        own = books[part.stack]
-        if not isinstance(own, StackBook):
-            raise SnapshotError(f"the book of a part of layer {layer} is a {type(own).__name__}")
-        _check_state(each, own, narrowed(geometry, len(part.heads)))
+        _check_state(each, books[part.stack], narrowed(geometry, len(part.heads)))
 
 
-def _check_state(state: StackState, book: StackBook, geometry: Geometry) -> None:
+def _check_state(state: Any, book: Book, geometry: Geometry) -> None:
+    if not isinstance(state, StackState) or not isinstance(book, StackBook):
+        raise SnapshotError(f"a stack has a {type(book).__name__} and, of a layer, a {type(state).__name__}")
     ledger = book.ledger
     if ledger is None or len(ledger.whole) != len(state.whole):
         raise SnapshotError(f"{len(state.whole)} whole blocks are there, but others are listed")
@@ -107,20 +114,26 @@ def _check_state(state: StackState, book: StackBook, geometry: Geometry) -> None
         if len(kept.block) != piece.frames * geometry.tokens_per_frame:
             raise SnapshotError(f"a block of {piece.frames} frames has {len(kept.block)} tokens")
         _check_block(kept.block, geometry)
-    slots, stop = [piece.slot for piece in ledger.archive], 0
-    for piece in ledger.archive:
-        whole = piece.blocks > 0 and piece.frames > 0 and piece.frames % piece.blocks == 0
-        if not whole or piece.first_frame < stop or piece.stop > ledger.frames:
-            raise SnapshotError(f"its archive lists {piece}, which is no block of {ledger.frames} frames")
-        if not 0 <= piece.chosen <= piece.offered:
-            raise SnapshotError(f"a block was chosen {piece.chosen} times of {piece.offered}")
-        stop = piece.stop
+    _check_pieces(ledger.whole, ledger.frames)
+    _check_pieces(ledger.archive, ledger.frames)
+    slots = [piece.slot for piece in ledger.archive]
     if len(set(slots)) < len(slots):
         raise SnapshotError(f"its archive has two blocks in a slot, of {sorted(slots)}")
     if any(slot not in state.archive.marks for slot in slots):
         raise SnapshotError(f"blocks in the slots {sorted(set(slots) - set(state.archive.marks))} are missing")
     if state.archive.slots and tuple(state.archive.key_sums.shape[2:]) != (geometry.heads, geometry.head_dim):
         raise SnapshotError(f"sums of keys are {tuple(state.archive.key_sums.shape)}, but the model is {geometry}")
+
+
+def _check_pieces(pieces: Sequence[BlockEntry], frames: int) -> None:
+    stop = 0
+    for piece in pieces:
+        whole = piece.blocks > 0 and piece.frames > 0 and piece.frames % piece.blocks == 0
+        if not whole or piece.first_frame < stop or piece.stop > frames:
+            raise SnapshotError(f"it lists {piece}, which is no block of {frames} frames")
+        if not 0 <= piece.chosen <= piece.offered:
+            raise SnapshotError(f"a block was chosen {piece.chosen} times of {piece.offered}")
+        stop = piece.stop
 
 
 def _check_block(block: StoredBlock, geometry: Geometry) -> None:

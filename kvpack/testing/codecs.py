@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kvpack.errors import PolicyError
 from kvpack.memory.codec import Codec, stored_bytes
+from kvpack.testing.watching import watched
 
 _SHAPE = 2, 7, 3, 4  # blocks, tokens, heads, channels
 
@@ -20,7 +21,7 @@ def check_codec(codec: Codec) -> None:
     Raises:
         PolicyError: if the contract is broken; the message says how.
     """
-    name = type(codec).__name__
+    name, codec = type(codec).__name__, watched(codec)
     for dtype in (torch.float32, torch.bfloat16):
         block = torch.randn(_SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
         counted = _SHAPE[0] * stored_bytes(codec, *_SHAPE[1:], dtype)

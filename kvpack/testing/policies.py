@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpack.errors import InvalidOptionError, PolicyError
+from kvpack.errors import InvalidOptionError, KVPackError, PolicyError
 from kvpack.memory.base import Memory
 from kvpack.memory.blocks import LatentChunk
 from kvpack.memory.codec import Codec
@@ -18,6 +18,7 @@ from kvpack.memory.roles import Compressor, LatentCompressor, Partitioner, Reind
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 from kvpack.testing.codecs import check_codec
+from kvpack.testing.watching import watched
 
 TINY = Geometry(layers=2, heads=2, head_dim=12, grid=(4, 5), rope_split=(4, 4, 4))
 
@@ -83,8 +84,8 @@ def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
     """Test a policy of one's own against its role's contract; the whole test of a plugin can be this one line.
 
     Runs a dozen chunks of random keys through a stack with the policy in it, at sizes that are and that are not
-    multiples of the chunk, and checks that it is frozen data, deterministic, independent of the rest of
-    the batch, and gives back what its role announces.
+    multiples of the chunk, in float32 and bfloat16, and checks that it is frozen data, deterministic, independent of
+    the rest of the batch, writes into nothing that it is given, and gives back what its role announces.
 
     Args:
         policy: the policy, with its options set.
@@ -110,10 +111,12 @@ def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
         return
     if isinstance(policy, Codec):
         check_codec(policy)
+    policy = watched(policy)
     for sizes in ((8, 4), (3, 5)):
         stack = _stack_with(policy, sizes, chunk_frames)
         whole, again = _outputs(stack, policy, slice(0, 2)), _outputs(stack, policy, slice(0, 2))
         _check_outputs(name, whole, again, _outputs(stack, policy, slice(1, 2)))
+        _require_finite(name, _outputs(stack, policy, slice(0, 2), torch.bfloat16))
     if isinstance(policy, Compressor) and policy.merges:
         merging = replace(_stack_with(policy, (8, 4), chunk_frames), archive_blocks=2, eviction="merged")
         _check_outputs(name, *(_outputs(merging, policy, slice(*rows)) for rows in ((0, 2), (0, 2), (1, 2))))
@@ -177,11 +180,15 @@ def _require_kind(given: object, kind: type, check: str) -> None:
 
 def _check_outputs(name: str, whole: list[Tensor], again: list[Tensor], row: list[Tensor]) -> None:
     """Raise `PolicyError` if two runs differ, their second row alone gave something else, or they are not finite."""
+    _require_finite(name, whole)
     if not all(torch.equal(a, b) for a, b in zip(whole, again, strict=True)):
         raise PolicyError(f"{name} is not deterministic: the same run gave other bits")
     if not all(torch.allclose(a[1:], b, atol=1e-5) for a, b in zip(whole, row, strict=True)):
         raise PolicyError(f"{name} lets batch rows influence each other: a row alone gave another result")
-    if any(not bool(out.isfinite().all()) for out in whole):
+
+
+def _require_finite(name: str, outputs: list[Tensor]) -> None:
+    if any(not bool(out.isfinite().all()) for out in outputs):
         raise PolicyError(f"{name} made the output of attention infinite or NaN")
 
 
@@ -225,9 +232,16 @@ def _check_replay(memory: Memory, session: Session) -> None:
     run_session(session, 1, batch=2)
 
 
-def _outputs(stack: Stack, policy: Policy, rows: slice) -> list[Tensor]:
+def _outputs(stack: Stack, policy: Policy, rows: slice, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Return what a dozen chunks give; what Python or torch raise meanwhile is a `PolicyError`."""
     before = {f.name: getattr(policy, f.name) for f in fields(policy)}  # type: ignore[arg-type]
-    outputs = run_session(Session(stack, TINY), 12, batch=2, rows=rows)
+    try:
+        outputs = run_session(Session(stack, replace(TINY, dtype=dtype)), 12, batch=2, rows=rows)
+    except KVPackError:
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split())[:300]
+        raise PolicyError(f"{type(policy).__name__} fails in {dtype}: {type(error).__name__}: {what}") from error
     if before != {f.name: getattr(policy, f.name) for f in fields(policy)}:  # type: ignore[arg-type]
         raise PolicyError(f"{type(policy).__name__} changed its own fields")
     return outputs
@@ -241,7 +255,7 @@ def _stack_with(policy: Policy, sizes: tuple[int, int], chunk_frames: int) -> St
             "partitioner", "sink-mid-recent", {"sink_frames": sizes[0], "recent_frames": sizes[1]}
         ),
         "compressor": registry().policy("compressor", "pool"),
-        "selector": registry().policy("selector", "recency", {"topk": 3}),
+        "selector": registry().policy("selector", "topk", {"topk": 3}),  # rows choose differently
         "reindexer": registry().policy("reindexer", "contiguous"),
     }
     if not isinstance(policy, (Partitioner, Compressor, Selector, Reindexer, Codec)):

@@ -132,6 +132,57 @@ def test_a_size_that_is_no_number_is_refused(name, pipe, saved, folder):
         pipe.packforcing.resume(folder)
 
 
+def named(node, name):
+    """The value of a name in what a writer makes of a dict."""
+    return next(pair for pair in node["of"] if pair[0] == name)[1]
+
+
+def of_class(content, name):
+    """The nodes of a dataclass in a tree."""
+    nodes = (at(content, path) for path in places(content))
+    return [node for node in nodes if isinstance(node, dict) and str(node.get("class")).endswith(f".{name}")]
+
+
+def without_a_state(content):
+    of_class(content, "Past")[0]["fields"]["states"][0] = None
+
+
+def without_blocks(content):
+    of_class(content, "Ledger")[0]["fields"]["whole"][0]["fields"]["blocks"] = 0
+
+
+def with_an_unknown_argument(content):
+    named(content["state"]["run"], "call")["of"].append(["anything", 1])
+
+
+def with_fewer_features(content):
+    named(content["state"]["decoder"], "features")["of"].pop()
+
+
+def with_other_features(content):
+    named(content["state"]["decoder"], "features")["of"][0] = 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_a_state, "a stack has a StackBook and, of a layer, a NoneType"),
+        (without_blocks, r"it lists BlockEntry\(.*blocks=0.*\), which is no block of 10 frames"),
+        (with_an_unknown_argument, "its call has 'anything', which a WanPipeline does not take"),
+        (with_fewer_features, r"the VAE's decoder remembers \d+ tensors, but \d+ things are there"),
+        (with_other_features, r"the VAE's decoder remembers \d+ tensors"),
+    ],
+)
+def test_what_does_not_fit_the_generation_is_refused(change, message, pipe, saved, folder):
+    (path,) = saved.glob("snapshot-*")
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    change(content)
+    (folder / path.name).write_text(json.dumps({**content, "sha256": folders._digest(content)}))
+    with pytest.raises(SnapshotError, match=message):
+        pipe.packforcing.resume(folder)
+
+
 @MANY
 @given(data=st.data(), kind=st.sampled_from(["snapshot", "tensors", "blocks"]))
 def test_any_bytes(data, kind, pipe, saved, folder):
