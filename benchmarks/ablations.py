@@ -155,6 +155,8 @@ ABLATIONS: dict[str, tuple[Memory, ...]] = {
         _archive("oldest", 128),
         *(_archive(rule, blocks) for blocks in (16, 8) for rule in get_args(Eviction)),
     ),
+    # The same of videos that fill 128 blocks again and again; ten minutes.
+    "eviction-long": (_archive("oldest", 128), _archive("merged", 8)),
     # Too many keys, or positions that were never seen in training? Each of the two alone.
     "full": (
         Memory("full: all keys, true positions", "full"),
@@ -178,7 +180,7 @@ ABLATIONS: dict[str, tuple[Memory, ...]] = {
     ),
 }
 #: Variants that are compared with each other one of their ablation, video by video.
-COMPARED = {"eviction": ("merged, 16 blocks", "merged, 8 blocks")}
+COMPARED = {"eviction": ("merged, 16 blocks", "merged, 8 blocks"), "eviction-long": ("merged, 8 blocks",)}
 SMOKE = {"commit": ABLATIONS["commit"]}
 
 
