@@ -44,9 +44,9 @@ def _kept(tokens: int, selector: str, topk: int) -> dict[str, Any]:
     return {"compressor": compressor, "selector": selector, "topk": topk}
 
 
-def _archive(rule: str, blocks: int) -> Memory:
+def _archive(rule: str, blocks: int, length: str = "") -> Memory:
     options = {"keep_tokens": 8, "topk": 4, "archive_blocks": blocks, "eviction": rule}
-    return Memory(f"{rule}, {blocks} blocks", "packforcing", options)
+    return Memory(f"{length}{rule}, {blocks} blocks", "packforcing", options)
 
 
 ABLATIONS: dict[str, tuple[Memory, ...]] = {
@@ -156,7 +156,7 @@ ABLATIONS: dict[str, tuple[Memory, ...]] = {
         *(_archive(rule, blocks) for blocks in (16, 8) for rule in get_args(Eviction)),
     ),
     # The same of videos that fill 128 blocks again and again; ten minutes.
-    "eviction-long": (_archive("oldest", 128), _archive("merged", 8)),
+    "eviction-long": (_archive("oldest", 128, "long: "), _archive("merged", 8, "long: ")),
     # Too many keys, or positions that were never seen in training? Each of the two alone.
     "full": (
         Memory("full: all keys, true positions", "full"),
@@ -180,7 +180,7 @@ ABLATIONS: dict[str, tuple[Memory, ...]] = {
     ),
 }
 #: Variants that are compared with each other one of their ablation, video by video.
-COMPARED = {"eviction": ("merged, 16 blocks", "merged, 8 blocks"), "eviction-long": ("merged, 8 blocks",)}
+COMPARED = {"eviction": ("merged, 16 blocks", "merged, 8 blocks"), "eviction-long": ("long: merged, 8 blocks",)}
 SMOKE = {"commit": ABLATIONS["commit"]}
 
 

@@ -277,6 +277,10 @@ class Loudest(Compressor):
     tokens: int = 6
     name = "test-loudest"
 
+    @property
+    def places(self):
+        return "head" if self.by_head else "row"
+
     def span(self, first_frame, frames, grid):
         return Span(first_frame, frames, grid_coordinates(frames, grid)[: self.tokens])
 
