@@ -162,9 +162,8 @@ class WanRun(Run):
         pixel_frames = self.scale * (frames - 1) + 1
         shape = self.rows, pipeline.transformer.config.in_channels, *self.frame_size(), pixel_frames
         device, generator = pipeline._execution_device, self.call["generator"]
-        if (
-            part is not None and generator is None
-        ):  # the same noise each time, for as of stock latents alone make a video
+        # As of stock, latents alone make a video: what a last chunk needs besides is the same each time.
+        if part is not None and generator is None:
             generator = torch.Generator().manual_seed(0)
         noise = pipeline.prepare_latents(*shape, torch.float32, device, generator, None)
         noise = noise[0] if isinstance(noise, tuple) else noise  # some pipelines tell their lengths too
