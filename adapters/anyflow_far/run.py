@@ -39,7 +39,7 @@ class AnyFlowFARRun(WanRun):
             )
         self.partition = replace(own, partition=None) if partition is None else Chunks.of(partition, own.rest)
         given = arguments["video"]
-        if given is not None:  # upstream takes tensors of one shape only
+        if given is not None and arguments["video_latents"] is None:  # upstream takes tensors of one shape only
             size = arguments["height"], arguments["width"]
             arguments = {**arguments, "video": video_pixels(given, *size, self.pipeline.packforcing.fps)}
         call = super().checked(arguments)
