@@ -39,16 +39,19 @@ def rotations(
 
 
 def _angles(places: Float[Tensor, "rows tokens one_or_heads 3"], geometry: Geometry) -> Tensor:
-    axes, frequencies = _frequencies(geometry.rope_split, geometry.rope_theta, places.device)
-    return places.to(wide_dtype(places.device)).index_select(-1, axes) * frequencies
+    wide = places.to(wide_dtype(places.device))
+    # Each axis as often as it has pairs, so that all angles are one product.
+    pairs = [
+        wide[..., axis, None].expand(*wide.shape[:-1], width // 2) for axis, width in enumerate(geometry.rope_split)
+    ]
+    return torch.cat(pairs, dim=-1) * _frequencies(geometry.rope_split, geometry.rope_theta, places.device)
 
 
 @lru_cache(maxsize=16)
-def _frequencies(split: tuple[int, ...], theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the axis of (t, y, x) along which each channel pair turns, and radians that a step turns it."""
+def _frequencies(split: tuple[int, ...], theta: float, device: torch.device) -> Float[Tensor, " half_head_dim"]:
+    """Return radians that a step along its axis, one of (t, y, x), turns each channel pair."""
     ranges = [torch.arange(0, width, 2, device=device, dtype=wide_dtype(device)) / width for width in split]
-    axes = [axis for axis, width in enumerate(split) for _ in range(0, width, 2)]
-    return torch.tensor(axes, device=device), torch.cat([theta**-exponents for exponents in ranges])
+    return torch.cat([theta**-exponents for exponents in ranges])
 
 
 def rotate(
