@@ -137,7 +137,7 @@ def attached(
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         require_thread(layers.thread)
         handed = layers_for(args, kwargs)
-        if not any(getattr(each, "differentiable", False) for each in handed):  # a backward pass is yet to read them
+        if not (handed and getattr(handed[0], "differentiable", False)):  # a backward pass is yet to read them
             begin_forward(in_parts)
         layers.hand_out(handed)
 
