@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md, counted by the planner: `python -m benchmarks.scaling` prints them.
+"""The tables of docs/scaling.md, counted by the planner: `python -m benchmarks.scaling` writes them into the page.
 
 No time is measured here: operations and bytes are exact, and seconds are operations over a rate that is assumed; of one
 video over several cards they are simulated (`benchmarks.simulation`).
@@ -6,8 +6,10 @@ video over several cards they are simulated (`benchmarks.simulation`).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -272,6 +274,20 @@ TABLES = {
     "cards": cards_table,
 }
 
-if __name__ == "__main__":
+#: Where they are read.
+PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+
+
+def filled(text: str) -> str:
+    """Return a page's text with its tables counted anew, each known by its head."""
     for name, make in TABLES.items():
-        print(f"{name}\n\n{make()}\n")
+        counted = make()
+        head = re.escape(counted.split("\n", 1)[0])
+        text, found = re.subn(rf"^{head}\n(\|.*\n)+", lambda _, new=counted: f"{new}\n", text, flags=re.MULTILINE)
+        if found != 1:
+            raise ValueError(f"the page has {found} tables with the head of {name!r}, it needs one: {head}")
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text()))
