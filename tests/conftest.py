@@ -9,7 +9,6 @@ import sys
 from functools import partial
 from pathlib import Path
 from typing import get_args
-from unittest.mock import patch
 
 import jaxtyping
 import pytest
@@ -35,17 +34,22 @@ def _shaped(hint):
 
 
 def _checked(thing, *, typechecker):
-    """Check shapes where signatures name some, else types alone: names of dimensions cost ten times as much."""
+    """Check shapes where signatures name some, else types alone: names of dimensions cost ten times as much.
+
+    What is inside another function is made in each of its calls, and its check would be: there only shapes are checked.
+    """
     if isinstance(thing, type | classmethod | staticmethod | property):
         return jaxtyped(thing, typechecker=typechecker)
     shaped = any(map(_shaped, thing.__annotations__.values()))
+    if "<locals>" in thing.__qualname__ and not shaped:
+        return thing
     return jaxtyped(thing, typechecker=typechecker) if shaped else beartype(thing)
 
 
-with (
-    patch.object(jaxtyping, "jaxtyped", lambda *, typechecker: partial(_checked, typechecker=typechecker)),
-    install_import_hook("kvpack", "beartype.beartype"),
-):
+# For good: functions inside others are made, and checked so, when those are called.
+jaxtyping.jaxtyped = lambda *, typechecker: partial(_checked, typechecker=typechecker)
+
+with install_import_hook("kvpack", "beartype.beartype"):
     import kvpack.adapters
     import kvpack.policies  # noqa: F401
     from kvpack.testing import tiny_wan_pipeline

@@ -13,6 +13,7 @@ pipe = blocks.init_pipeline(repository)
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,6 +105,7 @@ class _ModularRun:
         config = {"scale_factor_spatial": components.vae_scale_factor_spatial}
         configs = {"transformer": components.transformer.config, "vae": config}
         geometry = adapter.geometry(configs, height, width, components.transformer.dtype)
+        geometry = replace(geometry, frames=block.latents.shape[2])
         #: Names of the guider's predictions at each step, in the order in which it asks for them.
         self.branches = [self._branches(i, t) for i, t in enumerate(block.timesteps)]
         names = {name for step_names in self.branches for name in step_names}

@@ -121,7 +121,7 @@ class Run(ABC):
     def new_geometry(self, height: int, width: int) -> Geometry:
         """Return the geometry of a video of `height` x `width` pixels."""
         adapter, dtype = self.adapter, self.pipeline.transformer.dtype
-        return adapter.geometry(adapter.configs(self.pipeline), height, width, dtype)
+        return replace(adapter.geometry(adapter.configs(self.pipeline), height, width, dtype), frames=self.total_frames)
 
     def decoder(self, height: int, width: int) -> Callable[[Tensor], Tensor] | None:
         """Return what decodes a video's next latents, bit-equal to decoding all at once; None if nothing can."""

@@ -123,21 +123,23 @@ class Archive:
             self._written = None
 
     def reserve(
-        self, slot: int, like: Float[Tensor, "rows tokens heads head_dim"], coordinates: Tensor | None = None
+        self,
+        slots: int,
+        like: Float[Tensor, "rows tokens heads head_dim"],
+        coordinates: Tensor | None = None,
     ) -> None:
-        """Make room for a block in a slot; what the archive holds stays as it is.
+        """Make room for so many blocks; what the archive holds stays as it is.
 
         Whatever may fail for want of memory is done here, before a commit begins to write.
 
         Args:
-            slot: index of the slot.
-            like: the block's keys.
+            slots: how many there must be at least.
+            like: keys of a block.
             coordinates: its places, if they depend on the data.
         """
         if self._shared:
             self._own()
         rows, _, heads, head_dim = like.shape
-        slots = grown_slots(self.slots, slot)
         held = 0 if self.coordinates is None else self.coordinates.shape[1]
         if coordinates is not None and held < slots:
             shape = (coordinates.shape[0], slots - held, self.slot_tokens, *coordinates.shape[2:])
@@ -277,14 +279,3 @@ def _flat(chosen: Int[Tensor, "rows chosen"], slots: int) -> Int[Tensor, " all"]
     if chosen.shape[0] == 1:
         return chosen[0]
     return (chosen + slots * torch.arange(chosen.shape[0], device=chosen.device)[:, None]).flatten()
-
-
-def grown_slots(slots: int, slot: int) -> int:
-    """Return how many slots an archive of `slots` has once a block is in `slot`.
-
-    Spare slots are bytes that nobody asked for, but to grow copies the archive.
-
-    >>> grown_slots(0, 0), grown_slots(4, 3), grown_slots(320, 320)
-    (1, 4, 330)
-    """
-    return slots if slot < slots else max(slot + 1, slots + slots // 32)

@@ -1,4 +1,4 @@
-"""What becomes of an archive that is full: which block leaves it, or which two become one."""
+"""How an archive grows, and what becomes of one that is full: which block leaves it, or which two become one."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -65,3 +65,25 @@ def merging(blocks: Sequence["BlockEntry"], history: int) -> int | None:
         key=lambda i: (blocks[i + 1].stop - blocks[i].first_frame) / (history - blocks[i].first_frame),
         default=None,
     )
+
+
+def grown_slots(slots: int, slot: int, most: int | None) -> int:
+    """Return how many slots an archive of `slots` gets for a block in `slot`, while nobody knows how many will come.
+
+    To grow copies all of it, and a device's allocator keeps what was left, too small for the next size: one slot at a
+    time, that is many times the archive. So it grows by half, but at most by 32 slots, or a thirtieth.
+
+    Args:
+        slots: what it has.
+        slot: index of the block's.
+        most: slots of a full archive; None if it is never full.
+
+    >>> grown_slots(0, 0, None), grown_slots(4, 3, None), grown_slots(4, 4, None), grown_slots(94, 94, None)
+    (1, 4, 6, 126)
+    >>> grown_slots(94, 94, 101)
+    101
+    """
+    if slot < slots:
+        return slots
+    larger = slots + max(min(slots // 2, 32), slots // 32)
+    return max(slot + 1, larger if most is None else min(larger, most))

@@ -11,7 +11,7 @@ from typing import Literal
 
 from kvpack.errors import InvalidOptionError, PolicyError
 from kvpack.memory.attribution import policy_call
-from kvpack.memory.eviction import Eviction, evicted, merging
+from kvpack.memory.eviction import Eviction, evicted, grown_slots, merging
 from kvpack.memory.roles import Part, Partitioner, Segment
 
 
@@ -171,6 +171,21 @@ class Ledger:
         )
         ledger._check_whole()
         return Step(ledger, kept, tuple(leaving), tuple(group for group in mid if len(group) > 1))
+
+    def slots(self, held: int, slot: int, frames: int | None) -> int:
+        """Return how many slots an archive of `held` gets for a block in `slot`.
+
+        Args:
+            held: slots it has.
+            slot: index of the block's.
+            frames: latent frames of the whole video, for which it then grows once; None if nobody knows.
+        """
+        if slot < held or frames is None:
+            return grown_slots(held, slot, self.archive_blocks)
+        history = -(-frames // self.chunk_frames) * self.chunk_frames
+        mid = [len(segment.frames) for segment in self._partition(history) if segment.part == "mid"]
+        blocks = sum(-(-length // self.chunk_frames) for length in mid)
+        return max(slot + 1, blocks if self.archive_blocks is None else min(blocks, self.archive_blocks))
 
     def counted(self, offered: int, chosen: Mapping[int, int]) -> "Ledger":
         """Return the same history with a chunk's choices in it.

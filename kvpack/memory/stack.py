@@ -284,7 +284,8 @@ class Stack(Memory):
 
     def _encoded(self, block: KVBlock, slot: int, archive: Archive, chunk: Chunk) -> Encoded:
         """Return a block as its slot will hold it, for which there is room then."""
-        archive.reserve(slot, block.keys, block.own_places)
-        assert chunk.plan is not None
+        assert isinstance(chunk.plan, StackPlan)
+        slots = chunk.plan.ledger.slots(archive.slots, slot, chunk.geometry.frames)
+        archive.reserve(slots, block.keys, block.own_places)
         with policy_call(self.store, "encode", chunk.plan.book.seconds, chunk.layer):
             return archive.encoded(block.keys, block.values, block.own_places)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import ROUND_CEILING, Context
 from itertools import pairwise, takewhile
 from typing import Any
@@ -181,6 +181,7 @@ class Budget:
                 return asked
             return with_chunk_frames(self.named.made(**changes), asked.chunk_frames, "chunk_frames")
 
+        geometry = replace(geometry, frames=chunks and chunks * asked.chunk_frames)
         known: dict[frozenset[tuple[str, Any]], float] = {}
 
         def held(taken: list[Taken]) -> float:

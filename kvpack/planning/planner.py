@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kvpack.errors import InvalidOptionError, require_int
@@ -113,7 +113,7 @@ def plan(
         require_int(name, value, minimum=1)
     chunks = -(-frames // stack.chunk_frames)
     chunk_tokens = stack.chunk_frames * geometry.tokens_per_frame
-    held = resident(geometry, stack, chunks, batch, channels_of(latents))
+    held = resident(replace(geometry, frames=frames), stack, chunks, batch, channels_of(latents))
     history = math.ceil(held.history)
     archive, archived = list[int](), 0
     compressor_parameters: dict[str, int] = {}

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from kvpack.memory.archive import grown_slots
 from kvpack.memory.base import Memory
 from kvpack.memory.codec import stored_bytes
 from kvpack.memory.divided import Divided, narrowed
@@ -188,7 +187,7 @@ def _counted(geometry: Geometry, stack: Stack, batch: int, first_frames: int | N
             # Rows differ: each is gathered in a workspace of its own, and what is new lies in no arena.
             joined, apart = max(joined, needed), apart | new
         for _, slot in plan.step.leaving:
-            slots = grown_slots(slots, slot)
+            slots = before.slots(slots, slot, geometry.frames)
         if stack.latent_compressor is not None:
             due |= {piece.first_frame for piece in plan.new_pieces if before.is_ever_compressed(piece)}
         ledger, coming = plan.step.ledger, stack.chunk_frames

@@ -110,15 +110,14 @@ class TreeReader:
         return self._once("generator", state, make)
 
     def _archive(self, node: dict[str, Any]) -> Archive:
-        codec, tier, slots = self.value(node["codec"]), node["tier"], _count(node["slots"])
+        codec, tier = self.value(node["codec"]), node["tier"]
         if not isinstance(codec, Codec) or tier not in get_args(Tier):
             raise SnapshotError(f"an archive is in the form {codec!r}, on the tier {str(tier)[:40]!r}")
         archive = Archive(_count(node["slot_tokens"]), codec, self._tier or tier)
+        slots = 1 + max((_count(slot) for slot, _ in node["held"]), default=-1)
+        if slots > 2 * len(node["held"]) + 2:
+            raise SnapshotError(f"an archive of {slots} slots has {len(node['held'])} blocks")
         for slot, (keys, values, sums, places) in node["held"]:
-            if _count(slot) >= slots or slots > 2 * len(node["held"]) + 2:
-                raise SnapshotError(
-                    f"an archive of {slots} slots has {len(node['held'])} blocks, one of them in {slot}"
-                )
             own = None if places is None else self._tensor(places)
             if own is not None and own.ndim == 4:
                 own = self._own(own, 2)

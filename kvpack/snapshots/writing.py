@@ -134,7 +134,6 @@ class TreeWriter:
         return {
             KIND: "archive",
             "slot_tokens": archive.slot_tokens,
-            "slots": archive.slots,
             "codec": self.node(archive.codec, "archive"),
             "tier": archive.tier,
             "dtype": str(archive.dtype).removeprefix("torch."),

@@ -31,7 +31,7 @@ def test_its_formula_is_that_of_the_plan():
     assert planned.flops_per_chunk == 5 * forward
     assert planned.attended_tokens == k
     assert case.geometry().kv_bytes_per_token == 4 * layers * w
-    # Attended tokens, archived blocks, one to write into, with sums of keys and places, and one layer's keys for all.
-    blocks = 128 + 1
+    # Attended tokens, archived blocks, with sums of keys and places, and one layer's keys for all.
+    blocks = 128
     layer = 2 * 2 * w * (k + blocks * 182) + blocks * (4 * w + 182 * 12)
     assert planned.resident_kv_bytes == layers * layer + 2 * w * k

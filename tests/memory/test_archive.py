@@ -1,6 +1,6 @@
 """The archive of a layer: a commit writes it whole or not at all, and its places are of one kind."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from kvpack.memory import archive as archive_module
 from kvpack.memory.archive import Archive
 from kvpack.memory.blocks import KVBlock, Span
 from kvpack.memory.codec import room
+from kvpack.planning.resident import resident
 from kvpack.plugins.registry import registry
 from kvpack.policies.pool import PoolCompressor
 from kvpack.testing import TINY, run_session
@@ -132,8 +133,8 @@ def test_room_on_another_tier_is_for_the_model_s_device(monkeypatch):
 
     monkeypatch.setattr(archive_module, "room", noted)
     archive, like = Archive(4, tier="host"), torch.empty(1, 4, 2, 6, device="meta")
-    archive.reserve(0, like)
-    archive.fork().reserve(0, like)
+    archive.reserve(1, like)
+    archive.fork().reserve(1, like)
     assert archive.keys[0].device.type == "cpu"
     assert devices == ["meta"] * 4
 
@@ -158,6 +159,27 @@ def test_keys_of_several_blocks_are_those_of_each(store, monkeypatch):
     assert decoded[:2] == [len(alone), 1]  # in order all at once, backwards one by one
 
 
+@pytest.mark.parametrize(
+    ("frames", "bound", "slots"),
+    [
+        (48, 128, [9] * 9),  # all that the last chunk leaves, for good
+        (48, 5, [5] * 9),
+        (None, 128, [1, 2, 3, 4, 6, 6, 9, 9, 9]),
+        (None, 5, [1, 2, 3, 4, 5, 5, 5, 5, 5]),
+        (24, 128, [3, 3, 3, 4, 5, 6, 7, 8, 9]),  # longer than was said
+    ],
+)
+def test_an_archive_grows_once_for_a_video_of_known_length(frames, bound, slots, monkeypatch):
+    stack = registry().stack("packforcing", {"topk": 2, "sink_frames": 8, "archive_blocks": bound})
+    session, made = Session(stack, replace(TINY, frames=frames)), []
+    monkeypatch.setattr(archive_module, "room", lambda *given: made.append(given) or room(*given))
+    run_session(session, 3)
+    seen = [run_session(session, 1, seed=seed) and archives(session)[-1].slots for seed in range(9)]
+    assert seen == slots
+    assert len(made) == len(set(slots)) * 2 * TINY.layers
+    assert resident(session.geometry, stack, 12, 1).bytes(TINY.layers) == session.stats()["resident_bytes"]
+
+
 def no_memory_for_the_second(room, after):
     calls = []
 
@@ -176,7 +198,7 @@ def test_keys_to_come_are_the_same_once_there_is_more_room(store, monkeypatch):
     archive, slots = Archive(4, registry().policy("codec", store)), torch.tensor([[0, 2, 1], [2, 3, 0]])
     for slot in range(4):
         block = torch.randn(2, 2, 4, 2, 12, generator=torch.Generator().manual_seed(slot))
-        archive.reserve(slot, block[0])
+        archive.reserve(slot + 1, block[0])
         archive.write(slot, archive.encoded(*block))
     monkeypatch.setattr(archive_module, "AT_ONCE", 2)
     keys, _, later = archive.gather(slice(0, 2), slots, 3)
@@ -187,9 +209,9 @@ def test_keys_to_come_are_the_same_once_there_is_more_room(store, monkeypatch):
     with monkeypatch.context() as patch:  # or for a part of it
         patch.setattr(archive_module, "room", no_memory_for_the_second(archive_module.room, len(archive.keys)))
         with pytest.raises(torch.OutOfMemoryError):
-            archive.reserve(7, block[0])
+            archive.reserve(8, block[0])
     assert archive.keys[0].shape[1] > archive.slots == 4
     assert torch.equal(torch.cat(list(later()), dim=1), wanted)
-    archive.reserve(7, block[0])
+    archive.reserve(8, block[0])
     assert archive.slots == 8
     assert torch.equal(torch.cat(list(later()), dim=1), wanted)

@@ -88,7 +88,7 @@ def test_an_archive_gives_the_same_bits_through_the_kernel(store, rows, kernel, 
     archive, draw = Archive(5, registry().policy("codec", store), "host"), torch.Generator().manual_seed(0)
     for slot in range(4):
         block = torch.randn(2, 2, 5, 2, 12, generator=draw)
-        archive.reserve(slot, block[0])
+        archive.reserve(slot + 1, block[0])
         archive.write(slot, archive.encoded(*block))
     slots = torch.tensor([[0, 2, 1], [2, 3, 0]])[rows]
     keys, values, _ = archive.gather(rows, slots, 4)

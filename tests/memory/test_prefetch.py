@@ -182,7 +182,7 @@ def test_where_memory_is_short_it_is_left_to_the_model(log, monkeypatch):
 @pytest.mark.parametrize("rows", [1, 2])
 def test_only_what_lies_in_one_piece_is_written_without_a_wait(rows, log, monkeypatch):
     archive, block, waits = Archive(2, tier="host"), torch.randn(2, rows, 2, 1, 4), []
-    archive.reserve(1, block[0])
+    archive.reserve(2, block[0])
     monkeypatch.setattr(archive_module, "overlaps", lambda tier, device: tier == "host")
     copy = torch.Tensor.copy_
 

@@ -104,6 +104,7 @@ def test_planned_bytes_are_the_measured_bytes(pipe: Any, name: str, frames: int)
     assert planned.attended_kv_bytes == measured["attended_bytes"]
     assert planned.archive_kv_bytes == measured["archive_bytes"]
     assert planned.archive_blocks == measured["archive_blocks"]
+    assert planned.resident_kv_bytes == measured["resident_bytes"]
     assert planned.attended_tokens == measured["attended_tokens"] + planned.chunk_tokens
     assert planned.chunks == measured["chunks"]
 
