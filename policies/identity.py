@@ -8,7 +8,7 @@ from kvpack.memory.roles import Compressor
 
 @dataclass(frozen=True)
 class IdentityCompressor(Compressor):
-    """Keeps every token; the ceiling of any compressor.
+    """Keeps every token.
 
     >>> IdentityCompressor().span(4, 2, (4, 4)).tokens
     32

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -10,6 +11,9 @@ from kvpack.errors import InvalidOptionError, UnusedOptionError
 from kvpack.memory.base import Memory
 from kvpack.memory.stack import ROLES, Stack
 from kvpack.plugins.registry import registry, require_instance
+
+#: Options that say what a model was trained with, whatever its memory is.
+_OF_THE_MODEL = {"chunk_frames", "train_frames"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,15 @@ class NamedStack:
 
     def made(self, **changes: Any) -> Memory:
         """Return the memory, with some options changed; raises what `Registry.stack` does."""
-        return registry().stack(self.name, {**self.options, **changes}, self.offered)
+        options = {**self.options, **changes}
+        try:
+            return registry().stack(self.name, options, self.offered)
+        except InvalidOptionError as error:
+            with suppress(InvalidOptionError):
+                registry().stack(self.name, options)  # what is wrong is then what the model offers
+                told = ", ".join(f"{name}={value}" for name, value in self.offered.items() if name not in options)
+                error.add_note(f"{told} is what the model was made for, unless you say otherwise")
+            raise
 
     def default(self, option: str) -> Any:
         """Return what an option is where nobody gives it; None if the stack does not take it."""
@@ -45,10 +57,11 @@ def named_stack(
     defaults: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> NamedStack | None:
     """Return the named stack that is meant; None for a memory that is given whole. Arguments as of `resolve_stack`."""
+    settings, asked = settings or Settings(), frozenset(options)
     file: Mapping[str, Any] = {}
-    asked = frozenset(options)
-    if stack is None:
-        settings = settings or Settings()
+    if isinstance(stack, str):
+        file = registry().taken(stack, {name: settings.options[name] for name in _OF_THE_MODEL & {*settings.options}})
+    elif stack is None:
         stack, file = settings.stack, settings.options
         if not options:
             options, file = file, {}  # the file's options must have an effect, unless the user's say otherwise
@@ -69,7 +82,7 @@ def resolve_stack(
     Args:
         stack: the name, dict or `Stack`; None takes the settings'.
         options: options of the named stack.
-        settings: the model's own.
+        settings: the model's own; with another stack than theirs, the lengths hold that the model was trained with.
         defaults: what a family knows to be better for it than the own defaults of a stack by name.
 
     Raises:

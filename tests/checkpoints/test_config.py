@@ -100,9 +100,19 @@ def test_how_the_models_own_archive_is_kept_holds_beside_other_options(folder):
         enabled(archive_blocks=None, eviction="spread")
 
 
-def test_another_stack_is_taken_as_it_is(pipe):
+def test_another_stack_has_the_lengths_that_the_model_was_trained_with(pipe, folder):
     pipe.enable_packforcing("packforcing", topk=3)
-    assert (pipe.packforcing.stack.name, pipe.packforcing.stack.chunk_frames) == ("packforcing", 4)
+    assert (pipe.packforcing.stack.name, pipe.packforcing.stack.chunk_frames) == ("packforcing", 3)
+    assert pipe.packforcing.stack.selector.topk == 3
+    assert pipe.enable_packforcing("full", chunk_frames=5).packforcing.stack.chunk_frames == 5  # the user's own first
+    change(folder, stack={"name": "full", "options": {"chunk_frames": 7}})
+    pipe = WanPipeline.from_pretrained(folder)
+    with pytest.raises(InvalidOptionError, match="window_frames must be at least") as caught:
+        pipe.enable_packforcing("infinite-forcing")
+    assert caught.value.__notes__ == ["chunk_frames=7 is what the model was made for, unless you say otherwise"]
+    with pytest.raises(InvalidOptionError, match="window_frames") as caught:
+        pipe.enable_packforcing("infinite-forcing", window_frames=-1)
+    assert not hasattr(caught.value, "__notes__")
 
 
 def test_without_a_file_it_is_packforcing(folder):
