@@ -11,11 +11,7 @@ from kvpack.memory.shard import Shard
 
 
 def shard_of(transformer: Any) -> Shard | None:
-    """Return this process's part of a transformer on which `enable_parallelism` was called; None if it was not.
-
-    Args:
-        transformer: the model, as it is or compiled.
-    """
+    """Return this process's part of a transformer on which `enable_parallelism` was called; None if it was not."""
     config = getattr(compiled_from(transformer), "_parallel_config", None)
     context = getattr(config, "context_parallel_config", None)
     if context is None:

@@ -8,39 +8,30 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kvpack.errors import require_int
-from kvpack.memory.roles import Candidates, Query, Selector
+from kvpack.memory.roles import Candidates, Query
 from kvpack.memory.sending import sent
+from kvpack.policies.topk import TopK
 
 
 @dataclass(frozen=True)
-class RandomSelector(Selector):
+class RandomSelector(TopK):
     """Draws `topk` blocks anew for each chunk and layer, the same ones for every batch row and guidance branch.
 
     The draw is a function of seed, chunk, layer and the number of candidates; no global generator is read or moved.
 
     Args:
-        topk: blocks chosen.
         seed: of the draws.
 
     Raises:
         InvalidOptionError: if `topk` or `seed` is negative.
-
-    >>> RandomSelector(topk=2).limit(5)
-    2
     """
 
-    topk: int = 16
     seed: int = 0
     name = "random"
-    by_head = True
 
     def __post_init__(self) -> None:
-        require_int("topk", self.topk)
+        super().__post_init__()
         require_int("seed", self.seed)
-
-    def limit(self, candidates: int) -> int:
-        """Return at most `topk`."""
-        return min(self.topk, candidates)
 
     def select(self, query: Query, candidates: Candidates) -> Int[Tensor, "batch chosen"]:
         """Draw distinct indices, each set as likely as any other."""

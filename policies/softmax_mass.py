@@ -29,15 +29,10 @@ class SoftmaxMassSelector(QueryTopK):
     attention, so that the score isn't divided by their number. Ties go to the later block.
 
     Args:
-        topk: blocks chosen.
-        after_rope: score keys and queries at their positions in the video.
         max_queries: most queries that are scored, spread evenly over the chunk.
 
     Raises:
         InvalidOptionError: if `topk` is negative, or `max_queries` less than 1.
-
-    >>> SoftmaxMassSelector(topk=2).limit(5)
-    2
     """
 
     max_queries: int = 256

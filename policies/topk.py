@@ -11,7 +11,29 @@ from kvpack.memory.roles import Candidates, Query, Selector
 
 
 @dataclass(frozen=True)
-class QueryTopK(Selector):
+class TopK(Selector):
+    """Chooses so many blocks at most; a subclass says which.
+
+    Args:
+        topk: blocks chosen.
+
+    >>> QueryTopK(topk=2).limit(5)
+    2
+    """
+
+    topk: int = 16
+    by_head = True
+
+    def __post_init__(self) -> None:
+        require_int("topk", self.topk)
+
+    def limit(self, candidates: int) -> int:
+        """Return at most `topk`."""
+        return min(self.topk, candidates)
+
+
+@dataclass(frozen=True)
+class QueryTopK(TopK):
     """Chooses the `topk` blocks whose keys agree most with the chunk's queries, for each layer and batch row.
 
     The paper sums q . k over a subsample of queries and half of the heads. The score is bilinear, so summing each side
@@ -19,29 +41,19 @@ class QueryTopK(Selector):
     count; q and k are taken before RoPE, which would favour near blocks. Ties go to the later block.
 
     Args:
-        topk: blocks chosen.
         after_rope: score keys and queries at their positions in the video, as where keys are stored rotated; reads
             every archived key once a chunk and layer.
 
     Raises:
         InvalidOptionError: if `topk` is negative or `after_rope` is not a bool.
-
-    >>> QueryTopK(topk=2).limit(5)
-    2
     """
 
-    topk: int = 16
     after_rope: bool = field(default=False, kw_only=True)
     name = "topk"
-    by_head = True
 
     def __post_init__(self) -> None:
-        require_int("topk", self.topk)
+        super().__post_init__()
         require_bool("after_rope", self.after_rope)
-
-    def limit(self, candidates: int) -> int:
-        """Return at most `topk`."""
-        return min(self.topk, candidates)
 
     def scores(self, query: Query, candidates: Candidates) -> Float[Tensor, "batch blocks"]:
         """Average q . k / sqrt(head_dim) over queries, keys and heads, as many heads as there are."""

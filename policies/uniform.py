@@ -6,35 +6,20 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kvpack.errors import require_int
-from kvpack.memory.roles import Candidates, Query, Selector
+from kvpack.memory.roles import Candidates, Query
 from kvpack.memory.sending import sent
+from kvpack.policies.topk import TopK
 
 
 @dataclass(frozen=True)
-class UniformSelector(Selector):
+class UniformSelector(TopK):
     """Chooses `topk` blocks at equal distances, from the first archived one to the last; a single one is the middle.
-
-    Args:
-        topk: blocks chosen.
 
     Raises:
         InvalidOptionError: if `topk` is negative.
-
-    >>> UniformSelector(topk=2).limit(5)
-    2
     """
 
-    topk: int = 16
     name = "uniform"
-    by_head = True
-
-    def __post_init__(self) -> None:
-        require_int("topk", self.topk)
-
-    def limit(self, candidates: int) -> int:
-        """Return at most `topk`."""
-        return min(self.topk, candidates)
 
     def select(self, query: Query, candidates: Candidates) -> Int[Tensor, "batch chosen"]:
         """Return evenly spread indices, halves rounded up; the same for every batch row."""

@@ -34,11 +34,7 @@ class PackedAnyFlowAttnProcessor(attention.PackedAttnProcessor):
 
 @dataclass(frozen=True)
 class Padded:
-    """A layer that attends keys and values of zeros too, as many as upstream's padding has.
-
-    Args:
-        layer: memory of the layer.
-    """
+    """A layer that attends keys and values of zeros too, as many as upstream's padding has."""
 
     layer: AttendingLayer
 

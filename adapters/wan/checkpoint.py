@@ -21,10 +21,6 @@ def diffusers_names(weights: Mapping[str, Any]) -> dict[str, Any]:
 def transformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> WanTransformer3DModel:
     """Return a transformer around the weights, which are not copied.
 
-    Args:
-        weights: by diffusers name.
-        config: of the transformer.
-
     Raises:
         InvalidOptionError: if names or shapes are not those of this transformer.
     """

@@ -90,14 +90,7 @@ class KVPackDenoiseStep(WanDenoiseStep):
 
 
 class _ModularRun:
-    """One generation of a modular pipeline.
-
-    Args:
-        step: the block.
-        adapter: of the family.
-        components: the modular pipeline.
-        block: what the block knows of the call.
-    """
+    """One generation of a modular pipeline."""
 
     def __init__(self, step: KVPackDenoiseStep, adapter: WanAdapter, components: Any, block: Any) -> None:
         self.step, self.adapter, self.components, self.block = step, adapter, components, block

@@ -15,12 +15,7 @@ from kvpack.errors import InvalidOptionError, KVPackError, first_line
 
 
 class Actor:
-    """What runs in a worker's process.
-
-    Args:
-        settings: of all videos, as plain data.
-        folder: of the batch.
-    """
+    """What runs in a worker's process."""
 
     def __init__(self, settings: dict[str, Any], folder: str) -> None:
         self.settings, self.folder = Settings(**settings), BatchFolder(Path(folder))

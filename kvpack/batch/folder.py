@@ -17,11 +17,7 @@ _ASKED, _MANIFEST = "batch.json", "manifest.jsonl"
 
 
 class BatchFolder:
-    """A folder whose videos are made in one call or several.
-
-    Args:
-        path: the folder.
-    """
+    """A folder whose videos are made in one call or several."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()

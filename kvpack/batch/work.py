@@ -18,10 +18,6 @@ from kvpack.pipeline.track import load_pipeline, started
 class Work:
     """A pipeline and the folder that its videos go into.
 
-    Args:
-        settings: of all videos.
-        folder: of the batch.
-
     Raises:
         InvalidOptionError: if the model does not load, or takes not this memory.
     """

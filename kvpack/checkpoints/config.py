@@ -106,10 +106,6 @@ class Settings:
 def frame_rate(pipeline_class: str, configs: Mapping[str, Mapping[str, Any]]) -> float:
     """Return the pixel frames a second that a stock model was trained with: 24 or 16.
 
-    Args:
-        pipeline_class: name of its diffusers class.
-        configs: of its parts, the transformer's among them.
-
     >>> frame_rate("SkyReelsV2DiffusionForcingPipeline", {}), frame_rate("WanPipeline", {})
     (24.0, 16.0)
     """

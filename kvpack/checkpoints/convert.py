@@ -80,11 +80,6 @@ class Converted:
 def convert(asked: Conversion, rename: Callable[..., dict[str, Any]], build: Callable[..., Any]) -> Converted:
     """Convert a checkpoint into a diffusers folder; on an error the output stays as it was.
 
-    Args:
-        asked: what is converted.
-        rename: gives weights by name their diffusers names.
-        build: makes a diffusers model of renamed weights and a config.
-
     Raises:
         InvalidOptionError: if the checkpoint, the LoRA or the base is not what it must be, or the output is in the way.
         UnsupportedPipelineError: if the base has two transformers.

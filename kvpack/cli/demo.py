@@ -62,10 +62,6 @@ def run(demo: Demo, on_chunk: Callable[[Track], None]) -> dict[str, Any]:
 
     Several stacks take turns, chunk by chunk, so that the video is written while it is generated, in constant memory.
 
-    Args:
-        demo: what to generate.
-        on_chunk: called after every chunk.
-
     Raises:
         KVPackError: if something cannot work or cannot be written; most of it before anything is generated.
     """

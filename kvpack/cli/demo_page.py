@@ -13,6 +13,7 @@ import numpy as np
 from kvpack.cli.demo_draw import FAINT, RIGHT, WRONG, Curve, Sheet
 from kvpack.cli.demo_seeds import Ends
 from kvpack.cli.demo_seen import Seen
+from kvpack.cli.support import page_file
 from kvpack.media.video import Frames
 
 WIDTH, LABEL, TILE, GAP = 1400, 250, 128, 8
@@ -203,30 +204,4 @@ def _row(name: str, seen: Seen, story: Story) -> str:
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>kvpack demo</title>
-<style>
-body {{ font-family: sans-serif; margin: 1rem auto; max-width: 88rem; padding: 0 1rem; line-height: 1.4; }}
-video, img {{ max-width: 100%; }}
-video {{ image-rendering: pixelated; }}
-.wide {{ overflow-x: auto; }}
-td, th {{ text-align: left; padding: 0.3rem 1.2rem 0.3rem 0; vertical-align: top; border-bottom: 1px solid #ddd; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>{about}</p>
-<p><video src="{video}" controls muted loop></video></p>
-<div class="wide"><table>
-<tr><th>memory</th><th>held, early and at the end</th><th>processor time of a chunk</th><th>a wall lit again</th></tr>
-{rows}
-</table></div>
-<p><img src="data:image/png;base64,{source}"
-alt="frames, walls, memory and time of each memory, as in the table; below the last frames of several seeds"></p>
-</body>
-</html>
-"""
+_PAGE = page_file("demo.html")

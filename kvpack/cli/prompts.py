@@ -39,9 +39,6 @@ class Asked:
     def read(self, device: str) -> "tuple[Settings, list[Video], BatchFolder]":
         """Return settings, videos and folder, once all that can be known without the weights is known to be right.
 
-        Args:
-            device: where the model runs.
-
         Raises:
             InvalidOptionError: if an option or a line of the file is wrong.
         """

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpack.checkpoints.text import parsed_json, read_text
+from kvpack.cli.support import page_file
 from kvpack.errors import InvalidOptionError
 
 #: Most bins of a heat map in each direction, whatever the length of the video.
@@ -18,13 +19,7 @@ _HOVER = "second %{x:.4g} looks at second %{y:.4g}: %{z:.0%} of the layers<extra
 
 @dataclass(frozen=True)
 class Traced:
-    """A trace that was read.
-
-    Args:
-        name: of its file.
-        head: its first line.
-        chunks: the others.
-    """
+    """A trace that was read."""
 
     name: str
     head: dict[str, Any]
@@ -188,43 +183,5 @@ def _in_script(data: Any) -> str:
     return json.dumps(data).replace("<", "\\u003c")
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>kvpack report</title>
-<style>
-body {{ font-family: sans-serif; margin: 1rem; }}
-main {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
-section {{ flex: 1 1 30rem; min-width: 0; max-width: 100%; }}
-.frame {{ min-height: 100px; }}
-.frame img {{ height: 96px; vertical-align: middle; image-rendering: pixelated; }}
-</style>
-<script>{plotly}</script>
-<script>const drawings = {{}};</script>
-</head>
-<body>
-<h1>What the memory did</h1>
-<main>
-{columns}
-</main>
-<script>{script}</script>
-</body>
-</html>
-"""
-_SCRIPT = """
-const pictures = PICTURES, starts = STARTS;
-for (const name in drawings) Plotly.newPlot(name, ...drawings[name]); // once all columns have their widths
-for (const figure of document.querySelectorAll(".figure")) {
-  const trace = figure.dataset.trace;
-  figure.on("plotly_hover", event => {
-    const when = event.points[0].x;
-    let chunk = 0;
-    while (chunk + 1 < starts[trace].length && starts[trace][chunk + 1] <= when) chunk++;
-    document.getElementById("when-" + trace).textContent = "chunk " + chunk + ", second " + starts[trace][chunk];
-    const picture = pictures[trace][chunk], image = document.getElementById("frame-" + trace);
-    if (picture) image.src = picture; else image.removeAttribute("src");
-  });
-}
-"""
+_PAGE = page_file("report.html")
+_SCRIPT = page_file("report.js")

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import resources
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -186,6 +187,11 @@ def size_text(count: float) -> str:
         count /= 1000
         del units[0]
     return f"{count:.3g} {units[0]}"
+
+
+def page_file(name: str) -> str:
+    """Return a part of the pages that commands write or serve."""
+    return (resources.files("kvpack") / "data" / "pages" / name).read_text(encoding="utf-8")
 
 
 def print_json(data: Mapping[str, Any]) -> None:

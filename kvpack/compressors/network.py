@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,6 +20,7 @@ from kvpack.version import __version__
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 KERNEL = 3
+_HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
 Branches = Literal["dual", "hr"]
 
@@ -145,28 +145,14 @@ class HighResolutionBranch(
         cls,
         *,
         model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
         map_location: str = "cpu",
         strict: bool = True,
         **options: Any,
     ) -> "HighResolutionBranch":
         """Load as the mixin does, but never from a pickle, in the dtype of the file, and without printing."""
-        if os.path.isdir(model_id):
-            path = os.path.join(model_id, WEIGHTS_FILE)
-        else:
-            path = hf_hub_download(
-                model_id,
-                WEIGHTS_FILE,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-            )
+        hub = {name: options.pop(name) for name in _HUB}
+        here = os.path.isdir(model_id)
+        path = os.path.join(model_id, WEIGHTS_FILE) if here else hf_hub_download(model_id, WEIGHTS_FILE, **hub)
         # A config from a stranger may announce any size; the file has what it has, and all of it if that is asked for.
         with torch.device("meta") if strict else nullcontext():
             branch = cls(**{**options, "patch": tuple(options["patch"])})

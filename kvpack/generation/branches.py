@@ -16,9 +16,6 @@ Seed = int | Sequence[int]
 def forked(run: Run) -> Run:
     """Return another run that goes on from where one is, over the same blocks; neither notices what the other does.
 
-    Args:
-        run: a generation between two chunks.
-
     Raises:
         SnapshotError: if it is in the middle of a chunk, or was interrupted or failed in one.
     """

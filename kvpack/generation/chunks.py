@@ -66,12 +66,6 @@ def finite(run: "Run", index: int, first: int, frames: int) -> GeneratedChunk:
 
     The noise is what the call's generator draws next, for all videos of the batch.
 
-    Args:
-        run: the generation.
-        index: number of the chunk.
-        first: its first latent frame.
-        frames: its length in latent frames.
-
     Raises:
         NonFiniteLatentsError: if the last try holds NaN or infinity too.
     """

@@ -15,14 +15,7 @@ from kvpack.media.video import FrameRate, Frames, VideoWriter
 
 @dataclass(frozen=True)
 class Segment:
-    """A whole segment.
-
-    Args:
-        name: of its file.
-        frames: pixel frames in it.
-        bytes: size of the file.
-        sha256: of the file.
-    """
+    """A whole segment."""
 
     name: str
     frames: int

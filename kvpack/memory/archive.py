@@ -189,12 +189,7 @@ class Archive:
         return self._of_block(self.keys, self.codec.decode_keys, slot, tokens, rows)
 
     def blocks_keys(self, slots: Sequence[int], ahead: Prefetch) -> Float[Tensor, "rows blocks tokens heads head_dim"]:
-        """Return keys of several blocks, each as long as a slot, decoded at once, on the model's device.
-
-        Args:
-            slots: theirs.
-            ahead: where they may have been begun.
-        """
+        """Return keys of several blocks, each as long as a slot, decoded at once, on the model's device."""
         device = self.key_sums.device
         parts = ahead.take(self, slots, device) or [in_order(each, slots, device) for each in self.keys]
         decoded = self.codec.decode_keys([each.flatten(0, 1) for each in parts], self.slot_tokens, self.dtype)

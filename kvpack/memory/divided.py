@@ -35,11 +35,7 @@ class Part:
 
 @dataclass(frozen=True)
 class DividedBook(Book):
-    """The past in host integers, as each stack sees it.
-
-    Args:
-        books: of each stack.
-    """
+    """The past in host integers, as each stack sees it."""
 
     books: tuple[Book, ...] = ()
 
@@ -49,14 +45,7 @@ class DividedBook(Book):
 
 
 class DividedPlan(Plan):
-    """The plans of all stacks for one chunk, one for each number of heads that a stack serves anywhere.
-
-    Args:
-        memory: the policy.
-        book: the past.
-        coming: latent frames of the chunk.
-        geometry: the model.
-    """
+    """The plans of all stacks for one chunk, one for each number of heads that a stack serves anywhere."""
 
     def __init__(self, memory: "Divided", book: DividedBook, coming: int, geometry: Geometry) -> None:
         super().__init__(book, coming, geometry)

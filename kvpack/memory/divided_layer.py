@@ -141,13 +141,7 @@ class _Histories:
 
 
 def divided_layers(memory: Divided, geometry: Geometry, kind: type[LayerCache]) -> list[LayerCache]:
-    """Return the caches of all layers.
-
-    Args:
-        memory: the policy.
-        geometry: the model.
-        kind: what a part is made of.
-    """
+    """Return the caches of all layers."""
     workspaces: dict[tuple[int, int], Workspace] = {}
     firsts: dict[tuple[int, int], LayerCache] = {}
     layers: list[LayerCache] = []

@@ -15,13 +15,7 @@ Select = Callable[[Tensor, Tensor], Tensor]
 
 
 def selecting(tier: Tier, stored: Sequence[Tensor], device: torch.device) -> Select | None:
-    """Return what selects slots without the host; None where the host must know which, for it copies them.
-
-    Args:
-        tier: where the slots lie.
-        stored: all tensors of them.
-        device: where they are wanted.
-    """
+    """Return what selects slots without the host; None where the host must know which, for it copies them."""
     if tier == "device":
         return _beside
     # Gradients pass through the host's copies, not through the kernel.

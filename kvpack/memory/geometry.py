@@ -105,11 +105,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class ShardedGeometry(Geometry):
-    """A model's geometry as one of several processes sees it, with the heads that it holds.
-
-    Args:
-        shard: the process.
-    """
+    """A model's geometry as one of several processes sees it, with the heads that it holds."""
 
     shard: Shard | None = None  # type: ignore[misc]  # a property of the whole model's
 

@@ -246,13 +246,7 @@ class LayerCache:
 
 @dataclass(frozen=True, eq=False)
 class ForwardLayer:
-    """A layer in one forward, which knows what that forward is.
-
-    Args:
-        cache: the layer.
-        first: the first layer.
-        forward: what the forward is.
-    """
+    """A layer in one forward, which knows what that forward is."""
 
     cache: LayerCache
     first: LayerCache

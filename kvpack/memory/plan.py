@@ -33,13 +33,7 @@ class Book:
 
 
 class Plan:
-    """What is known of a coming chunk before any forward, the same for all layers.
-
-    Args:
-        book: the past.
-        coming: latent frames of the chunk.
-        geometry: the model.
-    """
+    """What is known of a coming chunk before any forward, the same for all layers."""
 
     def __init__(self, book: Book, coming: int, geometry: Geometry) -> None:
         self.book, self.coming, self.geometry = book, coming, geometry

@@ -89,14 +89,7 @@ class Placed:
 
 
 class StackPlan(Plan):
-    """The attended blocks of one chunk, the same for all layers but for the choice of mid blocks.
-
-    Args:
-        stack: the policy.
-        book: the past.
-        coming: latent frames of the chunk.
-        geometry: the model.
-    """
+    """The attended blocks of one chunk, the same for all layers but for the choice of mid blocks."""
 
     def __init__(self, stack: "Stack", book: StackBook, coming: int, geometry: Geometry) -> None:
         super().__init__(book, coming, geometry)

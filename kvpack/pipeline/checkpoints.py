@@ -95,12 +95,6 @@ def checkpointed(track: Track, job: Job, folder: Path, on_chunk: Callable[[Track
     """Generate a track to its end, saved every few chunks, and return the pixel frames of the whole video.
 
     After an interrupt the video holds what was made so far, and the folder stays. At the end the folder is removed.
-
-    Args:
-        track: the generation.
-        job: what was asked for.
-        folder: of the checkpoints.
-        on_chunk: called behind each chunk.
     """
     chunks = checkpointing(track, job, folder)
     made = next(chunks)

@@ -8,12 +8,7 @@ from kvpack.planning.planner import Plan
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of the last chunk's forwards, neither less than those of its operations nor of its bytes.
-
-    Args:
-        operations: seconds of the operations.
-        bytes: seconds of the bytes.
-    """
+    """Seconds of the last chunk's forwards, neither less than those of its operations nor of its bytes."""
 
     operations: float
     bytes: float

@@ -29,11 +29,7 @@ def tensor_files(number: int) -> tuple[str, str]:
 
 
 class SnapshotFolder:
-    """A folder with the last two snapshots of one generation.
-
-    Args:
-        path: the folder.
-    """
+    """A folder with the last two snapshots of one generation."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -13,9 +13,6 @@ LOCK = "lock"
 class FolderLock:
     """A lock that the system lets go where its process ends, however it does.
 
-    Args:
-        folder: what is locked.
-
     Raises:
         OutputError: if another process, or another stream of this one, has it.
     """

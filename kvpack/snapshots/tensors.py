@@ -34,10 +34,6 @@ _MOST_HEADER = 1 << 24
 def write_file(path: Path, parts: Any) -> dict[str, Any]:
     """Write a file that appears under its name when all of it is on the disk, and return its size and checksum.
 
-    Args:
-        path: where it will be.
-        parts: its bytes, part by part.
-
     Raises:
         OutputError: if it cannot be written; what was there stays.
     """

@@ -73,10 +73,6 @@ class TreeWriter:
     def node(self, value: object, where: str = "") -> Node:
         """Return a tree as JSON takes it.
 
-        Args:
-            value: the tree.
-            where: path to it, for the error.
-
         Raises:
             SnapshotError: if something in it is no data.
         """

@@ -28,11 +28,6 @@ class GraphContext:
 
     A backward pass stops at the history and adds up there; `backward_history` carries the sums on, once. So the
     denoising steps of a chunk need the memory of one, however many there are.
-
-    Args:
-        attended: what the memory wants attended.
-        like: the chunk's keys.
-        geometry: the model.
     """
 
     def __init__(self, attended: Attended, like: Tensor, geometry: Geometry) -> None:

@@ -105,9 +105,6 @@ class Trainer:
     def run(self, saved: Callable[[int], None] = lambda step: None) -> None:
         """Train to the end.
 
-        Args:
-            saved: called at each checkpoint, in the main process.
-
         Raises:
             TrainingError: if a loss or a gradient is not finite; the last checkpoint is as it was.
         """

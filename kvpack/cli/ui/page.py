@@ -39,12 +39,7 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Page:
-    """What the buttons do. A visitor's `Studio` is in Gradio's state; the model is everybody's.
-
-    Args:
-        model: loaded at the start.
-        saved: folder of saved videos.
-    """
+    """What the buttons do. A visitor's `Studio` is in Gradio's state; the model is everybody's."""
 
     def __init__(self, model: Model, saved: Path) -> None:
         self.model, self.saved = model, saved

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from kvpack.cli.report_page import heat
-from kvpack.cli.support import size_text
+from kvpack.cli.support import page_file, size_text
 from kvpack.cli.ui.video import Video
 
 COLOURS = ("#0072B2", "#D55E00")
@@ -81,15 +81,4 @@ def _seconds(begin: float, end: float) -> str:
     return f'<div class="kvp-axis"><span>second {begin:.0f} of the video</span><span>{end:.0f}</span></div>'
 
 
-STYLE = """
-.kvp-numbers, .kvp-maps { display: flex; flex-wrap: wrap; gap: 0.8rem; }
-.kvp-numbers section, .kvp-maps figure { flex: 1 1 11rem; min-width: 0; }
-h3 { margin: 0; padding-left: 0.5rem; border-left: 0.4rem solid; font-size: 1rem; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(5.5rem, 1fr)); gap: 0.3rem; margin: 0.4rem 0 0; }
-dt { font-size: 0.8rem; opacity: 0.8; }
-dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
-figure { margin: 0.8rem 0 0; }
-figcaption { font-size: 0.85rem; margin-bottom: 0.25rem; }
-svg, img { width: 100%; height: 7rem; background: white; border: 1px solid #bbb; image-rendering: pixelated; }
-.kvp-axis { display: flex; justify-content: space-between; font-size: 0.75rem; opacity: 0.8; }
-"""
+STYLE = page_file("view.css")
