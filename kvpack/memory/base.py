@@ -1,7 +1,7 @@
 """The contract of a memory: what of the past a chunk attends, in host integers once a chunk and in tensors by layer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
@@ -203,10 +203,15 @@ class Memory(Policy, ABC):
             chunk: the forward whose keys and values become history.
         """
 
-    def remember_all(self, states: Sequence[Any], chunks: Sequence[Chunk]) -> tuple[Any, ...]:
-        """Return the states of all layers with the clean chunk in them."""
+    def remember_all(self, committed: Iterable[tuple[Any, Chunk]]) -> tuple[Any, ...]:
+        """Return the states of all layers with the clean chunk in them.
+
+        Args:
+            committed: of each layer, what `remember` is given; of states that are values, the layer lets go of its own
+                when the next one is asked for.
+        """
         made = []
-        for state, chunk in zip(states, chunks, strict=True):
+        for state, chunk in committed:
             assert chunk.plan is not None
             with memory_call(self, "remember", chunk.plan.book.seconds, chunk.layer):
                 made.append(self.remember(state, chunk))

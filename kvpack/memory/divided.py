@@ -1,7 +1,7 @@
 """A memory that differs by layer, and by head: each of its stacks serves some heads of some layers."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
@@ -173,11 +173,11 @@ class Divided(Memory):
         """Refuse, as `attend`."""
         raise NotImplementedError("a divided memory remembers by its parts")
 
-    def remember_all(self, states: Sequence[Any], chunks: Sequence[Any]) -> tuple[Any, ...]:
+    def remember_all(self, committed: Iterable[tuple[Any, Any]]) -> tuple[Any, ...]:
         """Return the states of all layers with the clean chunk in them, in each layer those of all parts."""
         return tuple(
             tuple(chunk.plan.stack.remember(each, chunk) for each, chunk in zip(*layer, strict=True))
-            for layer in zip(states, chunks, strict=True)
+            for layer in committed
         )
 
     def forget(self, state: tuple[Any, ...], tokens: int) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """All memory of one generation and guidance branch: the only mutable thing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from operator import is_
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvpack.memory.accounting import session_stats
 from kvpack.memory.attribution import memory_call
-from kvpack.memory.base import Event, Memory
+from kvpack.memory.base import Chunk, Event, Memory
 from kvpack.memory.blocks import Span
 from kvpack.memory.divided import Divided
 from kvpack.memory.divided_layer import divided_layers
@@ -166,19 +166,33 @@ class Session:
         self.adopt(self.prepared())
 
     def prepared(self) -> Past:
-        """Return the past with the committed chunk in it; touches nothing that the present one uses."""
-        committed = zip(*(cache.committed() for cache in self.caches), strict=True)
-        alone = self.geometry.shard is None
-        if not alone:  # what crosses between processes comes behind what may end one of them
+        """Return the past with the committed chunk in it; touches nothing that the present one uses.
+
+        An error ends the chunk of a memory that is a value: its layers let go of what they attended, one by one.
+        """
+        # Last where nothing is let go of, since it waits for the device, which has its work by then; but before what
+        # crosses between processes, for it may end one of them.
+        last = self.stack.in_place and self.geometry.shard is None
+        if not last:
             self._check_chunk()
         try:
-            states = self.stack.remember_all(*committed)
+            states = self.stack.remember_all(self._committed())
+        except BaseException:
+            if not self.stack.in_place:
+                self.adopt(self.past)
+            raise
         finally:
-            if alone:  # last, since it waits for the device, which has its work by now
+            if last:
                 self._check_chunk()
         assert self.plan is not None
         selected = [cache.selected for cache in self.caches if cache.selected is not None]
         return Past(self.stack.committed(self.plan, selected), states)
+
+    def _committed(self) -> Iterator[tuple[Any, Chunk]]:
+        for cache in self.caches:
+            yield cache.committed()
+            if not self.stack.in_place:  # or all layers would hold three windows: before, in and behind the chunk
+                cache.clear()
 
     def _check_chunk(self) -> None:
         if not agreed(self.geometry.shard, check_layers(self.caches), [cache.selected for cache in self.caches]):

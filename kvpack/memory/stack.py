@@ -1,6 +1,6 @@
 """The memory of four small policies: what is kept whole, how the rest is compressed, which of it is attended, where."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, get_args
@@ -189,11 +189,12 @@ class Stack(Memory):
 
     def remember(self, state: StackState, chunk: Chunk) -> StackState:
         """Keep the clean chunk whole, and compress what leaves the recent blocks."""
-        (remembered,) = self.remember_all([state], [chunk])
+        (remembered,) = self.remember_all([(state, chunk)])
         return remembered
 
-    def remember_all(self, states: Sequence[StackState], chunks: Sequence[Chunk]) -> tuple[StackState, ...]:
+    def remember_all(self, committed: Iterable[tuple[StackState, Chunk]]) -> tuple[StackState, ...]:
         """Do as `remember` for all layers, of which a few compress their blocks together."""
+        states, chunks = zip(*committed, strict=True)
         plan, count = chunks[0].plan, len(chunks)
         assert isinstance(plan, StackPlan)
         wholes = [(*state.whole, *new_blocks(chunk, plan)) for state, chunk in zip(states, chunks, strict=True)]

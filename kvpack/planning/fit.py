@@ -51,6 +51,7 @@ class Fit:
         decoding: what decoding a chunk holds beside weights, features among it.
         features: what a decoder that goes on chunk by chunk keeps meanwhile, as in a stream.
         kv: the most that the memory holds on the card.
+        passing: what a chunk needs of it besides (`passing_bytes`).
     """
 
     transformer: int
@@ -61,11 +62,12 @@ class Fit:
     decoding: int
     features: int = 0
     kv: int = 0
+    passing: int = 0
 
     @property
     def beside(self) -> dict[str, int]:
         """What is on the card beside keys and values, by the calls that bring it there; the fastest first."""
-        denoising = self.denoising + self.features
+        denoising = self.denoising + self.features + self.passing
         work = max(denoising, self.decoding)
         return {
             WHOLE: self.transformer + self.vae + self.text_encoder + work,

@@ -1,19 +1,24 @@
 """Whether a generation fits a card: every part is counted, and the sum decides."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from kvpack import Session
 from kvpack.adapters.wan.vae import StreamingDecoder
 from kvpack.cli import app
 from kvpack.errors import BudgetError, InvalidOptionError, UnsupportedPipelineError
+from kvpack.memory import StateMemory
 from kvpack.planning.budget import Choice
 from kvpack.planning.cards import CARDS, place
 from kvpack.planning.fit import GIB, UMT5_XXL, Fit, fit, peak_bytes
 from kvpack.planning.presets import preset
-from kvpack.testing import tiny_wan_pipeline
+from kvpack.planning.resident import most_resident, passing_bytes
+from kvpack.plugins.registry import registry
+from kvpack.testing import TINY, run_session, tiny_wan_pipeline
 
 
 def test_the_meter_counts_what_is_alive_at_once():
@@ -180,3 +185,21 @@ def test_plan_of_a_folder_reads_its_text_encoder(tmp_path):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert "fits 24 GiB with the whole pipeline on the card" in result.stdout
+
+
+VALUES = [name for name in registry().names("stack") if isinstance(registry().stack(name, {}), StateMemory)]
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_what_a_memory_of_values_needs_beside_what_it_holds(name):
+    """Not three windows of all layers: before, in and behind the chunk; what one layer works with is up to a fifth here."""
+    geometry = replace(TINY, layers=40, grid=(8, 8))
+    session = Session(registry().stack(name, {}), geometry)
+    most = most_resident(geometry, session.stack, 12, 1)
+    held = most.bytes(geometry.layers)
+    needed = held + passing_bytes(geometry, session.stack, held, rows=1, steps=2)
+    assert 0.6 < peak_bytes(lambda: run_session(session, 12, steps=2)) / needed < 1.2
+
+
+def test_a_memory_in_arenas_needs_nothing_beside_them():
+    assert passing_bytes(TINY, registry().stack("packforcing", {}), 100, rows=1, steps=4) == 0
