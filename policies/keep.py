@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, require_int
-from kvpack.memory.blocks import KVBlock, Span, grid_coordinates, joined
+from kvpack.memory.blocks import KVBlock, Span, joined
 from kvpack.memory.roles import Compressor, Places
 from kvpack.memory.tokens import taken
 from kvpack.policies.farthest import unlike
@@ -59,8 +59,8 @@ class KeepCompressor(Compressor):
 
     def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
         """Return as many tokens as are kept, at places spread over the block; where they sit, each block says."""
-        coordinates, count = grid_coordinates(frames, grid), self.count(frames, grid)
-        return Span(first_frame, frames, coordinates[torch.arange(count) * len(coordinates) // count])
+        count = self.count(frames, grid)
+        return Span(first_frame, frames, _places(torch.arange(count) * (frames * prod(grid)) // count, grid))
 
     def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:
         """Return the chosen tokens, in the order that they have in the block."""
@@ -70,9 +70,8 @@ class KeepCompressor(Compressor):
     def at(self, blocks: Sequence[KVBlock], grid: tuple[int, int], chosen: Int[Tensor, "rows kept"]) -> list[KVBlock]:
         """Return the chosen tokens of a block in one or more layers; `chosen` has the rows of all, layer by layer."""
         first_frame, frames = blocks[0].span.first_frame, blocks[0].span.frames
-        index, cells, columns = chosen.sort(dim=1).values, prod(grid), grid[1]
-        places = torch.stack([index // cells, index % cells // columns, index % columns], dim=2).float()
-        rows = len(index) // len(blocks)
+        index = chosen.sort(dim=1).values
+        places, rows = _places(index, grid), len(index) // len(blocks)
         return [
             KVBlock(*self.kept(block, mine), Span(first_frame, frames, coordinates))
             for block, mine, coordinates in zip(blocks, index.split(rows), places.split(rows), strict=True)
@@ -101,3 +100,9 @@ class KeepCompressor(Compressor):
     ) -> tuple[Float[Tensor, "batch kept heads head_dim"], Float[Tensor, "batch kept heads head_dim"]]:
         """Return keys and values of the tokens at `index`, which ascends."""
         return taken(block.keys, index), taken(block.values, index)
+
+
+def _places(index: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return (t, y, x) of a block's tokens, with an axis of three behind those of their indices."""
+    cells, columns = prod(grid), grid[1]
+    return torch.stack([index // cells, index % cells // columns, index % columns], dim=-1).float()

@@ -192,7 +192,7 @@ VALUES = [name for name in registry().names("stack") if isinstance(registry().st
 
 @pytest.mark.parametrize("name", VALUES)
 def test_what_a_memory_of_values_needs_beside_what_it_holds(name):
-    """Not three windows of all layers: before, in and behind the chunk; what one layer works with is up to a fifth here."""
+    """Not three windows of all layers: before, in and behind the chunk; a layer works with up to a fifth of it here."""
     geometry = replace(TINY, layers=40, grid=(8, 8))
     session = Session(registry().stack(name, {}), geometry)
     most = most_resident(geometry, session.stack, 12, 1)

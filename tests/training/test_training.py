@@ -272,7 +272,7 @@ def test_the_models_own_memory_is_trained_in(training, model, tmp_path):
     pipe.enable_packforcing(compressor=str(run))
     assert pipe.packforcing.stack.chunk_frames == 2
     with pytest.raises(InvalidOptionError, match=r"was trained in chunks of 2 latent frames, but chunk_frames is 4"):
-        pipe.enable_packforcing("packforcing", compressor=str(run))
+        pipe.enable_packforcing("packforcing", compressor=str(run), chunk_frames=4)
     Settings("packforcing", {**STACK, "sink_frames": 4}).write(own)
     with pytest.raises(TrainingError, match="holds another training"):  # the folder says another memory by now
         training(model=own, options={"topk": 3, "coordinates": "strided"}).run()
