@@ -19,7 +19,7 @@ Deterministic, one sample each.
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -124,9 +124,9 @@ def alive() -> int:
 
 
 def held(memory: Memory, shape: Geometry, chunks: int) -> Held:
-    """Return the bytes after some chunks."""
+    """Return the bytes after some chunks, of a video that is known to be so long."""
     before = alive()
-    session = Session(memory, shape)
+    session = Session(memory, replace(shape, frames=chunks * memory.chunk_frames))
     drive(session, chunks)
     stats, chunk = session.stats(), memory.chunk_frames * shape.tokens_per_frame * shape.kv_bytes_per_token
     found = alive() - before
