@@ -1,7 +1,7 @@
 """What cannot be switched on in a transformer beside kvpack's memory, whatever its family."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from kvpack.adapters.parallel import check_parallel
 from kvpack.errors import UnsupportedPipelineError
 from kvpack.generation.compile_boundary import compiled_from
+from kvpack.generation.modules import has_hooks
 
 #: Diffusers' hooks that leave layers out or give their old output; a commit through them would leave stale keys.
 _SKIPPING = {
@@ -49,7 +50,7 @@ def check_placement(
             "call pipe.transformer.disable_gradient_checkpointing() first"
         )
     for backend in {getattr(each, "_attention_backend", None) for each in processors}:
-        check_backend(backend, device, transformer.dtype, head_dim)
+        check_backend(backend, device, lambda: transformer.dtype, head_dim)
 
 
 def _check_caches(transformer: Any) -> None:
@@ -58,7 +59,7 @@ def _check_caches(transformer: Any) -> None:
             f"a CacheMixin cache ({type(transformer._cache_config).__name__}) is enabled, which skips layers of the "
             "commit forward and leaves stale keys; call pipe.transformer.disable_cache() first"
         )
-    for path, module in transformer.named_modules():
+    for path, module in transformer.named_modules() if has_hooks(transformer) else ():
         registry = vars(module).get("_diffusers_hook")
         for name, hook in registry.hooks.items() if registry is not None else ():
             if type(hook).__module__.rsplit(".", 1)[-1] in _SKIPPING:
@@ -82,8 +83,14 @@ def _is_patched(cls: type) -> bool:
     return (forward.__module__, forward.__qualname__) != (owner.__module__, f"{owner.__qualname__}.forward")
 
 
-def check_backend(backend: Any, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+def check_backend(backend: Any, device: torch.device, model_dtype: Callable[[], torch.dtype], head_dim: int) -> None:
     """Attend five keys, since diffusers itself finds out in the forward what a backend cannot do.
+
+    Args:
+        backend: its name; None is the active one.
+        device: where it is to run.
+        model_dtype: gives the model's dtype, for which diffusers looks at all of it.
+        head_dim: channels of a head.
 
     Raises:
         UnsupportedPipelineError: if the backend does not run there.
@@ -91,6 +98,7 @@ def check_backend(backend: Any, device: torch.device, dtype: torch.dtype, head_d
     name = AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend)
     if name is AttentionBackendName.NATIVE:
         return
+    dtype = model_dtype()
     query, keys = (torch.zeros(1, tokens, 1, head_dim, device=device, dtype=dtype) for tokens in (3, 5))
     try:
         with torch.no_grad():

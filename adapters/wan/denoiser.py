@@ -180,7 +180,7 @@ class WanDenoiser(Denoiser):
 
     def forward_clean(self, branch: str, latents: Tensor) -> None:
         """Run a clean chunk at t = 0."""
-        self.forward(branch, latents.to(self.transformer.dtype), self._clean_times(latents))
+        self.forward(branch, latents.to(self.geometry.dtype), self._clean_times(latents))
 
     def _clean_times(self, rows: Tensor) -> Tensor:
         """Return the timestep t = 0 of every row."""

@@ -14,7 +14,7 @@ from benchmarks.gpu.video import STEPS, Size, Video, pipeline
 from benchmarks.report import Row, samples
 from kvpack.planning.fit import fit
 from kvpack.planning.planner import plan
-from kvpack.planning.resident import passing_bytes, resident
+from kvpack.planning.resident import passing, resident
 
 CHUNK, BARE, OVERHEAD = "chunk", "forward, keys in place", "chunk over the bare transformer - 1"
 WAITS = "waits for the device in all denoising steps of a chunk"
@@ -103,8 +103,8 @@ def _memory(rows: list[Row], video: Video, name: str) -> None:
     weights = sum(each.nbytes for each in pipe.transformer.parameters())
     # Keys and values of the prompt are kept for the length of a chunk.
     prompt = size.text * session.geometry.kv_bytes_per_token
-    passing = passing_bytes(session.geometry, session.stack, held, rows=1, steps=STEPS)
-    expected = weights + kept + passing + prompt + needed.denoising
+    copies, own = passing(session.geometry, session.stack, rows=1, steps=STEPS)
+    expected = weights + copies * kept + own + prompt + needed.denoising
     rows.append(one(name, "peak, as planned: weights, memory, a forward", expected, "bytes"))
     if peak is not None:
         rows += [

@@ -79,7 +79,7 @@ def _backends(device: Any) -> list[str]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of backends that are slow like this
-                check_backend(name, device, dtype, head_dim=64)
+                check_backend(name, device, lambda: dtype, head_dim=64)
         except UnsupportedPipelineError:
             continue
         found.append(name.value)

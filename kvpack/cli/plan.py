@@ -84,7 +84,7 @@ def plan(
     from kvpack.planning.cards import CARDS, place
     from kvpack.planning.fit import UMT5_XXL, fit
     from kvpack.planning.presets import adapter_for, text_encoder_config
-    from kvpack.planning.resident import passing_bytes
+    from kvpack.planning.resident import passing
     from kvpack.planning.roofline import roofline
     from kvpack.plugins.resolve import named_stack, resolve_stack
 
@@ -120,8 +120,8 @@ def plan(
         text = UMT5_XXL if model is None else text_encoder_config(model)
         precision, frames = parse_dtype(dtype), asked.chunk_frames
         needed = fit(configs, text, (height, width), precision, chunk_frames=frames, rows=batch, weights=weights)
-        passing = passing_bytes(geometry, choice.memory, choice.held_bytes, batch * branches, steps)
-        needed = replace(needed, passing=passing)
+        copies, kept = passing(geometry, asked, batch * branches, steps)
+        needed = replace(needed, copies=copies, passing=kept)
         placed = partial(place, needed, choose=choose, held=choice.held_bytes)
         card = None if gpu_memory is None else placed(gpu_memory)
         all_cards = [placed(each) for each in CARDS] if cards else []

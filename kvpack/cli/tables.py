@@ -165,7 +165,7 @@ def fit_rows(fit: Fit, plan: Plan, tier: str) -> list[list[str]]:
         ("keys and values, at most", fit.kv - plan.workspace_kv_bytes),
         ("working buffer of all layers", plan.workspace_kv_bytes),
         *elsewhere,
-        *([("the same beside them while a chunk is made, and the chunk's own", fit.passing)] if fit.passing else []),
+        *([(f"{fit.copies} times both while a chunk is made, and of the chunk", fit.passing)] * (fit.copies > 1)),
         ("activations of a forward", fit.denoising),
         ("activations of decoding a chunk", fit.decoding),
         ("of these kept for the next one, in a stream", fit.features),

@@ -184,7 +184,8 @@ class Ledger:
             return grown_slots(held, slot, self.archive_blocks)
         history = -(-frames // self.chunk_frames) * self.chunk_frames
         mid = [len(segment.frames) for segment in self._partition(history) if segment.part == "mid"]
-        blocks = sum(-(-length // self.chunk_frames) for length in mid)
+        each = len(replace(self, expected=None).new_pieces())  # a chunk may leave piece by piece
+        blocks = each * sum(-(-length // self.chunk_frames) for length in mid)
         return max(slot + 1, blocks if self.archive_blocks is None else min(blocks, self.archive_blocks))
 
     def counted(self, offered: int, chosen: Mapping[int, int]) -> "Ledger":

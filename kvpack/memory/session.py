@@ -163,13 +163,10 @@ class Session:
         Raises:
             PolicyError: if a policy broke its contract in this chunk; history is then as it was.
         """
-        self.adopt(self.prepared())
+        finish_commits([self])
 
     def prepared(self) -> Past:
-        """Return the past with the committed chunk in it; touches nothing that the present one uses.
-
-        An error ends the chunk of a memory that is a value: its layers let go of what they attended, one by one.
-        """
+        """Return the past with the committed chunk in it; touches nothing that the present one uses."""
         # Last where nothing is let go of, since it waits for the device, which has its work by then; but before what
         # crosses between processes, for it may end one of them.
         last = self.stack.in_place and self.geometry.shard is None
@@ -177,10 +174,6 @@ class Session:
             self._check_chunk()
         try:
             states = self.stack.remember_all(self._committed())
-        except BaseException:
-            if not self.stack.in_place:
-                self.adopt(self.past)
-            raise
         finally:
             if last:
                 self._check_chunk()
@@ -293,7 +286,13 @@ def finish_commits(sessions: Sequence[Session], together: AbstractContextManager
     Raises:
         PolicyError: if a policy broke its contract in this chunk; every history is then as it was.
     """
-    with together or nullcontext():
-        pasts = [session.prepared() for session in sessions]
+    try:
+        with together or nullcontext():
+            pasts = [session.prepared() for session in sessions]
+    except BaseException:
+        for session in sessions:
+            if not session.stack.in_place:  # layers may have let go of what they attended: the chunk is made again
+                session.adopt(session.past)
+        raise
     for session, past in zip(sessions, pasts, strict=True):
         session.adopt(past)

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 
 from kvpack.errors import InvalidOptionError, SnapshotError, UnsupportedPipelineError, plain
 from kvpack.generation.adapter import Adapter
+from kvpack.generation.modules import has_hooks
 from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
 from kvpack.memory.session import Session
@@ -206,12 +207,14 @@ class PackForcingMixin:
 
     @property
     def _execution_device(self) -> Any:
-        """Return the stock device; to find it walks through all modules, so that a chunk asks once."""
+        """Return the stock device, which a chunk asks for once; where no hook says it, it is where the weights are."""
         enabled, stock = self.__dict__.get("_kvpack"), cast(Any, self._kvpack_base._execution_device)
         if enabled is None or enabled.driving is None:
             return stock.fget(self)
         if enabled.device is None:
-            enabled.device = stock.fget(self)
+            pipeline = cast(DiffusionPipeline, self)
+            models = [each for each in pipeline.components.values() if isinstance(each, torch.nn.Module)]
+            enabled.device = stock.fget(self) if any(map(has_hooks, models)) else pipeline.device
         return enabled.device
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:

@@ -51,7 +51,8 @@ class Fit:
         decoding: what decoding a chunk holds beside weights, features among it.
         features: what a decoder that goes on chunk by chunk keeps meanwhile, as in a stream.
         kv: the most that the memory holds on the card.
-        passing: what a chunk needs of it besides (`passing_bytes`).
+        passing: what it keeps of a chunk until that is committed.
+        copies: how often what it holds is there while a chunk is made.
     """
 
     transformer: int
@@ -63,23 +64,31 @@ class Fit:
     features: int = 0
     kv: int = 0
     passing: int = 0
+    copies: int = 1
 
     @property
-    def beside(self) -> dict[str, int]:
-        """What is on the card beside keys and values, by the calls that bring it there; the fastest first."""
-        denoising = self.denoising + self.features + self.passing
-        work = max(denoising, self.decoding)
-        return {
-            WHOLE: self.transformer + self.vae + self.text_encoder + work,
+    def beside(self) -> dict[str, tuple[int, int]]:
+        """What is on the card beside keys and values while a chunk is denoised, and while one is decoded.
+
+        By the calls that bring it there; the fastest first.
+        """
+        work = self.denoising + self.features + self.passing, self.decoding
+        whole = self.transformer + self.vae + self.text_encoder
+        weights = {
+            WHOLE: (whole, whole),
             # Denoising and decoding take turns; with model offload so do their weights.
-            MODEL_OFFLOAD: max(self.transformer + denoising, self.vae + self.decoding),
-            SEQUENTIAL_OFFLOAD: self.block + work,
+            MODEL_OFFLOAD: (self.transformer, self.vae),
+            SEQUENTIAL_OFFLOAD: (self.block, self.block),
         }
+        return {call: (each[0] + work[0], each[1] + work[1]) for call, each in weights.items()}
 
     @property
     def totals(self) -> dict[str, int]:
         """The most that is on the card at once, by the same calls."""
-        together = {call: others + self.kv for call, others in self.beside.items()}
+        together = {
+            call: max(denoising + self.copies * self.kv, decoding + self.kv)
+            for call, (denoising, decoding) in self.beside.items()
+        }
         # The text encoder has been there alone before.
         return {**together, MODEL_OFFLOAD: max(self.text_encoder, together[MODEL_OFFLOAD])}
 
@@ -98,7 +107,8 @@ class Fit:
         card = int(gpu_memory * GIB) - RESERVED_BYTES
         if call == MODEL_OFFLOAD and self.text_encoder > card:
             return 0
-        return max(0, card - self.beside[call])
+        denoising, decoding = self.beside[call]
+        return max(0, min((card - denoising) // self.copies, card - decoding))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that JSON can hold."""

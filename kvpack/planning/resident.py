@@ -65,24 +65,23 @@ def resident(geometry: Geometry, memory: Memory, chunks: int, batch: int, channe
     return _scaled(geometry, memory, chunks, batch, channels)[-1]
 
 
-def passing_bytes(geometry: Geometry, memory: Memory, held: int, rows: int, steps: int) -> int:
-    """Return the most that a chunk needs of a memory beside what is held: nothing of one whose blocks lie in arenas.
+def passing(geometry: Geometry, memory: Memory, rows: int, steps: int) -> tuple[int, int]:
+    """Return how often what a memory holds is there while a chunk is made, and the bytes kept of the chunk meanwhile.
 
-    One that is a value has what it attends beside what it held, until the next chunk begins; and the chunk's own keys,
-    values and queries are kept until they are remembered.
+    Of one whose blocks lie in arenas, once and nothing. One that is a value has what it attends beside what it held,
+    and the chunk's own keys, values and queries are kept until they are remembered.
 
     Args:
         geometry: the model at the video's size.
         memory: the policy.
-        held: bytes that it holds.
         rows: videos generated together, times guidance branches.
         steps: denoising steps of a chunk.
     """
     if memory.in_place or isinstance(memory, Divided):
-        return 0
-    frames = max(memory.chunk_frames, memory.replay_frames if memory.replays_jointly else 0)
-    chunk = rows * frames * geometry.tokens_per_frame * geometry.kv_bytes_per_token
-    return held + chunk + chunk // 2 * (steps + 1 if memory.needs_queries else 1)
+        return 1, 0
+    # A replay of several chunks in one forward is no more: what it replays is not held meanwhile.
+    chunk = rows * memory.chunk_frames * geometry.tokens_per_frame * geometry.kv_bytes_per_token
+    return 2, chunk + chunk // 2 * (steps + 1 if memory.needs_queries else 1)
 
 
 def most_resident(

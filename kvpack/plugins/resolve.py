@@ -59,7 +59,9 @@ def named_stack(
     """Return the named stack that is meant; None for a memory that is given whole. Arguments as of `resolve_stack`."""
     settings, asked = settings or Settings(), frozenset(options)
     file: Mapping[str, Any] = {}
-    if isinstance(stack, str):
+    if stack == settings.stack:
+        file = settings.options
+    elif isinstance(stack, str):
         file = registry().taken(stack, {name: settings.options[name] for name in _OF_THE_MODEL & {*settings.options}})
     elif stack is None:
         stack, file = settings.stack, settings.options

@@ -105,6 +105,9 @@ def test_another_stack_has_the_lengths_that_the_model_was_trained_with(pipe, fol
     assert (pipe.packforcing.stack.name, pipe.packforcing.stack.chunk_frames) == ("packforcing", 3)
     assert pipe.packforcing.stack.selector.topk == 3
     assert pipe.enable_packforcing("full", chunk_frames=5).packforcing.stack.chunk_frames == 5  # the user's own first
+    change(folder, stack={"name": "packforcing", "options": {"chunk_frames": 3, "topk": 5, "store": "int8"}})
+    own = WanPipeline.from_pretrained(folder).enable_packforcing("packforcing", topk=2).packforcing.stack
+    assert (own.selector.topk, own.store.name) == (2, "int8")  # of its own stack, by name too, all that it says
     change(folder, stack={"name": "full", "options": {"chunk_frames": 7}})
     pipe = WanPipeline.from_pretrained(folder)
     with pytest.raises(InvalidOptionError, match="window_frames must be at least") as caught:

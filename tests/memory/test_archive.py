@@ -180,6 +180,16 @@ def test_an_archive_grows_once_for_a_video_of_known_length(frames, bound, slots,
     assert resident(session.geometry, stack, 12, 1).bytes(TINY.layers) == session.stats()["resident_bytes"]
 
 
+@pytest.mark.parametrize("bound", [None, 20])
+def test_it_grows_once_too_if_a_chunk_leaves_in_pieces(bound, monkeypatch):
+    options = {"chunk_frames": 3, "sink_frames": 8, "recent_frames": 4, "archive_blocks": bound}
+    session, made = Session(registry().stack("packforcing", options), replace(TINY, frames=60)), []
+    monkeypatch.setattr(archive_module, "room", lambda *given: made.append(given) or room(*given))
+    run_session(session, 20)
+    assert len(ledger(session).archive) == (bound or 32)
+    assert len(made) == 2 * TINY.layers
+
+
 def no_memory_for_the_second(room, after):
     calls = []
 

@@ -14,9 +14,9 @@ from kvpack.errors import BudgetError, InvalidOptionError, UnsupportedPipelineEr
 from kvpack.memory import StateMemory
 from kvpack.planning.budget import Choice
 from kvpack.planning.cards import CARDS, place
-from kvpack.planning.fit import GIB, UMT5_XXL, Fit, fit, peak_bytes
+from kvpack.planning.fit import GIB, MODEL_OFFLOAD, UMT5_XXL, Fit, fit, peak_bytes
 from kvpack.planning.presets import preset
-from kvpack.planning.resident import most_resident, passing_bytes
+from kvpack.planning.resident import most_resident, passing
 from kvpack.plugins.registry import registry
 from kvpack.testing import TINY, run_session, tiny_wan_pipeline
 
@@ -196,10 +196,19 @@ def test_what_a_memory_of_values_needs_beside_what_it_holds(name):
     geometry = replace(TINY, layers=40, grid=(8, 8))
     session = Session(registry().stack(name, {}), geometry)
     most = most_resident(geometry, session.stack, 12, 1)
-    held = most.bytes(geometry.layers)
-    needed = held + passing_bytes(geometry, session.stack, held, rows=1, steps=2)
+    copies, own = passing(geometry, session.stack, rows=1, steps=2)
+    needed = copies * most.bytes(geometry.layers) + own
     assert 0.6 < peak_bytes(lambda: run_session(session, 12, steps=2)) / needed < 1.2
 
 
 def test_a_memory_in_arenas_needs_nothing_beside_them():
-    assert passing_bytes(TINY, registry().stack("packforcing", {}), 100, rows=1, steps=4) == 0
+    assert passing(TINY, registry().stack("packforcing", {}), rows=1, steps=4) == (1, 0)
+
+
+def test_a_memory_of_values_shrinks_until_both_of_its_windows_fit():
+    """Not until one fits beside the second as it was asked for."""
+    model = Fit(transformer=3 * GIB, vae=0, text_encoder=0, block=0, denoising=0, decoding=GIB, passing=GIB, copies=2)
+    assert model.room(MODEL_OFFLOAD, 12) == (12 - 1 - 3 - 1) * GIB // 2
+    full = replace(model, kv=model.room(MODEL_OFFLOAD, 12))
+    assert full.totals[MODEL_OFFLOAD] in range(11 * GIB - 1, 11 * GIB + 1)
+    assert replace(model, kv=2 * GIB, decoding=20 * GIB).totals[MODEL_OFFLOAD] == 22 * GIB  # decoding has it once

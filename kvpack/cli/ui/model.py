@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kvpack.checkpoints.config import Settings
 from kvpack.cli.support import default_device, parse_compared, require_seed
 from kvpack.cli.ui.video import Video
 from kvpack.errors import InvalidOptionError
@@ -51,6 +52,11 @@ class Model:
         self.scale = timing(path)[1]
         self._traces = TemporaryDirectory(prefix="kvpack-ui-")  # removed with the model
         self._count = 0
+
+    @property
+    def own(self) -> str:
+        """Name of the memory that the model was trained for."""
+        return (Settings.of_folder(self.folder or shipped_folder()) or Settings()).stack
 
     def begin(self, memory: str, prompt: str, seconds: float, seed: int) -> Video:
         """Begin a video.

@@ -33,9 +33,14 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*given)
         except KVPackError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise shown(error) from error
 
     return call
+
+
+def shown(error: KVPackError) -> gr.Error:
+    """Return what the page shows of an error: its line, and what was noted of it."""
+    return gr.Error("; ".join([str(error), *getattr(error, "__notes__", ())]), print_exception=False)
 
 
 class Page:
@@ -86,7 +91,7 @@ class Page:
             for _ in studio.chunks(live):
                 yield self.shown(studio)
         except KVPackError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise shown(error) from error
         yield self.shown(studio)
 
     def shown(self, studio: Studio) -> tuple[Any, ...]:
@@ -175,7 +180,7 @@ def build(model: Model, saved: Path) -> gr.Blocks:
                     change = gr.Button("Change prompt", min_width=110, size="md")
                     cut = gr.Button("Cut to it", min_width=110, size="md")
                 with gr.Row():
-                    memory = gr.Dropdown(names, value="packforcing", label="Memory", **free)
+                    memory = gr.Dropdown(names, value=model.own, label="Memory", **free)
                     other = gr.Dropdown([_NONE, *names], value=_NONE, label="Beside it", **free)
                 with gr.Row():
                     seconds = gr.Number(30, label="Seconds (0: no end)", minimum=0, min_width=100)
