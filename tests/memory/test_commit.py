@@ -7,7 +7,8 @@ import torch
 
 from helpers import archived, held, quiet, record_forwards
 from kvpack.errors import InvalidOptionError
-from kvpack.memory.session import Session
+from kvpack.memory import session as session_module
+from kvpack.memory.session import Session, finish_commits
 from kvpack.memory.stack import Stack
 from kvpack.planning.planner import plan
 from kvpack.plugins.registry import registry
@@ -126,6 +127,41 @@ def test_a_branch_that_guidance_left_out_of_the_last_step_runs_again(pipe, heard
     assert [len(heard(sessions[branch])) for branch in ("cond", "uncond")] == [4, 1 + 1]
     assert sessions["cond"].frames == sessions["uncond"].frames == 2
     made.close()
+
+
+@pytest.mark.parametrize("name", ["packforcing", "deep-forcing", "longlive", "mixed-windows"])
+@pytest.mark.parametrize("interruption", [ValueError, torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_commit_that_ends_in_a_layer_of_a_branch_changes_neither_branch(name, interruption, monkeypatch):
+    """Though layers of a memory of values have let go of what they attended: the chunk is made again."""
+    branches = [Session(registry().stack(name, {}), TINY) for _ in range(2)]
+    wholes = [run_session(branch, 9, seed=seed) for seed, branch in enumerate(branches)]
+    assert len(wholes[0]) == 9
+    plain, pasts = [branch.snapshot() for branch in branches], [branch.past for branch in branches]
+    chunk, remember, calls = [], type(branches[0].stack).remember_all, []
+    monkeypatch.setattr(session_module, "finish_commits", lambda sessions: chunk.extend(sessions))
+    for seed, branch in enumerate(branches):
+        run_session(branch, 1, seed=seed + 5)
+    monkeypatch.undo()
+
+    def fails(stack, committed):
+        def until_the_second():
+            for each in committed:
+                calls.append(each)
+                if len(calls) == TINY.layers + 2:
+                    raise interruption("in the second layer of the second branch")
+                yield each
+
+        return remember(stack, until_the_second())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(branches[0].stack), "remember_all", fails)
+        with pytest.raises(interruption):
+            finish_commits(chunk)
+    assert [branch.past for branch in branches] == pasts
+    again, wanted = ([run_session(each, 3, seed=7) for each in both] for both in (branches, plain))
+    assert all(
+        torch.equal(a, b) for one, other in zip(again, wanted, strict=True) for a, b in zip(one, other, strict=True)
+    )
 
 
 def test_half_a_forward_is_never_committed():
