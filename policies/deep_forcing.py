@@ -35,6 +35,7 @@ class DeepForcing(StateMemory):
     Differs from the released code: keys are kept before RoPE, so that moving the sink adds no rounding.
 
     Args:
+        chunk_frames: latent frames generated together.
         window_frames: latent frames attended at most, the current chunk included.
         sink_frames: first latent frames that are never dropped.
         budget_frames: latent frames' worth of tokens after a compression, the chunk included; 0 evicts the oldest

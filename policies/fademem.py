@@ -42,6 +42,7 @@ class FadeMem(StateMemory):
     is computed anew under another prompt, for merged frames have no latents.
 
     Args:
+        chunk_frames: latent frames generated together.
         slots: frames' worth of tokens that are kept.
         decay: power of the age; the smaller, the denser nearby.
         train_frames: latent frames that the model saw in training; positions stay below.

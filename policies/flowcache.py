@@ -24,6 +24,7 @@ class FlowCache(StateMemory):
     reuse of features between steps is not there.
 
     Args:
+        chunk_frames: latent frames generated together.
         budget_frames: latent frames' worth of tokens that each head keeps of history.
         mix: weight of attention, lambda in the paper.
         max_queries: most queries that are scored.

@@ -24,6 +24,7 @@ class HeavyHitters(StateMemory):
     Attention adds up: the mean softmax of each clean chunk's queries, `max_queries` of them (all in released code).
 
     Args:
+        chunk_frames: latent frames generated together.
         budget_frames: latent frames' worth of tokens that each head keeps of history.
         recent_frames: last latent frames among them, whole.
         max_queries: most queries of a chunk whose attention counts.

@@ -25,6 +25,7 @@ class InfinityRoPE(StateMemory):
     cut).
 
     Args:
+        chunk_frames: latent frames generated together.
         window_frames: latent frames attended, the sink and the current chunk included.
         sink_frames: first latent frames that are never dropped.
         flushed_frames: last latent frames that a flush leaves.

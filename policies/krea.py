@@ -19,6 +19,7 @@ class Krea(StateMemory):
     the same sum without a mask. The text that names a bias gives no value: 0 is none.
 
     Args:
+        chunk_frames: latent frames generated together.
         context_frames: last latent frames attended, a multiple of the chunk.
         past_bias: added to the logits of tokens of the past; below 0 they count for less.
 

@@ -27,6 +27,7 @@ class LongLive(StateMemory):
     there, and rewritten as any other frame.
 
     Args:
+        chunk_frames: latent frames generated together.
         window_frames: latent frames attended, the sink and the current chunk included.
         sink_frames: first latent frames that are never dropped.
         global_sink: whether the sink stays what it was under the first prompt.

@@ -39,6 +39,7 @@ class LongLiveRAG(StateMemory):
     denoising step, all frames are alike, and the newest are retrieved.
 
     Args:
+        chunk_frames: latent frames generated together.
         window_frames: latent frames attended, the retrieved ones and the current chunk included, and their positions.
         sink_frames: first latent frames, which are never dropped.
         retrieved_frames: older frames that are attended.

@@ -15,6 +15,7 @@ class Magi(StateMemory):
     where the released 5, 4, 3, 2 and 1 count the chunk itself, which are (4, 3, 2, 1) and 0 here.
 
     Args:
+        chunk_frames: latent frames generated together.
         previous_chunks: chunks of history attended at each denoising step; the last also at all steps after it.
         clean_chunks: chunks of history attended in the forward of the clean chunk.
 

@@ -44,6 +44,7 @@ class MemRoPE(StateMemory):
     the frame (`per_position=False`). Its motion-adaptive rate is not there.
 
     Args:
+        chunk_frames: latent frames generated together.
         sink_frames: first latent frames, whole.
         recent_frames: last latent frames, whole.
         slow: share of what leaves in the slow average.

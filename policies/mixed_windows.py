@@ -24,6 +24,7 @@ class MixedWindows(Divided):
     trained with. It is no measured choice. Under a new prompt as much is computed anew as the longest window still has.
 
     Args:
+        chunk_frames: latent frames generated together.
         windows: latent frames attended in each window, the sink and the current chunk included.
         sinks: first latent frames that are never dropped in each window; one number is for all.
         shares: which window each layer's heads have.

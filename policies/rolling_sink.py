@@ -50,6 +50,7 @@ class RollingSink(StateMemory):
     So history never shows what the model had not seen in training, however long the video.
 
     Args:
+        chunk_frames: latent frames generated together.
         window_frames: latent frames attended, the current chunk included; the length that the model was trained with.
 
     Raises:

@@ -37,6 +37,7 @@ class TokenTrim(StateMemory):
     No code is public; the paper's thresholds are not in what could be read, and these are kvpack's.
 
     Args:
+        chunk_frames: latent frames generated together.
         window_frames: latent frames attended, the current chunk included.
         share: of the places, those that drift most.
         deviations: standard deviations over the mean that are accepted.

@@ -141,7 +141,7 @@ def _curves(sheet: Sheet, story: Story) -> None:
     sheet.chart((middle + 70, top, WIDTH - 130, bottom), title, spent, story.seconds)
     sheet.top = bottom + 44
     if "packforcing" in story.names:
-        bound = "What packforcing holds rises until it has 128 looked-up blocks, here at second 131, and then no more."
+        bound = "Packforcing makes room for all blocks that it will look up once the first one comes, for 128 at most."
         sheet.text(bound, 15, colour=FAINT)
         sheet.top += 10
 

@@ -101,9 +101,6 @@ class Memory(Policy, ABC):
     What is known in host integers is decided once a chunk for all layers (`book`, `plan`, `committed`, `rewound`); what
     needs tensors once a chunk and layer (`start`, `attend`, `remember`). `Stack` is a memory of four small policies. A
     method that they cannot say is a subclass of `StateMemory`.
-
-    Args:
-        chunk_frames: latent frames generated together.
     """
 
     role: ClassVar[str] = "memory"
