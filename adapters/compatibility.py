@@ -10,7 +10,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from kvpack.adapters.parallel import check_parallel
 from kvpack.errors import UnsupportedPipelineError
 from kvpack.generation.compile_boundary import compiled_from
-from kvpack.generation.modules import has_hooks
+from kvpack.generation.hooks import has_hooks
 
 #: Diffusers' hooks that leave layers out or give their old output; a commit through them would leave stale keys.
 _SKIPPING = {

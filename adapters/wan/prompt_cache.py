@@ -7,7 +7,6 @@ from torch import Tensor
 
 from kvpack.adapters.offload import streams_in
 from kvpack.generation.compile_boundary import OpaqueAttention, attend, compiled_from
-from kvpack.generation.modules import submodules
 
 #: Keys and values of the prompt in one layer, once they are computed.
 _Kept = list[Tensor]
@@ -125,6 +124,6 @@ def _is_fetched_ahead(attention: Any) -> bool:
 
 def _is_hooked(transformer: Any) -> bool:
     """Return whether torch hooks of others run in its forwards, which may change anything in them."""
-    kinds = (each for module in submodules(transformer) for each in (module._forward_pre_hooks, module._forward_hooks))
+    kinds = (each for module in transformer.modules() for each in (module._forward_pre_hooks, module._forward_hooks))
     hooks = (hook for each in kinds if each for hook in each.values())
     return any(not getattr(hook, "__module__", "").startswith("kvpack.") for hook in hooks)

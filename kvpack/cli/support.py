@@ -60,7 +60,7 @@ class CommandGroup(TyperGroup):
         except BrokenPipeError:
             raise
         except (KVPackError, OSError) as error:
-            _fail("; ".join([str(error), *getattr(error, "__notes__", [])]))  # a note names the policy that raised
+            _fail(in_one_line(error))
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
                 _fail(f"out of memory: {error}; try a smaller size, a smaller dtype or a stack that keeps less")
@@ -187,6 +187,11 @@ def size_text(count: float) -> str:
         count /= 1000
         del units[0]
     return f"{count:.3g} {units[0]}"
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return what an error says, and what was noted of it: which policy raised it, say."""
+    return "; ".join([str(error), *getattr(error, "__notes__", ())])
 
 
 def page_file(name: str) -> str:

@@ -165,7 +165,11 @@ def fit_rows(fit: Fit, plan: Plan, tier: str) -> list[list[str]]:
         ("keys and values, at most", fit.kv - plan.workspace_kv_bytes),
         ("working buffer of all layers", plan.workspace_kv_bytes),
         *elsewhere,
-        *([(f"{fit.copies} times both while a chunk is made, and of the chunk", fit.passing)] * (fit.copies > 1)),
+        *(
+            [(f"of the chunk in the making; both above are there {fit.copies} times", fit.passing)]
+            if fit.passing
+            else []
+        ),
         ("activations of a forward", fit.denoising),
         ("activations of decoding a chunk", fit.decoding),
         ("of these kept for the next one, in a stream", fit.features),

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from kvpack.errors import BusyPipelineError
-from kvpack.generation.modules import submodules
 
 _numbers = count()
 _alive: "WeakValueDictionary[int, OpaqueAttention]" = WeakValueDictionary()
@@ -26,7 +25,7 @@ def compiled_from(model: Any) -> Any:
 
 def has_compiled_parts(model: torch.nn.Module) -> bool:
     """Return whether a part of a model is compiled, such as its blocks."""
-    return any(each._compiled_call_impl is not None or "_orig_mod" in each._modules for each in submodules(model))
+    return any(each._compiled_call_impl is not None or "_orig_mod" in each._modules for each in model.modules())
 
 
 def graphs_replay() -> bool:

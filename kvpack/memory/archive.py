@@ -123,10 +123,7 @@ class Archive:
             self._written = None
 
     def reserve(
-        self,
-        slots: int,
-        like: Float[Tensor, "rows tokens heads head_dim"],
-        coordinates: Tensor | None = None,
+        self, slots: int, like: Float[Tensor, "rows tokens heads head_dim"], coordinates: Tensor | None = None
     ) -> None:
         """Make room for so many blocks; what the archive holds stays as it is.
 

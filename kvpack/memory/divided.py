@@ -73,7 +73,7 @@ class Divided(Memory):
     A subclass is a frozen dataclass that says `stacks` and `shares`.
     """
 
-    composite = True
+    composite = in_place = True
 
     @property
     @abstractmethod

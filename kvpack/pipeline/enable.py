@@ -35,7 +35,7 @@ def enable(
 
     The pipeline keeps its class name, components and call; `num_frames` may now exceed what the model was trained with.
     Enabling again replaces the stack. Where the pipeline's folder has a `kvpack_config.json`, its frame rate, first
-    chunk and arguments of the call (steps, guidance) hold with any stack; what a call gives goes before them.
+    chunk, chunk length and arguments of the call (steps, guidance) hold with any stack; what is given goes before them.
 
     Args:
         pipeline: a diffusers pipeline.

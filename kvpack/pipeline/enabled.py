@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 
 from kvpack.errors import InvalidOptionError, SnapshotError, UnsupportedPipelineError, plain
 from kvpack.generation.adapter import Adapter
-from kvpack.generation.modules import has_hooks
+from kvpack.generation.hooks import has_hooks
 from kvpack.memory.base import Memory
 from kvpack.memory.ledger import require_length
 from kvpack.memory.session import Session

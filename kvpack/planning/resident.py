@@ -77,7 +77,7 @@ def passing(geometry: Geometry, memory: Memory, rows: int, steps: int) -> tuple[
         rows: videos generated together, times guidance branches.
         steps: denoising steps of a chunk.
     """
-    if memory.in_place or isinstance(memory, Divided):
+    if memory.in_place:
         return 1, 0
     # A replay of several chunks in one forward is no more: what it replays is not held meanwhile.
     chunk = rows * memory.chunk_frames * geometry.tokens_per_frame * geometry.kv_bytes_per_token

@@ -134,8 +134,8 @@ def test_a_branch_that_guidance_left_out_of_the_last_step_runs_again(pipe, heard
 def test_a_commit_that_ends_in_a_layer_of_a_branch_changes_neither_branch(name, interruption, monkeypatch):
     """Though layers of a memory of values have let go of what they attended: the chunk is made again."""
     branches = [Session(registry().stack(name, {}), TINY) for _ in range(2)]
-    wholes = [run_session(branch, 9, seed=seed) for seed, branch in enumerate(branches)]
-    assert len(wholes[0]) == 9
+    for seed, branch in enumerate(branches):
+        run_session(branch, 9, seed=seed)
     plain, pasts = [branch.snapshot() for branch in branches], [branch.past for branch in branches]
     chunk, remember, calls = [], type(branches[0].stack).remember_all, []
     monkeypatch.setattr(session_module, "finish_commits", lambda sessions: chunk.extend(sessions))

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from kvpack.cli.support import in_one_line
 from kvpack.cli.ui import player, view
 from kvpack.cli.ui.model import Model, unknown_words
 from kvpack.cli.ui.studio import Studio, saved_name, saved_names
@@ -33,14 +34,9 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*given)
         except KVPackError as error:
-            raise shown(error) from error
+            raise gr.Error(in_one_line(error), print_exception=False) from error
 
     return call
-
-
-def shown(error: KVPackError) -> gr.Error:
-    """Return what the page shows of an error: its line, and what was noted of it."""
-    return gr.Error("; ".join([str(error), *getattr(error, "__notes__", ())]), print_exception=False)
 
 
 class Page:
@@ -91,7 +87,7 @@ class Page:
             for _ in studio.chunks(live):
                 yield self.shown(studio)
         except KVPackError as error:
-            raise shown(error) from error
+            raise gr.Error(in_one_line(error), print_exception=False) from error
         yield self.shown(studio)
 
     def shown(self, studio: Studio) -> tuple[Any, ...]:
