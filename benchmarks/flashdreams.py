@@ -90,11 +90,11 @@ def flashdreams_cache() -> ModuleType | None:
     return module
 
 
-def geometry(small: bool, dtype: torch.dtype) -> Geometry:
-    """Return one layer of Wan2.1-1.3B, or a tiny one."""
+def geometry(small: bool, dtype: torch.dtype, layers: int = 1) -> Geometry:
+    """Return layers of Wan2.1-1.3B, or tiny ones."""
     if small:
-        return Geometry(1, 2, 12, (4, 6), (4, 4, 4), dtype=dtype)
-    return Geometry(1, 12, 128, (30, 52), (44, 42, 42), dtype=dtype)
+        return Geometry(layers, 2, 12, (4, 6), (4, 4, 4), dtype=dtype)
+    return Geometry(layers, 12, 128, (30, 52), (44, 42, 42), dtype=dtype)
 
 
 def projections(shape: Geometry, chunk: int, device: torch.device = CPU) -> Projections:
@@ -123,9 +123,10 @@ class Kvpack:
     def chunk(self, projected: Projections) -> None:
         """Handle a chunk."""
         for step in range(STEPS + 1):
-            (layer,) = self.session.denoise(step) if step < STEPS else self.session.commit()
-            self.session.workspace.owner = None
-            layer.attend(*projected, self.hold)
+            layers = self.session.denoise(step) if step < STEPS else self.session.commit()
+            for layer in layers:
+                self.session.workspace.owner = None  # another layer's keys, even of a model of one
+                layer.attend(*projected, self.hold)
         self.session.finish_commit()
 
     def resident(self) -> int:
@@ -142,9 +143,8 @@ class FlashDreams:
     ) -> None:
         self.shape, self.on_read, self.clones, self.index, self.device = shape, on_read, clones, 0, device
         tokens, size = shape.tokens_per_frame, (1, WINDOW * shape.tokens_per_frame, shape.heads, shape.head_dim)
-        self.cache = module.BlockKVCache(
-            size, size, 1, CHUNK * tokens, WINDOW * tokens, device=device, dtype=shape.dtype
-        )
+        one = size, size, 1, CHUNK * tokens, WINDOW * tokens
+        self.caches = [module.BlockKVCache(*one, device=device, dtype=shape.dtype) for _ in range(shape.layers)]
         self.turns = self.angles(0, WINDOW)
         self.attended: tuple[Tensor, Tensor] | None = None
 
@@ -162,21 +162,22 @@ class FlashDreams:
         """Handle a chunk."""
         _, keys, values = projected
         for _ in range(STEPS + 1):
-            self.cache.before_update(self.index)
-            self.cache.update(keys if self.on_read else rotate(keys, self.turns), values)
-            read = self.cache.cached_k()
-            if self.on_read:
-                turns = self.turns[:, : read.shape[1]]
-                own = read.clone() if self.clones else read
-                read = rotate(own, turns, out=own) if self.clones else rotate(own, turns)
-            self.attended = read, self.cache.cached_v()
-            self.cache.after_update(self.index)
+            for cache in self.caches:
+                cache.before_update(self.index)
+                cache.update(keys if self.on_read else rotate(keys, self.turns), values)
+                read = cache.cached_k()
+                if self.on_read:
+                    turns = self.turns[:, : read.shape[1]]
+                    own = read.clone() if self.clones else read
+                    read = rotate(own, turns, out=own) if self.clones else rotate(own, turns)
+                self.attended = read, cache.cached_v()
+                cache.after_update(self.index)
         self.index += 1
 
     def resident(self) -> int:
         """Return the bytes held between two chunks: the cache, and the rotated keys that a forward needs besides."""
-        held = self.cache._k.nbytes + self.cache._v.nbytes
-        return held + (self.cache._k.nbytes if self.on_read else 0)
+        held = sum(cache._k.nbytes + cache._v.nbytes for cache in self.caches)
+        return held + (self.caches[0]._k.nbytes if self.on_read else 0)
 
 
 def no_queries(vectors: Tensor, turns: Tensor, out: Tensor | None = None) -> Tensor:
