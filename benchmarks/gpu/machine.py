@@ -12,6 +12,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import commit
 from kvpack import __version__
@@ -63,6 +65,15 @@ class Machine:
     def each(self, call: Callable[[], Any], times: int, warm: int = 1) -> list[float]:
         """Return the seconds of each call but the first ones."""
         return [self.seconds(call) for _ in range(warm + times)][warm:]
+
+    def busy(self, call: Callable[[], Any]) -> float | None:
+        """Return the seconds that the device's kernels and copies take in a call, without what it waits for."""
+        if not self.cuda:
+            return None
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            self.seconds(call)
+        events = [each for each in seen.key_averages() if each.device_type == DeviceType.CUDA]
+        return sum(each.self_device_time_total for each in events) / 1e6
 
     def waits(self, call: Callable[[], Any]) -> int:
         """Return how often the host waits for the device in a call; CUDA alone counts it."""

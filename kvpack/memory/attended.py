@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from kvpack.memory.base import Attended
 from kvpack.memory.geometry import Geometry
+from kvpack.memory.plan import Plan
 from kvpack.memory.rope import joined_places, rotate, rotations
 from kvpack.memory.store import Arena, KeysValues, StoredBlock, Workspace, leave_ended
 from kvpack.memory.tokens import Later, Tokens
@@ -65,15 +66,15 @@ class InPlace:
         workspace: for rotated keys.
         attended: what the memory wants attended.
         like: the chunk's keys.
-        geometry: the model.
+        plan: the chunk.
         rotated: whether keys are kept after RoPE.
     """
 
     def __init__(
-        self, arena: Arena, workspace: Workspace, attended: Attended, like: Tensor, geometry: Geometry, *, rotated: bool
+        self, arena: Arena, workspace: Workspace, attended: Attended, like: Tensor, plan: Plan, *, rotated: bool
     ) -> None:
         assert isinstance(attended.tokens, tuple)
-        self.arena, self.workspace, self.geometry, self.rotated = arena, workspace, geometry, rotated
+        self.arena, self.workspace, self.geometry, self.rotated = arena, workspace, plan.geometry, rotated
         self.turns = attended.rotations
         self.later: Later | None = None
         blocks, loose, start, keyless = [], [], 0, range(0)
@@ -85,7 +86,9 @@ class InPlace:
             if tokens.later is not None:
                 self.later, keyless = tokens.later, range(start, start + len(tokens))
             start += len(tokens)
-        arena.arrange(blocks, start + like.shape[1], like, keyless)
+        if workspace.room is None:
+            workspace.room = plan.room()
+        arena.arrange(blocks, start + like.shape[1], like, keyless, workspace.room)
         for place, tokens in loose:
             arena.write(place, None if place in keyless else tokens.keys, tokens.values)
         self.places = [tokens.coordinates for tokens in attended.tokens]

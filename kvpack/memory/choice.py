@@ -14,9 +14,15 @@ from kvpack.memory.archive import AT_ONCE, Archive
 from kvpack.memory.attribution import policy_call
 from kvpack.memory.base import Chunk
 from kvpack.memory.codec import DENSE
+from kvpack.memory.fetching import consecutive_runs
 from kvpack.memory.roles import Candidates, Query, Selector
 from kvpack.memory.rope import rotate
 from kvpack.memory.stack_plan import StackPlan
+
+#: Most blocks that are decoded, or brought from elsewhere, together: at 832x480, 18 MB of keys in bfloat16.
+_BROUGHT = 32
+#: Blocks from which on a run is read by itself.
+_WORTH = 16
 
 
 def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) -> Int[Tensor, "rows chosen"] | None:
@@ -49,8 +55,8 @@ def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) 
         return rotate(vectors(), plan.absolute_rotations(block, device, own))
 
     candidates = Candidates(
-        first_frames=tuple(piece.first_frame for piece in plan.mid),
-        frames=tuple(piece.frames for piece in plan.mid),
+        first_frames=plan.mid_first_frames,
+        frames=plan.mid_frames,
         tokens=tokens,
         key_sums=seen(archive.key_sums.index_select(1, slots)),
         keys=keys,
@@ -97,12 +103,18 @@ def _keys(archive: Archive, plan: StackPlan) -> Callable[[int], Tensor]:
 
 def _runs(archive: Archive, plan: StackPlan, most: int) -> Iterator[Float[Tensor, "rows some tokens heads head_dim"]]:
     """Yield keys of at most `most` consecutive mid blocks of one size together."""
-    first = 0
+    in_place, first = archive.codec == DENSE and archive.tier == "device", 0
+    most = most if in_place else min(most, _BROUGHT)
     for tokens, alike in groupby(plan.tokens):
         stop = first + len(list(alike))
         for start in range(first, stop, most):
             slots = [piece.slot for piece in plan.mid[start : min(start + most, stop)]]
-            yield archive.blocks_keys(slots, plan.ahead)[:, :, :tokens]
+            runs = list(consecutive_runs(slots))
+            # A ring of slots is two runs, which are views; many short ones are better copied to one place.
+            if not in_place or len(slots) < _WORTH * len(runs):
+                runs = [(0, len(slots))]
+            for begin, end in runs:
+                yield archive.blocks_keys(slots[begin:end], plan.ahead)[:, :, :tokens]
         first = stop
 
 

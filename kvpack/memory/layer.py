@@ -222,7 +222,7 @@ class LayerCache:
             attended = memory.attend(forward.states[self.index], chunk)
         plan.prefetch(next(iter(forward.states[self.index + 1 :]), None))
         check_attended(memory, attended, like, self.index)
-        self.context = self._laid_out(attended, like, chunk)
+        self.context = self._laid_out(attended, like, plan)
         # What a policy makes by itself may hold anything, and costs a pass to look at.
         self.signs = [] if memory.in_place else signs(attended)
         if memory.in_place and isinstance(attended.tokens, tuple):  # they lie in the arena now
@@ -236,12 +236,12 @@ class LayerCache:
             self.lengths = list(map(max, self.lengths, self.context.lengths))
         self.attended, self._settled, self.selected = attended, forward.settled, attended.selected
 
-    def _laid_out(self, attended: Attended, like: Tensor, chunk: Chunk) -> Context:
+    def _laid_out(self, attended: Attended, like: Tensor, plan: Plan) -> Context:
         memory = self.memory
         if memory.in_place and isinstance(attended.tokens, tuple):
             rotated = memory.keeps_rotated
-            return InPlace(self.arena, self.workspace, attended, like, chunk.geometry, rotated=rotated)
-        return Gathered(self.workspace, attended, like, chunk.geometry, stores=memory.in_place)
+            return InPlace(self.arena, self.workspace, attended, like, plan, rotated=rotated)
+        return Gathered(self.workspace, attended, like, plan.geometry, stores=memory.in_place)
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,6 +41,10 @@ class Plan:
         #: Rotations by the tensor, or number, that they come from, which is kept so that it stays the only one.
         self._rotations: dict[object, tuple[object, Tensor]] = {}
 
+    def room(self) -> tuple[int, int]:
+        """Return the keys and values that arenas should have room for; they grow if that is not enough."""
+        return 0, 0
+
     def prefetch(self, state: Any) -> None:
         """Begin to bring to the device what the next layer will read of its state, as the last one did.
 

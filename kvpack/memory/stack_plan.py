@@ -18,6 +18,7 @@ from kvpack.memory.ledger import BlockEntry, Ledger, Step
 from kvpack.memory.plan import Book, Plan, at
 from kvpack.memory.prefetch import Prefetch
 from kvpack.memory.roles import Layout, Part, Placement
+from kvpack.memory.room import Room, arena_room
 from kvpack.memory.rope import rotations, wide_dtype
 from kvpack.memory.sending import sent
 
@@ -145,6 +146,20 @@ class StackPlan(Plan):
         chosen = {piece.first_frame: count for piece, count in zip(self.mid, times, strict=True)}
         offered = sum(each.shape[0] for each in selected)
         return replace(self.after, ledger=self.step.ledger.counted(offered, chosen))
+
+    @cached_property
+    def mid_first_frames(self) -> tuple[int, ...]:
+        """First latent frame of each mid block."""
+        return tuple(piece.first_frame for piece in self.mid)
+
+    @cached_property
+    def mid_frames(self) -> tuple[int, ...]:
+        """Latent frames that each mid block stands for."""
+        return tuple(piece.frames for piece in self.mid)
+
+    def room(self) -> Room:
+        """Return as much as any chunk of the video needs."""
+        return arena_room(self.stack, self.geometry)
 
     def prefetch(self, state: "StackState | None") -> None:
         """Begin to bring the archived keys by which the next layer chooses."""

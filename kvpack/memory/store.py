@@ -81,7 +81,7 @@ class StoredBlock:
 
 
 class Arena:
-    """Keys and values of one layer in attended order, the current chunk behind them; as large as was ever needed.
+    """Keys and values of one layer in attended order, the current chunk behind them.
 
     Tokens in `keyless` have values here alone, and no room for keys.
     """
@@ -124,6 +124,7 @@ class Arena:
         tokens: int,
         like: Float[Tensor, "rows any heads head_dim"],
         keyless: range = range(0),
+        room: tuple[int, int] = (0, 0),
     ) -> None:
         """Bring blocks to their places, in room for `tokens` tokens; what else lies here is moved out if it is held.
 
@@ -132,6 +133,7 @@ class Arena:
             tokens: room that is needed.
             like: whose rows, heads, dtype and device these are.
             keyless: tokens between blocks that need no room for keys.
+            room: keys and values that there is to be room for if it must grow, since a later chunk needs them.
         """
         # Where keys lie changes with it: all come anew.
         wanted = {id(block) for _, block in blocks} if keyless == self.keyless else set()
@@ -144,7 +146,7 @@ class Arena:
         self.keyless = keyless
         sizes = tokens - len(keyless), tokens
         if any(held < size for held, size in zip(self._sizes(like), sizes, strict=True)):
-            self._grow(blocks, sizes, like)
+            self._grow(blocks, (max(sizes[0], room[0]), max(sizes[1], room[1])), like)
         else:
             self._move([(start, block) for start, block in blocks if block.places.get(self) != start])
         self._residents = [ref(block) for _, block in blocks]
@@ -170,7 +172,7 @@ class Arena:
         return held.shape[1], self.values.shape[1]
 
     def _grow(self, blocks: Sequence[tuple[int, StoredBlock]], sizes: tuple[int, int], like: Tensor) -> None:
-        # Exactly: a bounded memory is soon as large as it gets, and spare room would be held for good.
+        # Never for more than is known to be needed, since spare room would be held for good.
         larger = [
             like.new_empty(like.shape[0], max(size, held), *like.shape[2:])
             for size, held in zip(sizes, self._sizes(like), strict=True)
@@ -221,6 +223,8 @@ class Workspace:
         self._values = torch.empty(0)
         #: What has filled it last.
         self.owner: object = None
+        #: Keys and values that each layer's arena is made for, once it is known.
+        self.room: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:

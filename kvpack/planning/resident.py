@@ -6,7 +6,6 @@ from dataclasses import astuple, dataclass, replace
 from fractions import Fraction
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 
@@ -14,14 +13,10 @@ from kvpack.memory.base import Memory
 from kvpack.memory.codec import stored_bytes
 from kvpack.memory.divided import Divided, narrowed
 from kvpack.memory.geometry import Geometry
+from kvpack.memory.room import FAR, arena_room, until_settled
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 from kvpack.memory.stack_plan import StackBook, StackPlan
-
-#: Chunks in which what is held must repeat, in a period of at most so many, to be taken for settled.
-_ALIKE, _PERIOD = 16, 8
-#: Chunks behind which a memory that does not settle is said to grow without end.
-_FAR = 256
 
 
 @dataclass(frozen=True)
@@ -107,15 +102,15 @@ def most_resident(
     if isinstance(memory, Divided):
         size = chunks, batch, channels, first_frames  # all parts hold the most at the end, for they archive nothing
         return _divided(geometry, memory, lambda part, stack: most_resident(part, stack, *size))
-    far = _FAR if chunks is None else chunks
+    far = FAR if chunks is None else chunks
     if isinstance(memory, Stack):
         if chunks is None and memory.archive_blocks is not None:
             far += memory.archive_blocks
-        counted = _until_settled(_counted(geometry, memory, batch, first_frames), far)
+        counted = until_settled(_counted(geometry, memory, batch, first_frames), far)
         held = [each.held for each in counted]
     else:
         small = replace(geometry, grid=(1, 4))
-        counted = _until_settled(_run(small, memory, batch, channels, first_frames), far)
+        counted = until_settled(_run(small, memory, batch, channels, first_frames), far)
         held = _rehearsed(geometry, memory, len(counted), batch, channels, first_frames)
     if chunks is None and len(counted) == far:
         return None
@@ -140,19 +135,6 @@ def _divided(geometry: Geometry, memory: Divided, one: Callable[[Geometry, Stack
         held += int(each.layer_bytes) * count
         shared += each.shared_bytes
     return Resident(Fraction(history, geometry.layers * geometry.heads), Fraction(held, geometry.layers), shared)
-
-
-def _until_settled(chunks: Iterator[Any], most: int) -> list[Any]:
-    """Return what is held behind each chunk, until it repeats."""
-    seen: list[Any] = []
-    for each in islice(chunks, most):
-        seen.append(each)
-        last = seen[-_ALIKE:]
-        if len(seen) >= _ALIKE + _PERIOD and any(
-            last == seen[-_ALIKE - period : -period] for period in range(1, _PERIOD + 1)
-        ):
-            break
-    return seen
 
 
 @dataclass(frozen=True)
@@ -183,7 +165,8 @@ def _counted(geometry: Geometry, stack: Stack, batch: int, first_frames: int | N
     placed = {"span": int(stack.eviction == "merged"), "row": 1, "head": geometry.heads}[stack.compressor.places]
     # Of a slot: sums of keys in float32, (t, y, x) of tokens that have places of their own, and the block itself.
     slot_bytes = 4 * geometry.width + 12 * block * placed + stored
-    room = keys = joined = slots = 0
+    keys, room = arena_room(stack, geometry)
+    joined = slots = 0
     due, apart, seen = set[int](), set[int](), set[tuple[int, int]]()
     coming = first_frames or stack.chunk_frames
     while True:

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvpack.memory.attended import Attention, Rotations
-from kvpack.memory.base import Attended, Chunk
+from kvpack.memory.base import Attended
 from kvpack.memory.codec import DENSE, Codec, DenseCodec, Stored
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.layer import LayerCache
+from kvpack.memory.plan import Plan
 from kvpack.memory.rope import joined_places, rotate, rotations
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
@@ -80,8 +81,8 @@ class GraphLayer(LayerCache):
 
     differentiable: ClassVar[bool] = True
 
-    def _laid_out(self, attended: Attended, like: Tensor, chunk: Chunk) -> GraphContext:
-        return GraphContext(attended, like, chunk.geometry)
+    def _laid_out(self, attended: Attended, like: Tensor, plan: Plan) -> GraphContext:
+        return GraphContext(attended, like, plan.geometry)
 
 
 @dataclass(frozen=True)

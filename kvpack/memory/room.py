@@ -1,0 +1,63 @@
+"""How much of a stack's past an arena must have room for, known before the first chunk."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from kvpack.memory.geometry import Geometry
+
+if TYPE_CHECKING:
+    from kvpack.memory.stack import Stack
+
+#: Chunks in which something must repeat, in a period of at most so many, to be taken for settled.
+_ALIKE, _PERIOD = 16, 8
+#: Chunks behind which a memory that does not settle is said to grow without end.
+FAR = 256
+#: Keys and values, in tokens.
+Room = tuple[int, int]
+
+
+def until_settled(chunks: Iterator[Any], most: int) -> list[Any]:
+    """Return what is said of each chunk, until it repeats."""
+    seen: list[Any] = []
+    for each in islice(chunks, most):
+        seen.append(each)
+        last = seen[-_ALIKE:]
+        if len(seen) >= _ALIKE + _PERIOD and any(
+            last == seen[-_ALIKE - period : -period] for period in range(1, _PERIOD + 1)
+        ):
+            break
+    return seen
+
+
+def arena_room(stack: "Stack", geometry: Geometry) -> Room:
+    """Return the room that a layer needs in any chunk of the video, its own tokens included; 0 if nobody can know.
+
+    That is where it grows without end, where rows attend blocks of unequal size, or where a policy fails: what is wrong
+    with a later chunk is told when that comes.
+    """
+    known = None if geometry.frames is None else -(-geometry.frames // stack.chunk_frames)
+    try:
+        needed = until_settled(_needed(stack, geometry), min(known or FAR, FAR))
+    except Exception:  # whatever a policy raises
+        return 0, 0
+    if None in needed or (len(needed) == FAR and known != FAR):
+        return 0, 0
+    keys, values = map(max, zip(*needed, strict=True))
+    return keys, values
+
+
+def _needed(stack: "Stack", geometry: Geometry) -> Iterator[Room | None]:
+    """Yield the room for each chunk after the other; None where rows are gathered apart."""
+    book, each = stack.book(), geometry.tokens_per_frame
+    decodes_later = stack.start(geometry, 0).archive.decodes_later
+    while True:
+        plan = stack.plan(book, stack.chunk_frames, geometry)
+        sizes = {span.tokens for span in plan.attended}
+        if not (plan.uniform or plan.takes_all) or (stack.eviction == "least-selected" and len(sizes) > 1):
+            yield None
+            return
+        mid = sum(span.tokens for span in plan.attended[: plan.chosen])
+        values = sum(piece.frames for piece in plan.ledger.whole) * each + mid + stack.chunk_frames * each
+        yield values - (mid if decodes_later and plan.uniform else 0), values
+        book = plan.after
