@@ -3,12 +3,13 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.linalg import vector_norm
 
 
 def joined_heads(keys: Float[Tensor, "batch tokens heads head_dim"]) -> Float[Tensor, "batch tokens width"]:
     """Return keys of all heads as one vector of length 1, in float32."""
-    return normalize(keys.flatten(2).float(), dim=-1)  # [rows, tokens, heads * head_dim]
+    unit = keys.detach().flatten(2).to(torch.float32, copy=True)  # [rows, tokens, heads * head_dim]
+    return unit.div_(vector_norm(unit, dim=-1, keepdim=True).clamp_min_(1e-12))
 
 
 def farthest(

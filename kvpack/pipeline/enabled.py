@@ -1,8 +1,10 @@
 """What an enabled pipeline can do more than a stock one; `enable` gives it this class under its own name."""
 
 import os
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import wraps
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -212,9 +214,9 @@ class PackForcingMixin:
         if enabled is None or enabled.driving is None:
             return stock.fget(self)
         if enabled.device is None:
-            pipeline = cast(DiffusionPipeline, self)
-            models = [each for each in pipeline.components.values() if isinstance(each, torch.nn.Module)]
-            enabled.device = stock.fget(self) if any(map(has_hooks, models)) else pipeline.device
+            components = cast(DiffusionPipeline, self).components.values()
+            models = [each for each in components if isinstance(each, torch.nn.Module)]
+            enabled.device = stock.fget(self) if any(map(has_hooks, models)) else _device_of(models)
         return enabled.device
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
@@ -232,6 +234,12 @@ class PackForcingMixin:
         enabled = state.pop("_kvpack", None)
         kept = None if enabled is None else enabled.as_kwargs()
         return (_rebuild, (self._kvpack_base, kept), state, *rest)
+
+
+def _device_of(models: Iterable[torch.nn.Module]) -> torch.device:
+    """Return where weights are, an accelerator before the CPU; diffusers looks through all modules for it, twice."""
+    devices = [parameter.device for each in models for parameter in islice(each.parameters(), 1)]
+    return max(devices, key=lambda device: device.type not in ("cpu", "meta"), default=torch.device("cpu"))
 
 
 def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
