@@ -74,7 +74,7 @@ def test_the_readmes_table_of_cards_is_what_is_planned():
 
 def test_the_figures_of_memory_and_budgets_are_what_is_planned():
     text = (ROOT / "docs/memory.md").read_text()
-    names = ["transformer", "vae", "text_encoder", "kv", "denoising", "decoding", "features"]
+    names = ["transformer", "vae", "text_encoder", "kv", "passing", "denoising", "decoding", "features"]
     found = [plan("--size", size, "--gpu-memory", 80)["fit"] for size in ("832x480", "640x352", "480x272")]
     table = rows(text, "| two minutes of")
     assert [row[1:] for row in table] == [[size_text(each[name]) for each in found] for name in names]

@@ -158,6 +158,8 @@ def roofline_row(speed: Roofline) -> list[str]:
 def fit_rows(fit: Fit, plan: Plan, tier: str) -> list[list[str]]:
     """Return the rows of a table of what is on a graphics card, and of an archive that is on another tier."""
     elsewhere = [] if tier == "device" else [(f"archive, on the {tier}", plan.archive_kv_bytes)]
+    twice = f"of the chunk in the making; both above are there {fit.copies} times"
+    passing = twice if fit.copies > 1 else "archived keys of a layer that chooses"
     rows: list[tuple[str, float]] = [
         ("transformer", fit.transformer),
         ("VAE", fit.vae),
@@ -165,11 +167,7 @@ def fit_rows(fit: Fit, plan: Plan, tier: str) -> list[list[str]]:
         ("keys and values, at most", fit.kv - plan.workspace_kv_bytes),
         ("working buffer of all layers", plan.workspace_kv_bytes),
         *elsewhere,
-        *(
-            [(f"of the chunk in the making; both above are there {fit.copies} times", fit.passing)]
-            if fit.passing
-            else []
-        ),
+        *([(passing, fit.passing)] if fit.passing else []),
         ("activations of a forward", fit.denoising),
         ("activations of decoding a chunk", fit.decoding),
         ("of these kept for the next one, in a stream", fit.features),

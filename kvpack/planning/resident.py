@@ -63,8 +63,9 @@ def resident(geometry: Geometry, memory: Memory, chunks: int, batch: int, channe
 def passing(geometry: Geometry, memory: Memory, rows: int, steps: int) -> tuple[int, int]:
     """Return how often what a memory holds is there while a chunk is made, and the bytes kept of the chunk meanwhile.
 
-    Of one whose blocks lie in arenas, once and nothing. One that is a value has what it attends beside what it held,
-    and the chunk's own keys, values and queries are kept until they are remembered.
+    One whose blocks lie in arenas is there once. Where it chooses, archived keys of one layer may be on their way from
+    elsewhere, or what is computed of them is as large. One that is a value has what it attends beside what it held, and
+    the chunk's own keys, values and queries are kept until they are remembered.
 
     Args:
         geometry: the model at the video's size.
@@ -73,10 +74,19 @@ def passing(geometry: Geometry, memory: Memory, rows: int, steps: int) -> tuple[
         steps: denoising steps of a chunk.
     """
     if memory.in_place:
-        return 1, 0
+        return 1, rows * _keys_on_their_way(geometry, memory) if isinstance(memory, Stack) else 0
     # A replay of several chunks in one forward is no more: what it replays is not held meanwhile.
     chunk = rows * memory.chunk_frames * geometry.tokens_per_frame * geometry.kv_bytes_per_token
     return 2, chunk + chunk // 2 * (steps + 1 if memory.needs_queries else 1)
+
+
+def _keys_on_their_way(geometry: Geometry, stack: Stack) -> int:
+    """Return the bytes of one layer's archived keys, of an archive whose end is known, if some of them are chosen."""
+    blocks = [stack.archive_blocks, None if geometry.frames is None else geometry.frames // stack.chunk_frames]
+    most = min((each for each in blocks if each is not None), default=0)
+    if stack.selector.limit(most) == most:
+        return 0
+    return most * stack.start(geometry, 0).archive.slot_tokens * geometry.width * geometry.dtype.itemsize
 
 
 def most_resident(

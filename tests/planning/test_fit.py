@@ -201,8 +201,21 @@ def test_what_a_memory_of_values_needs_beside_what_it_holds(name):
     assert 0.6 < peak_bytes(lambda: run_session(session, 12, steps=2)) / needed < 1.2
 
 
-def test_a_memory_in_arenas_needs_nothing_beside_them():
-    assert passing(TINY, registry().stack("packforcing", {}), rows=1, steps=4) == (1, 0)
+@pytest.mark.parametrize(
+    ("stack", "options", "frames", "blocks"),
+    [
+        ("packforcing", {}, None, 128),
+        ("packforcing", {"archive_blocks": 40}, 480, 40),
+        ("packforcing", {}, 80, 20),
+        ("packforcing", {"archive_blocks": 16}, None, 0),  # of which all are attended
+        ("packforcing", {"archive_blocks": None}, None, 0),  # nobody knows how many
+        ("self-forcing", {}, None, 0),
+    ],
+)
+def test_a_memory_in_arenas_needs_no_more_than_the_keys_of_a_layer_that_chooses(stack, options, frames, blocks):
+    made, geometry = registry().stack(stack, options), replace(TINY, frames=frames)
+    keys = made.compressor.span(0, 4, TINY.grid).tokens * TINY.width * TINY.dtype.itemsize
+    assert passing(geometry, made, rows=2, steps=4) == (1, 2 * blocks * keys)
 
 
 def test_a_memory_of_values_shrinks_until_both_of_its_windows_fit():
