@@ -151,15 +151,15 @@ def draw_attended(axes: Any, found: Seen, title: str) -> None:
 
 
 def memories(videos: dict[str, Seen]) -> Any:
-    """Draw what three memories look at, and what they hold."""
+    """Draw what three memories look at, and what is in the memory that they are given for the whole video at once."""
     figure, panels = page(14, 3.6, 1, 4)
     for axes, (name, found) in zip(panels[0], videos.items(), strict=False):
         draw_attended(axes, found, LABELS[name])
     axes = panels[0][3]
     for name, found in videos.items():
-        held = [stats["resident_bytes"] / 1e6 for stats in found.stats]
-        axes.plot([(index + 1) * 4 * FRAME for index in range(len(held))], held, label=name)
-    axes.set_title("memory held, MB", fontsize=11)
+        used = [(stats["attended_bytes"] + stats["archive_bytes"]) / 1e6 for stats in found.stats]
+        axes.plot([(index + 1) * 4 * FRAME for index in range(len(used))], used, label=name)
+    axes.set_title("keys and values in use, MB", fontsize=11)
     axes.set_xlabel("second of the video that is made")
     axes.set_ylim(0)
     axes.legend(fontsize=9)
@@ -202,7 +202,7 @@ def held(found: Seen) -> Any:
     rest = [
         stats["resident_bytes"] - sum(row[index] for row in rows.values()) for index, stats in enumerate(found.stats)
     ]
-    rows["room for the chunk that is made, and spare slots"] = rest
+    rows["room for the chunk that is made, and for what comes"] = rest
     megabytes = [[count / 1e6 for count in row] for row in rows.values()]
     axes.stackplot(
         seconds, megabytes, labels=list(rows), colors=[COLOURS[each] for each in ("recent", "mid", "room", "archive")]

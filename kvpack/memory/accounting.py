@@ -24,7 +24,7 @@ def session_stats(session: "Session") -> dict[str, Any]:
 
     `attended_*` are those of the last chunk's history, without the chunk; `archive_*` all compressed blocks that are
     kept, attended or not, in the form and on the tier that they are stored. `resident_bytes` is all memory beside the
-    model that is held between two chunks: arenas with the room for the current chunk, archives with their spare slots
+    model that is held between two chunks: arenas with room for the largest chunk, archives with their spare slots
     unless they are on another tier, the states' own tensors, and the workspace, which is `workspace_bytes` of them and
     is one for all layers. Where heads attend unlike numbers of tokens, `attended_tokens` is the mean, rounded up.
     """

@@ -38,7 +38,7 @@ class Geometry:
         rope_theta: base of the rotary frequencies.
         dtype: dtype of keys and values.
         rotary: angles of a family whose frequencies are others than those of `rope_split` and `rope_theta`.
-        frames: latent frames of the whole video, if they are known: an archive then grows once.
+        frames: latent frames of the whole video, if they are known: memory is then made for all of it at once.
 
     >>> wan = Geometry(30, 12, 128, (30, 52), (44, 42, 42), dtype=torch.bfloat16)
     >>> wan.tokens_per_frame, wan.kv_bytes_per_token

@@ -30,15 +30,20 @@ def until_settled(chunks: Iterator[Any], most: int) -> list[Any]:
     return seen
 
 
-def arena_room(stack: "Stack", geometry: Geometry) -> Room:
-    """Return the room that a layer needs in any chunk of the video, its own tokens included; 0 if nobody can know.
+def arena_room(stack: "Stack", geometry: Geometry, first: int) -> Room:
+    """Return the room that a layer needs for the largest chunk of the video, its own tokens included.
 
-    That is where it grows without end, where rows attend blocks of unequal size, or where a policy fails: what is wrong
-    with a later chunk is told when that comes.
+    It is 0 if nobody can know: where it grows without end, where rows attend blocks of unequal size, or where a policy
+    fails: what is wrong with a later chunk is told when that comes.
+
+    Args:
+        stack: the policy.
+        geometry: the model, and the length of the video.
+        first: latent frames of the first chunk.
     """
-    known = None if geometry.frames is None else -(-geometry.frames // stack.chunk_frames)
+    known = None if geometry.frames is None else 1 + max(0, -(-(geometry.frames - first) // stack.chunk_frames))
     try:
-        needed = until_settled(_needed(stack, geometry), min(known or FAR, FAR))
+        needed = until_settled(_needed(stack, geometry, first), min(known or FAR, FAR))
     except Exception:  # whatever a policy raises
         return 0, 0
     if None in needed or (len(needed) == FAR and known != FAR):
@@ -47,17 +52,17 @@ def arena_room(stack: "Stack", geometry: Geometry) -> Room:
     return keys, values
 
 
-def _needed(stack: "Stack", geometry: Geometry) -> Iterator[Room | None]:
+def _needed(stack: "Stack", geometry: Geometry, coming: int) -> Iterator[Room | None]:
     """Yield the room for each chunk after the other; None where rows are gathered apart."""
     book, each = stack.book(), geometry.tokens_per_frame
     decodes_later = stack.start(geometry, 0).archive.decodes_later
     while True:
-        plan = stack.plan(book, stack.chunk_frames, geometry)
+        plan = stack.plan(book, coming, geometry)
         sizes = {span.tokens for span in plan.attended}
         if not (plan.uniform or plan.takes_all) or (stack.eviction == "least-selected" and len(sizes) > 1):
             yield None
             return
         mid = sum(span.tokens for span in plan.attended[: plan.chosen])
-        values = sum(piece.frames for piece in plan.ledger.whole) * each + mid + stack.chunk_frames * each
+        values = (sum(piece.frames for piece in plan.ledger.whole) + coming) * each + mid
         yield values - (mid if decodes_later and plan.uniform else 0), values
-        book = plan.after
+        book, coming = plan.after, stack.chunk_frames

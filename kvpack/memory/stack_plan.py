@@ -158,8 +158,10 @@ class StackPlan(Plan):
         return tuple(piece.frames for piece in self.mid)
 
     def room(self) -> Room:
-        """Return as much as any chunk of the video needs."""
-        return arena_room(self.stack, self.geometry)
+        """Return as much as the largest chunk of the video needs; the first one may be shorter than the rest."""
+        book = self.book
+        first = book.frames - (book.chunks - 1) * self.stack.chunk_frames if book.chunks else self.coming
+        return arena_room(self.stack, self.geometry, first)
 
     def prefetch(self, state: "StackState | None") -> None:
         """Begin to bring the archived keys by which the next layer chooses."""

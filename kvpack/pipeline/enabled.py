@@ -214,8 +214,8 @@ class PackForcingMixin:
         if enabled is None or enabled.driving is None:
             return stock.fget(self)
         if enabled.device is None:
-            components = cast(DiffusionPipeline, self).components.values()
-            models = [each for each in components if isinstance(each, torch.nn.Module)]
+            components = sorted(cast(DiffusionPipeline, self).components.items())
+            models = [each for _, each in components if isinstance(each, torch.nn.Module)]
             enabled.device = stock.fget(self) if any(map(has_hooks, models)) else _device_of(models)
         return enabled.device
 
@@ -237,7 +237,7 @@ class PackForcingMixin:
 
 
 def _device_of(models: Iterable[torch.nn.Module]) -> torch.device:
-    """Return where weights are, an accelerator before the CPU; diffusers looks through all modules for it, twice."""
+    """Return `DiffusionPipeline.device` of its models, sorted by name, for which it looks through all their modules."""
     devices = [parameter.device for each in models for parameter in islice(each.parameters(), 1)]
     return max(devices, key=lambda device: device.type not in ("cpu", "meta"), default=torch.device("cpu"))
 

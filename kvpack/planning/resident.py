@@ -175,10 +175,10 @@ def _counted(geometry: Geometry, stack: Stack, batch: int, first_frames: int | N
     placed = {"span": int(stack.eviction == "merged"), "row": 1, "head": geometry.heads}[stack.compressor.places]
     # Of a slot: sums of keys in float32, (t, y, x) of tokens that have places of their own, and the block itself.
     slot_bytes = 4 * geometry.width + 12 * block * placed + stored
-    keys, room = arena_room(stack, geometry)
+    coming = first_frames or stack.chunk_frames
+    keys, room = arena_room(stack, geometry, coming)
     joined = slots = 0
     due, apart, seen = set[int](), set[int](), set[tuple[int, int]]()
-    coming = first_frames or stack.chunk_frames
     while True:
         plan = StackPlan(stack, StackBook.of(ledger), coming, geometry)
         in_place, before = plan.uniform or plan.takes_all, ledger
@@ -196,8 +196,9 @@ def _counted(geometry: Geometry, stack: Stack, batch: int, first_frames: int | N
             room, apart = max(room, needed), set[int]() if not unknown else apart
             keys = max(keys, needed - (mid if archive.decodes_later and plan.uniform and not unknown else 0))
         if not in_place or unknown:
-            # Rows differ: each is gathered in a workspace of its own, and what is new lies in no arena.
-            joined, apart = max(joined, needed), apart | new
+            # Rows differ: each is gathered in a workspace of its own, and what is new, or replayed, lies in no arena.
+            joined, replayed = max(joined, needed), before.frames - sum(before.replayable(stack.replay_frames))
+            apart |= new | {piece.first_frame for piece in before.whole if piece.first_frame >= replayed}
         for _, slot in plan.step.leaving:
             slots = before.slots(slots, slot, geometry.frames)
         if stack.latent_compressor is not None:

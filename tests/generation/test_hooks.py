@@ -1,5 +1,6 @@
 """Hooks on any part of a model are seen."""
 
+import torch
 from accelerate.hooks import ModelHook as AccelerateHook
 from accelerate.hooks import add_hook_to_module
 from diffusers.hooks import HookRegistry, ModelHook
@@ -40,6 +41,10 @@ def test_the_device_of_a_chunk_is_the_stock_one(monkeypatch):
 
     here, wanted, count = devices()
     assert here == wanted
+    assert count == 0
+    pipe.vae.to("meta")  # registered first, but not the first by its name
+    here, wanted, count = devices()
+    assert here == wanted == torch.device("cpu")
     assert count == 0
     HookRegistry.check_if_exists_or_initialize(pipe.vae.decoder).register_hook(ModelHook(), "mine")
     here, wanted, count = devices()

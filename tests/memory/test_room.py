@@ -8,7 +8,7 @@ from helpers import room
 from kvpack import Session
 from kvpack.memory.room import FAR, arena_room
 from kvpack.memory.stack import Stack
-from kvpack.planning.resident import resident
+from kvpack.planning.resident import most_resident, resident
 from kvpack.plugins.registry import registry
 from kvpack.policies.recency import RecencySelector
 from kvpack.testing import TINY, run_session
@@ -41,8 +41,29 @@ def test_an_arena_is_made_once_for_a_video_of_known_length(name, chunks, store):
     session = Session(stack, replace(TINY, frames=chunks * stack.chunk_frames))
     seen, most = run(session, chunks)
     assert seen == [seen[0]] * chunks
-    assert room(session) == most == arena_room(stack, session.geometry)[1]
+    assert room(session) == most == arena_room(stack, session.geometry, stack.chunk_frames)[1]
     assert resident(session.geometry, stack, chunks, 1).bytes(TINY.layers) == session.stats()["resident_bytes"]
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 9])
+@pytest.mark.parametrize("name", STACKS)
+def test_a_short_first_chunk_makes_it_no_larger(name, chunks):
+    """Nor does it matter when memory is first asked for: a resumed session knows how the video began."""
+    stack = registry().stack(name, {})
+    geometry = replace(TINY, frames=1 + (chunks - 1) * stack.chunk_frames)
+    session = Session(stack, geometry)
+    session.expect(1)
+    own, most = TINY.tokens_per_frame, 0
+    for chunk in range(chunks):
+        session = session.snapshot() if chunk == 1 else session
+        run_session(session, 1, seed=chunk)
+        most = max(most, session.stats()["attended_tokens"] + own)
+        own = stack.chunk_frames * TINY.tokens_per_frame
+    made = arena_room(stack, geometry, 1)[1]
+    assert made in (most, 0)  # none where rows attend unequal blocks
+    assert not made or room(session) == most
+    held = most_resident(geometry, stack, chunks, 1, first_frames=1)
+    assert held.bytes(TINY.layers) >= session.stats()["resident_bytes"]
 
 
 @pytest.mark.parametrize("name", ENDLESS)
@@ -60,7 +81,7 @@ def test_an_arena_whose_end_nobody_knows_grows_as_it_must():
         session = Session(full, geometry)
         sizes = [seen[0][1] for seen in run(session, 4)[0]]
         assert sizes == [4 * each * TINY.tokens_per_frame for each in (1, 2, 3, 4)]
-    assert arena_room(full, replace(TINY, frames=4 * FAR))[1] == 4 * FAR * TINY.tokens_per_frame
+    assert arena_room(full, replace(TINY, frames=4 * FAR), 4)[1] == 4 * FAR * TINY.tokens_per_frame
 
 
 def test_a_longer_video_than_was_said_goes_on():
@@ -73,7 +94,7 @@ def test_a_longer_video_than_was_said_goes_on():
 
 def test_rows_that_attend_unequal_blocks_have_no_arena_made_for_them():
     stack = registry().stack("packforcing", {"topk": 2, "sink_frames": 6})
-    assert arena_room(stack, TINY) == (0, 0)
+    assert arena_room(stack, TINY, 4) == (0, 0)
 
 
 @dataclass(frozen=True)

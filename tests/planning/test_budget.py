@@ -321,3 +321,14 @@ def test_forks_and_resumed_streams_go_on_with_what_was_chosen(tmp_path: Any) -> 
     smaller = tiny_wan_pipeline().enable_packforcing(budget_gb=0.00009, tier="device")
     with pytest.raises(kvpack.KVPackError, match="enable the pipeline as it was then"):
         smaller.packforcing.resume(tmp_path / "saved")
+
+
+def test_a_replay_of_rows_that_are_gathered_apart_stays_within_its_budget(pipe: Any) -> None:
+    """Chunks that lay in an arena come back as tensors of their own, beside it."""
+    options = {"sink_frames": 6, "topk": 1, "compressor": "geometric", "selector": "topk", "chunk_frames": 2}
+    pipe.enable_packforcing("packforcing", budget_gb=241_920 / 1e9, tier="device", store="dense", **options)
+    size = {"height": 64, "width": 64, "num_frames": 61, "num_videos_per_prompt": 2}
+    call = {"num_inference_steps": 1, "max_sequence_length": 8, "output_type": "latent", "guidance_scale": 1.0}
+    with pipe.packforcing.stream([(0, "a"), (3.5, "b")], **size, **call) as chunks:
+        most = max(pipe.packforcing.stats()["resident_bytes"] for _ in chunks)
+    assert most <= pipe.packforcing.choice.budget_bytes
