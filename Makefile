@@ -1,4 +1,4 @@
-# Each target makes .venv when it isn't there. Needs Python 3.11+ with pip, nothing else.
+# Each target makes .venv when it isn't there. Needs Python 3.11+ with pip.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed

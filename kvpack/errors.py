@@ -99,8 +99,8 @@ class BidirectionalWarning(UserWarning):
     """A model was loaded that is known not to be causal."""
 
 
-def unknown_name(kind: str, given: str, installed: Iterable[str]) -> UnknownNameError:
-    """Return the error for a name that is not installed, with the nearest one that is.
+def unknown_name(kind: str, given: str, installed: Iterable[str], listed: str = "Installed") -> UnknownNameError:
+    """Return the error for a name that is not there, with the nearest one that is.
 
     >>> print(unknown_name("selector", "top_k", ["topk", "all"]))
     no selector named 'top_k'; did you mean 'topk'? Installed: all, topk
@@ -108,7 +108,7 @@ def unknown_name(kind: str, given: str, installed: Iterable[str]) -> UnknownName
     names = sorted(installed)
     near = get_close_matches(str(given), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return UnknownNameError(f"no {kind} named {given!r}{hint} Installed: {', '.join(names) or 'none'}")
+    return UnknownNameError(f"no {kind} named {given!r}{hint} {listed}: {', '.join(names) or 'none'}")
 
 
 def require_choice(name: str, given: object, choices: Iterable[str]) -> None:

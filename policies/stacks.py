@@ -160,6 +160,7 @@ def _compressor(
     compressor: str | Compressor, coordinates: Coordinates | None, keep_tokens: int | float | None, chunk_frames: int
 ) -> Any:
     """Return a compressor by name, or by the folder or Hub id of its weights; installed names win."""
+    compressor = os.fspath(compressor) if isinstance(compressor, os.PathLike) else compressor
     if (
         isinstance(compressor, str)
         and ("compressor", compressor) not in registry().policies

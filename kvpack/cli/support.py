@@ -253,7 +253,7 @@ def progress() -> Iterator[Callable[["Track"], None]]:
         if id(track) not in bars:
             display.start()  # not earlier: what fails before the first chunk prints its one line and nothing else
             bars[id(track)] = display.add_task(track.stack.name, total=track.chunks, note=note)
-        display.update(bars[id(track)], completed=len(track.chunk_seconds), note=note)
+        display.update(bars[id(track)], completed=track.done, note=note)
 
     try:
         yield advance

@@ -40,7 +40,7 @@ def make_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot make the directory {folder}: {error.strerror}; give another --output") from error
+        raise OutputError(f"cannot make the directory {folder}: {error.strerror}; give another folder") from error
     return folder
 
 

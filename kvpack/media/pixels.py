@@ -116,7 +116,7 @@ def _frames(
         return read_clip(Path(clip), fps, first=first, last=last)
     if not isinstance(clip, list | tuple | np.ndarray | Tensor):
         raise InvalidOptionError(
-            f"video must be a path, a list of pictures, an array or a tensor, got a {type(clip).__name__}"
+            f"video must be a path, a list of pictures, an array or a tensor, got {type(clip).__name__}"
         )
     if fps is not None and source_fps is not None and fps != source_fps:
         count = int((len(clip) - 0.5) * fps / source_fps + 1e-6) + 1
@@ -163,7 +163,7 @@ def _channels_first(name: str, picture: Any) -> Tensor:
     elif isinstance(picture, Tensor):
         values = picture[None] if picture.ndim == 2 else picture
     else:
-        raise InvalidOptionError(f"{name} must hold PIL pictures, arrays or tensors, got a {type(picture).__name__}")
+        raise InvalidOptionError(f"{name} must hold PIL pictures, arrays or tensors, got {type(picture).__name__}")
     if values.ndim not in (3, 4) or values.shape[-3] not in (1, 2, 3, 4) or 0 in values.shape:
         raise InvalidOptionError(f"{name} must hold pictures, got the shape {list(picture.shape)}; {_LAYOUT}")
     if values.dtype == torch.bool:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpack.errors import NonFiniteLatentsError, OutputError
+from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, OutputError
 from kvpack.media.files import PartialFile, require_writable
 
 Frames = NDArray[np.uint8]
@@ -22,6 +22,8 @@ FrameRate = float | int
 CODECS = ("libx264", "libopenh264", "h264", "mpeg4")
 _FRAGMENT = "1000000"  # microseconds of video that may be lost where a process is killed
 _NARROW = 128  # pixels
+_MOST_FPS = 1e6
+_MOST_WHITE = 2.0  # a decoder's overshoot is far below
 _BT709, _BT601, _STUDIO_RANGE = 1, 6, 1  # as ITU-T H.273 numbers them
 
 
@@ -43,10 +45,13 @@ class VideoWriter:
 
     Raises:
         OutputError: if the path cannot be written, before anything is encoded, or if the disk runs full.
+        InvalidOptionError: if `fps` is no number above 0.
     """
 
     def __init__(self, path: Path | str, fps: FrameRate, upscale: int = 1) -> None:
         path = Path(path)
+        if not isinstance(fps, int | float | Fraction) or not 0 < fps < _MOST_FPS:
+            raise InvalidOptionError(f"fps must be a number of frames a second above 0, e.g. 16, got {fps!r}")
         if path.suffix.lower() != ".mp4":
             raise OutputError(f"cannot write {path}: videos are mp4; give a name that ends in .mp4")
         self.path, self.fps, self.upscale = require_writable(path), Fraction(fps).limit_denominator(1001), upscale
@@ -67,13 +72,23 @@ class VideoWriter:
         return self
 
     def write(self, frames: NDArray[Any]) -> None:
-        """Append frames, `[frames, height, width, 3]`, bytes or floats in 0..1 as pipelines return them."""
+        """Append frames, `[frames, height, width, 3]`, bytes or floats in 0..1 as pipelines return them.
+
+        Raises:
+            InvalidOptionError: if they are anything else, or of another size than those before.
+            OutputError: outside of the `with` block, or if the disk runs full.
+        """
         import av
         from av.video.reformatter import ColorRange, Colorspace
 
-        assert self._file is not None
-        frames = as_bytes(frames)
-        for frame in _even(frames.repeat(self.upscale, axis=1).repeat(self.upscale, axis=2)):
+        if self._file is None:
+            raise OutputError(f"{self.path} is not open; write inside of `with VideoWriter(...) as writer:`")
+        _require_frames(frames)
+        whole = _even(as_bytes(frames).repeat(self.upscale, axis=1).repeat(self.upscale, axis=2))
+        if self._stream is not None and whole.shape[1:3] != (self._stream.height, self._stream.width):
+            size = f"{self._stream.height}x{self._stream.width}"
+            raise InvalidOptionError(f"frames must stay {size}, as the first ones were, got {whole.shape[1:3]}")
+        for frame in whole:
             matrix = Colorspace.ITU709 if is_hd(*frame.shape[:2]) else Colorspace.ITU601
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             picture = picture.reformat(format="yuv420p", dst_colorspace=matrix, dst_color_range=ColorRange.MPEG)
@@ -123,6 +138,20 @@ class VideoWriter:
         else:
             stream.bit_rate = 8 * height * width
         return stream
+
+
+def _require_frames(frames: object) -> None:
+    """Raise `InvalidOptionError` unless these are frames of one video, bytes or floats in 0..1."""
+    if not isinstance(frames, np.ndarray) or frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype.kind not in "fu":
+        kind = f"{frames.dtype} {frames.shape}" if isinstance(frames, np.ndarray) else f"a {type(frames).__name__}"
+        raise InvalidOptionError(
+            f"write takes an array [frames, height, width, 3], got {kind}; of output_type='np' it is each video's own, "
+            "e.g. frames[0]"
+        )
+    if frames.dtype != np.uint8 and frames.size and frames.max() > _MOST_WHITE:
+        raise InvalidOptionError(
+            f"frames must be uint8, or floats in 0..1, got {frames.dtype} up to {frames.max():.4g}; divide them by 255"
+        )
 
 
 def as_bytes(frames: NDArray[Any]) -> Frames:

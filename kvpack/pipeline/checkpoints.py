@@ -71,7 +71,10 @@ class Job:
         try:
             job = cls(**read_json(path))
         except OSError as error:
-            raise SnapshotError(f"{folder} holds no generation: {path} cannot be read ({error.strerror})") from error
+            raise SnapshotError(
+                f"{folder} holds no generation: {path} cannot be read ({error.strerror}); "
+                "give the folder that `kvpack generate --checkpoint-every` wrote"
+            ) from error
         except (ValueError, TypeError) as error:
             raise SnapshotError(f"{path} is damaged: {str(error)[:200]}") from error
         wrong = [name for name, _ in fits(cls, asdict(job))]
@@ -167,7 +170,7 @@ def reopened(folder: Path, job: Job, dtype: torch.dtype, device: str, pipeline: 
     enable(pipeline, memory).packforcing.fps = job.fps
     stream: Stream = pipeline.packforcing.resume(folder)
     try:
-        yield Track(pipeline, memory, stream.chunks or 0, stream)
+        yield Track(pipeline, memory, stream.chunks or 0, stream, before=stream.before)
     finally:
         stream.close()
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from diffusers import DiffusionPipeline
 
-from kvpack.errors import InvalidOptionError, SnapshotError, UnsupportedPipelineError, plain
+from kvpack.errors import InvalidOptionError, OutputError, SnapshotError, UnsupportedPipelineError, plain
 from kvpack.generation.adapter import Adapter
 from kvpack.generation.hooks import has_hooks
 from kvpack.memory.base import Memory
@@ -128,7 +128,12 @@ class PackForcing:
 
         Args:
             path: the file; None writes none any more.
+
+        Raises:
+            OutputError: if its directory is not there.
         """
+        if path is not None and not Path(path).parent.is_dir():
+            raise OutputError(f"cannot write the trace {path}: {Path(path).parent} is no directory; make it first")
         self._pipeline._kvpack.trace = None if path is None else Path(path)
 
     def stream(

@@ -70,8 +70,8 @@ class Stream(Generator[Any, Prompt | None, None]):
         """Hand out the frames of a run from here on."""
         self._run, self._begun = run, False
         self._frames = frames(self._pipeline, run, self._on_chunk, self._beside)
-        #: Chunks of the whole video, as far as they can be counted.
-        self.chunks = run.count
+        #: Chunks of the whole video, as far as they can be counted, and those that were there before.
+        self.chunks, self.before = run.count, (run.position or (0, 0))[0]
 
     def __enter__(self) -> "Stream":
         """Return the stream, which the end of the block closes."""

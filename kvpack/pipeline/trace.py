@@ -47,7 +47,7 @@ def traced(run: Run, path: Path | None) -> Iterator[GeneratedChunk]:
         file = path.open("w", encoding="utf-8")
     except OSError as error:
         raise OutputError(
-            f"cannot write the trace {path}: {error.strerror}; give a file in a writable directory"
+            f"cannot write the trace {path}: {error.strerror}; give trace() a file in a writable directory, or None"
         ) from error
     with file:
         trace = Trace(run, file, _frame=0 if run.position is None else run.position[1])

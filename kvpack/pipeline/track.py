@@ -28,6 +28,7 @@ class Track:
         stream: yields their frames.
         frames: pixel frames so far.
         chunk_seconds: time that each chunk took, decoding included.
+        before: chunks that were there when it was resumed.
     """
 
     pipeline: Any
@@ -36,6 +37,7 @@ class Track:
     stream: Iterator[Any]
     frames: int = 0
     chunk_seconds: list[float] = field(default_factory=list)
+    before: int = 0
 
     def next_frames(self) -> Frames | None:
         """Return the next chunk's frames, `[frames, height, width, 3]`; None behind the last one."""
@@ -46,6 +48,11 @@ class Track:
         self.chunk_seconds.append(time.perf_counter() - start)
         self.frames += chunk.shape[1]
         return as_bytes(chunk[0])
+
+    @property
+    def done(self) -> int:
+        """Chunks of the video that are there."""
+        return self.before + len(self.chunk_seconds)
 
     @property
     def choice(self) -> Choice | None:

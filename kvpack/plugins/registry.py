@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -106,6 +107,7 @@ class Registry:
             UnusedOptionError: if options are given with an instance.
             InvalidOptionError: if it is of another role, two packages want the name, or an option is unknown or wrong.
         """
+        policy = os.fspath(policy) if isinstance(policy, os.PathLike) else policy
         if not isinstance(policy, str):
             require_instance(role, policy)
             if options:
@@ -133,7 +135,7 @@ class Registry:
         (offered, own), (options, storage) = map(_apart, (defaults or {}, options))
         while True:
             try:
-                made = _call(f"stack {name}", self.stacks[name], {**offered, **options})
+                made = _call(f"stack {name}", self.stacks[name], {**offered, **options}, beside=_STORAGE)
                 break
             except UnusedOptionError as error:
                 if error.option in options or error.option not in offered:
@@ -228,11 +230,11 @@ def _apart(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return {name: value for name, value in options.items() if name not in storage}, storage
 
 
-def _call(what: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+def _call(what: str, factory: Callable[..., Any], options: Mapping[str, Any], beside: Iterable[str] = ()) -> Any:
     known = list(inspect.signature(factory).parameters)
     for option in options:
         if option not in known:
-            raise unknown_name(f"option of {what}", option, known)
+            raise unknown_name(f"option of {what}", option, [*known, *beside], "Options")
     try:
         return factory(**{name: plain(option) for name, option in options.items()})
     except TypeError as error:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from kvpack.errors import PolicyError
+from kvpack.errors import PolicyError, first_line
 from kvpack.memory.codec import Codec, stored_bytes
+from kvpack.plugins.registry import require_instance
 from kvpack.testing.watching import watched
 
 _SHAPE = 2, 7, 3, 4  # blocks, tokens, heads, channels
@@ -20,8 +21,11 @@ def check_codec(codec: Codec) -> None:
 
     Raises:
         PolicyError: if the contract is broken; the message says how.
+        InvalidOptionError: if it is no codec, or a class.
     """
+    require_instance("codec", codec)
     name, codec = type(codec).__name__, watched(codec)
+    _check_stored(name, codec)
     for dtype in (torch.float32, torch.bfloat16):
         block = torch.randn(_SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
         counted = _SHAPE[0] * stored_bytes(codec, *_SHAPE[1:], dtype)
@@ -38,6 +42,9 @@ def check_codec(codec: Codec) -> None:
                 raise PolicyError(
                     f"{name} gives {what} {back.dtype} {tuple(back.shape)} back, but they were {dtype} {_SHAPE}"
                 )
+            lost = float((back.float() - block.float()).norm() / block.float().norm())
+            if not lost < 1:
+                raise PolicyError(f"{name} gives {what} back that are further off ({lost:.3g} of them) than zeros are")
             if not torch.equal(back[1:], alone):
                 raise PolicyError(f"{name} lets blocks influence each other: {what} of one alone were other ones")
     for number in (torch.nan, torch.inf):
@@ -46,6 +53,21 @@ def check_codec(codec: Codec) -> None:
         for what, back in zip(("keys", "values"), _back(codec, block), strict=True):
             if bool(back[0, 1, 2, 3].isfinite()):
                 raise PolicyError(f"{name} gives {number} in {what} back as {float(back[0, 1, 2, 3])}, which hides it")
+
+
+def _check_stored(name: str, codec: Codec) -> None:
+    """Check that both halves store tuples of tensors, asked for their form alone, on tensors without numbers."""
+    block = torch.empty(_SHAPE, device="meta")
+    for method in ("encode_keys", "encode_values"):
+        try:
+            stored = getattr(codec, method)(block)
+        except (RuntimeError, NotImplementedError) as error:
+            raise PolicyError(
+                f"{name}.{method} must work on tensors without numbers (device='meta'), by which memory is "
+                f"planned, but raised {first_line(error)!r}; leave out .item() and conditions on numbers"
+            ) from error
+        if not isinstance(stored, tuple) or not all(isinstance(each, Tensor) for each in stored):
+            raise PolicyError(f"{name}.{method} must return a tuple of tensors, got a {type(stored).__name__}")
 
 
 def _back(codec: Codec, block: Tensor) -> tuple[Tensor, Tensor]:

@@ -200,7 +200,7 @@ def test_bad_input_is_found_before_the_model_is_loaded(model: Path, tmp_path: Pa
     monkeypatch.setattr(demo, "load_pipeline", load)
     (tmp_path / "file").touch()
     (tmp_path / "taken" / "demo.png").mkdir(parents=True)
-    with pytest.raises(OutputError, match=r"cannot make the directory .*file.*; give another --output"):
+    with pytest.raises(OutputError, match=r"cannot make the directory .*file.*; give another folder"):
         demo.run(make(model, tmp_path / "file", "full"), lambda _: None)
     with pytest.raises(OutputError, match=r"demo\.png: it is a directory"):
         demo.run(make(model, tmp_path / "taken", "full"), lambda _: None)

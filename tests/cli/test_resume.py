@@ -59,6 +59,17 @@ def test_resumed_frames_are_those_of_the_whole(chunks, model, whole, tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
+def test_chunks_are_counted_on_from_where_they_stopped(model, tmp_path, monkeypatch):
+    step, seen = Track.next_frames, []
+    with monkeypatch.context() as patch:
+        stopped(patch, 3)
+        command(*generate(model, tmp_path / "a.mp4", "--checkpoint-every", 1))
+    monkeypatch.setattr(Track, "next_frames", lambda self: (step(self), seen.append((self.done, self.chunks)))[0])
+    told("resume", tmp_path / "a.mp4.checkpoint", "--json")
+    (first, chunks), (last, _) = seen[0], seen[-1]
+    assert (first, last) == (4, chunks)
+
+
 def test_the_video_is_on_the_disk_for_certain_before_its_checkpoint_goes(model, tmp_path, monkeypatch):
     """Its bytes, then its name, then what it could be made of again: whenever the power fails, one of them is left."""
     output, folder, steps = tmp_path / "a.mp4", tmp_path / "a.mp4.checkpoint", []

@@ -271,7 +271,7 @@ def test_a_signed_clip_is_signed_in_every_frame():
         ([], InvalidOptionError, "video must have frames, got an empty list"),
         (np.zeros((0, 8, 8, 3), np.uint8), InvalidOptionError, "must hold pictures"),
         ([[]], InvalidOptionError, "got an empty list"),
-        (3, InvalidOptionError, "got a int"),
+        (3, InvalidOptionError, "got int"),
         (np.zeros((3, 8, 8, 7)), InvalidOptionError, r"got the shape \[8, 8, 7\]"),
         (np.zeros((8, 8, 3)), InvalidOptionError, r"got the shape \[8, 8, 3\]"),
         (np.full((2, 8, 8, 3), 200.0), InvalidOptionError, "got 200 to 200; divide them by 255, or give uint8"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import inspect
 import io
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 from helpers import pixels
-from kvpack.errors import NonFiniteLatentsError, OutputError
+from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, OutputError
 from kvpack.media import files, video
 from kvpack.media.contact_sheet import Row, banner, contact_sheet, side_by_side
 from kvpack.media.files import require_writable, save_bytes, whole_file
@@ -236,6 +237,37 @@ def test_paths_that_cannot_be_written_are_named(tmp_path: Path) -> None:
         VideoWriter(tmp_path / "a.avi", 16)
     with pytest.raises(OutputError, match="File name too long"):
         VideoWriter(tmp_path / ("a" * 300 + ".mp4"), 16)
+
+
+@pytest.mark.parametrize(
+    ("frames", "said"),
+    [
+        (np.zeros((1, 3, 16, 16, 3)), r"got float64 \(1, 3, 16, 16, 3\); .* e\.g\. frames\[0\]"),
+        (torch.zeros(3, 3, 16, 16), "got a Tensor"),
+        ([Image.new("RGB", (16, 16))], "got a list"),
+        (np.zeros((3, 16, 16, 3), np.int64), "got int64"),
+        (np.full((3, 16, 16, 3), 128.0), "got float64 up to 128; divide them by 255"),
+        (np.zeros((3, 32, 16, 3), np.uint8), "frames must stay 16x16, as the first ones were"),
+    ],
+)
+def test_what_are_no_frames_is_refused(frames: Any, said: str, tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "a.mp4", 16) as writer:
+        writer.write(np.zeros((2, 16, 16, 3), np.uint8))
+        with pytest.raises(InvalidOptionError, match=said):
+            inspect.unwrap(VideoWriter.write)(writer, frames)  # which tests check by its types otherwise
+        writer.write(np.ones((2, 16, 16, 3)))
+    assert writer.frames == 4
+
+
+@pytest.mark.parametrize("fps", [0, -1, "16", None, float("nan"), float("inf")])
+def test_what_is_no_frame_rate_is_refused(fps: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidOptionError, match="fps must be a number of frames a second above 0"):
+        inspect.unwrap(VideoWriter.__init__)(object.__new__(VideoWriter), tmp_path / "a.mp4", fps)
+
+
+def test_nothing_is_written_outside_of_the_block(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"a\.mp4 is not open; write inside of `with VideoWriter"):
+        VideoWriter(tmp_path / "a.mp4", 16).write(np.zeros((2, 16, 16, 3), np.uint8))
 
 
 def test_directories_without_permission_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Archives in other forms and on other tiers: errors, bytes, the same bits, what is refused."""
 
+import inspect
 import os
 from dataclasses import dataclass, field, replace
 
@@ -161,9 +162,30 @@ class Flat(Int8Codec):
         return super().decode_keys((codes.unflatten(3, (-1, scales[0].shape[-1])), *scales), tokens, dtype)
 
 
+class Single(Int8Codec):
+    def encode_keys(self, keys):
+        return keys.half()
+
+    def decode_keys(self, stored, tokens, dtype):
+        return stored.to(dtype)
+
+
+class Asking(Int8Codec):
+    def encode_keys(self, keys):
+        return super().encode_keys(keys / keys.abs().max().item())
+
+
+class Zeros(Int8Codec):
+    def decode_values(self, stored, tokens, dtype):
+        return super().decode_values(stored, tokens, dtype) * 0
+
+
 @pytest.mark.parametrize(
     ("codec", "said"),
     [
+        (Single, r"Single\.encode_keys must return a tuple of tensors, got a Tensor"),
+        (Asking, r"Asking\.encode_keys must work on tensors without numbers .*; leave out \.item\(\)"),
+        (Zeros, "gives values back that are further off"),
         (Longer, "announces .* bytes for 2 blocks, but stores"),
         (Mixed, "lets blocks influence each other: keys"),
         (Wide, r"gives keys torch.float64 .* back, but they were torch.float32"),
@@ -174,6 +196,13 @@ class Flat(Int8Codec):
 def test_a_codec_that_breaks_its_contract_is_told_how(codec, said):
     with pytest.raises(PolicyError, match=said):
         check_codec(codec())
+
+
+def test_a_class_is_no_codec():
+    with pytest.raises(
+        InvalidOptionError, match=r"codec must be an instance, got the class Int8Codec; give Int8Codec\(\)"
+    ):
+        inspect.unwrap(check_codec)(Int8Codec)
 
 
 def outputs(options, name="packforcing", chunks=9, geometry=TINY):

@@ -185,8 +185,13 @@ def test_it_is_kept_by_another_memory_and_ended_by_none(pipe, tmp_path):
 
 
 def test_a_file_that_cannot_be_written(pipe, tmp_path):
-    pipe.packforcing.trace(tmp_path / "absent" / "t.jsonl")
-    with pytest.raises(OutputError, match=r"cannot write the trace .*absent"):
+    with pytest.raises(OutputError, match=r"cannot write the trace .*absent is no directory; make it first"):
+        pipe.packforcing.trace(tmp_path / "absent" / "t.jsonl")
+    generate(pipe, num_frames=9)
+    (tmp_path / "later").mkdir()
+    pipe.packforcing.trace(tmp_path / "later" / "t.jsonl")
+    (tmp_path / "later").rmdir()
+    with pytest.raises(OutputError, match=r"cannot write the trace .*; give trace\(\) a file .*, or None"):
         generate(pipe)
     pipe.packforcing.trace(None)
     generate(pipe, num_frames=9)

@@ -107,6 +107,7 @@ def test_a_missing_entry_point_target_is_a_warning():
             lambda: registry().stack("packforcing", {"compressor": "pol"}),
             "no compressor named 'pol'; did you mean 'pool'",
         ),
+        (lambda: registry().stack("packforcing", {"stor": "int8"}), "did you mean 'store'? Options: archive_blocks,"),
         (lambda: registry().stack("self-forcing", {"topk": 3}), "no option of stack self-forcing named 'topk'"),
     ],
 )

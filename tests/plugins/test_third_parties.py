@@ -77,7 +77,7 @@ def test_whatever_a_policy_raises_or_returns_its_method_is_named(role, base, met
     def give(error):
         def call(self, *_):
             if error is not None:
-                raise error
+                raise type(error)(*error.args)
             return what
 
         return call
@@ -92,7 +92,7 @@ def test_whatever_a_policy_raises_or_returns_its_method_is_named(role, base, met
         if error is None:
             assert f"Mine.{method} returned" in str(caught.value)
         else:
-            notes = getattr(error, "__notes__", [])
+            notes = getattr(caught.value, "__notes__", [])
             assert [f"Mine.{method}" in note for note in notes] == [True] * isinstance(error, Exception)
 
 
