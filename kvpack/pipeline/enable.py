@@ -63,7 +63,7 @@ def enable(
         UnknownNameError: if a stack or policy is not installed.
         InvalidOptionError: if an option is unknown or wrong, or a compressor's weights are missing or another model's.
     """
-    before: Enabled | None = vars(pipeline).get("_kvpack")
+    before: Enabled | None = getattr(pipeline, "__dict__", {}).get("_kvpack")
     adapter = adapter or (adapter_of(pipeline) if before is None else before.adapter)
     adapter.check(pipeline)
     configs = adapter.configs(pipeline)

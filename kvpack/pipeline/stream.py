@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import torch
 
-from kvpack.errors import BusyPipelineError, SnapshotError
+from kvpack.errors import BusyPipelineError, SnapshotError, require_bool
 from kvpack.generation.branches import Seed, forked, reseed
 from kvpack.generation.chunks import own_generators, rewinding
 from kvpack.generation.moment import require_between_chunks
@@ -91,10 +91,11 @@ class Stream(Generator[Any, Prompt | None, None]):
             cut: whether another scene begins.
 
         Raises:
-            InvalidOptionError: if it is not for as many videos as the prompt before.
+            InvalidOptionError: if it is not for as many videos as the prompt before, or `cut` neither True nor False.
             BusyPipelineError: if another thread is generating with the pipeline.
             StopIteration: if all frames are there.
         """
+        require_bool("cut", cut)
         with alone(self._pipeline):
             ended = self._frames.gi_frame is None  # type: ignore[attr-defined]
             if not ended and (prompt is not None or cut):

@@ -40,8 +40,8 @@ class Placed:
         """What to do, in a line."""
         if self.call is None or self.choice is None:
             return (
-                f"does not fit {self.gpu_memory:g} GiB, {self.missing / GIB:.1f} GiB too much; give a smaller --size "
-                "or stack, or smaller --weights"
+                f"does not fit {self.gpu_memory:g} GiB: with the least memory it is {self.missing / GIB:.1f} GiB too "
+                "much; give a smaller --size or stack, or smaller --weights"
             )
         changed = " ".join(f"-o {name}={value}" for name, value in self.choice.changes.items())
         budget = math.floor(self.choice.budget_bytes / 1e6) / 1e3

@@ -1,5 +1,6 @@
 """Streams: the same video chunk by chunk, endless, side by side, left early."""
 
+import inspect
 from unittest.mock import patch
 
 import numpy as np
@@ -9,8 +10,9 @@ from diffusers import WanPipeline
 
 import kvpack
 from helpers import quiet, seeded
-from kvpack.errors import UnsupportedPipelineError
+from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.generation.run import Run
+from kvpack.pipeline.stream import Stream
 from kvpack.testing import tiny_wan_pipeline
 
 CALL = {
@@ -258,6 +260,14 @@ def test_a_prompt_for_a_closed_stream_changes_nothing(pipe):
     stream.close()
     with patch.object(Run, "encode", side_effect=AssertionError), pytest.raises(StopIteration):
         stream.send("another", cut=True)
+
+
+def test_a_cut_is_true_or_false(pipe):
+    with pipe.packforcing.stream(**arguments()) as stream:
+        next(stream)
+        with pytest.raises(InvalidOptionError, match="cut must be True or False, got 'no'"):
+            inspect.unwrap(Stream.send)(stream, "another", cut="no")
+        next(stream)
 
 
 def test_sessions_are_those_of_the_stream_drawn_from_last(pipe):

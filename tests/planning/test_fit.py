@@ -98,8 +98,8 @@ def choose(gigabytes):
         (14, "fits 14 GiB with pipe.enable_model_cpu_offload() and -o tier=host -o topk=1, as budget_gb=1.073 ", 14),
         (9, "fits 9 GiB with pipe.enable_sequential_cpu_offload()", 8.5),
         (8, "fits 8 GiB with pipe.enable_sequential_cpu_offload() and -o tier=host, as budget_gb=3.758 chooses", 6.5),
-        (5, "does not fit 5 GiB, 0.5 GiB too much", None),
-        (2, "does not fit 2 GiB, 3.5 GiB too much", None),
+        (5, "does not fit 5 GiB: with the least memory it is 0.5 GiB too much", None),
+        (2, "does not fit 2 GiB: with the least memory it is 3.5 GiB too much", None),
     ],
 )
 def test_the_fastest_way_that_fits_is_told(memory, words, total):

@@ -107,6 +107,8 @@ def test_no_adapter():
         other.enable_packforcing()
     assert type(other) is DDPMPipeline
     other.disable_packforcing()
+    with pytest.raises(UnsupportedPipelineError, match="no adapter for int"):
+        kvpack.enable(5)
 
 
 def variant(pipe, **components):
