@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, OutputError
+from kvpack.errors import InvalidOptionError, NonFiniteLatentsError, OutputError, plain
 from kvpack.media.files import PartialFile, require_writable
 
 Frames = NDArray[np.uint8]
@@ -49,7 +49,7 @@ class VideoWriter:
     """
 
     def __init__(self, path: Path | str, fps: FrameRate, upscale: int = 1) -> None:
-        path = Path(path)
+        path, fps = Path(path), plain(fps)
         if not isinstance(fps, int | float | Fraction) or not 0 < fps < _MOST_FPS:
             raise InvalidOptionError(f"fps must be a number of frames a second above 0, e.g. 16, got {fps!r}")
         if path.suffix.lower() != ".mp4":

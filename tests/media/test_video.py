@@ -265,6 +265,13 @@ def test_what_is_no_frame_rate_is_refused(fps: Any, tmp_path: Path) -> None:
         inspect.unwrap(VideoWriter.__init__)(object.__new__(VideoWriter), tmp_path / "a.mp4", fps)
 
 
+def test_a_rate_may_be_numpys(tmp_path: Path) -> None:
+    for fps in (np.int64(16), np.float32(16)):
+        writer = object.__new__(VideoWriter)
+        inspect.unwrap(VideoWriter.__init__)(writer, tmp_path / "a.mp4", fps)
+        assert writer.fps == 16
+
+
 def test_nothing_is_written_outside_of_the_block(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"a\.mp4 is not open; write inside of `with VideoWriter"):
         VideoWriter(tmp_path / "a.mp4", 16).write(np.zeros((2, 16, 16, 3), np.uint8))
