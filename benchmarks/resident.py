@@ -107,7 +107,10 @@ def drive(session: Session, chunks: int) -> None:
         for layer in session.denoise(0):
             forward(layer, frames * shape.tokens_per_frame)
         latents = torch.randn((1, LATENT_CHANNELS, frames, 2 * height, 2 * width), generator=generator)
-        session.review(latents)
+        if session.review(latents) is not None:  # made again, and committed as it is
+            for layer in session.denoise(0):
+                forward(layer, frames * shape.tokens_per_frame)
+            session.settle()
         for layer in session.commit(latents=latents):
             forward(layer, frames * shape.tokens_per_frame)
         for piece in session.pending_compressions():
