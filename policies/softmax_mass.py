@@ -16,8 +16,8 @@ from kvpack.policies.topk import QueryTopK
 _TOGETHER = 16
 #: The same on a CPU, 9 MB: memory above 32 MB goes back to the system each time, and is half of the time to get.
 _CPU_TOGETHER = 4
-#: Blocks of all rows in one attention kernel, which puts out tokens in the place of products: 100 MB in bfloat16, half of
-#: what a feed-forward layer takes. The host launches them, and is what a GPU waits for in a chunk's first step.
+#: Blocks of all rows in one attention kernel, which puts out tokens in the place of products: 100 MB in bfloat16, half
+#: of what a feed-forward layer takes. The host launches them, and is what a GPU waits for in a chunk's first step.
 _FUSED_TOGETHER = 128
 
 
