@@ -93,5 +93,7 @@ def require_enabled(pipeline: Any) -> Any:
     """
     enabled = vars(pipeline).get("_kvpack")
     if enabled is None:
-        raise UnsupportedPipelineError("packforcing was disabled while a stream was open; close the stream first")
+        raise UnsupportedPipelineError(
+            "packforcing was disabled while a stream was open; enable it again, and begin another stream"
+        )
     return enabled
