@@ -1,6 +1,6 @@
 """Prompts that change while a video is generated."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -8,6 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from kvpack.errors import InvalidOptionError
+from kvpack.logging import get_logger
+
+logger = get_logger(__name__)
 
 #: A text, one for each video of a batch, or text embeddings `[batch, tokens, width]`.
 Prompt = str | list[str] | Tensor
@@ -87,6 +90,19 @@ def scheduled(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[Shot]]
     if embeds or (isinstance(first, Tensor) and arguments.get("prompt_embeds", first) is None):
         return {**arguments, "prompt": None, "prompt_embeds": first}, schedule
     return {**arguments, "prompt": first}, schedule
+
+
+def warn_of_late(schedule: Sequence[Shot], chunks: Sequence[int], count: int | None) -> None:
+    """Log which prompts are never used, since the video has ended before.
+
+    Args:
+        schedule: prompts of a video.
+        chunks: at which chunk each begins.
+        count: chunks of the video; None if it is endless.
+    """
+    for shot, chunk in zip(schedule, chunks, strict=True):
+        if count is not None and chunk >= count:
+            logger.warning("the prompt for second %g and later is not used, for the video ends before", shot.seconds)
 
 
 def _shot(entry: Any) -> Shot:

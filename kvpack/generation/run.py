@@ -14,7 +14,7 @@ from kvpack.errors import InvalidOptionError
 from kvpack.generation.chunks import GeneratedChunk, finite, prolong, require_room, rewinding, trimmed, watched
 from kvpack.generation.denoiser import Denoiser
 from kvpack.generation.phase import Phase
-from kvpack.generation.prompts import Prompt, Shot, scheduled, shots
+from kvpack.generation.prompts import Prompt, Shot, scheduled, shots, warn_of_late
 from kvpack.generation.threads import require_enabled
 from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
@@ -43,8 +43,7 @@ class Run(ABC):
     output_class: ClassVar[Any] = None
     #: Arguments of the call that are used up once the generation has begun.
     spent: ClassVar[tuple[str, ...]] = ()
-    #: Called behind a chunk's last denoising step.
-    watch: Callable[[], None] = staticmethod(lambda: None)
+    watch: Callable[[], None] = staticmethod(lambda: None)  # called behind a chunk's last denoising step
     frames_beside: int = 0  # pixel frames of the returned video beside those of its latents
 
     def __init__(
@@ -68,6 +67,7 @@ class Run(ABC):
             (shot.chunk(self.fps, self.stack.chunk_frames, self.scale, self.first_frames), self._later(shot), shot.cut)
             for shot in schedule[1:]
         ]
+        warn_of_late(schedule[1:], [chunk for chunk, *_ in self.prompt_changes], self.count)
         self.interrupted = False  # by the pipeline's own `_interrupt`, behind the chunk in which it was set
         self.retries_nan = False  # a chunk that holds NaN is made again of other noise
         self._bar: Any = None

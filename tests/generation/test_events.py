@@ -179,6 +179,20 @@ def test_embeddings_may_change_as_texts_do():
         generate(pipe, None, 6, prompt_embeds=[(0, fox[0])])
 
 
+def test_a_prompt_behind_the_end_of_the_video_is_told(caplog):
+    """Perhaps its frames were given for seconds."""
+    pipe = pipeline("self-forcing", chunk_frames=3, window_frames=6)
+    with caplog.at_level("WARNING", logger="kvpack"):
+        late = generate(pipe, [(0, FOX), (0.5, DOG), (48, FOX)], frames=9)
+    said = [record.getMessage() for record in caplog.records if "is not used" in record.getMessage()]
+    assert said == ["the prompt for second 48 and later is not used, for the video ends before"]
+    caplog.clear()
+    assert torch.equal(generate(pipe, [(0, FOX), (0.5, DOG)], frames=9), late)
+    with pipe.packforcing.stream([(0, FOX), (48, DOG)], **{**CALL, "generator": seeded()}) as endless:
+        next(endless)
+    assert not [record for record in caplog.records if "is not used" in record.getMessage()]
+
+
 def test_seconds_are_those_of_fps():
     pipe = pipeline("self-forcing", chunk_frames=1, window_frames=3, sink_frames=1)
     pipe.packforcing.fps = 8
