@@ -32,7 +32,7 @@ def packforcing(
     sink_frames: int = 8,
     recent_frames: int = 4,
     chunk_frames: int = 4,
-    compressor: str | Compressor = "keep-farthest",
+    compressor: str | os.PathLike[str] | Compressor = "keep-farthest",
     selector: str | Selector = "softmax-mass",
     reindexer: str | Reindexer = "fit",
     train_frames: int | None = None,
@@ -157,7 +157,10 @@ def full(
 
 
 def _compressor(
-    compressor: str | Compressor, coordinates: Coordinates | None, keep_tokens: int | float | None, chunk_frames: int
+    compressor: str | os.PathLike[str] | Compressor,
+    coordinates: Coordinates | None,
+    keep_tokens: int | float | None,
+    chunk_frames: int,
 ) -> Any:
     """Return a compressor by name, or by the folder or Hub id of its weights; installed names win."""
     compressor = os.fspath(compressor) if isinstance(compressor, os.PathLike) else compressor

@@ -13,6 +13,7 @@ from kvpack.memory.stack import Stack
 from kvpack.plugins.registry import registry
 from kvpack.plugins.resolve import stack_from_dict
 from kvpack.policies import ContiguousReindexer, LowResolutionCompressor, QueryTopK, SinkMidRecentPartitioner
+from kvpack.shipped import shipped_compressor
 from kvpack.testing import TINY, run_session, tiny_wan_pipeline
 
 CALL = {
@@ -122,3 +123,9 @@ def test_the_paper_s_constants_are_fixed():
     )
     with pytest.raises(InvalidOptionError, match="no option of stack packforcing-paper named 'topk'"):
         registry().stack("packforcing-paper", {"topk": 8})
+
+
+def test_the_folder_of_a_compressor_may_be_a_path():
+    paths = registry().stack("packforcing", {"compressor": shipped_compressor()})
+    texts = registry().stack("packforcing", {"compressor": str(shipped_compressor())})
+    assert paths.compressor.to_dict() == texts.compressor.to_dict()
