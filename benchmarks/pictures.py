@@ -151,7 +151,7 @@ def draw_attended(axes: Any, found: Seen, title: str) -> None:
 
 
 def memories(videos: dict[str, Seen]) -> Any:
-    """Draw what three memories look at, and what is in the memory that they are given for the whole video at once."""
+    """Draw what three memories look at, and how much they use of what they hold."""
     figure, panels = page(14, 3.6, 1, 4)
     for axes, (name, found) in zip(panels[0], videos.items(), strict=False):
         draw_attended(axes, found, LABELS[name])

@@ -86,8 +86,8 @@ class VideoWriter:
         _require_frames(frames)
         whole = _even(as_bytes(frames).repeat(self.upscale, axis=1).repeat(self.upscale, axis=2))
         if self._stream is not None and whole.shape[1:3] != (self._stream.height, self._stream.width):
-            size = f"{self._stream.height}x{self._stream.width}"
-            raise InvalidOptionError(f"frames must stay {size}, as the first ones were, got {whole.shape[1:3]}")
+            size, given = f"{self._stream.height}x{self._stream.width}", "x".join(map(str, whole.shape[1:3]))
+            raise InvalidOptionError(f"frames must stay {size}, as the first ones were, got {given}")
         for frame in whole:
             matrix = Colorspace.ITU709 if is_hd(*frame.shape[:2]) else Colorspace.ITU601
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 _ALIKE, _PERIOD = 16, 8
 #: Chunks behind which a memory that does not settle is said to grow without end.
 FAR = 256
-#: Keys and values, in tokens.
-Room = tuple[int, int]
 
 
 def until_settled(chunks: Iterator[Any], most: int) -> list[Any]:
@@ -30,8 +28,8 @@ def until_settled(chunks: Iterator[Any], most: int) -> list[Any]:
     return seen
 
 
-def arena_room(stack: "Stack", geometry: Geometry, first: int) -> Room:
-    """Return the room that a layer needs for the largest chunk of the video, its own tokens included.
+def arena_room(stack: "Stack", geometry: Geometry, first: int) -> tuple[int, int]:
+    """Return how many keys and values a layer needs room for in the largest chunk of the video, its own tokens included.
 
     It is 0 if nobody can know: where it grows without end, where rows attend blocks of unequal size, or where a policy
     fails: what is wrong with a later chunk is told when that comes.
@@ -52,8 +50,8 @@ def arena_room(stack: "Stack", geometry: Geometry, first: int) -> Room:
     return keys, values
 
 
-def _needed(stack: "Stack", geometry: Geometry, coming: int) -> Iterator[Room | None]:
-    """Yield the room for each chunk after the other; None where rows are gathered apart."""
+def _needed(stack: "Stack", geometry: Geometry, coming: int) -> Iterator[tuple[int, int] | None]:
+    """Yield the keys and values of each chunk after the other; None where rows are gathered apart."""
     book, each = stack.book(), geometry.tokens_per_frame
     decodes_later = stack.start(geometry, 0).archive.decodes_later
     while True:

@@ -18,7 +18,7 @@ from kvpack.memory.ledger import BlockEntry, Ledger, Step
 from kvpack.memory.plan import Book, Plan, at
 from kvpack.memory.prefetch import Prefetch
 from kvpack.memory.roles import Layout, Part, Placement
-from kvpack.memory.room import Room, arena_room
+from kvpack.memory.room import arena_room
 from kvpack.memory.rope import rotations, wide_dtype
 from kvpack.memory.sending import sent
 
@@ -157,7 +157,7 @@ class StackPlan(Plan):
         """Latent frames that each mid block stands for."""
         return tuple(piece.frames for piece in self.mid)
 
-    def room(self) -> Room:
+    def room(self) -> tuple[int, int]:
         """Return as much as the largest chunk of the video needs; the first one may be shorter than the rest."""
         book = self.book
         first = book.frames - (book.chunks - 1) * self.stack.chunk_frames if book.chunks else self.coming

@@ -242,7 +242,7 @@ class PackForcingMixin:
 
 
 def _device_of(models: Iterable[torch.nn.Module]) -> torch.device:
-    """Return `DiffusionPipeline.device` of its models, sorted by name, for which it looks through all their modules."""
+    """Return what `DiffusionPipeline.device` does of models sorted by name, without its two walks over all modules."""
     devices = [parameter.device for each in models for parameter in islice(each.parameters(), 1)]
     return max(devices, key=lambda device: device.type not in ("cpu", "meta"), default=torch.device("cpu"))
 

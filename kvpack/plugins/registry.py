@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import inspect
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -107,7 +106,6 @@ class Registry:
             UnusedOptionError: if options are given with an instance.
             InvalidOptionError: if it is of another role, two packages want the name, or an option is unknown or wrong.
         """
-        policy = os.fspath(policy) if isinstance(policy, os.PathLike) else policy
         if not isinstance(policy, str):
             require_instance(role, policy)
             if options:
