@@ -29,7 +29,7 @@ def until_settled(chunks: Iterator[Any], most: int) -> list[Any]:
 
 
 def arena_room(stack: "Stack", geometry: Geometry, first: int) -> tuple[int, int]:
-    """Return how many keys and values a layer needs room for in the largest chunk of the video, its own tokens included.
+    """Return the keys and values that a layer needs room for in the largest chunk of the video, its own included.
 
     It is 0 if nobody can know: where it grows without end, where rows attend blocks of unequal size, or where a policy
     fails: what is wrong with a later chunk is told when that comes.
