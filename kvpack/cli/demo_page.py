@@ -132,18 +132,17 @@ def _curves(sheet: Sheet, story: Story) -> None:
     sheet.top += 44
     height = max(210, 20 * len(story.names))  # room for the names at their ends
     top, bottom, middle = sheet.top, sheet.top + height, WIDTH // 2
-    held, spent = [], []
+    used, spent = [], []
     for name, seen, colour in zip(story.names, story.seen, cycle(COLOURS), strict=False):
-        held.append(Curve(name, colour, seen.ends, [count / 1e6 for count in seen.held]))
+        used.append(Curve(name, colour, seen.ends, [count / 1e6 for count in seen.used]))
         spent.append(Curve(name, colour, seen.ends, smoothed(seen.seconds)))
-    sheet.chart((70, top, middle - 130, bottom), "memory held, MB", held, story.seconds)
+    sheet.chart((70, top, middle - 130, bottom), "keys and values in use, MB", used, story.seconds)
     title = "processor seconds of a chunk (running median)"
     sheet.chart((middle + 70, top, WIDTH - 130, bottom), title, spent, story.seconds)
     sheet.top = bottom + 44
-    if "packforcing" in story.names:
-        bound = "Packforcing makes room for all blocks that it will look up once the first one comes, for 128 at most."
-        sheet.text(bound, 15, colour=FAINT)
-        sheet.top += 10
+    held = ", ".join(f"{name} {seen.held[-1] / 1e6:.1f} MB" for name, seen in zip(story.names, story.seen, strict=True))
+    sheet.text(f"Held at the end, with room for the largest chunk of the video: {held}.", 15, colour=FAINT)
+    sheet.top += 10
 
 
 def smoothed(seconds: Sequence[float]) -> list[float]:
@@ -197,7 +196,7 @@ def _row(name: str, seen: Seen, story: Story) -> str:
     spent = smoothed(seen.seconds)
     cells = [
         f"<b>{html.escape(name)}</b><br>{keeps}",
-        f"{seen.held[len(seen.held) // 4] / 1e6:.1f} MB, then {seen.held[-1] / 1e6:.1f} MB",
+        f"{seen.used[len(seen.used) // 4] / 1e6:.1f} MB, then {seen.used[-1] / 1e6:.1f} MB",
         f"{spent[len(spent) // 4]:.2f} s, then {spent[-1]:.2f} s",
         counted(seen.returns(), story.seconds),
     ]

@@ -22,13 +22,15 @@ class Seen:
     Args:
         starts: frames that are kept as pictures.
         stills: those frames, by their place in `starts`.
-        held: bytes that the memory holds behind each chunk.
+        used: bytes of keys and values that each chunk attends, or that wait in the archive.
+        held: bytes that the memory holds behind each chunk, room for later ones among them.
         ends: second of the video at which each chunk ends.
         seconds: processor time that each chunk took, which other programs do not lengthen as they do a clock's.
     """
 
     starts: list[int]
     stills: dict[int, Frames] = field(default_factory=dict)
+    used: list[int] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
     ends: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -40,7 +42,8 @@ class Seen:
         for column, start in enumerate(self.starts):
             if first <= start < track.frames:
                 self.stills[column] = frames[start - first].copy()
-        self.held.append(int(track.stats["resident_bytes"]))
+        self.used.append(track.stats["attended_bytes"] + track.stats["archive_bytes"])
+        self.held.append(track.stats["resident_bytes"])
         self.ends.append(track.frames / FPS)
         self.seconds.append(seconds)
         self.observer.add(frames)
@@ -54,4 +57,4 @@ class Seen:
     def report(self) -> dict[str, Any]:
         """Return plain data, as JSON takes it."""
         again = [[round(second, 2), right] for second, right in self.returns()]
-        return {"held_bytes": self.held, "walls_lit_again": again}
+        return {"used_bytes": self.used, "held_bytes": self.held, "walls_lit_again": again}

@@ -29,6 +29,7 @@ from kvpack.planning import planner
 from kvpack.plugins.registry import registry
 
 SHIPPED = Path(kvpack.__file__).parent / "data" / "toyworld"
+STATS = {"attended_bytes": 3, "archive_bytes": 1, "resident_bytes": 5}
 
 
 def make(model: Path, folder: Path, *stacks: str, seconds: float = 1.5, prompt: str = "a red circle") -> demo.Demo:
@@ -111,14 +112,14 @@ def test_what_is_kept_of_a_video_is_the_same_however_the_frames_arrive() -> None
         seen = demo.Seen([0, 33, 99])
         for first in range(0, 100, step):
             frames = video[first : first + step]
-            track = SimpleNamespace(frames=first + len(frames), stats={"resident_bytes": 5})
+            track = SimpleNamespace(frames=first + len(frames), stats=STATS)
             seen.add(cast(Track, track), frames, 0.5)
         found.append(seen)
     whole, pieces = found
     assert all(np.array_equal(each.stills[1], video[33]) for each in found)
     assert sorted(pieces.stills) == [0, 1, 2]
     assert whole.returns() == pieces.returns() == [(20 / 16, True), (40 / 16, False)]
-    assert (len(pieces.held), pieces.ends[-1]) == (15, 100 / 16)
+    assert (pieces.used, pieces.held, pieces.ends[-1]) == ([4] * 15, [5] * 15, 100 / 16)
 
 
 def test_the_picture_and_the_page_tell_what_was_seen(model: Path, tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_as_many_memories_and_seeds_as_are_asked_for_are_drawn(monkeypatch: pyte
     seen = [demo.Seen([0]) for _ in names]
     for each in seen:
         for frames in (1, 2):
-            each.add(cast(Track, SimpleNamespace(frames=frames, stats={"resident_bytes": 5})), green[None], 0.5)
+            each.add(cast(Track, SimpleNamespace(frames=frames, stats=STATS)), green[None], 0.5)
     ends = {name: Ends([green] * 10, [0.5] * 10) for name in names}
     sheet = np.asarray(Image.open(BytesIO(picture(Story("a", 1.0, [0.0], names, seen, [], ends, 1.0)))).convert("RGB"))
     assert drawn == [names, names]
