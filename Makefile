@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 PROCESSES ?= 2
 
-.PHONY: install demo test check docs pictures bench gpu leaderboard ablations toyworld compressor clean
+.PHONY: install demo test test-oldest check docs pictures bench gpu leaderboard ablations toyworld compressor clean
 
 install: $(STAMP)
 
@@ -18,6 +18,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "" -n $(PROCESSES) --dist worksteal
+
+# With the oldest versions that pyproject.toml allows; of torch that is a build of several gigabytes.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
+	.venv-oldest/bin/python -m pytest -m "" -n $(PROCESSES) --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff check .

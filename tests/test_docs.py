@@ -247,3 +247,9 @@ def test_constraints_pin_every_dependency():
         each for name in ("dev", "docs") for each in project["optional-dependencies"][name]
     ]
     assert {re.split(r"[\[<>=~!;]", each)[0] for each in wanted} <= pinned
+
+
+def test_the_oldest_versions_are_the_floors_of_all_dependencies():
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    assert [each.split(",")[0].replace(">=", "==") for each in wanted] == lines[1:]

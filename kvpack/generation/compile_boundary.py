@@ -95,8 +95,12 @@ def _outside(attention: OpaqueAttention, queries: Tensor, others: list[Tensor]) 
 _unsafe: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
+# Written out, since torch 2.6 does not read it from `list[Tensor]`.
+_SCHEMA = "(Tensor queries, Tensor[] others, Tensor(a!) number) -> Tensor"
+
+
 # The number stands for a memory that is written: that it is "mutated" keeps calls in order, and each of them alive.
-@torch.library.custom_op("kvpack::attend", mutates_args={"number"}, **_unsafe)
+@torch.library.custom_op("kvpack::attend", mutates_args={"number"}, schema=_SCHEMA, **_unsafe)
 def _attend(queries: Tensor, others: list[Tensor], number: Tensor) -> Tensor:
     attention = _alive[int(number)]
     if attention.keeps:  # compiled code writes over tensors that it has no more use for

@@ -41,6 +41,8 @@ def pipe():
 def test_backends_that_run_on_a_cpu(backend, pipe):
     frames = generate(enable_small(pipe))
     pipe.transformer.set_attention_backend(backend)
+    if backend == "flex" and torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 has flex attention for heads of a power of two only")
     assert float((generate(pipe) - frames).norm() / frames.norm()) < 1e-5
     pipe.disable_packforcing()
     generate(enable_small(pipe))
