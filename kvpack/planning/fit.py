@@ -206,7 +206,8 @@ def _text_model(config: Mapping[str, Any]) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForTextEncoding
 
     with torch.device("meta"):
-        model: torch.nn.Module = AutoModelForTextEncoding.from_config(AutoConfig.for_model(**config))
+        model: Any = AutoModelForTextEncoding.from_config(AutoConfig.for_model(**config))
+    model.tie_weights()  # transformers 5.0 leaves it out on this device
     return model
 
 
