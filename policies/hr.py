@@ -44,6 +44,11 @@ class HighResolutionCompressor(PooledLatents):
                 f"weights must be a folder, a Hub id, a HighResolutionBranch or None, got {type(self.weights).__name__}"
             )
 
+    @property
+    def network(self) -> HighResolutionBranch | None:
+        """The convolutions; None before training."""
+        return self._source.given
+
     def check(self, channels: int, width: int, patch: tuple[int, int], native: tuple[int, int] | None = None) -> None:
         """Load the weights and compare them with the model."""
         self._source.fitting(channels, width, patch)

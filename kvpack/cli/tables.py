@@ -55,12 +55,14 @@ def described(name: str) -> list[dict[str, Any]]:
 def options(thing: Any) -> list[dict[str, str]]:
     """List the options of a class or factory: names, defaults as Python writes them, and what their docstring says.
 
-    What the docstring leaves out is told by that of a base class, or else by another stack's of the same option.
+    What the docstring leaves out is told by that of a base class, or else, of kvpack's own, by another stack's of the
+    same option.
     """
     if inspect.isclass(thing) and issubclass(thing, Adapter):
         return []
     stacks = [factory for (kind, _), factory in sorted(_things().items()) if kind == "stack"]
-    sources = [*getattr(thing, "__mro__", (thing,)), Stack, *stacks]
+    others = stacks if thing.__module__.startswith("kvpack.") else []
+    sources = [*getattr(thing, "__mro__", (thing,)), Stack, *others]
     meanings = [_meanings(each) for each in sources]
     defaults = {each.name: each.default for each in inspect.signature(thing).parameters.values()}
     if thing in stacks and _archives(thing):

@@ -35,7 +35,8 @@ class CompressorWeights:
         return (CompressorWeights, (self.weights,))
 
     @cached_property
-    def _given(self) -> HighResolutionBranch | None:
+    def given(self) -> HighResolutionBranch | None:
+        """The network as it was given; None before training."""
         return load_branch(self.weights) if isinstance(self.weights, str) else self.weights
 
     def fitting(self, channels: int, width: int, patch: tuple[int, int]) -> HighResolutionBranch:
@@ -44,7 +45,7 @@ class CompressorWeights:
         Raises:
             InvalidOptionError: if there are no such weights, or they were made for another model.
         """
-        branch = self._given
+        branch = self.given
         if branch is None:
             return HighResolutionBranch(channels=channels, width=width, patch=patch)
         if (branch.channels, branch.width, branch.patch) != (channels, width, patch):
@@ -99,10 +100,13 @@ def load_branch(source: str) -> HighResolutionBranch:
     branch_config(source)  # first, for its error says more than that of the weights
     folder = _file(source, WEIGHTS_FILE).parent  # the Hub's cache keeps both files in one
     try:
-        return HighResolutionBranch.from_pretrained(folder)
+        branch = HighResolutionBranch.from_pretrained(folder)
     except (SafetensorError, RuntimeError, TypeError, ValueError, OSError, OverflowError) as error:
         what = " ".join(str(error).split())[:300]  # torch writes a line for each weight
         raise InvalidOptionError(f"cannot load the compressor {source}: {what}; {_RIGHT}") from error
+    if broken := next((name for name, each in branch.named_parameters() if not each.isfinite().all()), None):
+        raise InvalidOptionError(f"cannot load the compressor {source}: {broken} is not finite; train it anew")
+    return branch
 
 
 def _file(source: str, name: str) -> Path:

@@ -131,7 +131,6 @@ def window_places(cells: int, pooled: int, coordinates: Coordinates) -> Float[Te
     return (index if coordinates == "compact" else index * cells // pooled).float()
 
 
-@cache
 def grid_coordinates(
     frames: int,
     grid: tuple[int, int],
@@ -143,6 +142,13 @@ def grid_coordinates(
     >>> grid_coordinates(1, (1, 2)).tolist()
     [[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     """
+    return _grid(frames, grid, pooled, coordinates).clone()  # a policy may write over it
+
+
+@cache
+def _grid(
+    frames: int, grid: tuple[int, int], pooled: tuple[int, int, int] | None, coordinates: Coordinates
+) -> Float[Tensor, "tokens 3"]:
     sizes = (frames, *grid)
     axes = [window_places(size, cells, coordinates) for size, cells in zip(sizes, pooled or sizes, strict=True)]
     return torch.cartesian_prod(*axes).reshape(-1, 3)  # (t, y, x) of frames * rows * columns

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +21,27 @@ def check_attended(memory: Memory, attended: object, like: Tensor, layer: int) -
     start, tokens = attended.chunk_start, attended.tokens
     if not isinstance(start, Tensor) and not (isinstance(start, int | float) and math.isfinite(start)):
         raise PolicyError(f"{name} returned chunk_start {start!r} in layer {layer}, but it must be a finite number")
+    rows, count = like.shape[:2]
+    if isinstance(start, Tensor) and start.shape not in ((), (1,), (rows,)):
+        raise PolicyError(
+            f"{name} returned chunk_start {tuple(start.shape)} in layer {layer}, but it must be a number or ({rows},)"
+        )
+    if not isinstance(attended.hidden, int) or not 0 <= attended.hidden <= count:
+        raise PolicyError(
+            f"{name} returned hidden {attended.hidden!r} in layer {layer}, but it must be an int from 0 to {count}"
+        )
     if not isinstance(tokens, tuple | list):
         raise PolicyError(f"{name} returned {type(tokens).__name__} in layer {layer}, but it must be a tuple of Tokens")
+    groups, together = (tokens, 1) if isinstance(tokens, list) else ([tokens], rows)
+    if len(groups) * together != rows or not all(isinstance(each, tuple) for each in groups):
+        kinds = ", ".join(type(each).__name__ for each in groups)
+        raise PolicyError(
+            f"{name} returned a list of {kinds or 'nothing'} in layer {layer}, but a list holds a tuple of Tokens for "
+            f"each of {rows} rows; give a tuple where rows attend alike"
+        )
     if not memory.in_place:
-        for each in tokens:
-            check_tokens(memory, each, like, layer)
+        for each in chain.from_iterable(groups):
+            check_tokens(memory, each, like[:together], layer)
 
 
 def check_tokens(memory: Memory, tokens: object, like: Tensor, layer: int) -> None:
@@ -44,6 +62,17 @@ def check_tokens(memory: Memory, tokens: object, like: Tensor, layer: int) -> No
             f"{name} returned coordinates {shape} in layer {layer}, but they must be (1 or {wanted[0]}, {wanted[1]}, "
             "3), or with an axis of heads before the last"
         )
+
+
+def check_vetoed(memory: Memory, vetoed: Sequence[Any], rows: int) -> None:
+    """Raise `PolicyError` if what each layer vetoes is no `[rows]` of bool, or differs by layer."""
+    name = f"{type(memory).__name__}.veto"
+    for layer, each in enumerate(vetoed):
+        if not isinstance(each, Tensor) or each.dtype != torch.bool or tuple(each.shape) != (rows,):
+            kind = f"{each.dtype} {tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
+            raise PolicyError(f"{name} returned {kind} in layer {layer}, but rows are torch.bool ({rows},)")
+    if len({id(each) for each in vetoed}) > 1 and not bool((_together(vetoed) == vetoed[0]).all()):
+        raise PolicyError(f"{name} vetoes other rows in one layer than in another, but all must veto the same")
 
 
 def signs(attended: Attended) -> list[Tensor]:

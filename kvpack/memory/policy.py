@@ -1,11 +1,15 @@
 """What all policies have in common."""
 
+import re
 from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from kvpack.errors import InvalidOptionError
+
+_NAME = re.compile(r"[a-z0-9.]+(-[a-z0-9.]+)*")
 
 
 class Policy:
@@ -22,15 +26,28 @@ class Policy:
         """Return plain data, as JSON takes it: the name, as "policy", and options.
 
         Raises:
-            InvalidOptionError: if it is no dataclass, or holds a module.
+            InvalidOptionError: if it is no dataclass, or holds a module or a tensor.
         """
         if not is_dataclass(self):
             raise InvalidOptionError(f"{type(self).__name__} must be a dataclass to be written as data")
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         for option, value in options.items():
+            if isinstance(value, Tensor | np.ndarray):
+                raise InvalidOptionError(
+                    f"{option} of {self.role} {self.name} is a {type(value).__name__}, which is no data to write; give "
+                    "numbers, or a tuple of them"
+                )
             if isinstance(value, nn.Module):
                 raise InvalidOptionError(
                     f"{option} of {self.role} {self.name} is a {type(value).__name__}, which is no data to write; "
                     "save it with save_pretrained and give the folder instead"
                 )
         return {"policy": self.name, **options}
+
+
+def named(thing: Any, name: object) -> str:
+    """Return the name of a policy, stack or adapter; raise `InvalidOptionError` if nobody can ask for it by that."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        what = getattr(thing, "__name__", type(thing).__name__)
+        raise InvalidOptionError(f"the name of {what} is {name!r}, but it must be kebab-case, e.g. 'my-policy'")
+    return name

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvpack.memory.blocks import KVBlock, LatentChunk, Span, joined
 from kvpack.memory.costs import Cost, LatentShape
@@ -71,9 +71,8 @@ class Compressor(Policy, ABC):
     @property
     def merges(self) -> bool:
         """Whether `merged` makes one block of two."""
-        one = type(self)
-        alike = self.places == "span" or one.merged is not Compressor.merged
-        return alike and one.level is Compressor.level
+        alike = self.places == "span" or type(self).merged is not Compressor.merged
+        return alike and type(self).level is Compressor.level
 
     def merged(self, older: KVBlock, newer: KVBlock, grid: tuple[int, int]) -> KVBlock:
         """Return a block of as many tokens that stands for two neighbours: of tokens at equal places, the mean of both.
@@ -117,6 +116,11 @@ class LatentCompressor(Compressor):
         """How tokens become keys and values: through all "layers" in the context that the commit saw, or "direct"."""
         return "layers"
 
+    @property
+    def network(self) -> nn.Module | None:
+        """What it has learned, by which a saved generation knows it again; None if it learns nothing."""
+        return None
+
     def check(self, channels: int, width: int, patch: tuple[int, int], native: tuple[int, int] | None = None) -> None:
         """Raise `InvalidOptionError` if it cannot work with a model; called before anything is generated.
 
@@ -142,7 +146,6 @@ class LatentCompressor(Compressor):
 
 
 def _without_positions(*_: object) -> Tensor:
-    """Stands where nobody gave positions."""
     raise TypeError("this Query or Candidates was made without positions; give it `rotated` or `rotated_keys`")
 
 

@@ -14,6 +14,7 @@ from kvpack.memory.accounting import session_stats
 from kvpack.memory.attribution import memory_call
 from kvpack.memory.base import Chunk, Event, Memory
 from kvpack.memory.blocks import Span
+from kvpack.memory.checks import check_vetoed
 from kvpack.memory.divided import Divided
 from kvpack.memory.divided_layer import divided_layers
 from kvpack.memory.geometry import Geometry
@@ -238,6 +239,7 @@ class Session:
         if self.stack.max_retries:
             with memory_call(self.stack, "veto", self.policy_seconds):
                 rows, states = zip(*(self.stack.veto(state, latents) for state in self.past.states), strict=True)
+            check_vetoed(self.stack, rows, len(latents))
             if bool(rows[0].any()):
                 # The first step of another try need not be step 0: two experts share a chunk's.
                 self._retry, self.plan = states, None

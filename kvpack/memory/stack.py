@@ -19,11 +19,12 @@ from kvpack.memory.eviction import Eviction
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import BlockEntry, Ledger
 from kvpack.memory.plan import Book, Plan
-from kvpack.memory.policy import Policy
+from kvpack.memory.policy import Policy, named
 from kvpack.memory.roles import (
     Compressor,
     LatentCompressor,
     Partitioner,
+    Places,
     Reindexer,
     Selector,
 )
@@ -87,6 +88,8 @@ class Stack(Memory):
             policy = getattr(self, role)
             if not isinstance(policy, base):
                 raise InvalidOptionError(f"{role} must be a {base.__name__}, got {policy!r}")
+            named(policy, getattr(policy, "name", None))
+        require_choice(f"places of {self.compressor.name}", self.compressor.places, get_args(Places))
         require_int("chunk_frames", self.chunk_frames, minimum=1)
         if self.archive_blocks is not None:
             require_int("archive_blocks", self.archive_blocks)

@@ -276,5 +276,5 @@ class StackPlan(Plan):
             chosen = selector.limit(candidates)
         if not isinstance(chosen, int) or not 0 <= chosen <= candidates:
             name = type(selector).__name__
-            raise PolicyError(f"{name}.limit returned {chosen!r}, but there are {candidates} candidates")
+            raise PolicyError(f"{name}.limit returned {chosen!r}, but it must be an int from 0 to {candidates}")
         return chosen

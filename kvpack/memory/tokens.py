@@ -79,7 +79,7 @@ class Tokens:
         return replace(self, coordinates=coordinates)
 
     def starting_at(self, frame: float) -> "Tokens":
-        """Return the same tokens, the first of them at `frame`."""
+        """Return the same tokens, the first of them, of whichever row and head, at `frame`."""
         return self.moved(frame - self.coordinates[..., 0].min()) if len(self) else self
 
 
@@ -88,7 +88,8 @@ def consecutive(
 ) -> tuple[list[Tokens], float]:
     """Place parts one behind the other in time, without gaps between them; return them and the position behind them.
 
-    Each part keeps the distances of its own frames.
+    Each part keeps the distances of its own frames. How long it is goes by all rows and heads together: where they keep
+    tokens of other times, place them by `moved`, row by row, or a row depends on the others.
 
     Args:
         parts: some tokens each, or none.

@@ -13,7 +13,7 @@ import pluggy
 from kvpack.errors import InvalidOptionError, PluginWarning, UnusedOptionError, plain, require_int, unknown_name
 from kvpack.generation.adapter import Adapter
 from kvpack.memory.base import Memory
-from kvpack.memory.policy import Policy
+from kvpack.memory.policy import Policy, named
 from kvpack.memory.stack import Stack
 from kvpack.plugins import hookspecs
 
@@ -73,6 +73,8 @@ class Registry:
         manager.hook.kvpack_register_policies(register=lambda cls: found.append(_policy(cls)))
         manager.hook.kvpack_register_stacks(register=lambda name, factory: found.append(_stack(name, factory)))
         manager.hook.kvpack_register_adapters(register=lambda adapter: found.append(_adapter(adapter)))
+        if not found and (unmarked := [each for each in dir(plugin) if each.startswith("kvpack_register_")]):
+            raise InvalidOptionError(f"{package} registers nothing; mark {unmarked[0]} with @kvpack.hookimpl")
         # A memory is a stack by itself, unless its plugin has a factory of that name.
         stacks = {name for kind, name, _ in found if kind == "stack"}
         found += [("stack", name, cls) for kind, name, cls in found if kind == "memory" and name not in stacks]
@@ -130,7 +132,8 @@ class Registry:
             InvalidOptionError: if two packages want the name, or an option is unknown or wrong.
         """
         self._check_name("stack", name)
-        (offered, own), (options, storage) = map(_apart, (defaults or {}, options))
+        taken = inspect.signature(self.stacks[name]).parameters
+        (offered, own), (options, storage) = (_apart(given, taken) for given in (defaults or {}, options))
         while True:
             try:
                 made = _call(f"stack {name}", self.stacks[name], {**offered, **options}, beside=_STORAGE)
@@ -139,6 +142,8 @@ class Registry:
                 if error.option in options or error.option not in offered:
                     raise
                 del offered[error.option]
+        if not isinstance(made, Policy):
+            raise InvalidOptionError(f"the factory of stack {name!r} returned {made!r}, but it must return a memory")
         require_instance("memory", made)
         if isinstance(made, Stack) and made.archives:
             if made.archive_blocks is None:
@@ -188,7 +193,7 @@ def _package(entry_point: importlib.metadata.EntryPoint) -> str:
 def _policy(cls: Any) -> tuple[str, str, Any]:
     if not (isinstance(cls, type) and issubclass(cls, Policy)):
         raise InvalidOptionError(f"kvpack_register_policies registers classes of policies, got {cls!r}")
-    return cls.role, cls.name, cls
+    return cls.role, named(cls, getattr(cls, "name", None)), cls
 
 
 def _stack(name: Any, factory: Any) -> tuple[str, str, Any]:
@@ -196,13 +201,13 @@ def _stack(name: Any, factory: Any) -> tuple[str, str, Any]:
         raise InvalidOptionError(
             f"kvpack_register_stacks registers a name and a function that returns a memory, got {name!r}, {factory!r}"
         )
-    return "stack", name, factory
+    return "stack", named(factory, name), factory
 
 
 def _adapter(adapter: Any) -> tuple[str, str, Any]:
     if not isinstance(adapter, Adapter):
         raise InvalidOptionError(f"kvpack_register_adapters registers instances of Adapter, got {adapter!r}")
-    return "adapter", adapter.name, adapter
+    return "adapter", named(adapter, getattr(adapter, "name", None)), adapter
 
 
 def require_instance(role: str, given: object) -> None:
@@ -211,6 +216,8 @@ def require_instance(role: str, given: object) -> None:
         raise InvalidOptionError(f"{role} must be an instance, got the class {given.__name__}; give {given.__name__}()")
     if not isinstance(given, Policy):
         raise InvalidOptionError(f"{role} must be a name or an instance, got {given!r}")
+    if not isinstance(given, Stack):  # whose name is the user's
+        named(given, getattr(given, "name", None))
     if given.role != role:
         hint = f"; give it to a stack, {given.role}={type(given).__name__}(...)" if role == "memory" else ""
         raise InvalidOptionError(f"{role} must be a {role}, but {type(given).__name__} is a {given.role}{hint}")
@@ -222,9 +229,9 @@ def require_instance(role: str, given: object) -> None:
         require_int(f"chunk_frames of {type(given).__name__}", given.chunk_frames, minimum=1)
 
 
-def _apart(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return options of a stack's own, and those of how its archive is kept."""
-    storage = {name: options[name] for name in _STORAGE if name in options}
+def _apart(options: Mapping[str, Any], taken: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return options of a stack's own, some of which may be called so, and those of how its archive is kept."""
+    storage = {name: options[name] for name in _STORAGE if name in options and name not in taken}
     return {name: value for name, value in options.items() if name not in storage}, storage
 
 
@@ -235,7 +242,9 @@ def _call(what: str, factory: Callable[..., Any], options: Mapping[str, Any], be
             raise unknown_name(f"option of {what}", option, [*known, *beside], "Options")
     try:
         return factory(**{name: plain(option) for name, option in options.items()})
-    except TypeError as error:
+    except InvalidOptionError:
+        raise
+    except (TypeError, ValueError) as error:
         raise InvalidOptionError(f"{what}: {error}; options: {', '.join(known)}") from error
 
 

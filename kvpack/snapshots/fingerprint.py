@@ -72,8 +72,10 @@ def require_same(saved: Mapping[str, Any], here: Mapping[str, Any], name: str) -
 
 def _models(pipeline: Any) -> dict[str, nn.Module]:
     models = {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
-    writer = getattr(vars(pipeline).get("_kvpack"), "writer", None)
-    return models if writer is None else {**models, "writer": writer}
+    enabled = vars(pipeline).get("_kvpack")
+    compressor = None if enabled is None else enabled.stack.latent_compressor
+    own = {"writer": getattr(enabled, "writer", None), "compressor": getattr(compressor, "network", None)}
+    return {**models, **{name: each for name, each in own.items() if each is not None}}
 
 
 def _of_model(model: nn.Module) -> str:

@@ -88,7 +88,7 @@ class TreeWriter:
         return self._seen[id(value)][1]
 
     def _compound(self, value: Any, where: str) -> Node:
-        if isinstance(value, tuple):
+        if type(value) is tuple:  # not one with names, which would come back without them
             return [self.node(each, f"{where}[{index}]") for index, each in enumerate(value)]
         if isinstance(value, list):
             return {KIND: "list", "of": [self.node(each, f"{where}[{index}]") for index, each in enumerate(value)]}

@@ -178,6 +178,11 @@ def test_broken_sources_are_named(folder, tmp_path):
         trained_compressor(str(tmp_path))
     path = tmp_path / "compressor"
     weights = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(weights)
+    save_file({name: each * torch.nan for name, each in load_file(path / "model.safetensors").items()}, path / "nan")
+    (path / "nan").replace(path / "model.safetensors")
+    with pytest.raises(InvalidOptionError, match=r"cannot load the compressor .* is not finite; train it anew"):
+        load_branch(folder)
     (path / "model.safetensors").write_bytes(weights[:50])
     with pytest.raises(InvalidOptionError, match="cannot load the compressor"):
         load_branch(folder)

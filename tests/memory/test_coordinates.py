@@ -5,6 +5,7 @@ import torch
 
 from helpers import archived
 from kvpack.errors import InvalidOptionError, UnusedOptionError
+from kvpack.memory.blocks import grid_coordinates
 from kvpack.memory.rope import rotate, rotations
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
@@ -96,3 +97,8 @@ def test_a_wrong_word_is_refused(compressor):
     vars(policy)["coordinates"] = "middle"  # past the signature, which the tests check and a user's process doesn't
     with pytest.raises(InvalidOptionError, match="coordinates must be one of centered, strided, compact, got 'middle'"):
         policy.__post_init__()
+
+
+def test_who_writes_over_places_changes_those_of_nobody_else():
+    grid_coordinates(2, (2, 2)).zero_()
+    assert grid_coordinates(2, (2, 2))[-1].tolist() == [1, 1, 1]

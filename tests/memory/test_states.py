@@ -263,3 +263,50 @@ def test_a_rolling_sink_walks_to_and_fro():
         [0, 0, 1, 8],
     ]
     assert seen == [[], *(each[-3:] for each in after[:-1])]  # what a chunk attends is what the one before left
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tokens": [tokens(1)] * 2}, "returned a list of Tokens, Tokens in layer 0, but a list holds a tuple"),
+        ({"tokens": [()]}, "returned a list of tuple in layer 0, but .* for each of 2 rows"),
+        ({"tokens": [(), (None,)]}, "returned NoneType in layer 0, but it must be Tokens"),
+        ({"chunk_start": torch.arange(7.0)}, r"returned chunk_start \(7,\) in layer 0, but it must be a number or"),
+        ({"hidden": -1}, "returned hidden -1 in layer 0, but it must be an int from 0 to"),
+        ({"hidden": "3"}, "returned hidden '3'"),
+    ],
+)
+def test_what_is_attended_is_checked(wrong, message):
+    @dataclass(frozen=True)
+    class Wrong(Window):
+        def attend(self, state, chunk):
+            return replace(super().attend(state, chunk), **wrong)
+
+    with pytest.raises(PolicyError, match=f"Wrong.attend {message}"):
+        run_session(Session(Wrong(), TINY), 1, batch=2)
+
+
+@pytest.mark.parametrize(
+    ("vetoed", "message"),
+    [
+        (lambda: True, r"veto returned bool in layer 0, but rows are torch.bool \(1,\)"),
+        (lambda: torch.zeros(1), r"veto returned torch.float32 \(1,\) in layer 0"),
+        (lambda: torch.tensor(True), r"veto returned torch.bool \(\) in layer 0"),
+        (
+            iter([torch.tensor([False]), torch.tensor([True])]).__next__,
+            "vetoes other rows in one layer",
+        ),
+    ],
+)
+def test_what_is_vetoed_is_checked(vetoed, message):
+    @dataclass(frozen=True)
+    class Vetoes(Window):
+        max_retries = 1
+
+        def veto(self, state, latents):
+            return vetoed(), state
+
+    session = Session(Vetoes(), replace(TINY, layers=2))
+    run_session(session, 1)
+    with pytest.raises(PolicyError, match=message):
+        session.review(torch.zeros(1, 16, 3, 2, 2))

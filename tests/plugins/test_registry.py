@@ -3,15 +3,16 @@
 import json
 import sys
 import textwrap
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 
 import pytest
+import torch
 
 from kvpack.errors import InvalidOptionError, PluginWarning, UnknownNameError
 from kvpack.plugins.registry import Registry, registry
 from kvpack.plugins.resolve import resolve_stack, stack_from_dict
-from kvpack.policies import QueryTopK
+from kvpack.policies import PoolCompressor, QueryTopK
 
 BUILT_INS = entry_points(group="kvpack")
 
@@ -78,6 +79,9 @@ def test_a_plugin_of_twenty_lines(plugin):
         ("1 / 0", "ZeroDivisionError"),
         (PLUGIN.replace("kvpack_register_policies", "kvpack_register_policy"), "kvpack_register_policy"),
         (PLUGIN.replace("acme-stride", "topk"), "selector 'topk' is already installed by kvpack"),
+        (PLUGIN.replace("@kvpack.hookimpl", ""), "mark kvpack_register_policies with @kvpack.hookimpl"),
+        (PLUGIN.replace("acme-stride", "Acme A!"), "the name of Stride is 'Acme A!', but it must be kebab-case"),
+        (PLUGIN.replace('name = "acme-stride"', ""), "the name of Stride is None"),
     ],
 )
 def test_a_broken_plugin_costs_a_warning_that_names_it(plugin, source, words):
@@ -141,3 +145,53 @@ def test_stack_data_without_a_role_is_refused():
     del data["reindexer"]
     with pytest.raises(InvalidOptionError, match="missing \\['reindexer'\\]"):
         stack_from_dict(data)
+
+
+STACK = """
+    import kvpack
+    from kvpack.policies import packforcing
+
+    def tiers(tier: int = 2):
+        if tier % 2:
+            raise ValueError(f"tier must be even, got {tier}")
+        return packforcing(chunk_frames=tier)
+
+    @kvpack.hookimpl
+    def kvpack_register_stacks(register):
+        register("acme-tiers", tiers)
+        register("acme-none", lambda: None)
+"""
+
+
+def test_an_option_of_a_stack_is_its_own_whatever_its_name(plugin):
+    found = Registry([*BUILT_INS, plugin(STACK)])
+    assert found.stack("acme-tiers", {"tier": 4}).chunk_frames == 4
+    with pytest.raises(InvalidOptionError, match="stack acme-tiers: tier must be even, got 3; options: tier"):
+        found.stack("acme-tiers", {"tier": 3})
+    with pytest.raises(InvalidOptionError, match="stack 'acme-none' returned None, but it must return a memory"):
+        found.stack("acme-none", {})
+
+
+def test_a_policy_without_a_name_is_refused():
+    class Nameless(QueryTopK):
+        name = None
+
+    with pytest.raises(InvalidOptionError, match="the name of Nameless is None"):
+        replace(registry().stack("packforcing", {}), selector=Nameless())
+
+
+def test_where_tokens_sit_is_one_of_three():
+    class Elsewhere(PoolCompressor):
+        places = "heads"
+
+    with pytest.raises(InvalidOptionError, match="places of pool must be one of span, row, head, got 'heads'"):
+        replace(registry().stack("packforcing", {}), compressor=Elsewhere())
+
+
+def test_a_tensor_is_no_option_to_write():
+    @dataclass(frozen=True)
+    class Weighted(QueryTopK):
+        weights: object = None
+
+    with pytest.raises(InvalidOptionError, match="weights of selector topk is a Tensor, which is no data to write"):
+        Weighted(weights=torch.ones(2)).to_dict()

@@ -110,6 +110,19 @@ def test_compressors(compressor, tmp_path):
     )
 
 
+def test_a_compressor_that_has_learned_more_is_another(tmp_path):
+    helpers.random_branch().save_pretrained(tmp_path / "branch")
+    stream = wan(**SMALL, compressor=str(tmp_path / "branch")).packforcing.stream(**LATENTS, num_frames=61)
+    next(stream)
+    stream.save(tmp_path / "snapshots")
+    stream.close()
+    branch = helpers.random_branch()
+    branch.projection.weight.data += 0.5
+    branch.save_pretrained(tmp_path / "branch")
+    with pytest.raises(SnapshotError, match="the generation ran with another compressor than this WanPipeline has"):
+        wan(**SMALL, compressor=str(tmp_path / "branch")).packforcing.resume(tmp_path / "snapshots")
+
+
 @pytest.mark.parametrize("store", registry().names("codec"))
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
 def test_every_form_and_tier_of_an_archive(store, tier, tmp_path):

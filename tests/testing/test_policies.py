@@ -31,7 +31,7 @@ class Mean(Compressor):
 
 def variant(base, **members):
     """Return a policy of a subclass."""
-    return dataclass(frozen=True)(type("Wrong", (base,), members))()
+    return dataclass(frozen=True)(type("Wrong", (base,), {"name": "wrong", **members}))()
 
 
 def after(base, method, what):
