@@ -159,6 +159,47 @@ def test_keys_of_several_blocks_are_those_of_each(store, monkeypatch):
     assert decoded[:2] == [len(alone), 1]  # in order all at once, backwards one by one
 
 
+def test_a_fork_marks_slots_of_its_own():
+    archive, like = Archive(4), torch.zeros(1, 4, 2, 12)
+    archive.reserve(2, like)
+    archive.write(0, archive.encoded(like, like))
+    fork, before = archive.fork(), dict(archive.marks)
+    fork.reserve(2, like)
+    for slot in (0, 1):
+        fork.write(slot, fork.encoded(like, like))
+    assert archive.marks == before
+
+
+@pytest.mark.parametrize("store", ["dense", "int8", "residual"])
+def test_what_is_restored_is_what_was_written(store):
+    archive, again = (Archive(4, registry().policy("codec", store)) for _ in range(2))
+    blocks = torch.randn(3, 2, 2, 4, 2, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+    places = torch.rand(3, 2, 4, 3, dtype=torch.float64)
+    archive.reserve(3, blocks[0, 0], places[0])
+    encoded = [archive.encoded(*block, where.float()) for block, where in zip(blocks, places, strict=True)]
+    for slot, block in enumerate(encoded):
+        archive.write(slot, block)
+    for slot in (2, 0, 1):
+        again.restore(slot, 3, torch.bfloat16, encoded[slot])
+    for slot in range(3):
+        assert torch.equal(again.block_keys(slot, 4), archive.block_keys(slot, 4))
+        assert torch.equal(again.block_values(slot, 4), archive.block_values(slot, 4))
+    assert torch.equal(again.key_sums, archive.key_sums)
+    assert torch.equal(again.coordinates, archive.coordinates)
+    assert archive.coordinates.dtype == torch.float32
+    torch.testing.assert_close(archive.key_sums, blocks[:, 0].float().sum(dim=2).transpose(0, 1), rtol=0, atol=1e-6)
+
+
+def test_a_block_of_another_form_is_not_restored():
+    archive, generator = Archive(4), torch.Generator().manual_seed(0)
+    block, other = (archive.encoded(*torch.randn(2, 1, 4, heads, 12, generator=generator)) for heads in (2, 3))
+    archive.restore(0, 2, torch.float32, block)
+    with pytest.raises(ValueError, match=r"dense stores .* but the block is"):
+        archive.restore(1, 2, torch.float32, replace(block, keys=other.keys))
+    with pytest.raises(ValueError, match=r"sums of keys are \(1, 3, 12\), unlike those of other blocks"):
+        archive.restore(1, 2, torch.float32, other)
+
+
 @pytest.mark.parametrize(
     ("frames", "bound", "slots"),
     [

@@ -7,11 +7,11 @@ from typing import ClassVar
 import pytest
 import torch
 
-from helpers import ledger
+from helpers import attention, ledger
 from kvpack import Session
 from kvpack.errors import InvalidOptionError, UnusedOptionError
 from kvpack.memory.blocks import KVBlock, Span, joined
-from kvpack.memory.eviction import evicted
+from kvpack.memory.eviction import evicted, merging
 from kvpack.memory.ledger import BlockEntry
 from kvpack.memory.roles import Places, Selector
 from kvpack.memory.rope import rotate, rotations
@@ -102,6 +102,10 @@ def test_what_was_never_there_to_be_chosen_stays():
     assert evicted(blocks(4, 8, 12), 24, "least-selected") == 0
 
 
+def test_blocks_that_are_no_neighbours_are_not_merged():
+    assert merging([BlockEntry(4, 4, slot=0), BlockEntry(12, 4, slot=1)], 24) is None
+
+
 @dataclass(frozen=True)
 class FixedSelector(Selector):
     """Chooses the blocks that begin with one of some frames, or else the newest."""
@@ -145,6 +149,19 @@ def test_the_block_that_fewest_have_chosen_goes():
     assert asked[152] == (0, 0)
 
 
+def test_what_a_replay_attends_is_not_counted():
+    _, session = run(9, eviction="least-selected")
+    before, replays = ledger(session).archive, session.replays()
+    session.rewind(sum(replays))
+    for frames in replays:
+        session.expect(frames)
+        for layer in session.commit():
+            layer.attend(*torch.randn(3, 2, frames * TINY.tokens_per_frame, TINY.heads, TINY.head_dim), attention)
+        session.finish_commit()
+    assert replays
+    assert ledger(session).archive == before
+
+
 @pytest.mark.parametrize("options", [{}, {"compressor": "pool"}, {"compressor": "lr", "selector": "topk"}])
 def test_a_merged_archive_reaches_back_to_the_beginning(options):
     _, session = run(60, eviction="merged", **options)
@@ -158,14 +175,16 @@ def test_a_merged_archive_reaches_back_to_the_beginning(options):
     assert resident(TINY, session.stack, 60, 2).bytes(TINY.layers) == session.stats()["resident_bytes"]
 
 
-def test_a_merged_block_is_the_weighted_mean_of_what_it_stands_for():
-    """Against the blocks of an archive that forgets nothing, of the same keys."""
-    _, session = run(30, eviction="merged", compressor="pool")
-    _, whole = run(30, compressor="pool", archive_blocks=None)
+@pytest.mark.parametrize("sizes", [{}, {"chunk_frames": 2, "sink_frames": 0, "recent_frames": 3}], ids=str)
+def test_a_merged_block_is_the_weighted_mean_of_what_it_stands_for(sizes):
+    """Against the blocks of an archive that forgets nothing, of the same keys; two pieces at once make three one."""
+    _, session = run(30, eviction="merged", compressor="pool", **sizes)
+    _, whole = run(30, compressor="pool", archive_blocks=None, **sizes)
     for state, all_of_it in zip(session.past.states, whole.past.states, strict=True):
         slots = {piece.first_frame: piece.slot for piece in ledger(whole).archive}
         for piece in ledger(session).archive:
-            parts = [all_of_it.archive.block_keys(slots[first], 2) for first in range(piece.first_frame, piece.stop, 4)]
+            firsts = range(piece.first_frame, piece.stop, piece.block_frames)
+            parts = [all_of_it.archive.block_keys(slots[first], 2) for first in firsts]
             torch.testing.assert_close(state.archive.block_keys(piece.slot, 2), torch.stack(parts).mean(dim=0))
             torch.testing.assert_close(state.archive.key_sums[:, piece.slot], torch.stack(parts).mean(dim=0).sum(dim=1))
             places = state.archive.coordinates[:, piece.slot]

@@ -88,6 +88,20 @@ def test_a_new_block_never_takes_a_slot_of_what_is_kept(eviction):
         assert all(0 <= piece.slot < 2 for piece in ledger.archive)  # that of a block that goes is taken at once
 
 
+def test_what_leaves_mid_leaves_the_archive():
+    @dataclass(frozen=True)
+    class Bounded(Partitioner):
+        name = "bounded"
+        horizon_frames = 12
+
+        def partition(self, history_frames, chunk_frames):
+            mid, recent = (max(0, history_frames - back) for back in (12, 4))
+            return Segment("mid", range(mid, recent)), Segment("recent", range(recent, history_frames))
+
+    for ledger in grow(Ledger(Bounded(), 4), 8):
+        assert frames(ledger.archive) == list(range(max(0, ledger.frames - 12), ledger.frames - 4))
+
+
 def test_twins_are_due_only_for_what_will_be_compressed():
     ledger = Ledger(SinkMidRecentPartitioner(6, 4), 4)
     due = []
@@ -112,6 +126,7 @@ class Scripted(Partitioner):
     [
         ((Segment("recent", range(9)),), "stay in the history"),
         ((Segment("recent", range(2, 4)), Segment("mid", range(2))), "ascend"),
+        ((Segment("sink", range(2)), Segment("mid", range(0)), Segment("recent", range(1, 4))), "ascend"),
         ((Segment("other", range(2)),), "sink, mid or recent"),
         ((Segment("recent", range(0, 4, 2)),), "consecutive"),
     ],

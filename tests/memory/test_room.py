@@ -45,6 +45,12 @@ def test_an_arena_is_made_once_for_a_video_of_known_length(name, chunks, store):
     assert resident(session.geometry, stack, chunks, 1).bytes(TINY.layers) == session.stats()["resident_bytes"]
 
 
+def test_rotated_keys_have_room_once_too():
+    session = Session(registry().stack("packforcing", {"topk": 2}), replace(TINY, frames=36))
+    seen = [run_session(session, 1, seed=chunk) and session.stats()["workspace_bytes"] for chunk in range(9)]
+    assert seen == [seen[0]] * 9
+
+
 @pytest.mark.parametrize("chunks", [1, 2, 3, 9])
 @pytest.mark.parametrize("name", STACKS)
 def test_a_short_first_chunk_makes_it_no_larger(name, chunks):

@@ -60,6 +60,22 @@ def test_a_chunk_can_be_done_again_and_a_session_forked():
     assert session.stats()["chunks"] == fork.stats()["chunks"] == 5
 
 
+def test_a_chunk_that_is_given_up_after_a_veto_begins_from_the_past():
+    @dataclass(frozen=True)
+    class Vetoes(Window):
+        max_retries = 1
+
+        def veto(self, state, latents):
+            return torch.tensor([True]), state[:FRAME]
+
+    session = Session(Vetoes(), TINY)
+    run_session(session, 2)
+    session.denoise(0)
+    assert session.review(torch.zeros(1, 16, 3, 2, 2)) is not None
+    session.adopt(session.past)
+    assert all(layer.forward.states is session.past.states for layer in session.denoise(0))
+
+
 def test_tokens_are_cut_joined_and_taken():
     both = tokens(3) + tokens(2, first=10)
     assert both.coordinates[0, :, 0].tolist() == [0, 1, 2, 10, 11]
@@ -69,6 +85,12 @@ def test_tokens_are_cut_joined_and_taken():
     heads = both.take(torch.tensor([[[0, 1], [3, 4]]]))  # one token of each head's own, twice
     assert heads.keys[0, :, :, 0].tolist() == heads.coordinates[0, :, :, 0].tolist() == [[0, 1], [10, 11]]
     assert (heads + both).coordinates.shape == (1, 7, 2, 3)
+    biased = replace(both, bias=-1.5)
+    made = (biased[1:4], biased + biased, biased.take(torch.tensor([[0]])), biased[1:4].compact())
+    assert [each.bias for each in made] == [-1.5] * 4
+    compact = made[-1]
+    parts = compact.keys, compact.values, compact.coordinates
+    assert [each.untyped_storage().nbytes() for each in parts] == [each.nbytes for each in parts]
 
 
 def test_parts_are_placed_one_behind_the_other():
@@ -79,6 +101,8 @@ def test_parts_are_placed_one_behind_the_other():
     assert all(torch.equal(a.coordinates, b.coordinates) for a, b in zip(placed, again, strict=True))
     assert [each.coordinates[0, :, 0].tolist() for each in placed] == [[1, 2], [3]]
     assert stop == 4.0
+    backwards = tokens(2, first=4).take(torch.tensor([[1, 0]])).starting_at(1.0)
+    assert backwards.coordinates[0, :, 0].tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -92,6 +116,21 @@ def test_a_bias_is_two_attentions_merged(dtype):
     outs = [torch.einsum("bhqk,bkhd->bqhd", logits[..., part].softmax(-1), v[:, part]) for part in parts]
     shares = torch.stack(lse).softmax(0).permute(0, 1, 3, 2)[..., None]
     torch.testing.assert_close(given, (shares * torch.stack(outs)).sum(0), rtol=1e-5, atol=1e-6)
+
+
+def test_each_part_has_a_bias_of_its_own():
+    @dataclass(frozen=True)
+    class Frames(Window):
+        bias: float | None = None
+
+        def attend(self, state, chunk):
+            held = chunk.tokens[:0] if state is None else state
+            first, rest = held[:FRAME], held[FRAME:]
+            parts = (first,) if self.bias is None else (first, replace(rest, bias=self.bias))
+            return Attended(parts, chunk.first_frame, held)
+
+    alone, biased = (run_session(Session(Frames(bias=bias), TINY), 3)[-1] for bias in (None, -1e4))
+    torch.testing.assert_close(biased, alone)
 
 
 def test_each_head_has_places_of_its_own():

@@ -14,7 +14,8 @@ from kvpack.memory.roles import Compressor
 from kvpack.memory.rope import rotate, rotations
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
-from kvpack.memory.store import Arena, StoredBlock
+from kvpack.memory.store import Arena, StoredBlock, Workspace
+from kvpack.planning.resident import resident
 from kvpack.plugins.registry import registry
 from kvpack.policies import (
     AbsoluteReindexer,
@@ -174,6 +175,41 @@ def test_an_arena_grows_exactly_and_never_shrinks():
     assert all(same(*each) for each in blocks)
 
 
+def test_a_part_of_a_block_keeps_no_other_part_alive():
+    part = StoredBlock(8, (torch.zeros(1, 8, 2, 12), torch.zeros(1, 8, 2, 12))).part(slice(2, 5))
+    assert [each.untyped_storage().nbytes() for each in part.own] == [3 * 2 * 12 * 4] * 2
+
+
+def test_a_block_that_came_before_an_interrupt_leaves_the_next_time(monkeypatch):
+    arena, write, calls = Arena(), Arena.write, []
+    first, second = filled(arena, 8, (4, 4))
+    own = StoredBlock(4, (torch.ones(2, 4, 2, 12), torch.ones(2, 4, 2, 12)))
+    keys, values = own.resolved()
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Arena, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            arena.arrange([(0, own), (4, first[0])], 8, LIKE)
+    arena.arrange([(0, second[0])], 8, LIKE)
+    assert same(own, keys, values)
+    assert same(*first)
+    assert same(*second)
+
+
+def test_a_workspace_has_room_for_what_is_asked():
+    workspace = Workspace()
+    for rows, tokens, dtype in ((1, 8, torch.float32), (2, 4, torch.float32), (1, 2, torch.float64)):
+        for room in (workspace.keys, workspace.values):
+            made = room(rows, tokens, LIKE.to(dtype))
+            assert (made.shape, made.dtype) == ((rows, tokens, 2, 12), dtype)
+
+
 # Pasts
 
 
@@ -237,6 +273,36 @@ def test_a_session_goes_on_from_its_state_bit_for_bit(name):
     other = Session(memory, geometry, state)
     assert other.frames == session.frames - 5 * memory.chunk_frames
     assert equal(run_session(other, 5, batch=2, seed=1), wanted)
+
+
+@pytest.mark.parametrize("rides", [False, True])
+def test_a_twin_writes_over_nothing_of_its_chunk(rides):
+    memory = stack(compressor=registry().policy("compressor", "lr"), partitioner=SinkMidRecentPartitioner(0, 4))
+    session, chunk = Session(memory, TINY), 4 * TINY.tokens_per_frame
+    for layer in session.denoise(0):
+        layer.attend(*torch.randn(3, 1, chunk, TINY.heads, TINY.head_dim), attention)
+    pieces = session.pending_compressions()
+    twins = torch.randn(3, 1, session.twin_span(pieces[0]).tokens, TINY.heads, TINY.head_dim)
+    given = [torch.randn(3, 1, chunk, TINY.heads, TINY.head_dim) for _ in session.caches]
+    for layer, qkv in zip(session.commit(pieces if rides else ()), given, strict=True):
+        layer.attend(*(torch.cat([qkv, twins], dim=2) if rides else qkv), attention)
+    for layer in () if rides else session.compress(pieces[0]):
+        layer.attend(*twins, attention)
+    session.finish_commit()
+    for state, (_, keys, values) in zip(session.past.states, given, strict=True):
+        assert same(state.whole[0].block, keys, values)
+
+
+@pytest.mark.parametrize("options", [{}, {"topk": 2, "sink_frames": 6}], ids=["in-place", "gathered"])
+def test_views_of_larger_tensors_are_not_held(options):
+    memory, tokens = registry().stack("packforcing", options), 4 * TINY.tokens_per_frame
+    session = Session(memory, TINY)
+    for _ in range(8):
+        for announce in (lambda: session.denoise(0), session.commit):
+            for layer in announce():
+                layer.attend(*torch.randn(4, 1, tokens, TINY.heads, TINY.head_dim)[:3], attention)
+        session.finish_commit()
+    assert session.stats()["resident_bytes"] == resident(TINY, memory, 8, 1).bytes(TINY.layers)
 
 
 # Keys that are kept after RoPE

@@ -251,10 +251,13 @@ class DoublePool(PoolCompressor):
         return replace(small, values=small.values.double())
 
 
+@dataclass(frozen=True)
 class Nowhere(ContiguousReindexer):
+    what: str = "chunk_start"
+
     def place(self, layout):
         placement = super().place(layout)
-        return replace(placement, chunk_start=placement.chunk_start * float("nan"))
+        return replace(placement, **{self.what: getattr(placement, self.what) * float("nan")})
 
 
 class Misshapen(ContiguousReindexer):
@@ -268,7 +271,10 @@ class Misshapen(ContiguousReindexer):
     [
         ({"compressor": BadPool()}, r"BadPool.compress returned keys \(1, 1, 2, 12\) in layer 0"),
         ({"compressor": DoublePool()}, "DoublePool.compress returned values torch.float64 in layer 0"),
-        ({"reindexer": Nowhere()}, "Nowhere.place returned positions for layer 0 that are not finite"),
+        *(
+            ({"reindexer": Nowhere(what)}, "Nowhere.place returned positions for layer 0 that are not finite")
+            for what in ("chunk_start", "starts", "lengths")
+        ),
         ({"reindexer": Misshapen()}, "Misshapen.place returned starts"),
     ],
 )
@@ -277,6 +283,22 @@ def test_a_wrong_block_or_placement_is_named(roles, message):
     with pytest.raises(PolicyError, match=message):
         run_session(session, 8)
     assert session.frames % 4 == 0
+
+
+def test_a_wrong_placement_of_one_row_is_named():
+    class RowByRow(QueryTopK):
+        def select(self, query, candidates):
+            return torch.arange(query.queries.shape[0])[:, None]
+
+    class NotAtEight(ContiguousReindexer):
+        def place(self, layout):
+            mid = torch.tensor([part == "mid" for part in layout.parts], dtype=torch.bool)
+            placement, wrong = super().place(layout), (mid & (layout.first_frames == 8)).any(dim=1)
+            return replace(placement, chunk_start=placement.chunk_start.masked_fill(wrong, float("nan")))
+
+    session = Session(pool_stack(SinkMidRecentPartitioner(6, 4), selector=RowByRow(1), reindexer=NotAtEight()), TINY)
+    with pytest.raises(PolicyError, match=r"NotAtEight\.place returned positions for layer 0 that are not finite"):
+        run_session(session, 8, batch=2)
 
 
 def test_check_policy_finds_what_is_wrong():
