@@ -80,17 +80,18 @@ class PartialFile:
             raise
         return size
 
-    def commit(self, *, durable: bool = False) -> None:
+    def commit(self, path: Path | None = None, *, durable: bool = False) -> None:
         """Move the complete file to its name.
 
         Args:
+            path: another name, of a file that is not all that it was to be.
             durable: whether it is on the disk for certain then, though the power fails.
         """
         with self.reported():
             if durable:
                 os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._partial, self.path)
+            os.replace(self._partial, path or self.path)
             if durable:
                 sync_folder(self.path.parent)
 

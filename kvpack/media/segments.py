@@ -77,7 +77,7 @@ class SegmentedVideo:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Complete the last segment, but throw it away after an error."""
+        """Complete the last segment; after an error it is put aside, and made again by who goes on."""
         if kind is None or issubclass(kind, KeyboardInterrupt | SystemExit):
             self.cut()
         elif self._writer is not None:

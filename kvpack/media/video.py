@@ -36,7 +36,8 @@ class VideoWriter:
     """An mp4 that is encoded while its frames are generated, in constant memory.
 
     Until it is complete it is `name.1234.part.mp4`, 1234 being the process, which plays up to its last second or so
-    even if the process is killed. A `KeyboardInterrupt` or `SystemExit` completes it with the frames that are there.
+    even if the process is killed. A `KeyboardInterrupt` or `SystemExit` completes it with the frames that are there;
+    after another error they are `name.part.mp4`, and what the path held before stays.
 
     Args:
         path: the file, which appears when the `with` block ends without an error, or is interrupted.
@@ -107,13 +108,14 @@ class VideoWriter:
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
         try:
             with _signals_wait():
-                if self._stream is not None and (kind is None or interrupted):
+                if self._stream is not None and not isinstance(error, OutputError):
                     with self._file.reported():
                         self._container.mux(self._stream.encode())
                         self._container.close()
-                    self._file.commit()
+                    path = self.path if kind is None or interrupted else self.path.with_suffix(".part.mp4")
+                    self._file.commit(path)
                     if error is not None:
-                        error.add_note(f"{self.path} holds the {float(self.frames / self.fps):.1f} s that were made")
+                        error.add_note(f"{path} holds the {float(self.frames / self.fps):.1f} s that were made")
                 elif kind is None:
                     raise OutputError(f"cannot write {self.path}: no frame was generated")
         finally:

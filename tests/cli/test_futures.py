@@ -63,7 +63,12 @@ def test_a_video_that_is_whole_stays(model, file, tmp_path, monkeypatch):
     result = command(*words(model, tmp_path / "fox.mp4", "--fork-at", 0.6, "--prompts", file))
     assert result.exit_code == 1
     assert "out of memory: of the test" in result.stderr
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["fox-1.mp4", "futures.txt"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == [
+        "fox-1.mp4",
+        "fox-2.part.mp4",
+        "fox-3.part.mp4",
+        "futures.txt",
+    ]
     assert len(pixels(tmp_path / "fox-1.mp4")) == 29
 
 

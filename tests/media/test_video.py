@@ -102,14 +102,17 @@ def test_nothing_has_its_name_before_it_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [GeneratorExit, RuntimeError])
-def test_a_video_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+def test_a_video_that_fails_keeps_its_frames_beside_the_old_one(tmp_path: Path, error: type[BaseException]) -> None:
     target = tmp_path / "a.mp4"
     target.write_bytes(b"the old one")
     writer = VideoWriter(target, 16).__enter__()
     writer.write(noise(4))
-    writer.__exit__(error, error(), None)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+    failure = error()
+    writer.__exit__(error, failure, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "a.part.mp4"}
     assert target.read_bytes() == b"the old one"
+    assert len(pixels(tmp_path / "a.part.mp4")) == 4
+    assert failure.__notes__ == [f"{tmp_path / 'a.part.mp4'} holds the 0.2 s that were made"]
 
 
 def test_frames_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
