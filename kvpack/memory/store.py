@@ -199,14 +199,8 @@ class Arena:
             block.placed(self, start)
 
     def _moves_down(self, moving: Sequence[tuple[int, StoredBlock]]) -> bool:
-        """Return whether each block can be copied in turn without writing over one that is yet to be copied."""
-        before = -1
-        for start, block in moving:
-            place = block.places.get(self, -1)
-            if place < max(start, before):
-                return False
-            before = place
-        return True
+        """Return whether blocks, for places that ascend, can be copied in turn without writing over a later one."""
+        return all(block.places.get(self, -1) >= start for start, block in moving)
 
 
 def leave_ended(blocks: Iterable[StoredBlock]) -> None:
