@@ -143,18 +143,20 @@ def complaint(*words):
 
 def forked(*words, told=os.devnull, **environment):
     """`kvpack` with these words in a process of its own that writes to the file `told`; a fork imports nothing anew."""
-
-    def run():
-        sys.stdout = sys.stderr = Path(told).open("w")  # noqa: SIM115
-        # In the background a shell lets SIGINT be ignored.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.environ.update(environment)
-        sys.argv = ["kvpack", *map(str, words)]
-        main()
-
-    process = multiprocessing.get_context("fork").Process(target=run)
+    # Threads that torch begins for CUDA, be there a card or not, do not survive a fork.
+    context = multiprocessing.get_context("spawn" if torch.version.cuda else "fork")
+    process = context.Process(target=_command, args=(list(map(str, words)), told, environment))
     process.start()
     return process
+
+
+def _command(words, told, environment):
+    sys.stdout = sys.stderr = Path(told).open("w")  # noqa: SIM115
+    # In the background a shell lets SIGINT be ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(environment)
+    sys.argv = ["kvpack", *words]
+    main()
 
 
 def pixels(path: Path) -> np.ndarray:
