@@ -222,7 +222,10 @@ class CompressorTraining:
     def _stack(self, described: ModelDescription) -> Stack:
         """Return the memory as it is enabled on this model, its compressor not yet with weights."""
         # Asked for as a user does, so that options which a trained compressor does not take are refused.
-        compressor = registry().taken(self.stack or described.settings.stack, {"compressor": self.branches})
+        name = self.stack or described.settings.stack
+        compressor = registry().taken(name, {"compressor": self.branches})
+        if name in registry().stacks and not compressor:
+            raise InvalidOptionError(f"stack {name} takes no compressor; give one that does, e.g. packforcing")
         defaults = partial(adapter_for(described).default_options, described.configs)
         stack = require_stack(resolve_stack(self.stack, {**compressor, **self.options}, described.settings, defaults))
         if stack.commit != "rerun":

@@ -734,6 +734,8 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(training, monkeyp
     monkeypatch.setattr("kvpack.training.compressor.frozen", None)
     with pytest.raises(InvalidOptionError, match="packforcing has commit=last-step; give commit=rerun"):
         training(options={**STACK, "commit": "last-step"}).run()
+    with pytest.raises(InvalidOptionError, match="stack packforcing-paper takes no compressor; give one that does"):
+        training(stack="packforcing-paper", options={}).run()
     with pytest.raises(InvalidOptionError, match="multiples of 16 and 16 for this model, got 56x64"):
         training(size=(56, 64)).run()
     with pytest.raises(InvalidOptionError, match="no chunk of 2 attends anything that"):
