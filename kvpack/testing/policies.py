@@ -1,14 +1,14 @@
 """`check_policy` and `check_memory`: what must hold for every policy, without a model."""
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvpack.errors import InvalidOptionError, KVPackError, PolicyError
+from kvpack.errors import PolicyError
 from kvpack.memory.base import Memory
 from kvpack.memory.blocks import LatentChunk
 from kvpack.memory.codec import Codec
@@ -17,7 +17,9 @@ from kvpack.memory.policy import Policy
 from kvpack.memory.roles import Compressor, LatentCompressor, Partitioner, Reindexer, Selector
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
+from kvpack.plugins.registry import registry, require_instance
 from kvpack.testing.codecs import check_codec
+from kvpack.testing.faults import named_failure, require_data, require_kind
 from kvpack.testing.watching import watched
 
 TINY = Geometry(layers=2, heads=2, head_dim=12, grid=(4, 5), rope_split=(4, 4, 4))
@@ -98,17 +100,12 @@ def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
     >>> from kvpack.policies import RecencySelector
     >>> check_policy(RecencySelector(topk=2))
     """
-    _require_kind(policy, Policy, "check_policy")
-    name = type(policy).__name__
-    if not is_dataclass(policy) or not policy.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-        raise PolicyError(f"{name} must be a frozen dataclass: policies are shared between generations")
-    if replace(policy) != policy:  # type: ignore[type-var]
-        raise PolicyError(f"{name} does not equal its own copy; its fields must hold its whole state")
-    if not all(isinstance(getattr(policy, f.name), (int, float, str, bool, tuple, type(None))) for f in fields(policy)):
-        raise PolicyError(f"{name} has a field that cannot be written as data; use numbers, text and tuples")
+    require_kind(policy, Policy, "check_policy")
     if isinstance(policy, Memory):
         check_memory(policy)
         return
+    name = type(policy).__name__
+    require_data(policy)
     if isinstance(policy, Codec):
         check_codec(policy)
     policy = watched(policy)
@@ -134,12 +131,26 @@ def check_memory(memory: Memory, most_frames: int | None = None) -> None:
     Raises:
         PolicyError: if it is not deterministic, lets rows influence each other, changes what it was given, goes on
             otherwise from a snapshot, changes dtype, attends a token twice or too many, or cannot be replayed.
-        InvalidOptionError: if it is not a memory.
+        InvalidOptionError: if it is not a memory, or has no chunk length.
 
     >>> from kvpack.policies import MemRoPE
     >>> check_memory(MemRoPE())
     """
-    _require_kind(memory, Memory, "check_memory")
+    require_kind(memory, Memory, "check_memory")
+    require_instance("memory", memory)
+    require_data(memory)
+    with named_failure(memory, TINY.dtype):
+        _check_same(memory)
+    for dtype in (torch.float32, torch.bfloat16):
+        with named_failure(memory, dtype):
+            session = Session(memory, replace(TINY, dtype=dtype))
+            for chunk in range(12):  # a dtype that is not kept raises
+                run_session(session, 1, batch=2, seed=chunk, inspect=partial(_check_attended, memory, most_frames))
+            _check_replay(memory, session)
+
+
+def _check_same(memory: Memory) -> None:
+    """Raise `PolicyError` if a memory gives something else again, to a row alone, or behind a snapshot."""
     name = type(memory).__name__
 
     def outputs(session: Session, chunks: int, rows: slice = slice(0, 2), seed: int = 0) -> list[Tensor]:
@@ -153,29 +164,6 @@ def check_memory(memory: Memory, most_frames: int | None = None) -> None:
     first, second = (outputs(each, 4, seed=1) for each in (session, fork))
     if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
         raise PolicyError(f"{name} goes on otherwise from a snapshot: something is changed in place")
-    for dtype in (torch.float32, torch.bfloat16):
-        session = Session(memory, replace(TINY, dtype=dtype))
-        for chunk in range(12):  # a dtype that is not kept raises
-            run_session(session, 1, batch=2, seed=chunk, inspect=partial(_check_attended, memory, most_frames))
-        _check_replay(memory, session)
-
-
-def _require_kind(given: object, kind: type, check: str) -> None:
-    """Raise `InvalidOptionError` unless it is an instance of `kind`, with the check that would be right.
-
-    Args:
-        given: what the check was called with.
-        kind: `Policy`, or `Memory` where it must be a whole memory.
-        check: name of the check.
-    """
-    name = type(given).__name__
-    if isinstance(given, type):
-        raise InvalidOptionError(f"{check} tests an instance, got the class {given.__name__}; give {given.__name__}()")
-    if not isinstance(given, Policy):
-        raise InvalidOptionError(f"{check} tests a {kind.__name__.lower()}, got {given!r}")
-    if not isinstance(given, kind):
-        right = f"check_policy({name}(...))"
-        raise InvalidOptionError(f"{check} tests memories, but {name} is a {given.role}; call {right}")
 
 
 def _check_outputs(name: str, whole: list[Tensor], again: list[Tensor], row: list[Tensor]) -> None:
@@ -233,23 +221,16 @@ def _check_replay(memory: Memory, session: Session) -> None:
 
 
 def _outputs(stack: Stack, policy: Policy, rows: slice, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Return what a dozen chunks give; what Python or torch raise meanwhile is a `PolicyError`."""
+    """Return what a dozen chunks give."""
     before = {f.name: getattr(policy, f.name) for f in fields(policy)}  # type: ignore[arg-type]
-    try:
+    with named_failure(policy, dtype):
         outputs = run_session(Session(stack, replace(TINY, dtype=dtype)), 12, batch=2, rows=rows)
-    except KVPackError:
-        raise
-    except Exception as error:
-        what = " ".join(str(error).split())[:300]
-        raise PolicyError(f"{type(policy).__name__} fails in {dtype}: {type(error).__name__}: {what}") from error
     if before != {f.name: getattr(policy, f.name) for f in fields(policy)}:  # type: ignore[arg-type]
         raise PolicyError(f"{type(policy).__name__} changed its own fields")
     return outputs
 
 
 def _stack_with(policy: Policy, sizes: tuple[int, int], chunk_frames: int) -> Stack:
-    from kvpack.plugins.registry import registry
-
     roles: dict[str, Any] = {
         "partitioner": registry().policy(
             "partitioner", "sink-mid-recent", {"sink_frames": sizes[0], "recent_frames": sizes[1]}

@@ -224,7 +224,7 @@ def test_check_memory_finds_what_breaks_the_contract():
         def forget(self, state, tokens):
             raise IndexError("no such token")
 
-    with pytest.raises(IndexError, match="no such token"):
+    with pytest.raises(PolicyError, match=r"Forgetful fails in torch\.float32: IndexError: no such token"):
         check_memory(Forgetful())
 
 
