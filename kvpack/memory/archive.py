@@ -1,6 +1,6 @@
 """Compressed blocks of a layer, in slots, attended or not."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -8,12 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvpack.memory.codec import DENSE, Codec, Form, Stored, Tier, form, lengthened, room
+from kvpack.memory.attribution import name_policy
+from kvpack.memory.codec import DENSE, Codec, Form, Half, Stored, Tier, form, lengthened, room
 from kvpack.memory.fetching import fetched, in_order, selecting
 from kvpack.memory.prefetch import Prefetch, overlaps
 from kvpack.memory.tokens import Later
-
-Decode = Callable[[Sequence[Tensor], int, torch.dtype], Tensor]
 
 #: Most blocks that are decoded together: at 832x480, 9 MB of keys in bfloat16.
 AT_ONCE = 16
@@ -183,13 +182,13 @@ class Archive:
 
     def block_keys(self, slot: int, tokens: int, rows: slice = slice(None)) -> Tensor:
         """Return keys `[some rows, tokens, heads, head_dim]` of a block, on the model's device."""
-        return self._of_block(self.keys, self.codec.decode_keys, slot, tokens, rows)
+        return self._of_block(self.keys, "keys", slot, tokens, rows)
 
     def blocks_keys(self, slots: Sequence[int], ahead: Prefetch) -> Float[Tensor, "rows blocks tokens heads head_dim"]:
         """Return keys of several blocks, each as long as a slot, decoded at once, on the model's device."""
         device = self.key_sums.device
         parts = ahead.take(self, slots, device) or [in_order(each, slots, device) for each in self.keys]
-        decoded = self.codec.decode_keys([each.flatten(0, 1) for each in parts], self.slot_tokens, self.dtype)
+        decoded = self._decoded([each.flatten(0, 1) for each in parts], "keys")
         return decoded.unflatten(0, (-1, len(slots)))
 
     def begin(self, ahead: Prefetch) -> None:
@@ -200,7 +199,7 @@ class Archive:
 
     def block_values(self, slot: int, tokens: int, rows: slice = slice(None)) -> Tensor:
         """Return values `[some rows, tokens, heads, head_dim]` of a block, on the model's device."""
-        return self._of_block(self.values, self.codec.decode_values, slot, tokens, rows)
+        return self._of_block(self.values, "values", slot, tokens, rows)
 
     def gather(
         self, rows: slice, slots: Int[Tensor, "some chosen"], tokens: int
@@ -214,23 +213,23 @@ class Archive:
         # Where the host must know what is chosen: the one wait of a chunk and layer.
         known = [] if select else slots.tolist()
 
-        def joined(stored: Stored, decode: Decode, some: Tensor) -> Tensor:
+        def joined(stored: Stored, half: Half, some: Tensor) -> Tensor:
             if select:
                 # In every forward, by what is there: a commit that failed may have made room for some of it.
                 chosen = [select(each[rows].flatten(0, 1), _flat(some, each.shape[1])) for each in stored]
             else:
                 chosen = [fetched(each[rows], known, slots.device) for each in stored]
-            blocks = decode(chosen, self.slot_tokens, self.dtype)[:, :tokens]
+            blocks = self._decoded(chosen, half)[:, :tokens]
             return blocks.unflatten(0, tuple(some.shape)).flatten(1, 2)  # [some, chosen * tokens, heads, head_dim]
 
         def later() -> Iterator[Tensor]:
             for some in slots.split(AT_ONCE, dim=1):
-                yield joined(self.keys, self.codec.decode_keys, some)
+                yield joined(self.keys, "keys", some)
 
-        values = joined(self.values, self.codec.decode_values, slots)
+        values = joined(self.values, "values", slots)
         if self.decodes_later:
             return values.new_full((), torch.nan).expand_as(values), values, later
-        return joined(self.keys, self.codec.decode_keys, slots), values, None
+        return joined(self.keys, "keys", slots), values, None
 
     def fork(self) -> "Archive":
         """Return an independent archive that shares all memory with this one until either is written."""
@@ -239,11 +238,19 @@ class Archive:
         self._shared = fork._shared = True
         return fork
 
-    def _of_block(self, stored: Stored, decode: Decode, slot: int, tokens: int, rows: slice) -> Tensor:
+    def _of_block(self, stored: Stored, half: Half, slot: int, tokens: int, rows: slice) -> Tensor:
         parts = [each[rows, slot].to(self.key_sums.device, non_blocking=True) for each in stored]
         # What is decoded with gradients must outlive the slot, which the next commit may write over.
         parts = [each.clone() if each.requires_grad else each for each in parts]
-        return decode(parts, self.slot_tokens, self.dtype)[:, :tokens]
+        return self._decoded(parts, half)[:, :tokens]
+
+    def _decoded(self, stored: Sequence[Tensor], half: Half) -> Tensor:
+        decode = self.codec.decode_keys if half == "keys" else self.codec.decode_values
+        try:  # costs nothing, unlike `policy_call`: this is in every forward
+            return decode(stored, self.slot_tokens, self.dtype)
+        except Exception as error:
+            name_policy(error, type(self.codec), f"decode_{half}")
+            raise
 
     def _grown(self, old: Stored, parts: Form, size: tuple[int, int], device: torch.device) -> Stored:
         new = []

@@ -35,8 +35,13 @@ class policy_call:  # a class and no generator, since it runs a dozen times a ch
         name = self._policy.__name__
         self._seconds[name] = self._seconds.get(name, 0.0) + perf_counter() - self._start
         if isinstance(error, Exception):
-            where = "" if self._layer is None else f", layer {self._layer}"
-            error.add_note(f"raised in {name}.{self._method} of {self._policy.__module__}{where}")
+            name_policy(error, self._policy, self._method, self._layer)
+
+
+def name_policy(error: Exception, policy: type, method: str, layer: int | None = None) -> None:
+    """Add to an error which policy's method raised it."""
+    where = "" if layer is None else f", layer {layer}"
+    error.add_note(f"raised in {policy.__name__}.{method} of {policy.__module__}{where}")
 
 
 def memory_call(memory: Any, method: str, seconds: dict[str, float], layer: int | None = None) -> Any:

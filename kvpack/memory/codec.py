@@ -12,11 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvpack.errors import OutputError
+from kvpack.errors import OutputError, PolicyError
+from kvpack.memory.attribution import policy_call
 from kvpack.memory.policy import Policy
 
 #: Where archived keys and values lie: beside the model, in the host's memory, or in an unnamed file.
 Tier = Literal["device", "host", "disk"]
+#: Of a block, what is stored by itself.
+Half = Literal["keys", "values"]
 Stored = tuple[Tensor, ...]
 #: Of each tensor that is stored: its size for one block, and its dtype.
 Form = tuple[tuple[torch.Size, torch.dtype], ...]
@@ -90,10 +93,40 @@ def stored_bytes(codec: Codec, tokens: int, heads: int, head_dim: int, dtype: to
 
 @lru_cache(maxsize=256)
 def form(codec: Codec, tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Form, Form]:
-    """Return the form of what a codec stores of a block's keys, and of its values; one that computes takes a while."""
+    """Return the form of what a codec stores of a block's keys, and of its values; one that computes takes a while.
+
+    Raises:
+        PolicyError: if it stores anything but a tuple of tensors, or gives another shape or dtype back.
+    """
     block = torch.empty(1, tokens, heads, head_dim, dtype=dtype, device="meta")
-    keys, values = codec.encode_keys(block), codec.encode_values(block)
-    return tuple((each.shape[1:], each.dtype) for each in keys), tuple((each.shape[1:], each.dtype) for each in values)
+    return _half(codec, "keys", block), _half(codec, "values", block)
+
+
+def _half(codec: Codec, half: Half, block: Tensor) -> Form:
+    encode, decode = f"encode_{half}", f"decode_{half}"
+    with policy_call(codec, encode, {}):
+        stored = getattr(codec, encode)(block)
+    check_stored(codec, encode, stored)
+    with policy_call(codec, decode, {}):
+        back = getattr(codec, decode)(stored, block.shape[1], block.dtype)
+    check_decoded(codec, decode, back, block)
+    return tuple((each.shape[1:], each.dtype) for each in stored)
+
+
+def check_stored(codec: Codec, method: str, stored: object) -> None:
+    """Raise `PolicyError` unless what a codec stores is a tuple of tensors."""
+    if not isinstance(stored, tuple) or not all(isinstance(each, Tensor) for each in stored):
+        kind = type(stored).__name__
+        holds = f" of {', '.join(type(each).__name__ for each in stored)}" if isinstance(stored, tuple | list) else ""
+        raise PolicyError(f"{type(codec).__name__}.{method} must return a tuple of tensors, got a {kind}{holds}")
+
+
+def check_decoded(codec: Codec, method: str, back: object, block: Tensor) -> None:
+    """Raise `PolicyError` unless what a codec gives back has the shape and dtype of the block."""
+    given = f"{back.dtype} {tuple(back.shape)}" if isinstance(back, Tensor) else f"a {type(back).__name__}"
+    wanted = f"{block.dtype} {tuple(block.shape)}"
+    if given != wanted:
+        raise PolicyError(f"{type(codec).__name__}.{method} must give {wanted} back, as it was, got {given}")
 
 
 def lengthened(

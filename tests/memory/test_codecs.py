@@ -15,7 +15,7 @@ from kvpack import Geometry, Session
 from kvpack.errors import InvalidOptionError, OutputError, PolicyError, UnusedOptionError
 from kvpack.memory import codec as codec_module
 from kvpack.memory.archive import Archive
-from kvpack.memory.codec import DENSE, stored_bytes
+from kvpack.memory.codec import DENSE, Codec, DenseCodec, stored_bytes
 from kvpack.planning.resident import resident
 from kvpack.plugins.registry import registry
 from kvpack.plugins.resolve import stack_from_dict
@@ -134,6 +134,9 @@ class Longer(Int8Codec):
         stored = super().encode_values(values)
         return (*stored, values.new_zeros(len(values), 0 if values.device.type == "meta" else 1))
 
+    def decode_values(self, stored, tokens, dtype):
+        return super().decode_values(stored[:3], tokens, dtype)
+
 
 class Mixed(Int8Codec):
     def encode_keys(self, keys):
@@ -180,15 +183,58 @@ class Zeros(Int8Codec):
         return super().decode_values(stored, tokens, dtype) * 0
 
 
+class Numbered(Int8Codec):
+    def encode_keys(self, keys):
+        return keys, 8
+
+
+class Lost(Int8Codec):
+    def encode_values(self, values):
+        raise KeyError("lost")
+
+
+class Nothing(Int8Codec):
+    def decode_keys(self, stored, tokens, dtype):
+        return None
+
+
+class Couple(Int8Codec):
+    def decode_values(self, stored, tokens, dtype):
+        return super().decode_values(stored, tokens, dtype), tokens
+
+
+@dataclass(frozen=True)
+class Listing(Int8Codec):
+    levels: list[int] = field(default_factory=lambda: [1, 2])
+
+
+class Bare(Codec):
+    name = "bare"
+    encode_keys, decode_keys = DenseCodec.encode_keys, DenseCodec.decode_keys
+    encode_values, decode_values = encode_keys, decode_keys
+
+
+@dataclass
+class Loose(Bare):
+    bits: int = 8
+
+
 @pytest.mark.parametrize(
     ("codec", "said"),
     [
+        (Numbered, r"Numbered\.encode_keys must return a tuple of tensors, got a tuple of Tensor, int"),
+        (Lost, r"Lost fails in torch\.float32: KeyError: 'lost'"),
+        (Nothing, r"Nothing\.decode_keys must give torch\.float32 \(2, 7, 3, 4\) back, as it was, got a NoneType"),
+        (Couple, r"Couple\.decode_values must give .* back, as it was, got a tuple"),
+        (Listing, r"Listing has a field that cannot be written as data, levels = \[1, 2\]; use numbers, text"),
+        (Loose, "Loose must be a frozen dataclass"),
+        (Bare, "Bare must be a frozen dataclass"),
         (Single, r"Single\.encode_keys must return a tuple of tensors, got a Tensor"),
         (Asking, r"Asking\.encode_keys must work on tensors without numbers .*; leave out \.item\(\)"),
         (Zeros, "gives values back that are further off"),
         (Longer, "announces .* bytes for 2 blocks, but stores"),
         (Mixed, "lets blocks influence each other: keys"),
-        (Wide, r"gives keys torch.float64 .* back, but they were torch.float32"),
+        (Wide, r"Wide\.decode_keys must give torch.float32 \(2, 7, 3, 4\) back, as it was, got torch.float64"),
         (Hiding, "gives nan in values back as 0"),
         (Flat, "is by_head, so that the last axis but one of all that it stores must be heads"),
     ],
@@ -196,6 +242,12 @@ class Zeros(Int8Codec):
 def test_a_codec_that_breaks_its_contract_is_told_how(codec, said):
     with pytest.raises(PolicyError, match=said):
         check_codec(codec())
+
+
+@pytest.mark.parametrize("codec", [Single, Numbered, Nothing, Couple, Wide])
+def test_the_engine_refuses_what_a_codec_must_not_give(codec):
+    with pytest.raises(PolicyError, match=rf"{codec.__name__}\.(encode|decode)_\w+ must (return|give) .*, got "):
+        Session(registry().stack("packforcing", {"store": codec()}), TINY)
 
 
 def test_a_class_is_no_codec():
@@ -293,10 +345,6 @@ def test_storage_is_an_option_of_what_archives():
         registry().stack("packforcing", {"store": "int9"})
     with pytest.raises(InvalidOptionError, match="store must be a Codec"):
         replace(made, store="int8")
-
-    @dataclass(frozen=True)
-    class Listing(Int8Codec):
-        levels: list[int] = field(default_factory=lambda: [1, 2])
 
     with pytest.raises(InvalidOptionError, match=r"store must be frozen data, .* unhashable type: 'list'; use tuples"):
         replace(made, store=Listing())

@@ -21,9 +21,11 @@ from kvpack.policies import (
     QueryTopK,
     RecencySelector,
     SinkMidRecentPartitioner,
+    framepack,
     packforcing,
     streaming_llm,
 )
+from kvpack.policies.quantized import Int8Codec
 from kvpack.testing import TINY, check_memory, check_policy, run_session, tiny_wan_pipeline
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "kvpack-coin"
@@ -94,6 +96,31 @@ def test_whatever_a_policy_raises_or_returns_its_method_is_named(role, base, met
         else:
             notes = getattr(caught.value, "__notes__", [])
             assert [f"Mine.{method}" in note for note in notes] == [True] * isinstance(error, Exception)
+
+
+@pytest.mark.parametrize("method", ["encode_keys", "encode_values", "decode_keys", "decode_values"])
+@pytest.mark.parametrize("made", [packforcing(topk=2), packforcing(selector="recency", topk=2), framepack()])
+def test_a_codec_that_raises_is_named(method, made):
+    def call(self, given, *others):
+        if not next(iter(given)).is_meta:
+            raise KeyError("lost")
+        return getattr(Int8Codec, method)(self, given, *others)
+
+    mine = dataclass(frozen=True)(type("Mine", (Int8Codec,), {method: call}))
+    with pytest.raises(KeyError) as caught:
+        run_session(Session(replace(made, store=mine()), TINY), 9, steps=1)
+    assert caught.value.__notes__[0].startswith(f"raised in Mine.{method if 'decode' in method else 'encode'} of ")
+
+
+@pytest.mark.parametrize("method", ["encode_keys", "decode_values"])
+def test_a_codec_whose_form_cannot_be_known_is_named(method):
+    def call(self, *_):
+        raise KeyError("lost")
+
+    mine = dataclass(frozen=True)(type("Mine", (Int8Codec,), {method: call}))
+    with pytest.raises(KeyError) as caught:
+        Session(replace(packforcing(), store=mine()), TINY)
+    assert caught.value.__notes__[0].startswith(f"raised in Mine.{method} of ")
 
 
 @pytest.mark.parametrize(("tokens", "start"), [(None, 0.0), ((), None), ((), float("nan"))])
