@@ -225,7 +225,7 @@ class Memory(Policy, ABC):
     def veto(
         self, state: Any, latents: Float[Tensor, "batch channels frames height width"]
     ) -> tuple[Bool[Tensor, " batch"], Any]:
-        """Return the rows whose chunk is to be generated anew, and the state to do it with.
+        """Return which rows' chunk is to be generated anew, booleans `[batch]`, and the state to do it with.
 
         The state before is there again once all rows are accepted or the retries are used up. All layers must veto the
         same rows. Called only if `max_retries` is not 0.

@@ -64,15 +64,29 @@ def check_tokens(memory: Memory, tokens: object, like: Tensor, layer: int) -> No
         )
 
 
-def check_vetoed(memory: Memory, vetoed: Sequence[Any], rows: int) -> None:
-    """Raise `PolicyError` if what each layer vetoes is no `[rows]` of bool, or differs by layer."""
+def vetoes(memory: Memory, made: Sequence[object], rows: int) -> tuple[Tensor, tuple[Any, ...]]:
+    """Return the vetoed rows, and the states of all layers.
+
+    Args:
+        memory: the policy.
+        made: what its `veto` returned, by layer.
+        rows: of the batch.
+
+    Raises:
+        PolicyError: unless each is a boolean tensor `[rows]`, the same in all layers, and a state.
+    """
     name = f"{type(memory).__name__}.veto"
-    for layer, each in enumerate(vetoed):
-        if not isinstance(each, Tensor) or each.dtype != torch.bool or tuple(each.shape) != (rows,):
-            kind = f"{each.dtype} {tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
-            raise PolicyError(f"{name} returned {kind} in layer {layer}, but rows are torch.bool ({rows},)")
-    if len({id(each) for each in vetoed}) > 1 and not bool((_together(vetoed) == vetoed[0]).all()):
+    for layer, each in enumerate(made):
+        if not isinstance(each, tuple) or len(each) != 2:
+            raise PolicyError(f"{name} returned {type(each).__name__} in layer {layer}, but it must be (rows, state)")
+        vetoed = each[0]
+        given = f"{vetoed.dtype} {tuple(vetoed.shape)}" if isinstance(vetoed, Tensor) else type(vetoed).__name__
+        if given != f"{torch.bool} {(rows,)}":
+            raise PolicyError(f"{name} returned {given} in layer {layer}, but rows are {torch.bool} {(rows,)}")
+    every, states = zip(*made, strict=True)  # type: ignore[arg-type]
+    if not bool((_together(every) == every[0]).all()):
         raise PolicyError(f"{name} vetoes other rows in one layer than in another, but all must veto the same")
+    return every[0], states
 
 
 def signs(attended: Attended) -> list[Tensor]:

@@ -14,7 +14,7 @@ from kvpack.memory.accounting import session_stats
 from kvpack.memory.attribution import memory_call
 from kvpack.memory.base import Chunk, Event, Memory
 from kvpack.memory.blocks import Span
-from kvpack.memory.checks import check_vetoed
+from kvpack.memory.checks import vetoes
 from kvpack.memory.divided import Divided
 from kvpack.memory.divided_layer import divided_layers
 from kvpack.memory.geometry import Geometry
@@ -238,12 +238,12 @@ class Session:
         """Return rows of the chunk that must be made anew, for which the memory is then ready; None accepts it."""
         if self.stack.max_retries:
             with memory_call(self.stack, "veto", self.policy_seconds):
-                rows, states = zip(*(self.stack.veto(state, latents) for state in self.past.states), strict=True)
-            check_vetoed(self.stack, rows, len(latents))
-            if bool(rows[0].any()):
+                made = [self.stack.veto(state, latents) for state in self.past.states]
+            rows, states = vetoes(self.stack, made, latents.shape[0])
+            if bool(rows.any()):
                 # The first step of another try need not be step 0: two experts share a chunk's.
                 self._retry, self.plan = states, None
-                return rows[0]
+                return rows
         self.settle()
         return None
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvpack.errors import PolicyError
 from kvpack.memory.base import Memory
 from kvpack.memory.blocks import LatentChunk
+from kvpack.memory.checks import vetoes
 from kvpack.memory.codec import Codec
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.policy import Policy
@@ -130,7 +131,8 @@ def check_memory(memory: Memory, most_frames: int | None = None) -> None:
 
     Raises:
         PolicyError: if it is not deterministic, lets rows influence each other, changes what it was given, goes on
-            otherwise from a snapshot, changes dtype, attends a token twice or too many, or cannot be replayed.
+            otherwise from a snapshot, changes dtype, attends a token twice or too many, cannot be replayed, or vetoes
+            anything but rows.
         InvalidOptionError: if it is not a memory, or has no chunk length.
 
     >>> from kvpack.policies import MemRoPE
@@ -147,6 +149,7 @@ def check_memory(memory: Memory, most_frames: int | None = None) -> None:
             for chunk in range(12):  # a dtype that is not kept raises
                 run_session(session, 1, batch=2, seed=chunk, inspect=partial(_check_attended, memory, most_frames))
             _check_replay(memory, session)
+            _check_veto(memory, session)
 
 
 def _check_same(memory: Memory) -> None:
@@ -218,6 +221,20 @@ def _check_replay(memory: Memory, session: Session) -> None:
     session.notify("prompt-changed")
     session.notify("scene-cut")
     run_session(session, 1, batch=2)
+
+
+def _check_veto(memory: Memory, session: Session) -> None:
+    """Raise `PolicyError` if layers veto anything but the same rows; make a chunk from the states to try again with."""
+    if type(memory).veto is Memory.veto and not memory.max_retries:
+        return
+    latents = torch.randn(2, 16, memory.chunk_frames, 8, 10, generator=torch.Generator().manual_seed(0))
+    rows, states = vetoes(memory, [memory.veto(state, latents) for state in session.past.states], 2)
+    if not all(torch.equal(rows[0], each) for each in rows):
+        raise PolicyError(
+            f"{type(memory).__name__}.veto returned {[each.tolist() for each in rows]} in the layers, but all of them "
+            "must veto the same rows"
+        )
+    run_session(Session(memory, session.geometry, replace(session.past, states=states)), 1, batch=2)
 
 
 def _outputs(stack: Stack, policy: Policy, rows: slice, dtype: torch.dtype = torch.float32) -> list[Tensor]:

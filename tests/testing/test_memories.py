@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 from kvpack.errors import InvalidOptionError, PolicyError
 from kvpack.memory import Attended, StateMemory
-from kvpack.testing import check_memory, check_policy
+from kvpack.memory.session import Session
+from kvpack.testing import TINY, check_memory, check_policy, run_session
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,23 @@ class Last(StateMemory):
         return state[: len(state) - tokens]
 
 
+class Vetoing(Last):
+    """Vetoes no row."""
+
+    max_retries = 1
+
+    def veto(self, state, latents):
+        return torch.zeros(len(latents), dtype=torch.bool), state
+
+
 def wrong(base=Last, **members):
     """Return a memory of a subclass."""
     return type("Wrong", (base,), members)()
 
 
-def test_what_the_wrong_ones_are_made_of_is_right():
-    check_memory(Last())
+@pytest.mark.parametrize("base", [Last, Vetoing])
+def test_what_the_wrong_ones_are_made_of_is_right(base):
+    check_memory(base())
 
 
 class Bare(StateMemory):
@@ -81,6 +93,7 @@ class Unforgetting(Nameless):
         (Endless(), InvalidOptionError, "Endless has no chunk_frames, the latent frames generated together"),
         (Last(chunk_frames=0), InvalidOptionError, "chunk_frames of Last must be >= 1, got 0"),
         (Unforgetting(), PolicyError, r"fails in torch\.float32: NotImplementedError: .* it must have forget\(\)"),
+        (wrong(max_retries=1), PolicyError, r"fails in torch\.float32: NotImplementedError: .* it must have veto\(\)"),
         (wrong(start=lambda *_: {}["lost"]), PolicyError, r"Wrong fails in torch\.float32: KeyError: 'lost'"),
     ],
 )
@@ -88,3 +101,33 @@ class Unforgetting(Nameless):
 def test_what_is_no_memory_is_told_why(check, memory, error, said):
     with pytest.raises(error, match=said):
         check(memory)
+
+
+@pytest.mark.parametrize(
+    ("veto", "said"),
+    [
+        (lambda *_: torch.zeros(1) > 0, r"torch.bool \(1,\) in layer 0, but rows are torch.bool \(2,\)"),
+        (lambda *_: torch.zeros(2), r"returned torch.float32 \(2,\) in layer 0"),
+        (lambda *_: False, "returned bool in layer 0"),
+        (lambda state, _: state.keys[:, 0, 0, 0] > 0, "all of them must veto the same rows"),
+    ],
+)
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_veto_is_of_rows(veto, said, retries):
+    memory = wrong(veto=lambda _, *given: (veto(*given), given[0]), max_retries=retries)
+    with pytest.raises(PolicyError, match=said):
+        check_memory(memory)
+
+
+@pytest.mark.parametrize("made", [None, torch.zeros(2) > 0, (torch.zeros(3) > 0, None)])
+def test_the_engine_refuses_a_veto_of_anything_else(made):
+    session = Session(wrong(veto=lambda *_: made, max_retries=1), TINY)
+    run_session(session, 1, batch=2)
+    with pytest.raises(PolicyError, match=r"Wrong\.veto returned .* in layer 0, but"):
+        session.review(torch.zeros(2, 16, 1, 8, 10))
+
+
+def test_a_state_to_try_again_with_is_tried():
+    memory = wrong(veto=lambda _, state, latents: (torch.ones(len(latents)) > 0, "nothing"), max_retries=1)
+    with pytest.raises(PolicyError, match=r"Wrong\.attend returned str in layer 0, but it must be Tokens"):
+        check_memory(memory)
