@@ -130,7 +130,7 @@ def check_memory(memory: Memory, most_frames: int | None = None) -> None:
         most_frames: latent frames' worth of tokens that a chunk may attend beside itself; None does not look.
 
     Raises:
-        PolicyError: if it is not deterministic, lets rows influence each other, changes what it was given, goes on
+        PolicyError: if it is not deterministic, lets rows influence each other, writes into what it is given, goes on
             otherwise from a snapshot, changes dtype, attends a token twice or too many, cannot be replayed, or vetoes
             anything but rows.
         InvalidOptionError: if it is not a memory, or has no chunk length.
@@ -141,6 +141,7 @@ def check_memory(memory: Memory, most_frames: int | None = None) -> None:
     require_kind(memory, Memory, "check_memory")
     require_instance("memory", memory)
     require_data(memory)
+    memory = watched(memory)
     with named_failure(memory, TINY.dtype):
         _check_same(memory)
     for dtype in (torch.float32, torch.bfloat16):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpack.errors import PolicyError
+from kvpack.memory.base import Memory
 from kvpack.memory.blocks import KVBlock, Span
 from kvpack.memory.codec import Codec
 from kvpack.memory.policy import Policy
@@ -22,6 +23,7 @@ _METHODS: dict[type[Policy], tuple[str, ...]] = {
     Selector: ("select",),
     Reindexer: ("place",),
     Codec: ("encode_keys", "encode_values", "decode_keys", "decode_values"),
+    Memory: ("attend", "remember", "forget", "happened", "veto"),
 }
 
 

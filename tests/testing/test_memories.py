@@ -44,9 +44,37 @@ def wrong(base=Last, **members):
     return type("Wrong", (base,), members)()
 
 
+def after(method, what, base=Last):
+    """Return a memory one of whose methods also does something to its arguments."""
+
+    def changed(self, *given):
+        made = getattr(base, method)(self, *given)
+        what(*given)
+        return made
+
+    return wrong(base, **{method: changed})
+
+
 @pytest.mark.parametrize("base", [Last, Vetoing])
 def test_what_the_wrong_ones_are_made_of_is_right(base):
     check_memory(base())
+
+
+@pytest.mark.parametrize(
+    ("method", "write"),
+    [
+        ("attend", lambda _, chunk: chunk.queries.mul_(2)),
+        ("attend", lambda _, chunk: chunk.tokens.keys.mul_(2)),
+        ("attend", lambda state, _: state is None or state.values.zero_()),
+        ("remember", lambda _, chunk: chunk.tokens.values.zero_()),
+        ("forget", lambda state, _: state.keys.mul_(2)),
+        ("veto", lambda _, latents: latents.zero_()),
+    ],
+)
+def test_writing_into_what_is_given_is_refused(method, write):
+    memory = after(method, write, Vetoing)
+    with pytest.raises(PolicyError, match=f"Wrong.{method} writes in place into a tensor"):
+        check_memory(memory)
 
 
 class Bare(StateMemory):
