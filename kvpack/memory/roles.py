@@ -58,7 +58,7 @@ class Compressor(Policy, ABC):
 
     @abstractmethod
     def span(self, first_frame: int, frames: int, grid: tuple[int, int]) -> Span:
-        """Tokens that will stand for `frames` frames, and where they sit; the same at every `first_frame`."""
+        """Tokens that will stand for `frames` frames, and where in these they sit; the same at every `first_frame`."""
 
     @abstractmethod
     def compress(self, block: KVBlock, grid: tuple[int, int]) -> KVBlock:

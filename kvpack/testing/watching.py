@@ -17,8 +17,11 @@ from kvpack.memory.roles import Candidates, Compressor, LatentCompressor, Layout
 
 P = TypeVar("P", bound=Policy)
 
+#: How far outside of a block the mean of places in it may be.
+_ROUNDING = 1e-3
+
 _METHODS: dict[type[Policy], tuple[str, ...]] = {
-    Compressor: ("compress", "compress_all", "merged", "shrunk", "span"),
+    Compressor: ("compress", "compress_all", "merged", "shrunk", "span", "shrunk_span"),
     LatentCompressor: ("tokens",),
     Selector: ("select",),
     Reindexer: ("place",),
@@ -31,7 +34,8 @@ def watched(policy: P) -> P:
     """Return an equal copy of a policy, a dataclass, whose methods raise `PolicyError` at what results do not show.
 
     That is: writing in place into what they are given; a span that depends on where it is; `compress_all` that does not
-    do what `compress` does; a re-indexer that is not `shared` or `absolute` as it says.
+    do what `compress` does; a re-indexer that is not `shared` or `absolute` as it says; tokens outside of
+    the block that they stand for.
     """
     copy = replace(policy)  # type: ignore[type-var]
     for role, methods in _METHODS.items():
@@ -85,17 +89,53 @@ def _same_span(policy: Compressor, span: Callable[..., Span], first_frame: int, 
             f"{type(policy).__name__}.span gives {made.tokens} tokens for {frames} frames from frame {first_frame}, "
             f"and {first.tokens} from frame 0, or other places; both must be the same wherever the frames are"
         )
+    _require_within(policy, "span", made.coordinates, frames, grid)
+    return made
+
+
+def _require_within(policy: Compressor, method: str, places: Tensor, frames: int, grid: tuple[int, int]) -> None:
+    """Raise `PolicyError` if a token sits outside of the frames or the grid of its block."""
+    last, places = torch.tensor([frames, *grid]) - 1, places.reshape(-1, 3)
+    inside = (places > -_ROUNDING) & (places < last + _ROUNDING)
+    for place in places[~inside.all(dim=1)][:1].tolist():
+        raise PolicyError(
+            f"{type(policy).__name__}.{method} puts a token at (t, y, x) = {tuple(place)}, outside of its block of "
+            f"{frames} frames, which is from (0, 0, 0) to {tuple(last.tolist())}; count t from the block's first frame"
+        )
+
+
+def _require_inside(policy: Compressor, method: str, block: object, frames: int, grid: tuple[int, int]) -> None:
+    """Do as `_require_within` for a block whose tokens have places of their own; the engine checks what else it is."""
+    if isinstance(block, KVBlock) and block.own_places is not None:
+        _require_within(policy, method, block.own_places, frames, grid)
+
+
+def _shrunk_inside(policy: Compressor, shrunk_span: Callable[..., Span], span: Span, grid: Any, level: int) -> Span:
+    """Check the places of a block that is attended smaller."""
+    made = shrunk_span(span, grid, level)
+    _require_within(policy, "shrunk_span", made.coordinates, span.frames, grid)
+    return made
+
+
+def _merged_inside(
+    policy: Compressor, merged: Callable[..., KVBlock], older: KVBlock, newer: KVBlock, grid: Any
+) -> KVBlock:
+    """Check the places of two blocks in one."""
+    made = merged(older, newer, grid)
+    _require_inside(policy, "merged", made, older.span.frames + newer.span.frames, grid)
     return made
 
 
 def _as_alone(
     policy: Compressor, compress_all: Callable[..., list[KVBlock]], blocks: Sequence[KVBlock], grid: Any
 ) -> list[KVBlock]:
-    """Check that blocks of several layers are what each of them is alone."""
+    """Check that blocks of several layers are what each of them is alone, and their places."""
     made = compress_all(blocks, grid)
+    for block, given in zip(made, blocks, strict=False):  # how many is checked by the engine
+        _require_inside(policy, "compress", block, given.span.frames, grid)
     if type(policy).compress_all is Compressor.compress_all:
         return made
-    for index, (together, block) in enumerate(zip(made, blocks, strict=False)):  # how many is checked by the engine
+    for index, (together, block) in enumerate(zip(made, blocks, strict=False)):
         pairs = zip(_tensors(together), _tensors(policy.compress(block, grid)), strict=False)
         if not all(a.shape == b.shape and torch.allclose(a, b, 1e-2, 1e-2, equal_nan=True) for a, b in pairs):
             raise PolicyError(
@@ -122,4 +162,10 @@ def _equal(one: Placement, other: Placement) -> bool:
     return all(_same(a, b) for a, b in zip(_tensors(one), _tensors(other), strict=False))
 
 
-_PROMISES: dict[str, Callable[..., Any]] = {"span": _same_span, "compress_all": _as_alone, "place": _as_said}
+_PROMISES: dict[str, Callable[..., Any]] = {
+    "span": _same_span,
+    "shrunk_span": _shrunk_inside,
+    "merged": _merged_inside,
+    "compress_all": _as_alone,
+    "place": _as_said,
+}

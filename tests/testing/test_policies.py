@@ -155,6 +155,34 @@ def test_what_does_not_hold_is_refused(policy, message):
         check_policy(policy)
 
 
+class OwnPlaces(Mean):
+    places = "row"
+
+
+def shifted(offset):
+    return lambda span, *_: replace(span, coordinates=span.coordinates + torch.tensor(offset))
+
+
+def elsewhere(block, *_):
+    block = with_places(block)
+    return replace(block, span=replace(block.span, coordinates=block.span.coordinates - 1))
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (instead(Mean, "span", shifted([4.0, 0, 0])), r"Wrong.span puts a token at \(t, y, x\) = \(4.0, 0.0, 0.0\)"),
+        (instead(Mean, "span", shifted([0, 0.5, 0])), r"\(0.0, 3.5, 0.0\), .* from \(0, 0, 0\) to \(0, 3, 4\)"),
+        (instead(Mean, "merged", elsewhere), "Wrong.merged puts a token at .* outside of its block of 8 frames"),
+        (instead(OwnPlaces, "compress", elsewhere), "Wrong.compress puts a token at .* of its block of 4 frames"),
+        (instead(Levels, "shrunk_span", shifted([0, 0, -1.0])), r"Wrong.shrunk_span puts a token at .* -1\.0\)"),
+    ],
+)
+def test_a_token_outside_of_its_block_is_refused(policy, message):
+    with pytest.raises(PolicyError, match=message):
+        check_policy(policy)
+
+
 @pytest.mark.parametrize(("places", "own"), [("span", True), ("row", False), ("head", True)])
 def test_the_engine_refuses_places_of_another_kind_than_said(places, own):
     def compress(self, block, grid):
