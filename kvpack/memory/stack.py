@@ -102,6 +102,7 @@ class Stack(Memory):
             )
         if not isinstance(self.store, Codec):
             raise InvalidOptionError(f"store must be a Codec, got {self.store!r}")
+        named(self.store, getattr(self.store, "name", None))
         try:
             hash(self.store)  # its form is computed once
         except TypeError as error:

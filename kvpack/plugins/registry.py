@@ -142,8 +142,8 @@ class Registry:
                 if error.option in options or error.option not in offered:
                     raise
                 del offered[error.option]
-        if not isinstance(made, Policy):
-            raise InvalidOptionError(f"the factory of stack {name!r} returned {made!r}, but it must return a memory")
+        if made is None:
+            raise InvalidOptionError(f"the factory of stack {name!r} returned None, but it must return a memory")
         require_instance("memory", made)
         if isinstance(made, Stack) and made.archives:
             if made.archive_blocks is None:

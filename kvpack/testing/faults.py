@@ -32,12 +32,10 @@ def require_kind(given: object, kind: type, check: str) -> None:
 
 
 def require_data(policy: Policy) -> None:
-    """Raise `PolicyError` unless a policy is frozen data with a name, and equal to its own copy."""
+    """Raise `PolicyError` unless a policy is frozen data, and equal to its own copy."""
     name = type(policy).__name__
     if not is_dataclass(policy) or not policy.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         raise PolicyError(f"{name} must be a frozen dataclass: policies are shared between generations")
-    if not isinstance(getattr(policy, "name", None), str):
-        raise PolicyError(f'{name} has no name to be written down by; give its class one, e.g. name = "acme-recent"')
     for option in fields(policy):
         value = getattr(policy, option.name)
         if not isinstance(value, _DATA) or not _hashable(value):

@@ -229,12 +229,7 @@ def _check_veto(memory: Memory, session: Session) -> None:
     if type(memory).veto is Memory.veto and not memory.max_retries:
         return
     latents = torch.randn(2, 16, memory.chunk_frames, 8, 10, generator=torch.Generator().manual_seed(0))
-    rows, states = vetoes(memory, [memory.veto(state, latents) for state in session.past.states], 2)
-    if not all(torch.equal(rows[0], each) for each in rows):
-        raise PolicyError(
-            f"{type(memory).__name__}.veto returned {[each.tolist() for each in rows]} in the layers, but all of them "
-            "must veto the same rows"
-        )
+    _, states = vetoes(memory, [memory.veto(state, latents) for state in session.past.states], 2)
     run_session(Session(memory, session.geometry, replace(session.past, states=states)), 1, batch=2)
 
 

@@ -117,7 +117,7 @@ class Unforgetting(Nameless):
         (Bare(), PolicyError, "Bare must be a frozen dataclass"),
         (Thawed(), PolicyError, "Thawed must be a frozen dataclass"),
         (Listing(), PolicyError, r"cannot be written as data, layers = \[1, 2\]; use numbers, text and tuples"),
-        (Nameless(), PolicyError, "Nameless has no name to be written down by; give its class one"),
+        (Nameless(), InvalidOptionError, "the name of Nameless is None, but it must be kebab-case"),
         (Endless(), InvalidOptionError, "Endless has no chunk_frames, the latent frames generated together"),
         (Last(chunk_frames=0), InvalidOptionError, "chunk_frames of Last must be >= 1, got 0"),
         (Unforgetting(), PolicyError, r"fails in torch\.float32: NotImplementedError: .* it must have forget\(\)"),
@@ -137,7 +137,7 @@ def test_what_is_no_memory_is_told_why(check, memory, error, said):
         (lambda *_: torch.zeros(1) > 0, r"torch.bool \(1,\) in layer 0, but rows are torch.bool \(2,\)"),
         (lambda *_: torch.zeros(2), r"returned torch.float32 \(2,\) in layer 0"),
         (lambda *_: False, "returned bool in layer 0"),
-        (lambda state, _: state.keys[:, 0, 0, 0] > 0, "all of them must veto the same rows"),
+        (lambda state, _: state.keys[:, 0, 0, 0] > 0, "vetoes other rows in one layer than in another"),
     ],
 )
 @pytest.mark.parametrize("retries", [0, 1])
