@@ -457,7 +457,7 @@ stack = partial(pool_stack, partitioner=SinkMidRecentPartitioner(2, 2), name="br
         ({"selector": Selects(2, "shape")}, "Selects.select returned shape (1, 3) in layer 0, but it must be (1, 2)"),
         ({"selector": Selects(2, "dtype")}, "Selects.select returned torch.float32 in layer 0, but indices are int64"),
         ({"selector": Selects(2, "kind")}, "Selects.select returned list in layer 0"),
-        ({"selector": Limits(2, 99)}, "Limits.limit returned 99, but there are 0 candidates"),
+        ({"selector": Limits(2, 99)}, "Limits.limit returned 99, but it must be an int from 0 to 0"),
         ({"selector": Limits(2, -1)}, "Limits.limit returned -1"),
         ({"selector": Limits(2, 0.5)}, "Limits.limit returned 0.5"),
         ({"compressor": Compresses("shape")}, "keys (1, 2, 2, 12) in layer 0, but span() announces (1, 1, 2, 12)"),
