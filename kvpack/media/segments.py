@@ -77,12 +77,12 @@ class SegmentedVideo:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Complete the last segment; after an error it is put aside, and made again by who goes on."""
+        """Complete the last segment, but throw it away after an error."""
         if kind is None or issubclass(kind, KeyboardInterrupt | SystemExit):
             self.cut()
         elif self._writer is not None:
             writer, self._writer = self._writer, None
-            writer.__exit__(kind, error, trace)
+            writer.discard()
 
     def join(self, output: Path) -> None:
         """Copy the packets of all segments, as they are, into one mp4 that appears when it is whole and on the disk.

@@ -102,8 +102,6 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        import av
-
         assert self._file is not None
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
         try:
@@ -119,10 +117,17 @@ class VideoWriter:
                 elif kind is None:
                     raise OutputError(f"cannot write {self.path}: no frame was generated")
         finally:
-            # Where the disk is full, the container's last words cannot be written either.
-            with suppress(OSError, ValueError, av.FFmpegError):
-                self._container.close()
-            self._file.discard()
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove what was written and has no name yet."""
+        import av
+
+        assert self._file is not None
+        # Where the disk is full, the container's last words cannot be written either.
+        with suppress(OSError, ValueError, av.FFmpegError):
+            self._container.close()
+        self._file.discard()
 
     def _open_stream(self, height: int, width: int) -> Any:
         import av

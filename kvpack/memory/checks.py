@@ -64,8 +64,8 @@ def check_tokens(memory: Memory, tokens: object, like: Tensor, layer: int) -> No
         )
 
 
-def vetoes(memory: Memory, made: Sequence[object], rows: int) -> tuple[Tensor, tuple[Any, ...]]:
-    """Return the vetoed rows, and the states of all layers.
+def vetoes(memory: Memory, made: Sequence[object], rows: int) -> tuple[Tensor | None, tuple[Any, ...]]:
+    """Return the vetoed rows, None if there are none, and the states of all layers; waits for the device once.
 
     Args:
         memory: the policy.
@@ -84,9 +84,10 @@ def vetoes(memory: Memory, made: Sequence[object], rows: int) -> tuple[Tensor, t
         if given != f"{torch.bool} {(rows,)}":
             raise PolicyError(f"{name} returned {given} in layer {layer}, but rows are {torch.bool} {(rows,)}")
     every, states = zip(*made, strict=True)  # type: ignore[arg-type]
-    if not bool((_together(every) == every[0]).all()):
+    first, *others = _together(every).tolist()
+    if any(each != first for each in others):
         raise PolicyError(f"{name} vetoes other rows in one layer than in another, but all must veto the same")
-    return every[0], states
+    return every[0] if any(first) else None, states
 
 
 def signs(attended: Attended) -> list[Tensor]:

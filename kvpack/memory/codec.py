@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvpack.errors import OutputError, PolicyError
+from kvpack.errors import KVPackError, OutputError, PolicyError, first_line
 from kvpack.memory.attribution import policy_call
 from kvpack.memory.policy import Policy
 
@@ -104,13 +104,23 @@ def form(codec: Codec, tokens: int, heads: int, head_dim: int, dtype: torch.dtyp
 
 def _half(codec: Codec, half: Half, block: Tensor) -> Form:
     encode, decode = f"encode_{half}", f"decode_{half}"
-    with policy_call(codec, encode, {}):
-        stored = getattr(codec, encode)(block)
+    stored = _without_numbers(codec, encode, block)
     check_stored(codec, encode, stored)
-    with policy_call(codec, decode, {}):
-        back = getattr(codec, decode)(stored, block.shape[1], block.dtype)
-    check_decoded(codec, decode, back, block)
+    check_decoded(codec, decode, _without_numbers(codec, decode, stored, block.shape[1], block.dtype), block)
     return tuple((each.shape[1:], each.dtype) for each in stored)
+
+
+def _without_numbers(codec: Codec, method: str, *given: Any) -> Any:
+    try:
+        with policy_call(codec, method, {}):
+            return getattr(codec, method)(*given)
+    except KVPackError:
+        raise
+    except RuntimeError as error:
+        raise PolicyError(
+            f"{type(codec).__name__}.{method} must work on tensors without numbers (device='meta'), by which memory is "
+            f"planned, but raised {first_line(error)!r}; leave out .item() and conditions on numbers"
+        ) from error
 
 
 def check_stored(codec: Codec, method: str, stored: object) -> None:

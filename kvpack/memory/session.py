@@ -240,7 +240,7 @@ class Session:
             with memory_call(self.stack, "veto", self.policy_seconds):
                 made = [self.stack.veto(state, latents) for state in self.past.states]
             rows, states = vetoes(self.stack, made, latents.shape[0])
-            if bool(rows.any()):
+            if rows is not None:
                 # The first step of another try need not be step 0: two experts share a chunk's.
                 self._retry, self.plan = states, None
                 return rows

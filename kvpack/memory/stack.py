@@ -84,7 +84,7 @@ class Stack(Memory):
     eviction: Eviction = "oldest"
 
     def __post_init__(self) -> None:
-        for role, base in ROLES.items():
+        for role, base in (ROLES | {"store": Codec}).items():
             policy = getattr(self, role)
             if not isinstance(policy, base):
                 raise InvalidOptionError(f"{role} must be a {base.__name__}, got {policy!r}")
@@ -100,9 +100,6 @@ class Stack(Memory):
             raise InvalidOptionError(
                 f"blocks of compressor {self.compressor.name} cannot be merged; give another eviction"
             )
-        if not isinstance(self.store, Codec):
-            raise InvalidOptionError(f"store must be a Codec, got {self.store!r}")
-        named(self.store, getattr(self.store, "name", None))
         try:
             hash(self.store)  # its form is computed once
         except TypeError as error:
