@@ -71,9 +71,12 @@ class Moved(TorchDispatchMode):
             targets = {id(kwargs["out"])} if kwargs and "out" in kwargs else set()
             targets |= {id(args[0])} if name in ("copy_", "fill_", "zero_") else set()
             written = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
-            self.nbytes += sum(each.nbytes for each in read if id(each) not in targets)
-            self.nbytes += sum(each.nbytes for each in written)
+            self.count([each for each in read if id(each) not in targets], written)
         return result
+
+    def count(self, read: list[Tensor], written: list[Tensor]) -> None:
+        """Count what one operation reads and writes."""
+        self.nbytes += sum(each.nbytes for each in (*read, *written))
 
 
 def flashdreams_cache() -> ModuleType | None:

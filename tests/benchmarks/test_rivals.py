@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import flashdreams, report, rival_memories, rivals
+from benchmarks import cached, flashdreams, report, rival_memories, rivals
 
 SHAPE = flashdreams.geometry(True, torch.float32)
 
@@ -80,6 +80,46 @@ def test_a_rotation_is_counted_once_as_a_kernel():
         out = kernels.rotated(vectors, turns)
         out.add(1)
     assert kernels.nbytes == 2 * vectors.nbytes + turns.nbytes + 2 * vectors.nbytes
+
+
+def aligned(mebibytes):
+    """Ones that begin with a line."""
+    whole = torch.ones(mebibytes * 2**18 + cached.LINE)
+    return whole[-(whole.data_ptr() // 4) % (cached.LINE // 4) :][: mebibytes * 2**18]
+
+
+def test_what_stays_in_the_cache_is_not_moved():
+    a, b = aligned(1), aligned(1)
+    with cached.Cached(4 * 2**20) as small:
+        b.copy_(a)
+        b.mul_(a)
+    assert small.nbytes == 2 * 2**20  # a came once, b went back once
+    with cached.Cached(2**20) as smaller:
+        b.copy_(a)
+        b.mul_(a)
+    assert smaller.nbytes == 5 * 2**20  # a, b back, both again, b back again
+
+
+def test_lines_that_are_written_go_back_when_others_come():
+    a, b = aligned(4), aligned(4)
+    with cached.Cached(2**20) as cache:
+        for start in range(0, a.numel(), 2**14):
+            wide = a[start : start + 2**14].double()  # in a buffer that is freed and used again
+            b[start : start + 2**14].copy_(wide)
+    assert cache.nbytes < 8 * 2**20 + 2**21
+    with cached.Cached(2**20) as cache:
+        b.copy_(a.double())
+    assert cache.nbytes >= 24 * 2**20
+
+
+def test_the_lines_of_what_lies_apart_are_its_own():
+    whole = aligned(4).view(4, 2, -1)  # half a MiB each
+    per = 2**19 // cached.LINE
+    first = whole.data_ptr() // cached.LINE
+    assert cached.lines(whole[:, 1]) == [first + per * (2 * n + 1) + k for n in range(4) for k in range(per)]
+    assert cached.lines(whole[0, :, ::2]) == list(range(first, first + 2 * per))
+    assert cached.lines(whole[0, 0, :1].expand(1000)) == [first]
+    assert cached.lines(whole[:0]) == []
 
 
 @pytest.mark.slow
