@@ -1,6 +1,6 @@
 """How much of a stack's past an arena must have room for, known before the first chunk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +15,22 @@ _ALIKE, _PERIOD = 16, 8
 FAR = 256
 
 
-def until_settled(chunks: Iterator[Any], most: int) -> list[Any]:
-    """Return what is said of each chunk, until it repeats."""
+def until_settled(chunks: Iterator[Any], most: int, alike: int = _ALIKE) -> list[Any]:
+    """Return what is said of each chunk, until it repeats in `alike` of them."""
     seen: list[Any] = []
     for each in islice(chunks, most):
         seen.append(each)
-        last = seen[-_ALIKE:]
-        if len(seen) >= _ALIKE + _PERIOD and any(
-            last == seen[-_ALIKE - period : -period] for period in range(1, _PERIOD + 1)
-        ):
+        if period(seen, alike):
             break
     return seen
+
+
+def period(seen: Sequence[Any], alike: int = _ALIKE) -> int:
+    """Return after how many chunks the last `alike` repeat what was before; 0 if they do not."""
+    if len(seen) < alike + _PERIOD:
+        return 0
+    last = seen[-alike:]
+    return next((period for period in range(1, _PERIOD + 1) if last == seen[-alike - period : -period]), 0)
 
 
 def arena_room(stack: "Stack", geometry: Geometry, first: int) -> tuple[int, int]:

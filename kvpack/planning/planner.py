@@ -14,7 +14,7 @@ from kvpack.memory.ledger import BlockEntry, Ledger
 from kvpack.memory.roles import LatentCompressor
 from kvpack.memory.stack import Stack
 from kvpack.memory.stack_plan import StackBook, StackPlan
-from kvpack.planning.resident import resident
+from kvpack.planning.resident import as_many, resident
 
 #: Seconds of a video, thirty years, and frames a second.
 _MOST = 1e9
@@ -113,7 +113,8 @@ def plan(
         require_int(name, value, minimum=1)
     chunks = -(-frames // stack.chunk_frames)
     chunk_tokens = stack.chunk_frames * geometry.tokens_per_frame
-    held = resident(replace(geometry, frames=frames), stack, chunks, batch, channels_of(latents))
+    whole = replace(geometry, frames=frames)
+    held = resident(whole, stack, chunks, batch, channels_of(latents))
     history = math.ceil(held.history)
     archive, archived = list[int](), 0
     compressor_parameters: dict[str, int] = {}
@@ -121,7 +122,7 @@ def plan(
     if isinstance(stack, Stack):
         before = after = stack.ledger()
         # What the last chunk attends is what was held before it was committed.
-        for _ in range(chunks):
+        for _ in range(as_many(whole, stack, chunks, batch)):
             before, after = after, after.commit().ledger
         spans = (stack.compressor.span(each.first_frame, each.block_frames, geometry.grid) for each in after.archive)
         archive = [span.tokens for span in spans]

@@ -13,7 +13,7 @@ from kvpack.memory.base import Memory
 from kvpack.memory.codec import stored_bytes
 from kvpack.memory.divided import Divided, narrowed
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.room import FAR, arena_room, until_settled
+from kvpack.memory.room import FAR, arena_room, period, until_settled
 from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 from kvpack.memory.stack_plan import StackBook, StackPlan
@@ -52,12 +52,26 @@ def resident(geometry: Geometry, memory: Memory, chunks: int, batch: int, channe
         held = _divided(geometry, memory, lambda part, stack: resident(part, stack, chunks, batch, channels))
         assert held is not None
         return held
+    chunks = as_many(geometry, memory, chunks, batch, channels)
     if not isinstance(memory, Stack):
         return _rehearsed(geometry, memory, chunks, batch, channels)[-1]
     counted = list(islice(_counted(geometry, memory, batch), chunks))
     if all(each.exact for each in counted):
         return counted[-1].held
     return _scaled(geometry, memory, chunks, batch, channels)[-1]
+
+
+def as_many(geometry: Geometry, memory: Memory, chunks: int, batch: int, channels: int = 16) -> int:
+    """Return the fewest chunks behind which as much is held: what repeats in `FAR` chunks is taken to go on so.
+
+    The arguments are those of `resident`.
+    """
+    if isinstance(memory, Stack):
+        counted = until_settled(_counted(geometry, memory, batch), chunks, FAR)
+    else:
+        counted = until_settled(_run(replace(geometry, grid=(1, 4)), memory, batch, channels), chunks, FAR)
+    every, beyond = period(counted, FAR), chunks - len(counted)
+    return len(counted) - (-beyond % every) if every else chunks
 
 
 def passing(geometry: Geometry, memory: Memory, rows: int, steps: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from kvpack.planning.budget import STEPS, Budget
 from kvpack.planning.planner import video_frames
 from kvpack.plugins.registry import registry
 from kvpack.plugins.resolve import NamedStack
-from kvpack.testing import tiny_wan_pipeline
+from kvpack.testing import TINY, tiny_wan_pipeline
 
 GIGABYTES = (0.5, 1, 2, 4, 8, 16)
 THREE = ("packforcing", "self-forcing", "deep-forcing")
@@ -230,6 +230,25 @@ def test_the_most_is_the_largest_of_all_chunks(name: str, pipe: Any) -> None:
     assert len(each) == chunks
     assert most.bytes(geometry.layers) == max(one.bytes(geometry.layers) for one in each)
     assert resident.resident(geometry, memory, 5, 1) == each[4]
+
+
+STACKS = [name for name in BOUNDED if isinstance(registry().stack(name, {}), kvpack.Stack)]
+
+
+@pytest.mark.parametrize("name", [*STACKS, "deep-forcing", "merged", "full"])
+def test_a_long_video_holds_what_repeats(name: str) -> None:
+    """As much is held behind the fewest chunks as behind all, which nobody then counts."""
+    options = {"eviction": "merged", "archive_blocks": 8} if name == "merged" else {}
+    memory, chunks = registry().stack("packforcing" if name == "merged" else name, options), 411
+    each: list[Any]
+    if isinstance(memory, kvpack.Stack):
+        each = list(islice(resident._counted(TINY, memory, 1), chunks))
+    else:
+        each = list(islice(resident._run(TINY, memory, 1, 16), chunks))
+    few = resident.as_many(TINY, memory, chunks, 1)
+    assert each[few - 1] == each[-1]
+    assert (few == chunks) == (name == "full")
+    assert resident.as_many(TINY, memory, 40, 1) == 40
 
 
 def held(pipe: Any, prompt: Any = "a red circle", chunks: int = 12, **call: Any) -> int:
