@@ -167,7 +167,11 @@ class Stack(Memory):
 
     def start(self, geometry: Geometry, layer: int) -> StackState:
         """Return an empty archive, whose slots hold the longest block."""
-        spans = (self.compressor.span(0, frames, geometry.grid) for frames in range(1, self.chunk_frames + 1))
+        spans = [self.compressor.span(0, frames, geometry.grid) for frames in range(1, self.chunk_frames + 1)]
+        for span in spans:
+            if not isinstance(span, Span):
+                name, given = type(self.compressor).__name__, type(span).__name__
+                raise PolicyError(f"{name}.span returned {given}, but it must be a Span")
         stored_bytes(self.store, 1, geometry.heads, geometry.head_dim, geometry.dtype)  # refuses heads that do not fit
         return StackState((), Archive(max(span.tokens for span in spans), self.store, self.tier))
 
@@ -269,9 +273,10 @@ class Stack(Memory):
             assert isinstance(chunks[0].plan, StackPlan)
             with policy_call(compressor, "compress", chunks[0].plan.ledger.seconds):
                 blocks = compressor.compress_all(seen, geometry.grid)
-            if len(blocks) != len(seen):
+            if not isinstance(blocks, list | tuple) or len(blocks) != len(seen):
+                found = f"{len(blocks)} blocks" if isinstance(blocks, list | tuple) else type(blocks).__name__
                 name = f"{type(compressor).__name__}.compress_all"
-                raise PolicyError(f"{name} returned {len(blocks)} blocks for {len(seen)} layers")
+                raise PolicyError(f"{name} returned {found} for {len(seen)} layers, but it must be a list of blocks")
         for block, given, chunk in zip(blocks, seen, chunks, strict=True):
             check_block(compressor, block, span, given.keys, chunk.layer)
         if not twins:

@@ -291,6 +291,22 @@ def test_a_subclass_that_chooses_otherwise_is_asked_and_as_many_blocks_come_back
         run_session(Session(registry().stack("packforcing", {"compressor": Fewer()}), TINY), 9)
 
 
+@pytest.mark.parametrize(
+    ("method", "made", "said"),
+    [
+        ("compress_all", lambda *_: (each for each in ()), "compress_all returned generator for 2 layers, but it must"),
+        ("span", lambda *_: None, "span returned NoneType, but it must be a Span"),
+        ("span", lambda *_: TOKENS, "span returned int, but it must be a Span"),
+    ],
+)
+def test_what_is_no_list_or_no_span_is_named(method, made, said):
+    wrong = type("Wrong", (type(policy("pool-time")),), {"name": "wrong", method: made})
+    with pytest.raises(PolicyError, match=f"^Wrong.{said}"):
+        run_session(Session(registry().stack("packforcing", {"compressor": wrong()}), TINY), 9)
+    with pytest.raises(PolicyError, match="Wrong"):
+        check_policy(wrong())
+
+
 @pytest.mark.parametrize("name", KEEPING)
 def test_videos_are_finite(name):
     pipe = quiet(tiny_wan_pipeline())
