@@ -21,10 +21,10 @@ class Cached(Moved):
     """Counts bytes between memory and a cache.
 
     Args:
-        size: bytes of the cache: 16 MiB, as desktop processors have, and half of what a server's cores share.
+        size: bytes of the cache.
     """
 
-    def __init__(self, size: int = 16 * 2**20) -> None:
+    def __init__(self, size: int = 8 * 2**20) -> None:
         super().__init__()
         self.lines = size // LINE
         #: Lines in the cache, the last used behind the others, and whether each was written.

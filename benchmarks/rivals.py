@@ -19,7 +19,7 @@ account.
 
 chunk       CPU seconds of a chunk in one thread, taken in turns: median, least and greatest
 moved       bytes of all operands that the chunk's operators read and write
-to memory   bytes of them that pass a cache of 16 MiB (see `benchmarks.cached`): kvpack widens keys a few at a time
+to memory   bytes of them that pass a cache of 8 MiB (see `benchmarks.cached`): kvpack widens keys a few at a time
 as kernels  moved, where a rotation by that function is one kernel that reads and writes once, as it is on CUDA
 peak        bytes held between two chunks, and the most that a chunk makes on top of them
 / rival     below 1 kvpack is ahead

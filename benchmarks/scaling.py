@@ -244,7 +244,7 @@ CONSTANTS = (
     ("held / attended, own and archived tokens", "resident", "four-role stack, packforcing", "ratio"),
     ("time of a window's handling / FlashDreams'", "flashdreams", "kvpack, on read, bf16", "chunk / FlashDreams"),
     ("time of handling / PackForcing-Unofficial's way", "rivals", "kvpack, concatenate, bf16", "chunk / rival"),
-    ("bytes of it that pass a cache of 16 MiB / the same", "rivals", "kvpack, concatenate, bf16", "to memory / rival"),
+    ("bytes of it that pass a cache of 8 MiB / the same", "rivals", "kvpack, concatenate, bf16", "to memory / rival"),
     ("bytes of it, as CUDA kernels / the same", "rivals", "kvpack, concatenate, bf16", "as kernels / rival"),
 )
 

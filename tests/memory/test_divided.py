@@ -127,6 +127,25 @@ def test_every_head_attends_a_chunk_of_history_beside_the_sink_unless_told_other
         assert len(recent.frames) >= chunk
 
 
+def test_what_a_layer_attends_is_that_of_its_parts_by_head_and_0_behind_it():
+    session, seen = Session(HEADS, FOUR), []
+
+    def look(session):
+        keys, values = (each.clone() for each in session.attended(0))
+        heads = [head for part in HEADS.parts(FOUR)[0] for head in part.heads]
+        assert sorted(heads) == [0, 1, 2, 3]
+        for part, cache in zip(HEADS.parts(FOUR)[0], session.caches[0].leaves, strict=True):
+            for every, own in zip((keys, values), cache.context.history(), strict=True):
+                mine = every[:, :, list(part.heads)]
+                assert torch.equal(mine[:, : own.shape[1]], own)
+                assert not mine[:, own.shape[1] :].any()
+        seen.append((keys.shape[1], session.caches[0].context.lengths))
+
+    run_session(session, 6, batch=2, inspect=look)
+    # Chunks of 3 frames of 6 tokens; the longest window has 15 frames, the chunk's own among them.
+    assert seen == [(18 * chunks, [18 * chunks] * 2) for chunks in (0, 1, 2, 3, 4, 4)]
+
+
 def test_short_windows_hold_less():
     held = {}
     for name, memory in (("heads", HEADS), ("long", self_forcing(window_frames=15, sink_frames=3))):
