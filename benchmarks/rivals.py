@@ -11,7 +11,8 @@ concatenate    PackForcing-Unofficial: sink of 9 frames, 16 compressed blocks of
                the same sizes, keys before RoPE, the same places but for a shift of all
 reconstruct    KIVI (arXiv 2402.02750) as it is used for video: archived blocks in int4, all of which are decoded in
                every forward, beside everything else, into a buffer as long as the history. kvpack: `packforcing` with
-               `store="int4"`, which decodes the 16 of 128 blocks that it attends, once a chunk
+               `store="int4"`, which decodes the 16 of 128 blocks that it attends: values once a chunk, keys where they
+               are rotated
 
 Both sides rotate by the same function, but where the rival's way is float64; the rivals' angles are made before the
 clock starts, kvpack's are counted. Both compress by taking the same tokens. Queries are rotated on neither side's
