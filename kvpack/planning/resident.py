@@ -66,10 +66,11 @@ def as_many(geometry: Geometry, memory: Memory, chunks: int, batch: int, channel
 
     The arguments are those of `resident`.
     """
-    if isinstance(memory, Stack):
-        counted = until_settled(_counted(geometry, memory, batch), chunks, FAR)
-    else:
-        counted = until_settled(_run(replace(geometry, grid=(1, 4)), memory, batch, channels), chunks, FAR)
+    if chunks <= FAR:
+        return chunks
+    small = replace(geometry, grid=(1, 4))
+    each = _counted(geometry, memory, batch) if isinstance(memory, Stack) else _run(small, memory, batch, channels)
+    counted = until_settled(each, chunks, FAR)
     every, beyond = period(counted, FAR), chunks - len(counted)
     return len(counted) - (-beyond % every) if every else chunks
 
