@@ -6,8 +6,10 @@ import math
 import re
 import tomllib
 from dataclasses import fields
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
 
 from helpers import enable_small, generated, quiet, told
 from kvpack.checkpoints.config import FILE, Settings
@@ -247,6 +249,14 @@ def test_constraints_pin_every_dependency():
         each for name in ("dev", "docs") for each in project["optional-dependencies"][name]
     ]
     assert {re.split(r"[\[<>=~!;]", each)[0] for each in wanted} <= pinned
+
+
+def test_what_is_pinned_installs_on_the_oldest_python():
+    """Of each dependency, those of dependencies with them; some need a patch release that distributions do not have."""
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    needs = {each.name: each.metadata["Requires-Python"] or "" for each in distributions()}
+    assert "torch" in needs
+    assert {name: need for name, need in needs.items() if not SpecifierSet(need).contains(f"{oldest}.0")} == {}
 
 
 def test_the_oldest_versions_are_the_floors_of_all_dependencies():
