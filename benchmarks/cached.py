@@ -26,7 +26,7 @@ class Cached(Moved):
 
     def __init__(self, size: int = 8 * 2**20) -> None:
         super().__init__()
-        self.lines = size // LINE
+        self.most = size // LINE
         #: Lines in the cache, the last used behind the others, and whether each was written.
         self._held: OrderedDict[int, bool] = OrderedDict()
 
@@ -53,7 +53,7 @@ class Cached(Moved):
             self.nbytes += LINE
         self._held[line] = writes or self._held.get(line, False)
         self._held.move_to_end(line)
-        if not there and len(self._held) > self.lines and self._held.popitem(last=False)[1]:
+        if not there and len(self._held) > self.most and self._held.popitem(last=False)[1]:
             self.nbytes += LINE
 
 

@@ -45,8 +45,13 @@ class Policy:
         return {"policy": self.name, **options}
 
 
-def named(thing: Any, name: object) -> str:
-    """Return the name of a policy, stack or adapter; raise `InvalidOptionError` if nobody can ask for it by that."""
+def named(thing: Any, name: object = None) -> str:
+    """Return the name of a policy, stack or adapter, its own unless another is given.
+
+    Raises:
+        InvalidOptionError: if nobody can ask for it by that.
+    """
+    name = getattr(thing, "name", None) if name is None else name
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         what = getattr(thing, "__name__", type(thing).__name__)
         raise InvalidOptionError(f"the name of {what} is {name!r}, but it must be kebab-case, e.g. 'my-policy'")

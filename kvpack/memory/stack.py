@@ -88,7 +88,7 @@ class Stack(Memory):
             policy = getattr(self, role)
             if not isinstance(policy, base):
                 raise InvalidOptionError(f"{role} must be a {base.__name__}, got {policy!r}")
-            named(policy, getattr(policy, "name", None))
+            named(policy)
         require_choice(f"places of {self.compressor.name}", self.compressor.places, get_args(Places))
         require_int("chunk_frames", self.chunk_frames, minimum=1)
         if self.archive_blocks is not None:

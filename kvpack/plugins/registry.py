@@ -193,7 +193,7 @@ def _package(entry_point: importlib.metadata.EntryPoint) -> str:
 def _policy(cls: Any) -> tuple[str, str, Any]:
     if not (isinstance(cls, type) and issubclass(cls, Policy)):
         raise InvalidOptionError(f"kvpack_register_policies registers classes of policies, got {cls!r}")
-    return cls.role, named(cls, getattr(cls, "name", None)), cls
+    return cls.role, named(cls), cls
 
 
 def _stack(name: Any, factory: Any) -> tuple[str, str, Any]:
@@ -207,7 +207,7 @@ def _stack(name: Any, factory: Any) -> tuple[str, str, Any]:
 def _adapter(adapter: Any) -> tuple[str, str, Any]:
     if not isinstance(adapter, Adapter):
         raise InvalidOptionError(f"kvpack_register_adapters registers instances of Adapter, got {adapter!r}")
-    return "adapter", named(adapter, getattr(adapter, "name", None)), adapter
+    return "adapter", named(adapter), adapter
 
 
 def require_instance(role: str, given: object) -> None:
@@ -217,7 +217,7 @@ def require_instance(role: str, given: object) -> None:
     if not isinstance(given, Policy):
         raise InvalidOptionError(f"{role} must be a name or an instance, got {given!r}")
     if not isinstance(given, Stack):  # whose name is the user's
-        named(given, getattr(given, "name", None))
+        named(given)
     if given.role != role:
         hint = f"; give it to a stack, {given.role}={type(given).__name__}(...)" if role == "memory" else ""
         raise InvalidOptionError(f"{role} must be a {role}, but {type(given).__name__} is a {given.role}{hint}")
