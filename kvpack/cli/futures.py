@@ -1,14 +1,14 @@
 """`kvpack generate --fork-at`: several videos that share their beginning, which is generated once."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpack.checkpoints.text import prompt_lines
-from kvpack.cli.support import require_seed
+from kvpack.cli.support import refuse_beside, require_seed
 from kvpack.errors import InvalidOptionError
 from kvpack.media.video import VideoWriter
 
@@ -62,16 +62,9 @@ def _future(line: str, where: str) -> Future:
 
 
 def futures_of(
-    fork_at: float | None, prompts: Path | None, seconds: float, output: Path, others: Sequence[str]
+    fork_at: float | None, prompts: Path | None, seconds: float, output: Path, others: Mapping[str, object]
 ) -> dict[Path, Future]:
-    """Return what is to be written where: nothing if there is no fork.
-
-    Args:
-        fork_at: second of the video behind which they differ.
-        prompts: file of the futures.
-        seconds: of the whole video.
-        output: the mp4 whose name theirs are made of.
-        others: options that were given and do not go with it.
+    """Return what is to be written where, by names made of that of `output`: nothing if there is no fork.
 
     Raises:
         InvalidOptionError: if one is given without the other, or they do not fit the rest.
@@ -83,8 +76,7 @@ def futures_of(
         raise InvalidOptionError("--fork-at says when the videos part, and --prompts, how; give both")
     if not 0 < fork_at < seconds:
         raise InvalidOptionError(f"--fork-at must be > 0 and < --seconds {seconds:g}, got {fork_at:g}")
-    if others:
-        raise InvalidOptionError(f"--fork-at does not go with {', '.join(others)}; leave one out")
+    refuse_beside("--fork-at", others)
     futures = {output.with_stem(f"{output.stem}-{n}"): each for n, each in enumerate(read_futures(prompts), 1)}
     for path in futures:
         VideoWriter(path, 1)
@@ -96,12 +88,7 @@ def written_futures(
 ) -> list[dict[str, Any]]:
     """Write the videos, one future after the other behind what they share, and return a report of each.
 
-    Args:
-        track: the generation from its beginning.
-        futures: what each file goes on with.
-        fork_at: second of the video; they part at the end of the chunk that shows it, but before the last chunk.
-        fps: frames a second.
-        on_chunk: called behind each chunk.
+    They part at the end of the chunk that shows the second `fork_at`, but before the last chunk.
 
     Raises:
         InvalidOptionError: if the whole video is one chunk.

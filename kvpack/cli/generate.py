@@ -38,6 +38,7 @@ from kvpack.cli.support import (
     parse_prompt,
     print_tracks,
     progress,
+    refuse_beside,
     require_seed,
 )
 from kvpack.errors import InvalidOptionError
@@ -101,11 +102,10 @@ def generate(
 
     named = call_options(height, width, steps, guidance_scale, negative_prompt)
     if prompts is not None and fork_at is None:
-        from kvpack.cli.prompts import Asked, make_own_share, refuse_beside_prompts
+        from kvpack.cli.prompts import Asked, make_own_share
 
-        refuse_beside_prompts(
-            prompt=prompt, begin=begin, checkpoint=checkpoint, trace=trace, **{"budget-gb": budget_gb}
-        )
+        of_one = {"--prompt": prompt, "--begin": begin, "--checkpoint": checkpoint, "--trace": trace}
+        refuse_beside("--prompts", {**of_one, "--budget-gb": budget_gb})
         asked = Asked(prompts, output, model, seconds, seed, stack, option, named, call, fps, dtype, checkpoint_every)
         make_own_share(asked, device, as_json)
         return
@@ -121,7 +121,7 @@ def generate(
     require_seed(seed)
     folder = checkpoint_folder(output, checkpoint_every, checkpoint)
     others = {"--checkpoint-every": checkpoint_every, "--trace": trace}
-    futures = futures_of(fork_at, prompts, seconds, output, [name for name, value in others.items() if value])
+    futures = futures_of(fork_at, prompts, seconds, output, others)
     picture = begin is not None and is_picture(begin)
     given = given_arguments({"prompt": parse_prompt(prompt), **named}, parse_options(call))
     if folder is not None or fork_at is not None:

@@ -20,6 +20,7 @@ from kvpack.cli.support import (
     parse_size,
     print_json,
     print_table,
+    refuse_beside,
 )
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 
@@ -93,8 +94,7 @@ def plan(
     if training:
         others = {"--gpu-memory": gpu_memory, "--budget-gb": budget_gb, "--weights": weights, "--tflops": tflops}
         others |= {"--bandwidth": bandwidth, "--cards": cards or None, "--guidance": guidance or None}
-        if beside := [name for name, value in others.items() if value is not None]:
-            raise InvalidOptionError(f"--training does not go with {', '.join(beside)}; leave it out")
+        refuse_beside("--training", others)
         _plan_training(described, size, stack, parse_options(option), dtype, fps, steps, batch, as_json)
         return
     width, height = parse_size(size)

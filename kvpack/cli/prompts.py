@@ -9,7 +9,7 @@ import typer
 
 from kvpack.cli.call import call_defaults, check_guidance, given_arguments, require_no_beginning, require_savable
 from kvpack.cli.support import default_device, parse_dtype, parse_options, print_json, print_table, require_seed
-from kvpack.errors import InvalidOptionError, KVPackError, first_line
+from kvpack.errors import KVPackError, first_line
 
 if TYPE_CHECKING:
     from kvpack.batch.folder import BatchFolder
@@ -71,13 +71,6 @@ class Asked:
 
         videos = read_videos(self.prompts, require_seed(self.seed), self.seconds, check)
         return settings, videos, BatchFolder(self.output)
-
-
-def refuse_beside_prompts(**given: object) -> None:
-    """Raise `InvalidOptionError` if an option is given that is about one video."""
-    for name, value in given.items():
-        if value is not None:
-            raise InvalidOptionError(f"--{name} does not go with --prompts; leave one out")
 
 
 def make_own_share(asked: Asked, device: str | None, as_json: bool) -> None:

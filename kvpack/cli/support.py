@@ -145,6 +145,12 @@ def parse_prompt(text: str) -> Any:
     return entries
 
 
+def refuse_beside(option: str, others: Mapping[str, object]) -> None:
+    """Raise `InvalidOptionError` if others were given, which are not None then, that do not go with an option."""
+    if given := [name for name, value in others.items() if value is not None]:
+        raise InvalidOptionError(f"{option} does not go with {', '.join(given)}; leave one out")
+
+
 def require_seed(seed: int) -> int:
     """Return a seed of torch.
 

@@ -76,7 +76,7 @@ def test_what_is_wrong_is_said_before_anything_starts(model, tmp_path):
     assert "no stack named 'fulll'" in complaint(*words, "--stack", "fulll")
     generate = ["generate", "--model", model, "--output", output, "--seconds", 2]
     assert "--prompt TEXT for one video, --prompts FILE for many" in complaint(*generate)
-    assert "--prompt does not go with --prompts" in complaint(*generate, "--prompts", path, "--prompt", "a")
+    assert "--prompts does not go with --prompt" in complaint(*generate, "--prompts", path, "--prompt", "a")
     assert not output.exists()
 
 
