@@ -15,6 +15,7 @@ import torch
 from kvpack.cli.demo_page import Story, page, picture
 from kvpack.cli.demo_seeds import Ends, kept, made
 from kvpack.cli.demo_seen import Seen
+from kvpack.cli.support import unknown_words
 from kvpack.media.contact_sheet import banner, side_by_side
 from kvpack.media.files import make_folder, require_writable, save_bytes
 from kvpack.media.video import Frames, VideoWriter
@@ -28,20 +29,14 @@ PROMPT = "a red circle bouncing over dusk rings"
 #: All of the past, a window of it, and a choice of it.
 MEMORIES = ("full", "self-forcing", "packforcing")
 COLUMNS = 8
-GAP = 8
+UPSCALE, GAP = 4, 8
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What to generate and where to put it.
+    """What to generate, with which stacks and their options side by side, and where to put it.
 
     Args:
-        prompt: the caption.
-        seconds: length of the video.
-        stacks: names of the stacks, side by side, each with its options.
-        folder: where demo.mp4, demo.png, demo.html and demo.json go; made if it is not there.
-        seed: of the noise, the same for every stack.
-        steps: denoising steps of a chunk.
         model: another pipeline folder than the shipped one.
         seeds: videos of how many seeds are made besides, of which only the end is shown; 0 shows the kept ones, which
             are those of the shipped pipeline's usual prompt.
@@ -68,11 +63,12 @@ def run(demo: Demo, on_chunk: Callable[[Track], None]) -> dict[str, Any]:
     folder = demo.model or shipped_folder()
     total, _ = video_frames(demo.seconds, FPS, timing(folder)[1])
     stacks = [demo_stack(name, **options) for name, options in demo.stacks]
-    files = _outputs(demo.folder)
+    files = [require_writable(make_folder(demo.folder) / f"demo.{kind}") for kind in ("mp4", "png", "html", "json")]
     pipeline = load_pipeline(folder, torch.float32, "cpu")
     _warn_of_unknown_words(pipeline.tokenizer, demo.prompt)
     starts = sorted({round(start) for start in np.linspace(0, total - 1, COLUMNS)})
-    seen, labels = [Seen(starts) for _ in stacks], [_label(*each) for each in demo.stacks]
+    seen = [Seen(starts) for _ in stacks]
+    labels = [" ".join([name, *(f"{key}={value}" for key, value in given.items())]) for name, given in demo.stacks]
     arguments = {**CALL, "prompt": demo.prompt, "num_inference_steps": demo.steps}
     with ExitStack() as open_things, _one_thread():
         # The weights are shared; a pipeline is the stock one whenever another's turn comes.
@@ -84,7 +80,16 @@ def run(demo: Demo, on_chunk: Callable[[Track], None]) -> dict[str, Any]:
         ]
         writer = open_things.enter_context(VideoWriter(files[0], FPS, upscale=6 if len(tracks) == 1 else 1))
         _generate(tracks, seen, writer, labels, on_chunk)
-    result = _report(demo, tracks, seen, files)
+    result = {
+        "prompt": demo.prompt,
+        "seed": demo.seed,
+        "steps": demo.steps,
+        "fps": FPS,
+        "frames": tracks[0].frames,
+        "seconds": tracks[0].frames / FPS,
+        "files": [str(file) for file in files],
+        "stacks": [{**track.report(), **each.report()} for track, each in zip(tracks, seen, strict=True)],
+    }
     with _one_thread():
         truth, ends, length = _besides(demo, pipeline, dict(zip(labels, stacks, strict=True)), starts, total)
     times = [start / FPS for start in starts]
@@ -101,23 +106,16 @@ def _besides(
 ) -> tuple[list[Frames], dict[str, Ends], float]:
     """Return frames of a rendered video at these places, and the ends over several seeds, as far as there are any."""
     known = kept()
-    if known is None or (demo.prompt, demo.steps, demo.model) != (known.prompt, known.steps, None):
+    if known and (demo.prompt, demo.steps, demo.model) != (known.prompt, known.steps, None):
         known = None
-    truth = [] if known is None or round(total / FPS) != known.seconds or len(starts) != COLUMNS else known.truth
+    truth = known.truth if known and round(total / FPS) == known.seconds and len(starts) == COLUMNS else []
     if demo.seeds:
-        return (
-            truth,
-            {name: made(pipeline, stack, demo.prompt, demo.seeds, total, demo.steps) for name, stack in stacks.items()},
-            total / FPS,
-        )
+        ends = {name: made(pipeline, each, demo.prompt, demo.seeds, total, demo.steps) for name, each in stacks.items()}
+        return truth, ends, total / FPS
     if known is None:
         return truth, {}, 0.0
     same = [name for name, stack in stacks.items() if known.of(name, stack)]
     return truth, {name: known.ends[name] for name in (*same, "truth") if same}, known.seconds
-
-
-def _label(name: str, options: Mapping[str, Any]) -> str:
-    return " ".join([name, *(f"{option}={value}" for option, value in options.items())])
 
 
 def _generate(
@@ -143,13 +141,12 @@ def _generate(
         common = min(len(frames) for frames in pending)
         panels = [frames[:common] for frames in pending]
         pending = [frames[common:] for frames in pending]
-        if len(panels) > 1:
-            upscale = 4
-            if top is None:
-                top = banner(labels, upscale * panels[0].shape[2], GAP)
-            writer.write(side_by_side(panels, upscale, top, GAP))
-        else:
+        if len(panels) == 1:
             writer.write(panels[0])
+            continue
+        if top is None:
+            top = banner(labels, UPSCALE * panels[0].shape[2], GAP)
+        writer.write(side_by_side(panels, UPSCALE, top, GAP))
 
 
 @contextmanager
@@ -163,29 +160,9 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _outputs(folder: Path) -> list[Path]:
-    return [require_writable(make_folder(folder) / f"demo.{suffix}") for suffix in ("mp4", "png", "html", "json")]
-
-
-def _report(demo: Demo, tracks: Sequence[Track], seen: Sequence[Seen], files: Sequence[Path]) -> dict[str, Any]:
-    return {
-        "prompt": demo.prompt,
-        "seed": demo.seed,
-        "steps": demo.steps,
-        "fps": FPS,
-        "frames": tracks[0].frames,
-        "seconds": tracks[0].frames / FPS,
-        "files": [str(file) for file in files],
-        "stacks": [{**track.report(), **each.report()} for track, each in zip(tracks, seen, strict=True)],
-    }
-
-
 def _warn_of_unknown_words(tokenizer: Any, prompt: str) -> None:
     """Warn of the prompt's words that the pipeline's tokenizer does not know."""
-    unknown = [
-        word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids
-    ]
-    if unknown:
+    if unknown := unknown_words(tokenizer, prompt):
         known = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
         words = f"{', '.join(unknown)}; it knows {', '.join(known)}"
         sys.stderr.write(f"warning: the demo's pipeline does not know {words}\n")

@@ -205,6 +205,12 @@ def page_file(name: str) -> str:
     return (resources.files("kvpack") / "data" / "pages" / name).read_text(encoding="utf-8")
 
 
+def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
+    """Return the words of a prompt that a tokenizer of whole words does not know."""
+    words, unknown = prompt.split(), tokenizer.unk_token_id
+    return [word for word in words if unknown in tokenizer(word, add_special_tokens=False).input_ids]
+
+
 def print_json(data: Mapping[str, Any]) -> None:
     """Print one JSON object on standard output."""
     typer.echo(json.dumps(data, indent=2))

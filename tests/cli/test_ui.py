@@ -11,7 +11,7 @@ import pytest
 
 from helpers import complaint
 from kvpack.cli.ui import view
-from kvpack.cli.ui.model import Model, unknown_words
+from kvpack.cli.ui.model import Model
 from kvpack.cli.ui.player import showing
 from kvpack.cli.ui.studio import Studio, saved_name, saved_names
 from kvpack.errors import InvalidOptionError, SnapshotError, UnknownNameError
@@ -183,7 +183,7 @@ def test_a_model_of_ones_own(model, tmp_path):
     video = mine.begin("streaming-llm", "a fox", 1, 0)
     video.stream.close()
     assert mine.pipeline.__class__.__name__ == "WanPipeline"
-    assert unknown_words(mine, "a fox") == []
+    assert mine.unknown_words("a fox") == []
     from kvpack.cli.ui.video import _picture
 
     assert _picture(np.zeros((200, 200, 3))).startswith("data:image/jpeg")
@@ -226,7 +226,7 @@ def test_empty_boxes_and_what_is_no_number(shipped, tmp_path):
 
 
 def test_what_is_wrong_is_said(shipped, tmp_path):
-    assert unknown_words(shipped, "a purple circle") == ["purple"]
+    assert shipped.unknown_words("a purple circle") == ["purple"]
     for name in ("", "../up", "a/b", ".hidden", "x" * 61):
         with pytest.raises(InvalidOptionError, match="a name has letters"):
             saved_name(name)

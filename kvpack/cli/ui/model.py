@@ -1,7 +1,6 @@
 """The model that a page makes videos with, and the videos that it begins, resumes and forks."""
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from kvpack.checkpoints.config import Settings
-from kvpack.cli.support import default_device, parse_compared, require_seed
+from kvpack.cli.support import default_device, parse_compared, require_seed, unknown_words
 from kvpack.cli.ui.video import Video
 from kvpack.errors import InvalidOptionError
 from kvpack.generation.adapter import call_signature
@@ -105,15 +104,10 @@ class Model:
         label = f"{video.label}, forked with seed {seed}"
         return Video(label, video.pipeline, stream, self._trace(), frames=video.frames, first=video.frames)
 
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words that the tiny model has never seen; of other models nobody knows."""
+        return [] if self.folder else unknown_words(self.pipeline.tokenizer, prompt)
+
     def _trace(self) -> Path:
         self._count += 1
         return Path(self._traces.name) / f"{self._count}.jsonl"
-
-
-def unknown_words(model: Model, prompt: str) -> Sequence[str]:
-    """Return the words that the tiny model has never seen; of other models nobody knows."""
-    if model.folder is not None:
-        return []
-    tokenizer = model.pipeline.tokenizer
-    words = prompt.split()
-    return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids]

@@ -9,7 +9,7 @@ import gradio as gr
 
 from kvpack.cli.support import in_one_line
 from kvpack.cli.ui import player, view
-from kvpack.cli.ui.model import Model, unknown_words
+from kvpack.cli.ui.model import Model
 from kvpack.cli.ui.studio import Studio, saved_name, saved_names
 from kvpack.errors import InvalidOptionError, KVPackError
 from kvpack.plugins.registry import registry
@@ -64,7 +64,7 @@ class Page:
     ) -> Studio:
         """Begin one video, or two with the same noise; the one before ends as soon as they have begun."""
         model, prompt, memory = self.model_of(folder), prompt or "", memory or ""
-        if unknown := unknown_words(model, prompt):
+        if unknown := model.unknown_words(prompt):
             gr.Warning(f"the tiny model does not know {', '.join(unknown)}")
         names = [memory] if not other or other == _NONE else [memory, other]
         studio = Studio(model, [])
@@ -102,7 +102,7 @@ class Page:
     def say(self, studio: Studio | None, prompt: str | None) -> str:
         """Go on under another prompt."""
         running = required(studio)
-        if unknown := unknown_words(running.model, prompt or ""):
+        if unknown := running.model.unknown_words(prompt or ""):
             gr.Warning(f"the tiny model does not know {', '.join(unknown)}")
         running.say(prompt)
         return "The new prompt holds from the next chunk on."
