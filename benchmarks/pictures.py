@@ -218,8 +218,8 @@ def report(path: Path, seconds: float) -> None:
     """Take a picture of `kvpack report` for two memories; needs playwright and Chromium."""
     from playwright.sync_api import sync_playwright  # type: ignore[import-not-found,unused-ignore]
 
-    from kvpack.cli.report_page import page as report_page
-    from kvpack.cli.report_page import read_trace
+    from kvpack.cli.report import page as report_page
+    from kvpack.cli.report import read_trace
 
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:

@@ -25,15 +25,12 @@ class Curve:
 
 
 class Sheet:
-    """A white picture that grows downwards.
+    """A white picture that grows downwards, with a margin on all sides; all lengths are pixels."""
 
-    Args:
-        width: in pixels.
-        margin: on all sides.
-    """
+    margin = 24
 
-    def __init__(self, width: int, margin: int = 24) -> None:
-        self.width, self.margin, self.top = width, margin, margin
+    def __init__(self, width: int) -> None:
+        self.width, self.top = width, self.margin
         self._image = Image.new("RGB", (width, 2000), "white")
         self.draw: Any = ImageDraw.Draw(self._image)
 

@@ -33,14 +33,11 @@ class Story:
     """All that is shown.
 
     Args:
-        prompt: of all videos.
-        seconds: how long they are.
         times: second of each column of frames.
         names: of the memories, with their options.
         seen: their videos.
         truth: frames of a rendered video; empty where there is none.
-        ends: last frames over several seeds by name; empty where there are none.
-        ends_seconds: how long those videos are.
+        ends: last frames over several seeds by name, of videos of `ends_seconds`; empty where there are none.
     """
 
     prompt: str
@@ -181,14 +178,9 @@ def _ends(sheet: Sheet, story: Story) -> None:
 def page(story: Story, drawn: bytes, video: str) -> str:
     """Return an HTML page around the picture, which needs no network; the video lies beside it."""
     rows = "".join(_row(name, seen, story) for name, seen in zip(story.names, story.seen, strict=True))
-    source = base64.b64encode(drawn).decode()
-    return _PAGE.format(
-        title=html.escape(story.title),
-        about=html.escape(story.about),
-        video=html.escape(video),
-        rows=rows,
-        source=source,
-    )
+    told = {"title": story.title, "about": story.about, "video": video}
+    escaped = {name: html.escape(text) for name, text in told.items()}
+    return page_file("demo.html").format(rows=rows, source=base64.b64encode(drawn).decode(), **escaped)
 
 
 def _row(name: str, seen: Seen, story: Story) -> str:
@@ -201,6 +193,3 @@ def _row(name: str, seen: Seen, story: Story) -> str:
         counted(seen.returns(), story.seconds),
     ]
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-
-
-_PAGE = page_file("demo.html")

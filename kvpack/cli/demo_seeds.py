@@ -38,9 +38,6 @@ class Kept:
     """What is kept with the package, of one prompt.
 
     Args:
-        prompt: of all videos.
-        seconds: how long they are.
-        steps: denoising steps of a chunk.
         stacks: the memories as they were, by name.
         ends: by the name of the memory; "truth" are videos that were drawn by the rules of the world.
         truth: frames of one such video, evenly over its length.
@@ -71,16 +68,7 @@ def kept() -> Kept | None:
 
 
 def made(pipeline: Any, stack: Memory, prompt: str, seeds: int, frames: int, steps: int) -> Ends:
-    """Make the videos of several seeds together, and return their ends.
-
-    Args:
-        pipeline: one of the tiny model's kind.
-        stack: its memory.
-        prompt: of all videos.
-        seeds: how many, from 0 on.
-        frames: pixel frames of a video.
-        steps: denoising steps of a chunk.
-    """
+    """Make videos of `frames` pixel frames with the seeds from 0 on together, and return their ends."""
     enable(pipeline, stack)
     observers = [Observer(tiny_facts()) for _ in range(seeds)]
     generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]

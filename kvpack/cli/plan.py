@@ -157,17 +157,7 @@ def _guided(call: Mapping[str, Any], model: Path | None) -> bool:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What the command says.
-
-    Args:
-        plan: of the chosen memory.
-        choice: the memory.
-        budgeted: whether a budget was asked for.
-        fit: what is on a card, if that was asked for.
-        card: on that of `--gpu-memory`.
-        cards: on those of `--cards`.
-        speed: seconds of a chunk.
-    """
+    """What the command says of the chosen memory, and of that card and those cards that were asked for."""
 
     plan: "Plan"
     choice: "Choice"

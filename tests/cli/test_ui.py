@@ -12,8 +12,8 @@ import pytest
 from helpers import complaint
 from kvpack.cli.ui import view
 from kvpack.cli.ui.model import Model
-from kvpack.cli.ui.player import showing
 from kvpack.cli.ui.studio import Studio, saved_name, saved_names
+from kvpack.cli.ui.view import showing
 from kvpack.errors import InvalidOptionError, SnapshotError, UnknownNameError
 from kvpack.testing import tiny_skyreels_v2_pipeline
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from kvpack.cli.support import in_one_line
-from kvpack.cli.ui import player, view
+from kvpack.cli.support import in_one_line, page_file
+from kvpack.cli.ui import view
 from kvpack.cli.ui.model import Model
 from kvpack.cli.ui.studio import Studio, saved_name, saved_names
 from kvpack.errors import InvalidOptionError, KVPackError
@@ -23,7 +23,6 @@ _WORDS = (
 )
 #: On a narrow screen the video comes first.
 STYLE = "@media (max-width: 700px) { .kvp-first { order: -1; } }"
-_NOTHING = "Nothing is being made; press Start first."
 
 
 def told(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,7 +92,7 @@ class Page:
     def shown(self, studio: Studio) -> tuple[Any, ...]:
         """Return what the player, the figures and the line of state show."""
         state = "The end." if studio.ended else "Paused." if studio.paused else "Being made."
-        return player.showing(studio), view.figures(studio.videos), state
+        return view.showing(studio), view.figures(studio.videos), state
 
     def pause(self, studio: Studio | None) -> None:
         """Make nothing more for the moment."""
@@ -152,7 +151,7 @@ def seed_of(number: float | None) -> int:
 def required(studio: Studio | None) -> Studio:
     """Return the videos that are being made, or say on the page that there are none."""
     if studio is None or studio.closed:
-        raise gr.Error(_NOTHING, print_exception=False)
+        raise gr.Error("Nothing is being made; press Start first.", print_exception=False)
     return studio
 
 
@@ -200,14 +199,14 @@ def build(model: Model, saved: Path) -> gr.Blocks:
                 )
             with gr.Column(scale=3, min_width=290, elem_classes="kvp-first"):
                 screen = gr.HTML(
-                    player.showing(None),
-                    html_template=player.TEMPLATE,
-                    css_template=player.STYLE,
-                    js_on_load=player.SCRIPT,
+                    view.showing(None),
+                    html_template=page_file("player.html"),
+                    css_template=page_file("player.css"),
+                    js_on_load=page_file("player.js"),
                     elem_id="screen",
                 )
             with gr.Column(scale=2, min_width=290):
-                beside = gr.HTML(view.figures([]), css_template=view.STYLE, elem_id="beside")
+                beside = gr.HTML(view.figures([]), css_template=page_file("view.css"), elem_id="beside")
         shown, watching = [screen, beside, state], {"show_progress": "hidden", "concurrency_limit": 4}
 
         def then_watch(event: Any) -> None:
@@ -227,13 +226,7 @@ def build(model: Model, saved: Path) -> gr.Blocks:
 
 
 def opened(model: Model, saved: Path, **given: Any) -> tuple[gr.Blocks, str]:
-    """Serve the page from a thread of its own, and return it and its address.
-
-    Args:
-        model: makes the videos.
-        saved: folder of saved videos.
-        given: further arguments of Gradio's `launch`, e.g. `server_port`.
-    """
+    """Serve the page from a thread of its own, with arguments of Gradio's `launch`; return it and its address."""
     page, plain = build(model, saved).queue(), gr.themes.Default(font=["sans-serif"], font_mono=["monospace"])
     usual = {"prevent_thread_lock": True, "quiet": True, "show_error": True, "footer_links": [], "ssr_mode": False}
     _, address, _ = page.launch(css=STYLE, theme=plain, **{**usual, **given})

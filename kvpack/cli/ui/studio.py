@@ -24,8 +24,6 @@ class Studio:
     """Videos that are made together, one chunk at a time, the one that is behind first.
 
     Args:
-        model: what makes them.
-        videos: one or two.
         paused: whether nothing is made for the moment.
         name: of this showing, by which the page knows that another one began.
     """

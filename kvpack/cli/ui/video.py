@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kvpack.cli.report_page import Traced
+from kvpack.cli.report import Traced
 from kvpack.media.video import as_bytes
 from kvpack.pipeline.stream import Stream
 
@@ -24,10 +24,6 @@ class Video:
     """A video that is being made.
 
     Args:
-        label: what it is called.
-        pipeline: an enabled pipeline.
-        stream: yields its frames.
-        trace: file for what its memory does.
         frames: pixel frames so far, those before a fork or a resume included.
         first: frame that this video begins with.
         pictures: the last chunks' frames, as data URLs, by the first frame of each.
@@ -83,11 +79,6 @@ class Video:
         self.frames += len(frames)
         self._read_trace()
         return True
-
-    def forget_pictures(self, chunks: int) -> None:
-        """Keep the pictures of the last chunks only: the page has the others."""
-        for first in sorted(self.pictures)[:-chunks]:
-            del self.pictures[first]
 
     def _read_trace(self) -> None:
         known = 0 if self.traced is None else 1 + len(self.traced.chunks)

@@ -1,20 +1,44 @@
-"""What stands beside the videos: memory and speed in figures, and the past that each chunk looks at, as HTML."""
+"""What the page shows: the videos, memory and speed in figures, and the past that each chunk looks at."""
 
 import base64
 import html
 from collections.abc import Sequence
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from kvpack.cli.report_page import heat
-from kvpack.cli.support import page_file, size_text
+from kvpack.cli.report import heat
+from kvpack.cli.support import size_text
+from kvpack.cli.ui.studio import Studio
 from kvpack.cli.ui.video import Video
 
 COLOURS = ("#0072B2", "#D55E00")
 _POINTS = 240
+#: The chunks that an update brings, so that one may be lost on its way; the page has those before.
+_KEPT = 4
 _WIDTH, _HEIGHT = 320, 110
+
+
+def showing(studio: Studio | None) -> dict[str, Any]:
+    """Return what the player in the browser is to show, as JSON takes it."""
+    if studio is None:
+        return {"name": "", "videos": []}
+    videos = []
+    for video in studio.videos:
+        for first in sorted(video.pictures)[:-_KEPT]:
+            del video.pictures[first]
+        videos.append(
+            {
+                "label": video.label,
+                "first": video.first,
+                "made": video.frames,
+                "pictures": {str(first): each for first, each in video.pictures.items()},
+                "prompts": [[round(second, 2), text] for second, text in video.prompts],
+            }
+        )
+    return {"name": studio.name, "fps": studio.videos[0].fps, "ended": studio.ended, "videos": videos}
 
 
 def figures(videos: Sequence[Video]) -> str:
@@ -79,6 +103,3 @@ def _map(video: Video, colour: str) -> str:
 
 def _seconds(begin: float, end: float) -> str:
     return f'<div class="kvp-axis"><span>second {begin:.0f} of the video</span><span>{end:.0f}</span></div>'
-
-
-STYLE = page_file("view.css")
