@@ -57,16 +57,9 @@ OnEvent = Callable[[Event], None]
 
 
 class Pool:
-    """Workers, and the videos that they make.
+    """Workers of a connected `ray`, and the videos that they make.
 
-    Args:
-        ray: the module, connected.
-        settings: of all videos.
-        folder: of the batch.
-        videos: that are to be made.
-        workers: how many make them.
-        retries: times that a video is gone on with from one and the same checkpoint.
-        on_event: told what happens.
+    A video is gone on with at most `retries` times from one and the same checkpoint.
     """
 
     def __init__(

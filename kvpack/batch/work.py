@@ -36,9 +36,9 @@ class Work:
         Raises:
             KVPackError: if it cannot be made.
         """
-        folder, output = self.folder.checkpoint(video), self.folder.output(video)
+        folder, output, settings = self.folder.checkpoint(video), self.folder.output(video), self.settings
         if (job := started_job(folder)) is not None:
-            with reopened(folder, job, self.dtype, self.settings.device, self.pipeline) as track:
+            with reopened(folder, job, self.dtype, settings.device, self.pipeline) as track:
                 yield from checkpointing(track, job, folder, partial=False)
             return
         if output.exists():  # whole: it appears at the end, where its checkpoint goes
@@ -46,16 +46,6 @@ class Work:
             return
         if folder.exists():
             remove(folder)
-        yield from self._made_anew(video, folder, output)
-
-    def entry(self, video: Video, frames: int) -> dict[str, Any]:
-        """Return what the manifest says of a video."""
-        path = self.folder.output(video)
-        said = {"name": video.name, "prompt": video.prompt, "seed": video.seed, "frames": frames}
-        return {**said, "fps": self.settings.fps, "bytes": path.stat().st_size, "sha256": checksum(path)}
-
-    def _made_anew(self, video: Video, folder: Path, output: Path) -> Iterator[int]:
-        settings = self.settings
         given = {} if video.negative_prompt is None else {"negative_prompt": video.negative_prompt}
         arguments = {**settings.call, **given, "prompt": video.prompt}
         job = Job(
@@ -71,3 +61,9 @@ class Work:
         with started(self.pipeline, self.stack, settings.frames(video), video.seed, arguments) as track:
             job.write(folder)
             yield from checkpointing(track, job, folder, partial=False)
+
+    def entry(self, video: Video, frames: int) -> dict[str, Any]:
+        """Return what the manifest says of a video."""
+        path = self.folder.output(video)
+        said = {"name": video.name, "prompt": video.prompt, "seed": video.seed, "frames": frames}
+        return {**said, "fps": self.settings.fps, "bytes": path.stat().st_size, "sha256": checksum(path)}

@@ -21,11 +21,7 @@ def is_archive(path: Path) -> bool:
 
 
 def archived_pickle(path: Path, most: int) -> bytes:
-    """Return the pickle that torch reads of an archive.
-
-    Args:
-        path: the file.
-        most: bytes of the largest such pickle.
+    """Return the pickle of at most `most` bytes that torch reads of an archive.
 
     Raises:
         InvalidOptionError: if it is no whole archive, not one of `torch.save`, or its pickle is larger.

@@ -11,12 +11,8 @@ FILE = "README.md"
 def model_card(recipe: Recipe, source: Path, base: Path, lora: Path | None, name: str) -> str:
     """Return the text of a card as the Hub reads it; names of files and no paths of this machine.
 
-    Args:
-        recipe: what the checkpoint was trained for.
-        source: the checkpoint.
-        base: folder or Hub id of the model that it was made of.
-        lora: LoRA that was merged.
-        name: of the converted folder.
+    `source` is the checkpoint, `base` the folder or Hub id of the model that it was made of, and `name` that of the
+    converted folder.
     """
     from huggingface_hub import ModelCardData
 

@@ -24,7 +24,6 @@ from kvpack.errors import InvalidOptionError, OutputError, UnsupportedPipelineEr
 _INDEX = "model_index.json"
 #: What a base without other parts lacks; they can be passed to `from_pretrained`.
 _ALONE = {"_class_name": "WanPipeline", "text_encoder": [None, None], "tokenizer": [None, None], "vae": [None, None]}
-_TRANSFORMER = ["diffusers", "WanTransformer3DModel"]
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def _copy_parts(asked: Conversion, folder: Path, index: dict[str, Any]) -> tuple
     """Copy all parts but the transformer and the scheduler, and write the model index."""
     base, scheduler = asked.base, type(asked.recipe.scheduler)
     library = "diffusers" if hasattr(diffusers, scheduler.__name__) else scheduler.__module__
-    own = {"transformer": _TRANSFORMER, "scheduler": [library, scheduler.__name__]}
+    own = {"transformer": ["diffusers", "WanTransformer3DModel"], "scheduler": [library, scheduler.__name__]}
     parts = [name for name, value in index.items() if isinstance(value, list) and name not in (*own, "transformer_2")]
     there = [name for name in parts if (base / name).is_dir()]
     for name in there:

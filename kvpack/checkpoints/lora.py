@@ -90,12 +90,7 @@ def read_lora(path: Path, alpha: float | None, rename: Callable[[dict[str, Any]]
 
 
 def merge(weights: Mapping[str, Tensor], deltas: Mapping[str, Delta], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return the weights with their deltas added.
-
-    Args:
-        weights: by diffusers name.
-        deltas: the same.
-        dtype: what merged weights are rounded to; each weight's own if None.
+    """Return the weights with their deltas added, both by diffusers name, and rounded to `dtype`, or each to its own.
 
     Raises:
         InvalidOptionError: if a delta has no weight, or not its shape.
@@ -141,18 +136,15 @@ def _sorted(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Modul
             name = match["module"] if itself else f"{match['module']}.{_TARGETS[match['kind']]}"
             _put(path, wholes, name, Delta({"whole": tensor}))
         elif match := _ALPHA.fullmatch(dotted):
-            modules.setdefault(match["module"], _Module()).alpha = _alpha(path, key, tensor)
+            if tensor.numel() != 1 or not bool(tensor.isfinite().all()):
+                got = f"a tensor {tuple(tensor.shape)}"
+                raise InvalidOptionError(f"{path} has {key}, which must be one number, got {got}")
+            modules.setdefault(match["module"], _Module()).alpha = float(tensor)
         else:
             raise InvalidOptionError(
                 f"{path} has {key}, which is no LoRA's; it needs ...lora_A.weight, ...lora_B.weight"
             )
     return modules, wholes
-
-
-def _alpha(path: Path, key: str, tensor: Tensor) -> float:
-    if tensor.numel() != 1 or not bool(tensor.isfinite().all()):
-        raise InvalidOptionError(f"{path} has {key}, which must be one number, got a tensor {tuple(tensor.shape)}")
-    return float(tensor)
 
 
 def _add_factor(path: Path, module: _Module, match: re.Match[str], tensor: Tensor) -> None:

@@ -73,12 +73,7 @@ class Strength:
             raise InvalidOptionError(f"PEFT's config of {self.path} is not followed: {error}") from error
 
     def scale(self, module: str, rank: int, alpha: float | None) -> float:
-        """Return the factor of a module's `up @ down`.
-
-        Args:
-            module: name in the file.
-            rank: of its factors.
-            alpha: its own `.alpha`.
+        """Return the factor of a module's `up @ down`, given its name in the file, its rank, and its own `.alpha`.
 
         Raises:
             InvalidOptionError: if the file does not say for sure.
@@ -90,7 +85,8 @@ class Strength:
         expected = _matched(self.config.get("rank_pattern"), module, self.config.get("r"))
         if expected not in (None, rank):
             raise InvalidOptionError(f"{module} of {self.path} has rank {rank}, but its config says {expected}")
-        alpha = next((each for each in (self.asked, alpha, self._configured(module)) if each is not None), None)
+        configured = _matched(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
+        alpha = next((float(each) for each in (self.asked, alpha, configured) if each is not None), None)
         if alpha is None:
             if self.note not in (None, rank):
                 raise InvalidOptionError(
@@ -99,10 +95,6 @@ class Strength:
                 )
             return 1.0
         return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
-
-    def _configured(self, module: str) -> float | None:
-        alpha = _matched(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
-        return None if alpha is None else float(alpha)
 
 
 def _config(where: str, read: Callable[[], Any]) -> dict[str, Any]:

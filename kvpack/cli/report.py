@@ -105,23 +105,20 @@ def figures(trace: Traced) -> list[Any]:
     import plotly.graph_objects as go
 
     def stacked(key: str, title: str, unit: float) -> Any:
-        parts = list(trace.chunks[0][key])
-        series = {part: [chunk[key][part] / unit for chunk in trace.chunks] for part in parts}
+        series = {part: [chunk[key][part] / unit for chunk in trace.chunks] for part in trace.chunks[0][key]}
         drawn = [
             go.Bar(x=trace.seconds, y=values, name=part, marker={"color": colour})
             for (part, values), colour in zip(series.items(), _COLOURS, strict=False)
         ]
-        made = go.Figure(drawn)
-        made.update_layout(title=title, barmode="stack", bargap=0)
-        return made
+        return go.Figure(drawn, {"title": title, "barmode": "stack", "bargap": 0})
 
     drift = go.Figure(
         [
             go.Scatter(x=trace.seconds, y=[chunk[key] for chunk in trace.chunks], name=name)
             for key, name in (("drift", "means of the latents"), ("contrast", "spread, 1 is the first chunk's"))
-        ]
+        ],
+        {"title": "drift from the first chunk"},
     )
-    drift.update_layout(title="drift from the first chunk")
     made = [
         _attention(trace),
         stacked("bytes", "held, MB", 1e6),

@@ -275,9 +275,7 @@ def progress() -> Iterator[Callable[["Track"], None]]:
 
 
 def _value(text: str) -> Any:
-    if text.lower() in ("none", "true", "false"):
-        return {"none": None, "true": True, "false": False}[text.lower()]
     try:
-        return json.loads(text)
+        return json.loads({"none": "null", "true": "true", "false": "false"}.get(text.lower(), text))
     except ValueError:
         return text

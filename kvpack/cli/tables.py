@@ -206,7 +206,7 @@ def _compression(plan: Plan) -> str:
 
 def training_rows(plan: TrainingPlan) -> list[list[str]]:
     """Return the rows of a training plan's table."""
-    seconds = plan.flops_per_step / _SUSTAINED
+    seconds = plan.flops_per_step / 1e14
     return [
         ["frozen model", f"{plan.model_parameters / 1e9:.3g} G parameters, {size_text(plan.model_bytes)}"],
         ["compressor", f"{plan.trained_parameters:,} parameters, {size_text(plan.trained_bytes)} with its optimiser"],
@@ -216,7 +216,3 @@ def training_rows(plan: TrainingPlan) -> list[list[str]]:
         ["together", f"{size_text(plan.total_bytes)}, text encoder not counted: captions are embedded first"],
         ["a step", f"{plan.flops_per_step:.3g} FLOPs; {seconds:.3g} s at a sustained 100 TFLOP/s"],
     ]
-
-
-#: Operations a second of which a plan makes seconds.
-_SUSTAINED = 1e14

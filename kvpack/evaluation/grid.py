@@ -56,11 +56,9 @@ def means(array: NDArray[Any], rows: int, columns: int) -> Values:
     """Average over the cells of a grid: [..., H, W] to [..., rows, columns]."""
     height, width = array.shape[-2:]
     whole = array.astype(np.float32)
-    return (
-        whole
-        if (height, width) == (rows, columns)
-        else cells(whole, rows, columns) / _size(height, width, rows, columns)
-    )
+    if (height, width) == (rows, columns):
+        return whole
+    return cells(whole, rows, columns) / cells(np.ones((height, width), np.float32), rows, columns)
 
 
 def cells(array: Values, rows: int, columns: int) -> Values:
@@ -76,10 +74,6 @@ def _members(length: int, count: int) -> Values:
     edges = np.linspace(0, length, count + 1).astype(np.int64)
     at = np.arange(length)
     return ((at >= edges[:-1, None]) & (at < edges[1:, None])).astype(np.float32)
-
-
-def _size(height: int, width: int, rows: int, columns: int) -> Values:
-    return np.asarray(_members(height, rows).sum(1)[:, None] * _members(width, columns).sum(1), np.float32)
 
 
 def grown(mask: Mask) -> Mask:

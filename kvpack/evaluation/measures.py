@@ -108,16 +108,10 @@ class Look:
 
 def looks(observation: Observation) -> list[tuple[Mask, list[Look]]]:
     """Return in which frames each landmark is on, [T], and its times on, oldest first; those of the subject without."""
-    if observation.landmark_on.shape[1]:
-        pairs = [
-            (observation.landmark_on[:, i], observation.landmark_colour[:, i])
-            for i in range(observation.landmark_on.shape[1])
-        ]
-    else:
-        pairs = [(observation.visible, observation.colour)]
+    pairs = list(zip(observation.landmark_on.T, observation.landmark_colour.swapaxes(0, 1), strict=True))
     return [
         (on, [Look(begin, end, np.median(colour[begin:end][on[begin:end]], axis=0)) for begin, end in _runs(on)])
-        for on, colour in pairs
+        for on, colour in pairs or [(observation.visible, observation.colour)]
     ]
 
 

@@ -75,12 +75,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def lay_out(videos: Sequence[Path], prompts: Sequence[str], folder: Path) -> list[Path]:
-    """Copy videos as VBench names them, "{prompt}-{index}.mp4", counting the videos of equal prompts from 0.
-
-    Args:
-        videos: mp4 files.
-        prompts: the prompt of each, in the same order.
-        folder: where they go; made if it isn't there.
+    """Copy mp4 files as VBench names them, "{prompt}-{index}.mp4", counting the videos of equal prompts from 0.
 
     Raises:
         InvalidOptionError: if there aren't as many prompts as videos, or a video isn't an mp4 file.

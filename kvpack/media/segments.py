@@ -30,8 +30,6 @@ class SegmentedVideo:
     is thrown away, and nothing else.
 
     Args:
-        folder: of the segments.
-        fps: frames a second.
         done: the segments that are whole, as `cut` returned them; others in the folder are removed.
 
     Raises:

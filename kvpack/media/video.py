@@ -181,7 +181,9 @@ def _signals_wait() -> Iterator[None]:
         yield  # where no handler of Python's runs
         return
     came: list[int] = []
-    before = {each: signal.signal(each, lambda number, _: came.append(number)) for each in _handled()}
+    # Those that Python handles; the default of SIGTERM is the system's.
+    handled = [each for each in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(each))]
+    before = {each: signal.signal(each, lambda number, _: came.append(number)) for each in handled}
     try:
         yield
     finally:
@@ -189,11 +191,6 @@ def _signals_wait() -> Iterator[None]:
             signal.signal(each, handler)
         for number in came[:1]:
             signal.raise_signal(number)
-
-
-def _handled() -> list[signal.Signals]:
-    """Return the signals to end a process that Python handles; the default of SIGTERM is the system's."""
-    return [each for each in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(each))]
 
 
 def _even(frames: Frames) -> Frames:

@@ -118,11 +118,7 @@ def _check_failure(adapter: Any, pipeline: Any, call: Call) -> None:
 
 def _state(pipeline: Any) -> dict[str, Any]:
     """Return all that enabling or a generation could leave behind."""
-    return {
-        "class": type(pipeline),
-        "attributes": sorted(name for name in vars(pipeline) if name == "_kvpack"),
-        **_modules(pipeline),
-    }
+    return {"class": type(pipeline), "attributes": "_kvpack" in vars(pipeline), **_modules(pipeline)}
 
 
 def _modules(pipeline: Any) -> dict[str, Any]:

@@ -14,13 +14,7 @@ _DATA = (int, float, str, bool, tuple, type(None), Policy)
 
 
 def require_kind(given: object, kind: type, check: str) -> None:
-    """Raise `InvalidOptionError` unless it is an instance of `kind`, with the check that would be right.
-
-    Args:
-        given: what the check was called with.
-        kind: `Policy`, or `Memory` where it must be a whole memory.
-        check: name of the check.
-    """
+    """Raise `InvalidOptionError` unless it is an instance of `kind`, with the check that would be right."""
     name = type(given).__name__
     if isinstance(given, type):
         raise InvalidOptionError(f"{check} tests an instance, got the class {given.__name__}; give {given.__name__}()")

@@ -44,10 +44,9 @@ def run_ranks(ranks: int, work: Callable[[int], Any], *, seconds: float = 300.0)
     with tempfile.TemporaryDirectory() as folder:
         children = {rank: _forked(rank, ranks, work, Path(folder), seconds) for rank in range(ranks)}
         _wait(children, time.monotonic() + seconds)
-        errors = {rank: _text(Path(folder) / f"{rank}.txt") for rank in range(ranks)}
-        done = [(Path(folder) / f"{rank}.pt").exists() for rank in range(ranks)]
-        if not all(done):
-            raise RanksFailed({rank: errors[rank] for rank in range(ranks) if not done[rank]})
+        told = {int(path.stem): path.read_text() for path in Path(folder).glob("*.txt")}
+        if failed := [rank for rank in range(ranks) if not (Path(folder) / f"{rank}.pt").exists()]:
+            raise RanksFailed({rank: told.get(rank, "") for rank in failed})
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
@@ -105,7 +104,3 @@ def _wait(children: dict[int, int], deadline: float) -> None:
                     os.kill(child, signal.SIGKILL)
             deadline = float("inf")
         time.sleep(0.01)
-
-
-def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""

@@ -52,13 +52,7 @@ class ContextDistillation:
     def backward(
         self, step: int, clips: Sequence[Clip], source: torch.Generator, backward: Callable[[Tensor], None]
     ) -> dict[str, float]:
-        """Add up gradients in the compressor for some chunks of clips of one length.
-
-        Args:
-            step: of the training run; makes no difference.
-            clips: clips of one shape.
-            source: of the choice of chunks and of their noise.
-            backward: called with each loss.
+        """Add up gradients in the compressor for chunks of clips of one shape, which `source` draws with their noise.
 
         Returns:
             The loss, as means over chunks and denoising steps.
@@ -81,13 +75,7 @@ class ContextDistillation:
 
     @torch.no_grad()
     def measure(self, clips: Sequence[Clip], chosen: Sequence[int], seed: int) -> dict[int, list[float]]:
-        """Return the losses of chunks at each denoising step, without gradients.
-
-        Args:
-            clips: clips of one shape.
-            chosen: indices of the chunks, ascending.
-            seed: of the noise.
-        """
+        """Return the losses of chunks, chosen in ascending order, of clips of one shape at each denoising step."""
         compared = self._compare(clips, chosen, generator(seed), LayerCache)
         return {chunk: [float(loss) for loss in losses] for chunk, _, losses in compared}
 

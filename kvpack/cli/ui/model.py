@@ -58,13 +58,7 @@ class Model:
         return (Settings.of_folder(self.folder or shipped_folder()) or Settings()).stack
 
     def begin(self, memory: str, prompt: str, seconds: float, seed: int) -> Video:
-        """Begin a video.
-
-        Args:
-            memory: name of a stack, with options or without, e.g. "packforcing:topk=4".
-            prompt: what it shows.
-            seconds: how long it is; 0 is without end.
-            seed: of the noise.
+        """Begin a video with a memory such as "packforcing:topk=4"; one of 0 seconds is without end.
 
         Raises:
             KVPackError: if something is wrong.
