@@ -8,20 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpack.cli.call import (
-    Call,
-    Device,
-    Dtype,
-    Fps,
-    GuidanceScale,
-    Height,
-    Model,
-    NegativePrompt,
-    Steps,
-    Width,
-    call_options,
-)
-from kvpack.cli.support import Json, Options, Seed, StackName, default_device
+from kvpack.cli import options
+from kvpack.cli.call import call_options
+from kvpack.cli.support import default_device
 from kvpack.errors import InvalidOptionError
 
 if TYPE_CHECKING:
@@ -30,21 +19,21 @@ if TYPE_CHECKING:
 
 def batch(
     prompts: Annotated[Path, typer.Argument(help="""File of lines such as {"prompt": "a fox", "seed": 3}.""")],
-    model: Model,
+    model: options.Model,
     output: Annotated[Path, typer.Option(help="Folder for the videos and their manifest.jsonl.")],
     seconds: Annotated[float | None, typer.Option(help="Length of the videos whose line gives none.")] = None,
-    stack: StackName = None,
-    option: Options = [],  # noqa: B006  # typer reads it, nobody changes it
-    height: Height = None,
-    width: Width = None,
-    fps: Fps = None,
-    steps: Steps = None,
-    guidance_scale: GuidanceScale = None,
-    negative_prompt: NegativePrompt = None,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    device: Device = None,
-    call: Call = [],  # noqa: B006
+    stack: options.StackName = None,
+    option: options.Options = [],  # noqa: B006  # typer reads it, nobody changes it
+    height: options.Height = None,
+    width: options.Width = None,
+    fps: options.Fps = None,
+    steps: options.Steps = None,
+    guidance_scale: options.GuidanceScale = None,
+    negative_prompt: options.NegativePrompt = None,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    call: options.Call = [],  # noqa: B006
     checkpoint_every: Annotated[
         int, typer.Option(min=1, metavar="CHUNKS", help="A worker that is lost costs at most so many.")
     ] = 10,
@@ -57,7 +46,7 @@ def batch(
     address: Annotated[
         str | None, typer.Option(help="Of a cluster of Ray, e.g. auto.", show_default="this machine")
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Generate a video for each line of a file, over several workers, each of which may be lost at any time.
 

@@ -1,14 +1,11 @@
-"""Options of commands that call a pipeline, and the arguments that they make of them."""
+"""The arguments that the options of a command make of a pipeline's call."""
 
 import json
 from collections.abc import Mapping
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from kvpack.cli.support import DTYPES
 from kvpack.errors import InvalidOptionError
 
 #: Arguments of a pipeline's call that the command gives itself.
@@ -21,22 +18,6 @@ RESERVED = {
     "image": "--begin says what the video begins with",
     "video": "--begin says what the video begins with",
 }
-
-Model = Annotated[Path, typer.Option(help="Folder of a diffusers pipeline, or its Hub id.")]
-Height = Annotated[int | None, typer.Option(help="Pixels; the model's own, else the pipeline's.")]
-Width = Annotated[int | None, typer.Option(help="Pixels; the model's own, else the pipeline's.")]
-Fps = Annotated[float | None, typer.Option(help="Frames a second.", show_default="the model's own")]
-Steps = Annotated[
-    int | None,
-    typer.Option(min=1, help="Denoising steps of a chunk.", show_default="the model's own, else the pipeline's"),
-]
-GuidanceScale = Annotated[
-    float | None, typer.Option(help="1 is no guidance.", show_default="the model's own, else the pipeline's")
-]
-NegativePrompt = Annotated[str | None, typer.Option(help="What it does not show; needs guidance.")]
-Dtype = Annotated[str | None, typer.Option(help=", ".join(DTYPES), show_default="float32 on cpu, else bfloat16")]
-Device = Annotated[str | None, typer.Option(help="E.g. cpu or cuda.", show_default="cuda if there is one")]
-Call = Annotated[list[str], typer.Option(metavar="NAME=VALUE", help="Further argument of the pipeline's call.")]
 
 
 def call_options(

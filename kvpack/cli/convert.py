@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from kvpack.cli.support import DTYPES, Json, parse_dtype, print_json, print_table
+from kvpack.cli import options
+from kvpack.cli.support import parse_dtype, print_json, print_table
 from kvpack.errors import InvalidOptionError
 
 
@@ -30,13 +31,13 @@ def convert(
         float | None,
         typer.Option(help="Strength of the LoRA.", show_default="the file's, else the rank"),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES), show_default="the checkpoint's")] = None,
+    dtype: Annotated[str | None, typer.Option(help=", ".join(options.DTYPES), show_default="the checkpoint's")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of the transformer.")] = "5GB",
     causal: Annotated[
         bool, typer.Option("--causal", help="The weights are causal, though their path is that of some that are not.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Make a diffusers folder of a causal Wan checkpoint, with the scheduler, chunk length and memory that it needs."""
     if not source.exists():  # before what takes seconds to import

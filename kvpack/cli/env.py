@@ -4,7 +4,8 @@ import platform
 import warnings
 from typing import Any
 
-from kvpack.cli.support import Json, default_device, print_json, print_table, size_text
+from kvpack.cli import options
+from kvpack.cli.support import default_device, print_json, print_table, size_text
 
 #: What a video depends on, and what may be switched on beside it.
 PACKAGES = (
@@ -24,7 +25,7 @@ PACKAGES = (
 )
 
 
-def env(as_json: Json = False) -> None:
+def env(as_json: options.Json = False) -> None:
     """Say what is installed: versions, devices, attention backends, plugins. Paste it into a report."""
     found = environment()
     if as_json:

@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpack.cli.support import Json, default_device, print_json, print_table
+from kvpack.cli import options
+from kvpack.cli.support import default_device, print_json, print_table
 from kvpack.errors import InvalidOptionError
 
 
 def evaluate(
     videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Video files of any kind.")],
-    as_json: Json = False,
+    as_json: options.Json = False,
     vbench: Annotated[bool, typer.Option("--vbench", help="Run VBench instead, where it is installed.")] = False,
     prompts: Annotated[
         Path | None, typer.Option(help="Text file with the prompt of each video, one a line; for --vbench.")

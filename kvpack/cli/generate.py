@@ -6,17 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from kvpack.cli import options
 from kvpack.cli.call import (
-    Call,
-    Device,
-    Dtype,
-    Fps,
-    GuidanceScale,
-    Height,
-    Model,
-    NegativePrompt,
-    Steps,
-    Width,
     call_defaults,
     call_options,
     check_guidance,
@@ -27,11 +18,6 @@ from kvpack.cli.call import (
 from kvpack.cli.futures import futures_of, written_futures
 from kvpack.cli.resume import checkpoint_folder
 from kvpack.cli.support import (
-    Json,
-    Options,
-    Seconds,
-    Seed,
-    StackName,
     default_device,
     parse_dtype,
     parse_options,
@@ -45,8 +31,8 @@ from kvpack.errors import InvalidOptionError
 
 
 def generate(
-    model: Model,
-    seconds: Seconds,
+    model: options.Model,
+    seconds: options.Seconds,
     output: Annotated[Path, typer.Option(help="The mp4 to write; the folder of all, with --prompts.")],
     prompt: Annotated[
         str | None,
@@ -59,22 +45,22 @@ def generate(
             """a line for each future: a prompt, or '{"prompt": "a", "seed": 7}'."""
         ),
     ] = None,
-    stack: StackName = None,
-    option: Options = [],  # noqa: B006  # typer reads it, nobody changes it
+    stack: options.StackName = None,
+    option: options.Options = [],  # noqa: B006  # typer reads it, nobody changes it
     budget_gb: Annotated[
         float | None, typer.Option(metavar="GB", help="Choose options so that the memory holds at most this, e.g. 4.")
     ] = None,
-    height: Height = None,
-    width: Width = None,
-    fps: Fps = None,
-    steps: Steps = None,
-    guidance_scale: GuidanceScale = None,
-    negative_prompt: NegativePrompt = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    fps: options.Fps = None,
+    steps: options.Steps = None,
+    guidance_scale: options.GuidanceScale = None,
+    negative_prompt: options.NegativePrompt = None,
     begin: Annotated[Path | None, typer.Option(help="Image or clip that the video begins with.")] = None,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    device: Device = None,
-    call: Call = [],  # noqa: B006
+    seed: options.Seed = 0,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    call: options.Call = [],  # noqa: B006
     checkpoint_every: Annotated[
         int | None,
         typer.Option(min=1, metavar="CHUNKS", help="Save it every so many chunks, see 'kvpack resume'."),
@@ -88,7 +74,7 @@ def generate(
     trace: Annotated[
         Path | None, typer.Option(help="File for what the memory does, chunk by chunk; see kvpack report.")
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Generate a video of any length with a model of your own, written while it is generated.
 

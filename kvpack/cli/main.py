@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kvpack.cli import options
 from kvpack.cli.batch import batch
 from kvpack.cli.convert import convert
 from kvpack.cli.env import env
@@ -16,9 +17,6 @@ from kvpack.cli.report import report
 from kvpack.cli.resume import resume
 from kvpack.cli.support import (
     CommandGroup,
-    Json,
-    Seconds,
-    Seed,
     Terminated,
     parse_compared,
     print_json,
@@ -54,7 +52,7 @@ def demo(
     prompt: Annotated[
         str | None, typer.Option(help="What the video shows.", show_default="a red circle bouncing over dusk rings")
     ] = None,
-    seconds: Seconds = 120.0,
+    seconds: options.Seconds = 120.0,
     compare: Annotated[
         str,
         typer.Option(
@@ -63,13 +61,13 @@ def demo(
         ),
     ] = "full,self-forcing,packforcing",
     output: Annotated[Path, typer.Option(help="Directory for demo.mp4, .png, .html and .json.")] = Path("demo-output"),
-    seed: Seed = 0,
+    seed: options.Seed = 0,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a chunk.")] = 6,
     model: Annotated[Path | None, typer.Option(help="Another folder of the shipped pipeline's kind.")] = None,
     seeds: Annotated[
         int, typer.Option(min=0, help="Make videos of so many seeds besides, and show their ends; 0 shows kept ones.")
     ] = 0,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Generate a long video with the tiny pipeline that comes with kvpack.
 
@@ -102,7 +100,7 @@ for _command in (generate, resume, batch, convert, evaluate, train_compressor, p
 @app.command()
 def policies(
     name: Annotated[str | None, typer.Argument(help="Policy or stack whose options are listed.")] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """List what is installed: policies by role, stacks and adapters, their papers and packages, and what failed.
 

@@ -8,20 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpack.cli.call import Fps, call_defaults
-from kvpack.cli.support import (
-    DTYPES,
-    Json,
-    Options,
-    Seconds,
-    StackName,
-    parse_dtype,
-    parse_options,
-    parse_size,
-    print_json,
-    print_table,
-    refuse_beside,
-)
+from kvpack.cli import options
+from kvpack.cli.call import call_defaults
+from kvpack.cli.support import parse_dtype, parse_options, parse_size, print_json, print_table, refuse_beside
 from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 
 if TYPE_CHECKING:
@@ -40,11 +29,11 @@ def plan(
     preset: Annotated[str | None, typer.Option(help="A well-known model, e.g. wan2.1-t2v-1.3b.")] = None,
     model: Annotated[Path | None, typer.Option(help="Folder of a diffusers pipeline; no weights needed.")] = None,
     size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels of the video.")] = "832x480",
-    seconds: Seconds = 120.0,
-    stack: StackName = None,
-    option: Options = [],  # noqa: B006
-    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bfloat16",
-    fps: Fps = None,
+    seconds: options.Seconds = 120.0,
+    stack: options.StackName = None,
+    option: options.Options = [],  # noqa: B006
+    dtype: Annotated[str, typer.Option(help=", ".join(options.DTYPES))] = "bfloat16",
+    fps: options.Fps = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Denoising steps of a chunk.", show_default="the model's own, else 4")
     ] = None,
@@ -72,7 +61,7 @@ def plan(
     ] = None,
     bandwidth: Annotated[float | None, typer.Option(help="And 10^9 bytes a second of its memory, e.g. 2000.")] = None,
     training: Annotated[bool, typer.Option("--training", help="Training a compressor instead, on 5 s clips.")] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Say what a video, or training a compressor, will cost: tokens, bytes, operations. Needs no weights."""
     if (tflops is None) != (bandwidth is None):

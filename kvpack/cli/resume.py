@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from kvpack.cli.support import Json, parse_dtype, print_tracks, progress
+from kvpack.cli import options
+from kvpack.cli.support import parse_dtype, print_tracks, progress
 from kvpack.errors import InvalidOptionError
 
 
@@ -16,7 +17,7 @@ def resume(
     device: Annotated[
         str | None, typer.Option(help="E.g. cpu or cuda; another one gives other bits.", show_default="as before")
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Go on with a video from its last checkpoint, as if its process had never ended."""
     from kvpack.pipeline.checkpoints import Job, checkpointed, reopened

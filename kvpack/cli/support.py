@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
 
+from kvpack.cli.options import DTYPES
 from kvpack.errors import InvalidOptionError, KVPackError, unknown_name
 
 if TYPE_CHECKING:
@@ -20,27 +21,10 @@ if TYPE_CHECKING:
 
     from kvpack.pipeline.track import Track
 
-DTYPES = ("bfloat16", "float16", "float32")
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 #: What torch says on any device where there is too little; "memory" alone it also says of bugs.
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory")
 TRACK_COLUMNS = ("stack", "fps", "KV attended", "KV archive")
-
-Seconds = Annotated[float, typer.Option(help="Length of the video.")]
-Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Options = Annotated[
-    list[str],
-    typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the stack, see 'kvpack policies STACK'."),
-]
-StackName = Annotated[
-    str | None,
-    typer.Option(
-        "--stack",
-        help="Memory; see 'kvpack policies' for what is installed.",
-        show_default="the model's own in its kvpack_config.json, else packforcing",
-    ),
-]
 
 
 class Terminated(KeyboardInterrupt):

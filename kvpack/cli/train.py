@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from kvpack.cli.support import Options, StackName, parse_options, parse_size, print_json
+from kvpack.cli import options
+from kvpack.cli.support import parse_options, parse_size, print_json
 from kvpack.errors import InvalidOptionError
 
 
@@ -24,8 +25,8 @@ def train_compressor(
     clip_norm: Annotated[float, typer.Option(help="Largest norm of a step's gradient.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the weights, the order of clips and all noise.")] = 0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
-    stack: StackName = None,
-    option: Options = [],  # noqa: B006  # typer reads it, nobody changes it
+    stack: options.StackName = None,
+    option: options.Options = [],  # noqa: B006  # typer reads it, nobody changes it
     branches: Annotated[str, typer.Option(help="dual (both branches) or hr (the learned one alone).")] = "dual",
     project: Annotated[
         str, typer.Option(help="layers (through the whole model) or direct (each layer's own projections).")
