@@ -4,7 +4,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from kvpack.checkpoints.config import Settings
 from kvpack.compressors.network import CONFIG_FILE
 from kvpack.errors import InvalidOptionError
 from kvpack.memory.base import Memory
@@ -32,12 +31,6 @@ STACK_OPTIONS: dict[str, dict[str, Any]] = {
     "rolling-sink": {"window_frames": 20},
     "token-trim": {"window_frames": 20},
 }
-#: What its folder's kvpack_config.json says.
-SETTINGS = Settings(
-    fps=float(FPS),
-    options={**TRAINING, **STACK_OPTIONS["packforcing"]},
-    call={**CALL, "num_inference_steps": 6},
-)
 
 
 def shipped_folder() -> Path:

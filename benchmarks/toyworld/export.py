@@ -10,7 +10,8 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import UMT5EncoderModel
 
 from benchmarks.toyworld import chunked, store, text, vae_full
-from kvpack.shipped import SETTINGS
+from kvpack.checkpoints.config import Settings
+from kvpack.shipped import CALL, FPS, STACK_OPTIONS, TRAINING
 
 CARD = Path(__file__).with_name("model_card.md")
 
@@ -29,7 +30,8 @@ def write(folder: Path, vae: AutoencoderKLWan, model: WanTransformer3DModel, enc
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
     pipe.save_pretrained(part)
-    SETTINGS.write(part)
+    options = {**TRAINING, **STACK_OPTIONS["packforcing"]}
+    Settings(fps=float(FPS), options=options, call={**CALL, "num_inference_steps": 6}).write(part)
     for file in part.rglob("*.safetensors"):
         file.chmod(0o644)
     if CARD.exists():

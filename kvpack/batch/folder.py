@@ -56,11 +56,8 @@ class BatchFolder:
         Raises:
             OutputError: if one of them is not what was written.
         """
-        found = {}
-        for entry in self.entries():
-            path = self.path / f"{entry['name']}.mp4"
-            if "sha256" in entry and path.exists():
-                found[entry["name"]] = entry
+        entries = {entry["name"]: entry for entry in self.entries() if "sha256" in entry}
+        found = {name: entry for name, entry in entries.items() if (self.path / f"{name}.mp4").exists()}
         for name, entry in found.items():
             if checksum(path := self.path / f"{name}.mp4") != entry["sha256"]:
                 raise OutputError(f"{path} is not what {_MANIFEST} says; remove it, and it is made again")

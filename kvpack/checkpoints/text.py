@@ -85,7 +85,7 @@ def prompt_lines(path: Path) -> list[tuple[int, str]]:
         lines = numbered_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise InvalidOptionError(f"cannot read {path}: {reason}") from error
+        raise InvalidOptionError(f"cannot read {path}: {reason}; give a text file with one prompt a line") from error
     if len(lines) > _MOST_LINES:
         count = len(lines)
         raise InvalidOptionError(f"{path} has {count} lines, but prompts have at most {_MOST_LINES}; split the file")

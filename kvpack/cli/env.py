@@ -31,8 +31,8 @@ def env(as_json: options.Json = False) -> None:
     if as_json:
         print_json(found)
         return
-    rows = [[name, _text(value)] for name, value in found.items()]
-    print_table("environment", ("", "here"), rows)
+    texts = {name: (", ".join(value) or "none") if isinstance(value, list) else value for name, value in found.items()}
+    print_table("environment", ("", "here"), list(texts.items()))
 
 
 def environment() -> dict[str, Any]:
@@ -85,7 +85,3 @@ def _backends(device: Any) -> list[str]:
             continue
         found.append(name.value)
     return found
-
-
-def _text(value: Any) -> str:
-    return (", ".join(value) or "none") if isinstance(value, list) else str(value)

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kvpack.checkpoints.text import read_lines
+from kvpack.checkpoints.text import prompt_lines
 from kvpack.errors import InvalidOptionError, KVPackError, OutputError
 
 # What VBench 0.1 reads for each dimension, below its cache.
@@ -61,11 +61,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         InvalidOptionError: if it can't be read as text, or a prompt can't be part of a file's name.
     """
-    try:
-        prompts = read_lines(path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it isn't UTF-8 text"
-        raise InvalidOptionError(f"cannot read {path}: {reason}; give a text file with one prompt a line") from error
+    prompts = [line for _, line in prompt_lines(path)]
     for prompt in prompts:
         if any(character in prompt for character in FORBIDDEN) or len(prompt.encode()) > 240:
             raise InvalidOptionError(

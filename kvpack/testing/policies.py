@@ -112,12 +112,11 @@ def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
     policy = watched(policy)
     for sizes in ((8, 4), (3, 5)):
         stack = _stack_with(policy, sizes, chunk_frames)
-        whole, again = _outputs(stack, policy, slice(0, 2)), _outputs(stack, policy, slice(0, 2))
-        _check_outputs(name, whole, again, _outputs(stack, policy, slice(1, 2)))
+        _check_same(name, partial(_outputs, stack, policy))
         _require_finite(name, _outputs(stack, policy, slice(0, 2), torch.bfloat16))
     if isinstance(policy, Compressor) and policy.merges:
         merging = replace(_stack_with(policy, (8, 4), chunk_frames), archive_blocks=2, eviction="merged")
-        _check_outputs(name, *(_outputs(merging, policy, slice(*rows)) for rows in ((0, 2), (0, 2), (1, 2))))
+        _check_same(name, partial(_outputs, merging, policy))
     if isinstance(policy, LatentCompressor):
         _check_tokens(policy, chunk_frames)
 
@@ -143,7 +142,7 @@ def check_memory(memory: Memory, most_frames: int | None = None) -> None:
     require_data(memory)
     memory = watched(memory)
     with named_failure(memory, TINY.dtype):
-        _check_same(memory)
+        _check_snapshot(memory)
     for dtype in (torch.float32, torch.bfloat16):
         with named_failure(memory, dtype):
             session = Session(memory, replace(TINY, dtype=dtype))
@@ -153,25 +152,21 @@ def check_memory(memory: Memory, most_frames: int | None = None) -> None:
             _check_veto(memory, session)
 
 
-def _check_same(memory: Memory) -> None:
+def _check_snapshot(memory: Memory) -> None:
     """Raise `PolicyError` if a memory gives something else again, to a row alone, or behind a snapshot."""
     name = type(memory).__name__
-
-    def outputs(session: Session, chunks: int, rows: slice = slice(0, 2), seed: int = 0) -> list[Tensor]:
-        return run_session(session, chunks, batch=2, rows=rows, seed=seed)
-
-    whole, again, row = (outputs(Session(memory, TINY), 12, rows) for rows in (slice(0, 2), slice(0, 2), slice(1, 2)))
-    _check_outputs(name, whole, again, row)
+    _check_same(name, lambda rows: run_session(Session(memory, TINY), 12, batch=2, rows=rows))
     session = Session(memory, TINY)
-    outputs(session, 8)
+    run_session(session, 8, batch=2)
     fork = session.snapshot()
-    first, second = (outputs(each, 4, seed=1) for each in (session, fork))
+    first, second = (run_session(each, 4, batch=2, seed=1) for each in (session, fork))
     if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
         raise PolicyError(f"{name} goes on otherwise from a snapshot: something is changed in place")
 
 
-def _check_outputs(name: str, whole: list[Tensor], again: list[Tensor], row: list[Tensor]) -> None:
-    """Raise `PolicyError` if two runs differ, their second row alone gave something else, or they are not finite."""
+def _check_same(name: str, run: Callable[[slice], list[Tensor]]) -> None:
+    """Raise `PolicyError` if two runs differ, their second row alone gives something else, or they are not finite."""
+    whole, again, row = (run(slice(*rows)) for rows in ((0, 2), (0, 2), (1, 2)))
     _require_finite(name, whole)
     if not all(torch.equal(a, b) for a, b in zip(whole, again, strict=True)):
         raise PolicyError(f"{name} is not deterministic: the same run gave other bits")
