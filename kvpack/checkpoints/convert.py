@@ -3,9 +3,8 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,97 +25,79 @@ _INDEX = "model_index.json"
 _ALONE = {"_class_name": "WanPipeline", "text_encoder": [None, None], "tokenizer": [None, None], "vae": [None, None]}
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """Everything that a conversion reads, and where it writes.
+def convert(
+    source: Path,
+    base: Path,
+    output: Path,
+    recipe: Recipe,
+    rename: Callable[..., dict[str, Any]],
+    build: Callable[..., Any],
+    *,
+    weights: str | None = None,
+    lora: Path | None = None,
+    lora_alpha: float | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Convert a checkpoint into a diffusers folder; on an error the output stays as it was.
 
     Args:
         source: checkpoint, a file or a folder of shards.
         base: diffusers folder of the same model, or of its transformer's config alone, or Hub id.
         output: folder to write.
         recipe: what the checkpoint was trained for.
+        rename: gives weights by name their diffusers names.
+        build: makes a model of weights and a config.
         weights: outermost key of the weights in the checkpoint; the recipe's, or the first known, if None.
         lora: LoRA to merge.
         lora_alpha: its strength; what its files say if None (see `Strength`).
         dtype: of the weights; the checkpoint's own if None.
         max_shard_size: bytes of a file, or a text such as "5GB".
         overwrite: whether an output that is there is replaced.
-    """
 
-    source: Path
-    base: Path
-    output: Path
-    recipe: Recipe
-    weights: str | None = None
-    lora: Path | None = None
-    lora_alpha: float | None = None
-    dtype: torch.dtype | None = None
-    max_shard_size: int | str = "5GB"
-    overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What a conversion wrote.
-
-    Args:
-        nesting: keys under which the weights were.
-        tensors: weights converted.
-        parameters: numbers in them.
-        merged: weights with a LoRA's delta.
-        copied: parts of the base that were copied.
-        absent: parts that the base names but does not have, or has not named.
-    """
-
-    nesting: tuple[str, ...]
-    tensors: int
-    parameters: int
-    merged: int
-    copied: tuple[str, ...]
-    absent: tuple[str, ...]
-
-
-def convert(asked: Conversion, rename: Callable[..., dict[str, Any]], build: Callable[..., Any]) -> Converted:
-    """Convert a checkpoint into a diffusers folder; on an error the output stays as it was.
+    Returns:
+        The keys under which the weights were (`nesting`), how many `tensors` of how many `parameters` were converted
+        and how many `merged` with a LoRA's delta, and the parts of the base that were `copied`, or are `absent` there.
 
     Raises:
         InvalidOptionError: if the checkpoint, the LoRA or the base is not what it must be, or the output is in the way.
         UnsupportedPipelineError: if the base has two transformers.
     """
-    given = asked.base
-    asked = replace(asked, base=model_folder(asked.base, "base", without=["transformer/*.safetensors", "*.bin"]))
-    index, config = _base(asked.base)
-    _require_free(asked)
-    prefer = (asked.recipe.nesting,) if asked.recipe.nesting else ()
-    checkpoint = read_checkpoint(asked.source, asked.weights, (*prefer, *NESTINGS))
-    weights = rename(checkpoint.tensors)
+    folder_of_base = model_folder(base, "base", without=["transformer/*.safetensors", "*.bin"])
+    index, config = _base(folder_of_base)
+    _require_free(output, [source, folder_of_base, *([lora] if lora else [])], overwrite)
+    prefer = (recipe.nesting,) if recipe.nesting else ()
+    checkpoint = read_checkpoint(source, weights, (*prefer, *NESTINGS))
+    tensors = rename(checkpoint.tensors)
     deltas = {}
-    if asked.lora is not None:
-        deltas = read_lora(asked.lora, asked.lora_alpha, rename)
-        weights = merge(weights, deltas, asked.dtype)
-    if asked.dtype is not None:
-        weights = {name: each.to(asked.dtype) for name, each in weights.items()}
-    model = build(weights, config)
-    _require_finite(weights, asked)
+    if lora is not None:
+        deltas = read_lora(lora, lora_alpha, rename)
+        tensors = merge(tensors, deltas, dtype)
+    if dtype is not None:
+        tensors = {name: each.to(dtype) for name, each in tensors.items()}
+    model = build(tensors, config)
+    _require_finite(tensors, source, dtype)
     # Nothing is written before all that can be wrong with the weights has been found.
-    with _replacing(asked.output) as folder:
-        model.save_pretrained(folder / "transformer", max_shard_size=asked.max_shard_size)
-        asked.recipe.scheduler.save_pretrained(folder / "scheduler")
-        asked.recipe.settings.write(folder)
-        text = card.model_card(asked.recipe, asked.source, given, asked.lora, asked.output.resolve().name)
+    with _replacing(output) as folder:
+        model.save_pretrained(folder / "transformer", max_shard_size=max_shard_size)
+        recipe.scheduler.save_pretrained(folder / "scheduler")
+        recipe.settings.write(folder)
+        text = card.model_card(recipe, source, base, lora, output.resolve().name)
         (folder / card.FILE).write_text(text, encoding="utf-8")
-        copied, absent = _copy_parts(asked, folder, index)
+        copied, absent = _copy_parts(folder_of_base, type(recipe.scheduler), folder, index)
     parameters = sum(each.numel() for each in model.parameters())
-    return Converted(checkpoint.nesting, len(weights), parameters, len(deltas), copied, absent)
+    counts = {"tensors": len(tensors), "parameters": parameters, "merged": len(deltas)}
+    return {"nesting": checkpoint.nesting, **counts, "copied": copied, "absent": absent}
 
 
-def _require_finite(weights: dict[str, Any], asked: Conversion) -> None:
+def _require_finite(weights: dict[str, Any], source: Path, dtype: torch.dtype | None) -> None:
     """Raise `InvalidOptionError` if a weight is not finite; the least and the greatest tell, without a copy of it."""
     bad = [name for name, each in weights.items() if each.numel() and not torch.stack(each.aminmax()).isfinite().all()]
     if bad:
-        cause = "it is broken" if asked.dtype is None else f"it is broken, or {asked.dtype} is too small for it"
+        cause = "it is broken" if dtype is None else f"it is broken, or {dtype} is too small for it"
         raise InvalidOptionError(
-            f"{len(bad)} weights of {asked.source} hold NaN or infinity, first {bad[0]}: {cause}; give another"
+            f"{len(bad)} weights of {source} hold NaN or infinity, first {bad[0]}: {cause}; give another"
         )
 
 
@@ -136,9 +117,10 @@ def _base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return index, read_config(found)
 
 
-def _copy_parts(asked: Conversion, folder: Path, index: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _copy_parts(
+    base: Path, scheduler: type, folder: Path, index: dict[str, Any]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Copy all parts but the transformer and the scheduler, and write the model index."""
-    base, scheduler = asked.base, type(asked.recipe.scheduler)
     library = "diffusers" if hasattr(diffusers, scheduler.__name__) else scheduler.__module__
     own = {"transformer": ["diffusers", "WanTransformer3DModel"], "scheduler": [library, scheduler.__name__]}
     parts = [name for name, value in index.items() if isinstance(value, list) and name not in (*own, "transformer_2")]
@@ -156,15 +138,14 @@ def _require_weights(part: Path) -> None:
         raise InvalidOptionError(f"{part} holds a config and no weights; download the whole base, or give another one")
 
 
-def _require_free(asked: Conversion) -> None:
-    output = asked.output.resolve()
-    for needed in (asked.source, asked.base, *([asked.lora] if asked.lora else [])):
-        if needed.resolve().is_relative_to(output):
-            raise InvalidOptionError(f"the output {asked.output} holds {needed}, which is read; give another folder")
+def _require_free(output: Path, read: Iterable[Path], overwrite: bool) -> None:
+    for needed in read:
+        if needed.resolve().is_relative_to(output.resolve()):
+            raise InvalidOptionError(f"the output {output} holds {needed}, which is read; give another folder")
     if output.exists() and not output.is_dir():
-        raise OutputError(f"the output {asked.output} is a file; give a folder")
-    if output.is_dir() and any(output.iterdir()) and not asked.overwrite:
-        raise OutputError(f"the output {asked.output} is not empty; give another folder or --overwrite")
+        raise OutputError(f"the output {output} is a file; give a folder")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise OutputError(f"the output {output} is not empty; give another folder or --overwrite")
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """`kvpack convert`: a research checkpoint becomes a diffusers folder."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -43,33 +42,40 @@ def convert(
     if not source.exists():  # before what takes seconds to import
         raise InvalidOptionError(f"no checkpoint {source}; give a file or a folder of shards")
 
-    from kvpack.checkpoints.convert import Conversion
     from kvpack.checkpoints.convert import convert as run
     from kvpack.checkpoints.recipes import recipe_for
     from kvpack.plugins.registry import registry
 
     known = recipe_for(source, recipe, causal or lora is not None)  # a LoRA may make them causal
-    precision = None if dtype is None else parse_dtype(dtype)
-    asked = Conversion(source, base, output, known, weights, lora, lora_alpha, precision, max_shard_size, overwrite)
-    done = run(asked, *registry().adapters["wan"].checkpoint_layout())
+    done = run(
+        source,
+        base,
+        output,
+        known,
+        *registry().adapters["wan"].checkpoint_layout(),
+        weights=weights,
+        lora=lora,
+        lora_alpha=lora_alpha,
+        dtype=None if dtype is None else parse_dtype(dtype),
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
     notes = [known.note] * bool(known.note)
     if known.lora and lora is None:
         notes.append(f"{known.name} is a base and a LoRA, and no --lora was given")
     if as_json:
-        print_json(
-            {"recipe": known.name, "source": known.source, "output": str(output), **asdict(done), "notes": notes}
-        )
+        print_json({"recipe": known.name, "source": known.source, "output": str(output), **done, "notes": notes})
         return
-    settings = known.settings
+    settings, counted = known.settings, f"{done['tensors']:,} tensors, {done['parameters']:,} numbers"
     rows = [
         ("recipe", f"{known.name} ({known.source})"),
-        ("weights", f"{' > '.join(done.nesting) or 'all'}: {done.tensors:,} tensors, {done.parameters:,} numbers"),
-        ("LoRA", f"{done.merged} weights merged"),
+        ("weights", f"{' > '.join(done['nesting']) or 'all'}: {counted}"),
+        ("LoRA", f"{done['merged']} weights merged"),
         ("memory", f"{settings.stack}, " + ", ".join(f"{name}={value}" for name, value in settings.options.items())),
         ("sampler", f"sigmas {', '.join(f'{sigma:g}' for sigma in known.sigmas)}, shift {known.shift:g}"),
         ("call", ", ".join(f"{name}={value}" for name, value in settings.call.items())),
-        ("copied from the base", ", ".join(done.copied) or "nothing"),
-        ("not in the base", ", ".join(done.absent) or "nothing"),
+        ("copied from the base", ", ".join(done["copied"]) or "nothing"),
+        ("not in the base", ", ".join(done["absent"]) or "nothing"),
         *(("note", note) for note in notes),
     ]
     print_table(f"wrote {output}", ("", known.name), rows)
