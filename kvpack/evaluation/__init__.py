@@ -6,8 +6,7 @@ returns that only compressed history can know.
 """
 
 from kvpack.evaluation.facts import Facts
-from kvpack.evaluation.general import general_measures
-from kvpack.evaluation.measures import METRICS, drift, measures
+from kvpack.evaluation.measures import METRICS, drift, general_measures, measures
 from kvpack.evaluation.observation import Observation
 from kvpack.evaluation.observer import Observer
 from kvpack.evaluation.recall import RECALL, WholeFrames, recall

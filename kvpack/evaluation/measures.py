@@ -19,6 +19,14 @@ METRICS = (
     "temporal_flickering",
     "revisit_consistency",
 )
+#: Names of the measures of a video without facts, where the same formulas answer other questions.
+GENERAL = {
+    "subject_consistency": "foreground_likeness",  # what differs from the median frame
+    "background_consistency": "surroundings_likeness",  # all else, lamps and shadows included
+    "dynamic_degree": "motion_speed",  # of that foreground, or of optical flow
+    "temporal_flickering": "steadiness",
+    "revisit_consistency": "return_colour",  # of that foreground when it is back
+}
 OTHER_COLOUR = 0.5  # distance in RGB at which a colour is another
 SAME_FORM, OTHER_FORM = 0.95, 0.65  # overlap over union: pixels alone cost the one, another shape the other
 OTHER_BACKGROUND = 0.2  # error in 0..1, root mean square, at which a background is another
@@ -60,6 +68,15 @@ def drift(observation: Observation) -> dict[str, float]:
         return dict.fromkeys(METRICS, math.nan)
     first, last = (measures(observation, at, at + length) for at in (0, observation.frames - length))
     return {name: last[name] - first[name] for name in METRICS}
+
+
+def general_measures(observation: Observation) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the measures of all frames, and their drift, of a video that was observed without facts.
+
+    All lie in 0..1 but `motion_speed`, which is in frame heights a second; what can't be said is NaN.
+    """
+    whole, change = measures(observation, 0, observation.frames), drift(observation)
+    return {name: whole[each] for each, name in GENERAL.items()}, {name: change[each] for each, name in GENERAL.items()}
 
 
 def subject_likeness(observation: Observation) -> Values:

@@ -17,7 +17,7 @@ from benchmarks.toyworld.facts import facts_of
 from helpers import command
 from kvpack.errors import InvalidOptionError, OutputError
 from kvpack.evaluation import METRICS, Facts, Observer, drift, general_measures, measures, vbench
-from kvpack.evaluation.general import GENERAL
+from kvpack.evaluation.measures import GENERAL
 from kvpack.media.reading import opened
 from kvpack.media.video import VideoWriter
 
@@ -50,7 +50,7 @@ def test_measures_of_files(video: Path) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     (row,) = json.loads(result.stdout)["videos"]
     assert (row["video"], row["frames"], row["fps"]) == (str(video), 48, 16)
-    names = [name for name in GENERAL.values() if name is not None]
+    names = list(GENERAL.values())
     assert list(row["measures"]) == list(row["drift"]) == names
     assert not set(names) & set(METRICS)  # a name means one thing
     assert row["unmeasured"] == list(METRICS)
@@ -71,8 +71,8 @@ def test_a_measure_with_facts_and_one_without_are_two() -> None:
     known, (values, drifts) = measures(found[0], 0, 96), general_measures(found[1])
     plain = measures(found[1], 0, 96)
     assert known["subject_consistency"] > values["foreground_likeness"] + 0.1
-    assert values == pytest.approx({new: plain[old] for old, new in GENERAL.items() if new}, nan_ok=True)
-    assert drifts == pytest.approx({new: drift(found[1])[old] for old, new in GENERAL.items() if new}, nan_ok=True)
+    assert values == pytest.approx({new: plain[old] for old, new in GENERAL.items()}, nan_ok=True)
+    assert drifts == pytest.approx({new: drift(found[1])[old] for old, new in GENERAL.items()}, nan_ok=True)
 
 
 def test_files_that_are_no_video(tmp_path: Path) -> None:
