@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks.baselines import through_vae
 from benchmarks.leaderboard.lengths import frames as frames_of
 from benchmarks.toyworld import world
 from benchmarks.toyworld.world import Video
 from kvpack.cli.demo import COLUMNS, MEMORIES, PROMPT
-from kvpack.cli.demo_seeds import Ends, alike, kept, made, sheet
+from kvpack.cli.demo_seeds import Ends, alike, kept, made
 from kvpack.evaluation import Observer
 from kvpack.evaluation.tiny import tiny_facts
 from kvpack.media.files import save_bytes
@@ -44,6 +46,13 @@ def truth(videos: list[Video]) -> Ends:
         observer.add(video)
         likeness.append(alike(observer))
     return Ends([video[-1] for video in videos], likeness)
+
+
+def sheet(rows: list[list[np.ndarray]]) -> bytes:
+    """Return a PNG of rows of frames without anything between, as `kept` reads it."""
+    data, whole = BytesIO(), np.concatenate([np.concatenate(row, axis=1) for row in rows])
+    Image.fromarray(whole).save(data, format="png", optimize=True)
+    return data.getvalue()
 
 
 def main() -> None:

@@ -126,16 +126,14 @@ def _copy_parts(
     parts = [name for name, value in index.items() if isinstance(value, list) and name not in (*own, "transformer_2")]
     there = [name for name in parts if (base / name).is_dir()]
     for name in there:
-        _require_weights(base / name)
-        shutil.copytree(base / name, folder / name)
+        part = base / name
+        # A model's folder holds its config alone where no more was downloaded.
+        if (part / "config.json").is_file() and not [*part.glob("*.safetensors"), *part.glob("*.bin")]:
+            told = f"{part} holds a config and no weights"
+            raise InvalidOptionError(f"{told}; download the whole base, or give another one")
+        shutil.copytree(part, folder / name)
     (folder / _INDEX).write_text(json.dumps(dict(sorted({**index, **own}.items())), indent=2) + "\n", encoding="utf-8")
     return tuple(there), tuple(name for name in parts if name not in there)
-
-
-def _require_weights(part: Path) -> None:
-    """Raise `InvalidOptionError` if a model's folder holds its config alone, as where no more was downloaded."""
-    if (part / "config.json").is_file() and not [*part.glob("*.safetensors"), *part.glob("*.bin")]:
-        raise InvalidOptionError(f"{part} holds a config and no weights; download the whole base, or give another one")
 
 
 def _require_free(output: Path, read: Iterable[Path], overwrite: bool) -> None:

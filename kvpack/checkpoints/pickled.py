@@ -6,7 +6,7 @@
 
 import mmap
 import pickletools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -67,24 +67,15 @@ def require_modest(path: Path) -> None:
     A pickle that is broken is let through, for `torch.load` says what is wrong.
     """
     size = path.stat().st_size
-    most, claimed = _MOST + size // 32, 0
-    with open(path, "rb") as file:
-        if size == 0:
-            return
-        with closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as mapped:
-            for source in _pickles(path, mapped, most):
-                claimed += _claimed(path, source, most)
+    if size == 0:
+        return
+    most = _MOST + size // 32
+    with open(path, "rb") as file, closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as mapped:
+        # A file of old torch begins with five pickles.
+        sources = [BytesIO(archived_pickle(path, most))] if is_archive(path) else [mapped] * 5
+        claimed = sum(_claimed(path, source, most) for source in sources)
     if claimed > size:
         raise InvalidOptionError(f"{path} has {size} bytes, but announces storages of {claimed}; it is no checkpoint")
-
-
-def _pickles(path: Path, mapped: Any, most: int) -> Iterator[Any]:
-    """Yield the pickles of a file: that of an archive, or the five at the beginning of a file of old torch."""
-    if is_archive(path):
-        yield BytesIO(archived_pickle(path, most))
-    else:
-        for _ in range(5):
-            yield mapped
 
 
 def _claimed(path: Path, source: Any, most: int) -> int:
@@ -218,21 +209,16 @@ def _harm(called: Any, given: Any) -> str | None:
     name = _called(called)
     if name in _TENSORS:
         return None if _fits(given) else "has a tensor that is larger than its storage; it is no checkpoint"
-    if name == _ATTRIBUTED and _attributed(given):
-        return _harm(given[0], given[2])
+    if name == _ATTRIBUTED and isinstance(given, tuple) and len(given) == 4:
+        function, kind, arguments, _ = given  # a plain tensor, which is then given attributes
+        if _called(function) in _TENSORS and _called(kind) in _TYPES:
+            return _harm(function, arguments)
     plain = name != "_codecs encode" or (
         isinstance(given, tuple) and given[1:] == ("latin1",) and type(given[0]) is str
     )
     if (name in _CALLED and plain) or not (name.startswith(("torch", "_codecs")) or name.endswith("bytearray")):
         return None
     return f"holds more than tensors: it calls {name.replace(' ', '.')}; save its state dict alone"
-
-
-def _attributed(given: Any) -> bool:
-    """Whether `(function, type, arguments, attributes)` make a plain tensor, which is then given attributes."""
-    if not isinstance(given, tuple) or len(given) != 4:
-        return False
-    return _called(given[0]) in _TENSORS and _called(given[1]) in _TYPES
 
 
 def _fits(given: Any) -> bool:

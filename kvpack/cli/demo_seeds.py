@@ -88,14 +88,8 @@ def alike(observer: Observer) -> float:
     return round(float(subject_likeness(observer.finish())[-5 * FPS :].mean()), 3)
 
 
-def sheet(rows: list[list[Frames]]) -> bytes:
-    """Return a PNG of rows of frames without anything between, as `kept` reads it."""
-    data, whole = BytesIO(), np.concatenate([np.concatenate(row, axis=1) for row in rows])
-    Image.fromarray(whole).save(data, format="png", optimize=True)
-    return data.getvalue()
-
-
 def _tiles(data: bytes) -> list[list[Frames]]:
+    """Return rows of frames that stand in a PNG with nothing between, as `benchmarks/demo.py` puts them there."""
     whole = np.asarray(Image.open(BytesIO(data)).convert("RGB"))
     rows = [whole[top : top + SIZE] for top in range(0, whole.shape[0], SIZE)]
     return [[row[:, left : left + SIZE] for left in range(0, whole.shape[1], SIZE)] for row in rows]

@@ -48,8 +48,9 @@ class GraphContext:
         """Attend history and the current keys and values."""
         queries, keys = rotate(queries, turns), rotate(keys, turns)
         results = []
-        for rows in self._equal_rows():
-            length = self.lengths[rows.start]
+        together = len(self.lengths) if len(set(self.lengths)) == 1 else 1
+        for row in range(0, len(self.lengths), together):
+            rows, length = slice(row, row + together), self.lengths[row]
             attended = [
                 torch.cat([history[rows, :length], current[rows]], dim=1)
                 for history, current in ((self.keys, keys), (self.values, values))
@@ -69,11 +70,6 @@ class GraphContext:
     def beside(self, tokens: int) -> Iterator[None]:
         """Do nothing: nothing current is held here."""
         yield
-
-    def _equal_rows(self) -> list[slice]:
-        if len(set(self.lengths)) == 1:
-            return [slice(0, len(self.lengths))]
-        return [slice(row, row + 1) for row in range(len(self.lengths))]
 
 
 class GraphLayer(LayerCache):

@@ -135,9 +135,13 @@ class ClipFolder(Sequence[Clip]):
         try:
             source = file if file.suffix.lower() == LATENTS else self._encoded(file)
             captions = _captions(file)
-            count = self._count(source)
-            if len(captions) != count:
-                raise BrokenClipError(f"{file.with_suffix('.txt').name} has {len(captions)} captions for {count} clips")
+            with _opened(source) as opened:
+                shape = opened.get_slice("latents").get_shape()
+            if len(shape) != 5:
+                raise BrokenClipError(f"latents must be [clips, channels, frames, height, width], got {shape}")
+            if len(captions) != shape[0]:
+                counts = f"{len(captions)} captions for {shape[0]} clips"
+                raise BrokenClipError(f"{file.with_suffix('.txt').name} has {counts}")
         except BrokenClipError as error:
             self._report(f"{file.name}: {error}", broken)
             return
@@ -170,13 +174,6 @@ class ClipFolder(Sequence[Clip]):
         if broken == "stop":
             raise BrokenClipError(f"{what}. Mend it or take it out, or let broken clips be skipped")
         self.skipped.append(what)
-
-    def _count(self, source: Path) -> int:
-        with _opened(source) as file:
-            shape = file.get_slice("latents").get_shape()
-        if len(shape) != 5:
-            raise BrokenClipError(f"latents must be [clips, channels, frames, height, width], got {shape}")
-        return int(shape[0])
 
     def _read(self, source: Path, index: int) -> Tensor:
         with _opened(source) as file:
