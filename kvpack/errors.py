@@ -167,3 +167,14 @@ def require_int(name: str, given: object, *, minimum: int = 0) -> int:
     if given < minimum:
         raise InvalidOptionError(f"{name} must be >= {minimum}, got {given}")
     return given
+
+
+def require_seed(given: object) -> int:
+    """Return a seed of torch.
+
+    Raises:
+        InvalidOptionError: if it is no whole number, or has more than 64 bits.
+    """
+    if isinstance(given, bool) or not isinstance(given, int) or not -(2**63) <= given < 2**64:
+        raise InvalidOptionError(f"seed must be a whole number between -2^63 and 2^64 - 1, got {given!r}")
+    return given

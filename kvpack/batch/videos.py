@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpack.checkpoints.text import prompt_lines
-from kvpack.errors import InvalidOptionError
+from kvpack.errors import InvalidOptionError, require_seed
 from kvpack.generation.prompts import shots
 from kvpack.planning.planner import video_frames
 
@@ -108,11 +108,10 @@ def _video(line: str, usual: Mapping[str, Any]) -> Video:
     _check_prompt(video)
     if not is_name(video.name):
         raise InvalidOptionError(f"a name is of letters, digits, '_', '-' and '.', without .mp4, got {video.name!r}")
-    if not _is_number(video.seed, int) or not -(2**63) <= video.seed < 2**64:
-        raise InvalidOptionError(f"seed must be a whole number between -2^63 and 2^64 - 1, got {video.seed!r}")
+    require_seed(video.seed)
     if video.seconds is None:
         raise InvalidOptionError("it does not say its seconds; give them here, or --seconds for all lines")
-    if not _is_number(video.seconds, int | float):
+    if isinstance(video.seconds, bool) or not isinstance(video.seconds, int | float):
         raise InvalidOptionError(f"seconds must be a number > 0, got {video.seconds!r}")
     return video
 
@@ -131,10 +130,6 @@ def _check_prompt(video: Video) -> None:
         )
     if not isinstance(video.negative_prompt, str | None):
         raise InvalidOptionError(f"negative_prompt must be a text, got {video.negative_prompt!r}")
-
-
-def _is_number(given: object, kind: Any) -> bool:
-    return isinstance(given, kind) and not isinstance(given, bool)
 
 
 def _require_apart(path: Path, videos: Iterable[tuple[int, Video]]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpack.checkpoints.text import prompt_lines
-from kvpack.cli.support import refuse_beside, require_seed
-from kvpack.errors import InvalidOptionError
+from kvpack.cli.support import refuse_beside
+from kvpack.errors import InvalidOptionError, require_seed
 from kvpack.media.video import VideoWriter
 
 if TYPE_CHECKING:

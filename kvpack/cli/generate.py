@@ -25,9 +25,8 @@ from kvpack.cli.support import (
     print_tracks,
     progress,
     refuse_beside,
-    require_seed,
 )
-from kvpack.errors import InvalidOptionError
+from kvpack.errors import InvalidOptionError, require_seed
 
 
 def generate(

@@ -15,19 +15,10 @@ from kvpack.cli.generate import generate
 from kvpack.cli.plan import plan
 from kvpack.cli.report import report
 from kvpack.cli.resume import resume
-from kvpack.cli.support import (
-    CommandGroup,
-    Terminated,
-    parse_compared,
-    print_json,
-    print_table,
-    print_tracks,
-    progress,
-    require_seed,
-)
+from kvpack.cli.support import CommandGroup, Terminated, parse_compared, print_json, print_table, print_tracks, progress
 from kvpack.cli.train import train_compressor
 from kvpack.cli.ui.command import ui
-from kvpack.errors import InvalidOptionError
+from kvpack.errors import InvalidOptionError, require_seed
 
 app = typer.Typer(
     cls=CommandGroup,

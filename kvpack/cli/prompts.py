@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kvpack.cli.call import call_defaults, check_guidance, given_arguments, require_no_beginning, require_savable
-from kvpack.cli.support import default_device, parse_dtype, parse_options, print_json, print_table, require_seed
-from kvpack.errors import KVPackError, first_line
+from kvpack.cli.support import default_device, parse_dtype, parse_options, print_json, print_table
+from kvpack.errors import KVPackError, first_line, require_seed
 
 if TYPE_CHECKING:
     from kvpack.batch.folder import BatchFolder

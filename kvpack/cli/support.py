@@ -135,17 +135,6 @@ def refuse_beside(option: str, others: Mapping[str, object]) -> None:
         raise InvalidOptionError(f"{option} does not go with {', '.join(given)}; leave one out")
 
 
-def require_seed(seed: int) -> int:
-    """Return a seed of torch.
-
-    Raises:
-        InvalidOptionError: if it has more than 64 bits.
-    """
-    if not -(2**63) <= seed < 2**64:
-        raise InvalidOptionError(f"--seed must be between -2^63 and 2^64 - 1, got {seed}")
-    return seed
-
-
 def default_device() -> str:
     """Return where a model runs unless told otherwise."""
     import torch

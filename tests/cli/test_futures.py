@@ -106,7 +106,7 @@ def test_wrong_words(more, message, model, file, tmp_path, monkeypatch):
         ('{"seed": true}\n{}', "line 1 must be"),
         ('{"speed": 1}\n{}', "line 1 must be"),
         ('{"prompt": \n{}', "line 1 must be"),
-        ('{"seed": 36893488147419103232}\n{}', "--seed must be between"),
+        ('{"seed": 36893488147419103232}\n{}', "seed must be a whole number between"),
         (b"\xff\xfe\n", "it is no UTF-8 text"),
     ],
 )

@@ -167,7 +167,7 @@ def frames(path):
         (["--call", "height=64"], "height was given twice"),
         (["--fps", "nan"], "fps must be a number > 0, got nan"),
         (["--fps", "inf"], "fps must be a number > 0, got inf"),
-        (["--seed", 2**64], "--seed must be between -2^63 and 2^64 - 1, got 18446744073709551616"),
+        (["--seed", 2**64], "seed must be a whole number between -2^63 and 2^64 - 1, got 18446744073709551616"),
         (
             ["--negative-prompt", "green", "--guidance-scale", 1],
             "a negative prompt needs guidance, but guidance_scale is 1",

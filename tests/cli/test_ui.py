@@ -104,7 +104,7 @@ def test_what_is_saved_goes_on_as_if_it_had_never_stopped(shipped, tmp_path):
 def test_a_fork_is_another_future_beside_it(shipped):
     studio = begun(shipped, "packforcing")
     pictures(studio, 2)
-    with pytest.raises(InvalidOptionError, match="--seed must be between"):
+    with pytest.raises(InvalidOptionError, match="seed must be a whole number between"):
         studio.fork(2**64, None)
     assert not studio.paused
     studio.fork(7, "a blue square")
@@ -132,7 +132,7 @@ def test_a_video_begins_between_two_chunks_of_another(shipped):
         assert not begun
     thread.join(20)
     begun[0].stream.close()
-    with pytest.raises(InvalidOptionError, match="--seed must be between"):
+    with pytest.raises(InvalidOptionError, match="seed must be a whole number between"):
         shipped.begin("packforcing", PROMPT, 4, 2**64)
 
 

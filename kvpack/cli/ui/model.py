@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from kvpack.checkpoints.config import Settings
-from kvpack.cli.support import default_device, parse_compared, require_seed, unknown_words
+from kvpack.cli.support import default_device, parse_compared, unknown_words
 from kvpack.cli.ui.video import Video
-from kvpack.errors import InvalidOptionError
+from kvpack.errors import InvalidOptionError, require_seed
 from kvpack.generation.adapter import call_signature
 from kvpack.pipeline.track import load_pipeline
 from kvpack.planning.planner import video_frames

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from kvpack.cli.support import require_seed
 from kvpack.cli.ui.model import Model
 from kvpack.cli.ui.video import Video
-from kvpack.errors import InvalidOptionError, SnapshotError
+from kvpack.errors import InvalidOptionError, SnapshotError, require_seed
 from kvpack.media.files import make_folder, save_bytes
 
 #: Seconds of video that are made ahead of what is watched, so that a new prompt is soon seen.
