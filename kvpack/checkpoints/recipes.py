@@ -193,7 +193,5 @@ def recipe_for(source: Path, name: str | None, causal: bool = False) -> Recipe:
     found = [each for each in RECIPES.values() if any(ends(source, pattern) for pattern in each.files)]
     if len(found) == 1:
         return found[0]
-    if not source.exists():
-        raise InvalidOptionError(f"no checkpoint {source}; give a file or a folder of shards")
     told = next((f"{what}, that no recipe is for" for each, what in _OTHERS.items() if ends(source, each)), "none")
     raise InvalidOptionError(f"the path {path} tells {told}; give --recipe, one of {', '.join(RECIPES)}")

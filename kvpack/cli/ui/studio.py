@@ -20,7 +20,7 @@ _ABOUT = "page.json"
 
 @dataclass(eq=False)
 class Studio:
-    """Videos that are made together, one chunk at a time, the one that is behind first.
+    """One video, or two that are made together, one chunk at a time, the one that is behind first.
 
     Args:
         paused: whether nothing is made for the moment.
