@@ -21,7 +21,7 @@ from benchmarks.leaderboard.lengths import frames as frames_of
 from benchmarks.toyworld import world
 from benchmarks.toyworld.world import Video
 from kvpack.cli.demo import COLUMNS, MEMORIES, PROMPT
-from kvpack.cli.demo_seeds import Ends, alike, kept, made
+from kvpack.cli.demo_seen import Ends, alike, kept, made
 from kvpack.evaluation import Observer
 from kvpack.evaluation.tiny import tiny_facts
 from kvpack.media.files import save_bytes

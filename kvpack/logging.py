@@ -6,9 +6,7 @@
 import logging
 import os
 import sys
-from logging import CRITICAL, DEBUG, ERROR, INFO, WARNING
-
-_LEVELS = {"debug": DEBUG, "info": INFO, "warning": WARNING, "error": ERROR, "critical": CRITICAL}
+from logging import DEBUG, ERROR, INFO, WARNING
 
 
 class _StandardError(logging.Handler):
@@ -56,4 +54,4 @@ def set_verbosity_error() -> None:
 
 
 get_logger().addHandler(_StandardError())
-set_verbosity(_LEVELS.get(os.environ.get("KVPACK_VERBOSITY", "warning").lower(), WARNING))
+set_verbosity(logging.getLevelNamesMapping().get(os.environ.get("KVPACK_VERBOSITY", "").upper(), WARNING))

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from kvpack.cli.demo_page import Story, page, picture
-from kvpack.cli.demo_seeds import Ends, kept, made
-from kvpack.cli.demo_seen import Seen
+from kvpack.cli.demo_seen import Ends, Seen, kept, made
 from kvpack.cli.support import unknown_words
 from kvpack.media.contact_sheet import banner, side_by_side
 from kvpack.media.files import make_folder, require_writable, save_bytes

@@ -11,8 +11,7 @@ from textwrap import fill
 import numpy as np
 
 from kvpack.cli.demo_draw import FAINT, RIGHT, WRONG, Curve, Sheet
-from kvpack.cli.demo_seeds import Ends
-from kvpack.cli.demo_seen import Seen
+from kvpack.cli.demo_seen import Ends, Seen
 from kvpack.cli.support import page_file
 from kvpack.media.video import Frames
 

@@ -21,7 +21,7 @@ from kvpack import shipped
 from kvpack.cli import demo
 from kvpack.cli.demo_draw import Sheet
 from kvpack.cli.demo_page import Story, picture
-from kvpack.cli.demo_seeds import Ends, kept
+from kvpack.cli.demo_seen import Ends, kept
 from kvpack.errors import InvalidOptionError, OutputError, UnknownNameError
 from kvpack.evaluation.tiny import wall_mask
 from kvpack.pipeline.track import Track
