@@ -98,10 +98,9 @@ def make_own_share(asked: Asked, device: str | None, as_json: bool) -> None:
 def _made(work: Any, video: "Video") -> dict[str, Any]:
     try:
         *_, frames = work.make(video)
-    except KVPackError as error:
-        return {"name": video.name, "error": str(error)}
     except Exception as error:  # a bug, or want of memory, in one video keeps no other from being made
-        return {"name": video.name, "error": f"{type(error).__name__}: {first_line(error)}"}
+        told = str(error) if isinstance(error, KVPackError) else f"{type(error).__name__}: {first_line(error)}"
+        return {"name": video.name, "error": told}
     typer.echo(f"wrote {work.folder.output(video)}", err=True)
     return work.entry(video, frames)
 
@@ -128,10 +127,5 @@ def print_made(folder: "BatchFolder", videos: "Sequence[Video]", as_json: bool) 
 def _row(line: Mapping[str, Any]) -> list[str]:
     if "error" in line:
         return [line["name"], "", "", "", "not made"]
-    return [
-        line["name"],
-        str(line["seed"]),
-        f"{line['frames'] / line['fps']:g}",
-        str(line["begun"]),
-        line["sha256"][:16],
-    ]
+    seconds = f"{line['frames'] / line['fps']:g}"
+    return [line["name"], str(line["seed"]), seconds, str(line["begun"]), line["sha256"][:16]]
