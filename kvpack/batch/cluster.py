@@ -60,11 +60,7 @@ def require_ray() -> Any:
 
 @contextmanager
 def cluster(address: str | None, workers: int | None) -> Iterator[Any]:
-    """Join a cluster of Ray, or start one here for as long as the block lasts, and yield the module `ray`.
-
-    Args:
-        address: of the cluster; None is this machine.
-        workers: that run here at least.
+    """Join the cluster of Ray at an address, or run one for `workers` here as long as the block lasts; yield `ray`.
 
     Raises:
         InvalidOptionError: if Ray is not installed, or the cluster is not there.

@@ -19,9 +19,6 @@ class Observer:
     """Reads a video in pieces of any length, and keeps a few statistics of each frame.
 
     Where the subject is told by a median frame, the first five seconds are held, at 64 rows at most.
-
-    Args:
-        facts: what is known of the video.
     """
 
     def __init__(self, facts: Facts | None = None) -> None:

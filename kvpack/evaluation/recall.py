@@ -53,12 +53,8 @@ def recall(
     A score is how near the look is to that of its first time. The mean over "recall" is what a memory remembers by
     compressed history: 1 at most, and, where a look is guessed, chance.
 
-    Args:
-        observation: of a video.
-        begin: first frame.
-        end: the frame behind the last.
-        whole: frames that the memory keeps whole; those of `packforcing` if None, so that other memories, whatever
-            they keep, answer the same question.
+    `whole` are the frames that the memory keeps whole; those of `packforcing` if None, so that other memories, whatever
+    they keep, answer the same question.
     """
     found: Mapping[str, list[float]] = {name: [] for name in RECALL}
     for on, times in looks(observation):

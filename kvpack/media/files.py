@@ -122,11 +122,7 @@ class PartialFile:
 
 @contextmanager
 def whole_file(path: Path, *, durable: bool = False) -> Iterator[PartialFile]:
-    """Yield a file that appears under its name behind the block, whole or not at all.
-
-    Args:
-        path: where it will be.
-        durable: whether it is on the disk for certain then, though the power fails.
+    """Yield a file that appears under its name behind the block, whole or not at all; `durable` as `commit` has it.
 
     Raises:
         OutputError: if it cannot be written; what was there stays.

@@ -18,9 +18,6 @@ def check_codec(codec: Codec) -> None:
 
     `check_policy` does this too, and runs a stack with it besides.
 
-    Args:
-        codec: the codec, with its options set.
-
     Raises:
         PolicyError: if the contract is broken; the message says how.
         InvalidOptionError: if it is no codec, or a class.

@@ -83,11 +83,7 @@ class GraphLayer(LayerCache):
 
 @dataclass(frozen=True)
 class StraightThrough(DenseCodec):
-    """Stores what another codec would give back, with the gradient of what it was given: rounding has none of its own.
-
-    Args:
-        codec: the other one.
-    """
+    """Stores what another codec would give back, with the gradient of what it was given: rounding itself has none."""
 
     codec: Codec
     name = "straight-through"
