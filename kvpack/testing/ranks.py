@@ -1,13 +1,14 @@
 """Several processes on one machine's CPU, for what is tested of them: a fork each, and gloo between them."""
 
+import multiprocessing
 import os
-import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,10 @@ def run_ranks(ranks: int, work: Callable[[int], Any], *, seconds: float = 300.0)
         RanksFailed: if any of them raises, ends, or is not done in time.
     """
     with tempfile.TemporaryDirectory() as folder:
-        children = {rank: _forked(rank, ranks, work, Path(folder), seconds) for rank in range(ranks)}
+        fork, given = multiprocessing.get_context("fork"), (ranks, work, Path(folder), seconds)
+        children = [fork.Process(target=_work, args=(rank, *given)) for rank in range(ranks)]
+        for each in children:
+            each.start()
         _wait(children, time.monotonic() + seconds)
         told = {int(path.stem): path.read_text() for path in Path(folder).glob("*.txt")}
         if failed := [rank for rank in range(ranks) if not (Path(folder) / f"{rank}.pt").exists()]:
@@ -62,10 +66,7 @@ def enable_ulysses(transformer: Any, ranks: int) -> None:
         torch.accelerator.device_count = there
 
 
-def _forked(rank: int, ranks: int, work: Callable[[int], Any], folder: Path, seconds: float) -> int:
-    child = os.fork()
-    if child:
-        return child
+def _work(rank: int, ranks: int, work: Callable[[int], Any], folder: Path, seconds: float) -> None:
     status = 1
     try:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -86,21 +87,13 @@ def _forked(rank: int, ranks: int, work: Callable[[int], Any], folder: Path, sec
         (folder / f"{rank}.txt").write_text(traceback.format_exc())
     finally:
         os._exit(status)  # nothing of the parent's is torn down here
-    return status
 
 
-def _wait(children: dict[int, int], deadline: float) -> None:
-    running = dict(children)
-    while running:
-        for rank, child in list(running.items()):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                del running[rank]
-                if status:
-                    deadline = min(deadline, time.monotonic() + _GRACE)
-        if running and time.monotonic() > deadline:
-            for child in running.values():
-                with suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-            deadline = float("inf")
-        time.sleep(0.01)
+def _wait(children: Sequence[BaseProcess], deadline: float) -> None:
+    while running := [each for each in children if each.is_alive()]:
+        if any(each.exitcode for each in children):
+            deadline = min(deadline, time.monotonic() + _GRACE)
+        if time.monotonic() > deadline:
+            for each in running:
+                each.kill()
+        connection.wait([each.sentinel for each in running], timeout=0.1)
