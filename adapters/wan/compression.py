@@ -12,7 +12,7 @@ from kvpack.adapters.offload import onload, onloaded
 from kvpack.errors import PolicyError
 from kvpack.generation.chunks import pixel_frames
 from kvpack.generation.denoiser import Denoiser
-from kvpack.memory.attribution import policy_call
+from kvpack.memory.attribution import broken, policy_call
 from kvpack.memory.base import Memory
 from kvpack.memory.blocks import LatentChunk
 from kvpack.memory.ledger import BlockEntry
@@ -60,7 +60,7 @@ def hidden_tokens(
     """
     compressor, pipeline, geometry = denoiser.stack.latent_compressor, denoiser.pipeline, denoiser.geometry
     assert compressor is not None
-    name, first_frame, scale = type(compressor).__name__, denoiser.frames, pipeline.vae_scale_factor_temporal
+    first_frame, scale = denoiser.frames, pipeline.vae_scale_factor_temporal
     rows, columns = (side * pipeline.vae_scale_factor_spatial for side in patch_of(pipeline.transformer.config))
 
     def pixel_index(frame: int) -> int:
@@ -69,6 +69,7 @@ def hidden_tokens(
 
     def piece_pixels() -> Tensor:
         if pixels is None:
+            name = type(compressor).__name__
             raise PolicyError(f"{name}.tokens asked for pixels, but its needs_pixels is False")
         return pixels[:, :, pixel_index(piece.first_frame) : pixel_index(piece.stop)]
 
@@ -87,10 +88,10 @@ def hidden_tokens(
     with policy_call(compressor, "tokens", next(iter(denoiser.sessions.values())).policy_seconds):
         tokens = compressor.tokens(chunk)
     if not isinstance(tokens, Tensor):
-        raise PolicyError(f"{name}.tokens returned {type(tokens).__name__}, but it must be a tensor")
+        raise broken(compressor, "tokens", type(tokens).__name__, "it must be a tensor")
     wanted = (latents.shape[0], compressor.span(piece.first_frame, piece.frames, geometry.grid).tokens, geometry.width)
     if tuple(tokens.shape) != wanted:
-        raise PolicyError(f"{name}.tokens returned {tuple(tokens.shape)}, but span() announces {wanted}")
+        raise broken(compressor, "tokens", str(tuple(tokens.shape)), f"span() announces {wanted}")
     return tokens
 
 

@@ -5,6 +5,8 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
+from kvpack.errors import PolicyError
+
 
 class policy_call:  # a class and no generator, since it runs a dozen times a chunk
     """Name the policy in any error of the block, whose type and message stay, and count the block's seconds.
@@ -42,6 +44,12 @@ def name_policy(error: Exception, policy: type, method: str, layer: int | None =
     """Add to an error which policy's method raised it."""
     where = "" if layer is None else f", layer {layer}"
     error.add_note(f"raised in {policy.__name__}.{method} of {policy.__module__}{where}")
+
+
+def broken(policy: object, method: str, given: str, rule: str, layer: int | None = None) -> PolicyError:
+    """Return the error for what a policy's method returned: what that was, and what is right."""
+    where = "" if layer is None else f" in layer {layer}"
+    return PolicyError(f"{type(policy).__name__}.{method} returned {given}{where}, but {rule}")
 
 
 def memory_call(memory: Any, method: str, seconds: dict[str, float], layer: int | None = None) -> Any:

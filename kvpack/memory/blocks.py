@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvpack.errors import PolicyError
+from kvpack.memory.attribution import broken
 
 #: Where a token sits that stands for a window of cells: at its centre, at its first cell, or at its own index.
 Coordinates = Literal["centered", "strided", "compact"]
@@ -158,30 +158,22 @@ def check_block(
     compressor: object, block: object, span: Span, like: Tensor, layer: int, method: str = "compress"
 ) -> None:
     """Raise `PolicyError` if a compressor's block is not what its span announces."""
-    name = f"{type(compressor).__name__}.{method}"
+    wrong = partial(broken, compressor, method, layer=layer)
     announces = "shrunk_span()" if method == "shrunk" else "span()"
     if not isinstance(block, KVBlock):
-        raise PolicyError(f"{name} returned {type(block).__name__} in layer {layer}, but it must be a KVBlock")
+        raise wrong(type(block).__name__, "it must be a KVBlock")
     wanted = (like.shape[0], span.tokens, *like.shape[2:])
     for what, tensor in (("keys", block.keys), ("values", block.values)):
         if not isinstance(tensor, Tensor):
-            raise PolicyError(
-                f"{name} returned {what} {type(tensor).__name__} in layer {layer}, but it must be a tensor"
-            )
+            raise wrong(f"{what} {type(tensor).__name__}", "it must be a tensor")
         if tuple(tensor.shape) != wanted:
-            raise PolicyError(
-                f"{name} returned {what} {tuple(tensor.shape)} in layer {layer}, but {announces} announces {wanted}"
-            )
+            raise wrong(f"{what} {tuple(tensor.shape)}", f"{announces} announces {wanted}")
         if tensor.dtype != like.dtype:
-            raise PolicyError(
-                f"{name} returned {what} {tensor.dtype} in layer {layer}, but the model's dtype is {like.dtype}"
-            )
+            raise wrong(f"{what} {tensor.dtype}", f"the model's dtype is {like.dtype}")
     places, rows = block.own_places, (like.shape[0], span.tokens)
     if places is not None and tuple(places.shape) not in ((*rows, 3), (*rows, like.shape[2], 3)):
-        raise PolicyError(
-            f"{name} returned places {tuple(places.shape)} in layer {layer}, but tokens of its own have {(*rows, 3)}, "
-            f"or {(*rows, like.shape[2], 3)} where heads differ"
-        )
+        own = f"{(*rows, 3)}, or {(*rows, like.shape[2], 3)} where heads differ"
+        raise wrong(f"places {tuple(places.shape)}", f"tokens of its own have {own}")
     if method == "shrunk":
         return
     said = getattr(compressor, "places", "span")
@@ -189,7 +181,8 @@ def check_block(
     if method == "merged":
         axes, why = span.coordinates.ndim, "as those of what it is given"
     if block.span.coordinates.ndim != axes:  # plans count bytes by it
-        raise PolicyError(
-            f"{name} returned places {tuple(block.span.coordinates.shape)} in layer {layer}, but they must have {axes} "
-            f"axes, {why}: (tokens, 3) are 'span', rows stand before them in 'row', and heads between them in 'head'"
+        raise wrong(
+            f"places {tuple(block.span.coordinates.shape)}",
+            f"they must have {axes} axes, {why}: (tokens, 3) are 'span', rows stand before them in 'row', and heads "
+            "between them in 'head'",
         )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -9,35 +10,32 @@ import torch
 from torch import Tensor
 
 from kvpack.errors import PolicyError
+from kvpack.memory.attribution import broken
 from kvpack.memory.base import Attended, Memory
 from kvpack.memory.tokens import Tokens
 
 
 def check_attended(memory: Memory, attended: object, like: Tensor, layer: int) -> None:
     """Raise `PolicyError` if what a memory wants attended does not fit the model."""
-    name = f"{type(memory).__name__}.attend"
+    wrong = partial(broken, memory, "attend", layer=layer)
     if not isinstance(attended, Attended):
-        raise PolicyError(f"{name} returned {type(attended).__name__} in layer {layer}, but it must be Attended")
+        raise wrong(type(attended).__name__, "it must be Attended")
     start, tokens = attended.chunk_start, attended.tokens
     if not isinstance(start, Tensor) and not (isinstance(start, int | float) and math.isfinite(start)):
-        raise PolicyError(f"{name} returned chunk_start {start!r} in layer {layer}, but it must be a finite number")
+        raise wrong(f"chunk_start {start!r}", "it must be a finite number")
     rows, count = like.shape[:2]
     if isinstance(start, Tensor) and start.shape not in ((), (1,), (rows,)):
-        raise PolicyError(
-            f"{name} returned chunk_start {tuple(start.shape)} in layer {layer}, but it must be a number or ({rows},)"
-        )
+        raise wrong(f"chunk_start {tuple(start.shape)}", f"it must be a number or ({rows},)")
     if not isinstance(attended.hidden, int) or not 0 <= attended.hidden <= count:
-        raise PolicyError(
-            f"{name} returned hidden {attended.hidden!r} in layer {layer}, but it must be an int from 0 to {count}"
-        )
+        raise wrong(f"hidden {attended.hidden!r}", f"it must be an int from 0 to {count}")
     if not isinstance(tokens, tuple | list):
-        raise PolicyError(f"{name} returned {type(tokens).__name__} in layer {layer}, but it must be a tuple of Tokens")
+        raise wrong(type(tokens).__name__, "it must be a tuple of Tokens")
     groups, together = (tokens, 1) if isinstance(tokens, list) else ([tokens], rows)
     if len(groups) * together != rows or not all(isinstance(each, tuple) for each in groups):
         kinds = ", ".join(type(each).__name__ for each in groups)
-        raise PolicyError(
-            f"{name} returned a list of {kinds or 'nothing'} in layer {layer}, but a list holds a tuple of Tokens for "
-            f"each of {rows} rows; give a tuple where rows attend alike"
+        raise wrong(
+            f"a list of {kinds or 'nothing'}",
+            f"a list holds a tuple of Tokens for each of {rows} rows; give a tuple where rows attend alike",
         )
     if not memory.in_place:
         for each in chain.from_iterable(groups):
@@ -46,22 +44,18 @@ def check_attended(memory: Memory, attended: object, like: Tensor, layer: int) -
 
 def check_tokens(memory: Memory, tokens: object, like: Tensor, layer: int) -> None:
     """Raise `PolicyError` if tokens that a memory wants attended do not fit the model."""
-    name = f"{type(memory).__name__}.attend"
+    wrong = partial(broken, memory, "attend", layer=layer)
     if not isinstance(tokens, Tokens):
-        raise PolicyError(f"{name} returned {type(tokens).__name__} in layer {layer}, but it must be Tokens")
+        raise wrong(type(tokens).__name__, "it must be Tokens")
     wanted = (like.shape[0], len(tokens), *like.shape[2:])
     for what, tensor in (("keys", tokens.keys), ("values", tokens.values)):
         if tuple(tensor.shape) != wanted or tensor.dtype != like.dtype or tensor.device != like.device:
-            raise PolicyError(
-                f"{name} returned {what} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device} in layer {layer}, "
-                f"but they must be {like.dtype} {wanted} on {like.device}"
-            )
+            given = f"{what} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            raise wrong(given, f"they must be {like.dtype} {wanted} on {like.device}")
     shape = tuple(tokens.coordinates.shape)
     if shape[1:] not in ((wanted[1], 3), (wanted[1], wanted[2], 3)) or shape[0] not in (1, wanted[0]):
-        raise PolicyError(
-            f"{name} returned coordinates {shape} in layer {layer}, but they must be (1 or {wanted[0]}, {wanted[1]}, "
-            "3), or with an axis of heads before the last"
-        )
+        rule = f"they must be (1 or {wanted[0]}, {wanted[1]}, 3), or with an axis of heads before the last"
+        raise wrong(f"coordinates {shape}", rule)
 
 
 def vetoes(memory: Memory, made: Sequence[object], rows: int) -> tuple[Tensor | None, tuple[Any, ...]]:
@@ -75,18 +69,18 @@ def vetoes(memory: Memory, made: Sequence[object], rows: int) -> tuple[Tensor | 
     Raises:
         PolicyError: unless each is a boolean tensor `[rows]`, the same in all layers, and a state.
     """
-    name = f"{type(memory).__name__}.veto"
     for layer, each in enumerate(made):
         if not isinstance(each, tuple) or len(each) != 2:
-            raise PolicyError(f"{name} returned {type(each).__name__} in layer {layer}, but it must be (rows, state)")
+            raise broken(memory, "veto", type(each).__name__, "it must be (rows, state)", layer)
         vetoed = each[0]
         given = f"{vetoed.dtype} {tuple(vetoed.shape)}" if isinstance(vetoed, Tensor) else type(vetoed).__name__
         if given != f"{torch.bool} {(rows,)}":
-            raise PolicyError(f"{name} returned {given} in layer {layer}, but rows are {torch.bool} {(rows,)}")
+            raise broken(memory, "veto", given, f"rows are {torch.bool} {(rows,)}", layer)
     every, states = zip(*made, strict=True)  # type: ignore[arg-type]
     first, *others = _together(every).tolist()
     if any(each != first for each in others):
-        raise PolicyError(f"{name} vetoes other rows in one layer than in another, but all must veto the same")
+        name = type(memory).__name__
+        raise PolicyError(f"{name}.veto vetoes other rows in one layer than in another, but all must veto the same")
     return every[0] if any(first) else None, states
 
 

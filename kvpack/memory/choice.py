@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvpack.errors import PolicyError
 from kvpack.memory.archive import AT_ONCE, Archive
-from kvpack.memory.attribution import policy_call
+from kvpack.memory.attribution import broken, policy_call
 from kvpack.memory.base import Chunk
 from kvpack.memory.codec import DENSE
 from kvpack.memory.fetching import consecutive_runs
@@ -72,14 +71,12 @@ def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) 
     )
     with policy_call(selector, "select", plan.ledger.seconds, chunk.layer):
         chosen: Any = selector.select(query, candidates)
-    name, wanted = f"{type(selector).__name__}.select", (queries.shape[0], plan.chosen)
+    wanted = queries.shape[0], plan.chosen
     if not isinstance(chosen, Tensor) or chosen.dtype not in (torch.int64, torch.int32):
         kind = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
-        raise PolicyError(f"{name} returned {kind} in layer {chunk.layer}, but indices are int64")
+        raise broken(selector, "select", str(kind), "indices are int64", chunk.layer)
     if tuple(chosen.shape) != wanted:
-        raise PolicyError(
-            f"{name} returned shape {tuple(chosen.shape)} in layer {chunk.layer}, but it must be {wanted}"
-        )
+        raise broken(selector, "select", f"shape {tuple(chosen.shape)}", f"it must be {wanted}", chunk.layer)
     return chosen.long().sort(dim=1).values
 
 
@@ -122,9 +119,8 @@ def check_choice(selector: Selector, chosen: Tensor | None, count: int, layer: i
     """Raise `PolicyError` if a sorted choice is out of range or names a block twice; waits for the device."""
     if chosen is None or not chosen.numel():
         return
-    name = f"{type(selector).__name__}.select"
     bad = (chosen < 0) | (chosen >= count)
     if bool(bad.any()):
-        raise PolicyError(f"{name} returned index {int(chosen[bad][0])}, but layer {layer} has {count} candidates")
+        raise broken(selector, "select", f"index {int(chosen[bad][0])}", f"layer {layer} has {count} candidates")
     if bool((chosen[:, 1:] == chosen[:, :-1]).any()):
-        raise PolicyError(f"{name} returned an index twice in layer {layer}, but a block is attended once")
+        raise broken(selector, "select", "an index twice", "a block is attended once", layer)

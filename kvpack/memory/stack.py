@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, PolicyError, require_bool, require_choice, require_int
 from kvpack.memory.archive import Archive, Encoded
-from kvpack.memory.attribution import policy_call
+from kvpack.memory.attribution import broken, policy_call
 from kvpack.memory.base import Attended, Chunk, Commit, Memory
 from kvpack.memory.blocks import KVBlock, Span, check_block, grid_coordinates
 from kvpack.memory.choice import check_choice, choose
@@ -170,8 +170,7 @@ class Stack(Memory):
         spans = [self.compressor.span(0, frames, geometry.grid) for frames in range(1, self.chunk_frames + 1)]
         for span in spans:
             if not isinstance(span, Span):
-                name, given = type(self.compressor).__name__, type(span).__name__
-                raise PolicyError(f"{name}.span returned {given}, but it must be a Span")
+                raise broken(self.compressor, "span", type(span).__name__, "it must be a Span")
         stored_bytes(self.store, 1, geometry.heads, geometry.head_dim, geometry.dtype)  # refuses heads that do not fit
         return StackState((), Archive(max(span.tokens for span in spans), self.store, self.tier))
 
@@ -275,8 +274,8 @@ class Stack(Memory):
                 blocks = compressor.compress_all(seen, geometry.grid)
             if not isinstance(blocks, list | tuple) or len(blocks) != len(seen):
                 found = f"{len(blocks)} blocks" if isinstance(blocks, list | tuple) else type(blocks).__name__
-                name = f"{type(compressor).__name__}.compress_all"
-                raise PolicyError(f"{name} returned {found} for {len(seen)} layers, but it must be a list of blocks")
+                found += f" for {len(seen)} layers"
+                raise broken(compressor, "compress_all", found, "it must be a list of blocks")
         for block, given, chunk in zip(blocks, seen, chunks, strict=True):
             check_block(compressor, block, span, given.keys, chunk.layer)
         if not twins:

@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from kvpack.errors import PolicyError
-from kvpack.memory.attribution import policy_call
+from kvpack.memory.attribution import broken, policy_call
 from kvpack.memory.blocks import grid_coordinates
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import BlockEntry, Ledger, Step
@@ -253,21 +252,21 @@ class StackPlan(Plan):
         )
 
     def _checked(self, layout: Layout, placement: Placement) -> Placement:
-        name, wanted = type(self.stack.reindexer).__name__, tuple(layout.frames.shape)
+        reindexer, wanted = self.stack.reindexer, tuple(layout.frames.shape)
         if not isinstance(placement, Placement):
-            raise PolicyError(f"{name}.place returned {type(placement).__name__}, but it must be a Placement")
+            raise broken(reindexer, "place", type(placement).__name__, "it must be a Placement")
         for what, expected in (("starts", wanted), ("lengths", wanted), ("chunk_start", wanted[:1])):
             given = getattr(placement, what)
             if not isinstance(given, Tensor) or not given.is_floating_point() or tuple(given.shape) != expected:
                 shown = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
-                raise PolicyError(f"{name}.place returned {what} {shown}, but it must be floating point {expected}")
+                raise broken(reindexer, "place", f"{what} {shown}", f"it must be floating point {expected}")
         return placement
 
     def _level(self, age: int) -> int:
         level = self.stack.compressor.level(age)
         if not isinstance(level, int) or level < 0:
-            name = type(self.stack.compressor).__name__
-            raise PolicyError(f"{name}.level returned {level!r} for age {age}, but it must be a whole number >= 0")
+            given = f"{level!r} for age {age}"
+            raise broken(self.stack.compressor, "level", given, "it must be a whole number >= 0")
         return level
 
     def _limit(self, candidates: int) -> int:
@@ -275,6 +274,5 @@ class StackPlan(Plan):
         with policy_call(selector, "limit", self.ledger.seconds):
             chosen = selector.limit(candidates)
         if not isinstance(chosen, int) or not 0 <= chosen <= candidates:
-            name = type(selector).__name__
-            raise PolicyError(f"{name}.limit returned {chosen!r}, but it must be an int from 0 to {candidates}")
+            raise broken(selector, "limit", repr(chosen), f"it must be an int from 0 to {candidates}")
         return chosen
