@@ -64,11 +64,17 @@ class DividedLayer(LayerCache):
             q, k, v = (self._heads(i, all_heads) for all_heads in (queries, keys, values))
             each.append(cache.attend(self._forward(forward, i), self._firsts[i], q, k, v, attention))
         self.attended = self._caches[0].attended
-        self.context = _Histories(self)  # type: ignore[assignment]
         self.lengths = self._mean_lengths()
-        return self.joined(each)
+        return self._joined(each)
 
-    def joined(self, each: Sequence[Tensor]) -> Tensor:
+    def history(self) -> KeysValues:
+        """Return rotated keys, and values, of history; heads that attend fewer tokens end in 0."""
+        keys, values = zip(*(cache.history() for cache in self._caches), strict=True)
+        most = max(each.shape[1] for each in keys)
+        longer = [[pad(one, (0, 0, 0, 0, 0, most - one.shape[1])) for one in each] for each in (keys, values)]
+        return self._joined(longer[0]), self._joined(longer[1])
+
+    def _joined(self, each: Sequence[Tensor]) -> Tensor:
         """Return `[rows, tokens, heads, head_dim]` of all heads, given those of each part."""
         if len(each) == 1:
             return each[0]
@@ -117,27 +123,6 @@ class DividedLayer(LayerCache):
         heads = [len(part.heads) for part in self.parts]
         rows = zip(*(cache.lengths for cache in self._caches), strict=True)
         return [math.ceil(sum(map(int.__mul__, row, heads)) / sum(heads)) for row in rows]
-
-
-class _Histories:
-    """What the parts of a layer attend, to be looked at together; each part attends by itself."""
-
-    def __init__(self, layer: DividedLayer) -> None:
-        self._layer = layer
-        contexts = [cache.context for cache in layer.leaves]
-        self.contexts = [each for each in contexts if each is not None]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of history of each row, of the heads that attend most."""
-        return [max(row) for row in zip(*(each.lengths for each in self.contexts), strict=True)]
-
-    def history(self) -> KeysValues:
-        """Return rotated keys, and values, of history; heads that attend fewer tokens end in 0."""
-        keys, values = zip(*(each.history() for each in self.contexts), strict=True)
-        most = max(self.lengths)
-        longer = [[pad(one, (0, 0, 0, 0, 0, most - one.shape[1])) for one in each] for each in (keys, values)]
-        return self._layer.joined(longer[0]), self._layer.joined(longer[1])
 
 
 def divided_layers(memory: Divided, geometry: Geometry, kind: type[LayerCache]) -> list[LayerCache]:

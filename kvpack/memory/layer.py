@@ -139,6 +139,12 @@ class LayerCache:
         """What holds the layer's keys and values."""
         return (self,)
 
+    def history(self) -> KeysValues:
+        """Return rotated keys, and values, of history; see `Session.attended`."""
+        if self.context is None:
+            raise RuntimeError("a layer attends something from a chunk's first forward to its commit; ask in between")
+        return self.context.history()
+
     def explain(self, plan: Plan) -> None:
         """Raise `PolicyError` if what was attended breaks the contract; waits for the device."""
         if self.attended is not None:

@@ -260,10 +260,7 @@ class Session:
         Raises:
             RuntimeError: unless the chunk in progress has had a forward.
         """
-        context = self.caches[layer].context
-        if context is None:
-            raise RuntimeError("a layer attends something from a chunk's first forward to its commit; ask in between")
-        return context.history()
+        return self.caches[layer].history()
 
     def state(self) -> Past:
         """Return everything that the generation remembers, as data; what becomes of the session doesn't change it."""
