@@ -49,20 +49,12 @@ class DividedLayer(LayerCache):
         """The caches of its parts."""
         return self._caches
 
-    def attend(
-        self,
-        forward: Forward,
-        first: LayerCache,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        attention: Attention,
-    ) -> Tensor:
+    def attend(self, forward: Forward, queries: Tensor, keys: Tensor, values: Tensor, attention: Attention) -> Tensor:
         """Return the attention of all heads; arguments as those of `LayerCache.attend`."""
         each = []
         for i, cache in enumerate(self._caches):
             q, k, v = (self._heads(i, all_heads) for all_heads in (queries, keys, values))
-            each.append(cache.attend(self._forward(forward, i), self._firsts[i], q, k, v, attention))
+            each.append(cache.attend(self._forward(forward, i), q, k, v, attention))
         self.attended = self._caches[0].attended
         self.lengths = self._mean_lengths()
         return self._joined(each)
@@ -102,7 +94,8 @@ class DividedLayer(LayerCache):
         assert isinstance(forward.plan, DividedPlan)
         # A layer looks at its own state only.
         states = (*(None,) * self.index, forward.states[self.index][index])
-        return replace(forward, plan=forward.plan.plans[self.parts[index].kind], states=states)
+        plan = forward.plan.plans[self.parts[index].kind]
+        return replace(forward, plan=plan, first=self._firsts[index], states=states)
 
     def _heads(self, index: int, every: Tensor) -> Tensor:
         """Return a part's heads; a view, where they lie side by side."""

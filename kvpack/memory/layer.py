@@ -35,6 +35,7 @@ class Forward:
 
     Args:
         plan: the chunk.
+        first: the first layer, whose choice others may share.
         settled: what is attended is settled once for all forwards that share this.
         states: state of each layer before the chunk.
         step: denoising step; -1 in a forward of clean tokens.
@@ -46,6 +47,7 @@ class Forward:
     """
 
     plan: Plan
+    first: "LayerCache"
     settled: object
     states: tuple[Any, ...]
     step: int = -1
@@ -100,7 +102,6 @@ class LayerCache:
     def attend(
         self,
         forward: Forward,
-        first: "LayerCache",
         queries: Float[Tensor, "rows tokens heads head_dim"],
         keys: Float[Tensor, "rows tokens heads head_dim"],
         values: Float[Tensor, "rows tokens heads head_dim"],
@@ -110,7 +111,6 @@ class LayerCache:
 
         Args:
             forward: what this forward is.
-            first: the first layer, whose choice others may share.
             queries: queries after their norm and before RoPE.
             keys: keys after their norm and before RoPE.
             values: values.
@@ -119,9 +119,9 @@ class LayerCache:
         if forward.with_chunk and self._settled is not forward.settled:
             count = queries.shape[1] - sum(each.shape[0] for each in forward.places)
             # All queries of the forward choose, those of twins too.
-            self._settle(forward, first, self._chunk(forward, queries, keys[:, :count], values[:, :count], first))
+            self._settle(forward, self._chunk(forward, queries, keys[:, :count], values[:, :count]))
         if not forward.twins:
-            return self._attend_chunk(forward, first, queries, keys, values, attention)
+            return self._attend_chunk(forward, queries, keys, values, attention)
         sizes = [each.shape[0] for each in forward.places]
         if forward.with_chunk:
             sizes.insert(0, queries.shape[1] - sum(sizes))
@@ -129,7 +129,7 @@ class LayerCache:
         out = []
         if forward.with_chunk:
             query, key, value = parts.pop(0)
-            out.append(self._attend_chunk(forward, first, query, key, value, attention))
+            out.append(self._attend_chunk(forward, query, key, value, attention))
         for piece, places, projected in zip(forward.twins, forward.places, parts, strict=True):
             out.append(self._attend_twin(forward.plan, piece, places, projected, attention))
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
@@ -163,14 +163,14 @@ class LayerCache:
         return self.attended.state, replace(self.captured, twins=self.twins)
 
     def _attend_chunk(
-        self, forward: Forward, first: "LayerCache", queries: Tensor, keys: Tensor, values: Tensor, attention: Attention
+        self, forward: Forward, queries: Tensor, keys: Tensor, values: Tensor, attention: Attention
     ) -> Tensor:
         assert self.attended is not None
         assert self.context is not None
         hidden, turns = self.attended.hidden, forward.plan.chunk_rotations(self.attended.chunk_start, queries.device)
         out = self.context.attend(queries, keys[:, hidden:], values[:, hidden:], turns, attention)
         if forward.captures:
-            self._capture(self._chunk(forward, queries, keys, values, first))
+            self._capture(self._chunk(forward, queries, keys, values))
         if self.memory.needs_queries:
             self.earlier = (*self.earlier, queries)
         return out
@@ -204,8 +204,8 @@ class LayerCache:
         with self.context.beside(keys.shape[1]):
             return self.context.attend(queries, keys, values, turns, attention)
 
-    def _chunk(self, forward: Forward, queries: Tensor, keys: Tensor, values: Tensor, first: "LayerCache") -> Chunk:
-        plan = forward.plan
+    def _chunk(self, forward: Forward, queries: Tensor, keys: Tensor, values: Tensor) -> Chunk:
+        plan, first = forward.plan, forward.first
         return Chunk(
             queries,
             Tokens(keys, values, plan.coordinates(queries.device)),
@@ -221,7 +221,7 @@ class LayerCache:
             None if self is first or first.attended is None else first.attended.shared,
         )
 
-    def _settle(self, forward: Forward, first: "LayerCache", chunk: Chunk) -> None:
+    def _settle(self, forward: Forward, chunk: Chunk) -> None:
         """Ask the memory what is attended, and lay it out."""
         memory, plan, like = self.memory, forward.plan, chunk.tokens.keys
         with memory_call(memory, "attend", plan.book.seconds, self.index):
@@ -255,7 +255,6 @@ class ForwardLayer:
     """A layer in one forward, which knows what that forward is."""
 
     cache: LayerCache
-    first: LayerCache
     forward: Forward
 
     @property
@@ -270,7 +269,7 @@ class ForwardLayer:
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, attention: Attention) -> Tensor:
         """Return the attention of the forward's tokens; arguments as those of `LayerCache.attend`."""
-        return self.cache.attend(self.forward, self.first, queries, keys, values, attention)
+        return self.cache.attend(self.forward, queries, keys, values, attention)
 
     def capture(self, keys: Tensor, values: Tensor) -> None:
         """Keep the keys before RoPE and values of the one twin that this forward is for."""

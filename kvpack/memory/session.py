@@ -209,8 +209,8 @@ class Session:
         assert self.plan is not None
         states = self.past.states if self._retry is None else self._retry
         places = tuple(self.twin_span(piece).coordinates for piece in what.get("twins", ()))
-        forward = Forward(self.plan, self._settled, states, places=places, **what)
-        self.layers = tuple(ForwardLayer(cache, self.caches[0], forward) for cache in self.caches)
+        forward = Forward(self.plan, self.caches[0], self._settled, states, places=places, **what)
+        self.layers = tuple(ForwardLayer(cache, forward) for cache in self.caches)
         return self.layers
 
     def replays(self, coming: int = 0) -> tuple[int, ...]:
