@@ -33,7 +33,7 @@ def session_stats(session: "Session") -> dict[str, Any]:
     attended = sum(sum(cache.lengths) * heads for cache, heads in _leaves(session))
     stats: dict[str, Any] = {"stack": memory.name, "chunks": book.chunks, "frames": book.frames}
     blocks, archived = 0, 0
-    if isinstance(book, StackBook) and book.ledger is not None:
+    if isinstance(book, StackBook):
         whole = book.ledger.whole
         for part in ("sink", "recent"):
             frames = sum(piece.frames for piece in whole if piece.part == part)

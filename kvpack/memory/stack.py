@@ -156,13 +156,11 @@ class Stack(Memory):
     def rewound(self, book: Book, frames: int) -> StackBook:
         """Return the book without its last frames; what has left the recent ones since does not come back."""
         assert isinstance(book, StackBook)
-        assert book.ledger is not None
         return StackBook.of(book.ledger.rewound(frames), book.ledger)
 
     def replays(self, book: Book, coming: int = 0) -> tuple[int, ...]:
         """Return the frames of each of the last chunks that is still whole."""
         assert isinstance(book, StackBook)
-        assert book.ledger is not None
         return book.ledger.replayable(self.replay_frames)
 
     def start(self, geometry: Geometry, layer: int) -> StackState:
@@ -180,10 +178,10 @@ class Stack(Memory):
         assert isinstance(plan, StackPlan)
         chosen = choose(self.selector, state.archive, chunk, plan)
         if chosen is None or plan.uniform:
-            return attended_tokens(self, state, plan, slice(0, rows), chosen, chunk, chosen)
+            return attended_tokens(state, plan, slice(0, rows), chosen, chunk, chosen)
         # Chosen blocks of unequal size: rows differ in length; the host reads each one's choice.
         each = [
-            attended_tokens(self, state, plan, slice(row, row + 1), blocks, chunk, chosen)
+            attended_tokens(state, plan, slice(row, row + 1), blocks, chunk, chosen)
             for row, blocks in enumerate(chosen.tolist())
         ]
         starts = torch.cat([attended.chunk_start for attended in each if isinstance(attended.chunk_start, Tensor)])

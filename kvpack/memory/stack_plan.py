@@ -1,7 +1,7 @@
 """The plan of a stack: its blocks, their order and their positions, before any layer has chosen."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -35,17 +35,16 @@ class StackBook(Book):
         aim: the ledger that a replay will have come back to.
     """
 
-    ledger: Ledger | None = None
+    ledger: Ledger = field(kw_only=True)
     aim: Ledger | None = None
 
     @classmethod
     def of(cls, ledger: Ledger, aim: Ledger | None = None) -> "StackBook":
         """Return the book of a ledger."""
-        return cls(ledger.frames, ledger.chunks, ledger.seconds, ledger, aim)
+        return cls(ledger.frames, ledger.chunks, ledger.seconds, aim, ledger=ledger)
 
     def counting(self, seconds: dict[str, float]) -> "StackBook":
         """Return the same past in a book that counts in `seconds`."""
-        assert self.ledger is not None
         return StackBook.of(replace(self.ledger, seconds=seconds), self.aim)
 
 
@@ -93,7 +92,6 @@ class StackPlan(Plan):
 
     def __init__(self, stack: "Stack", book: StackBook, coming: int, geometry: Geometry) -> None:
         super().__init__(book, coming, geometry)
-        assert book.ledger is not None
         self.stack, self.aim = stack, book.aim
         self.ledger = book.ledger if coming == book.ledger.coming else book.ledger.expecting(coming)
         self.sink = [index for index, piece in enumerate(self.ledger.whole) if piece.part == "sink"]
@@ -102,6 +100,8 @@ class StackPlan(Plan):
         #: Archived blocks, if any of them is attended.
         self.mid = self.ledger.archive if self.chosen else ()
         self.takes_all = self.chosen == len(self.mid)
+        self.mid_first_frames = tuple(piece.first_frame for piece in self.mid)
+        self.mid_frames = tuple(piece.frames for piece in self.mid)
         compressor, grid = stack.compressor, geometry.grid
         self.spans = {frames: compressor.span(0, frames, grid) for frames in {piece.block_frames for piece in self.mid}}
         self.tokens = [self.spans[piece.block_frames].tokens for piece in self.mid]
@@ -116,7 +116,7 @@ class StackPlan(Plan):
         #: Mid blocks of one size: a choice is gathered on the device, whatever it is.
         self.uniform = len(self.spans) <= 1 and not any(self.levels)
         #: Whether all choices have the same positions: a merged block has more frames than another in as many of them.
-        self._places_alike = stack.reindexer.shared and len({piece.frames for piece in self.mid}) == 1
+        self._places_alike = stack.reindexer.shared and len(set(self.mid_frames)) == 1
         #: Archived keys of the next layer that are on their way.
         self.ahead = Prefetch()
         self._placed: dict[torch.device, Placed] = {}
@@ -145,16 +145,6 @@ class StackPlan(Plan):
         chosen = {piece.first_frame: count for piece, count in zip(self.mid, times, strict=True)}
         offered = sum(each.shape[0] for each in selected)
         return replace(self.after, ledger=self.step.ledger.counted(offered, chosen))
-
-    @cached_property
-    def mid_first_frames(self) -> tuple[int, ...]:
-        """First latent frame of each mid block."""
-        return tuple(piece.first_frame for piece in self.mid)
-
-    @cached_property
-    def mid_frames(self) -> tuple[int, ...]:
-        """Latent frames that each mid block stands for."""
-        return tuple(piece.frames for piece in self.mid)
 
     def room(self) -> tuple[int, int]:
         """Return as much as the largest chunk of the video needs; the first one may be shorter than the rest."""

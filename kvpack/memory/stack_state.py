@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,9 +21,6 @@ from kvpack.memory.sharded import with_all_heads, with_own_heads
 from kvpack.memory.stack_plan import Placed, StackPlan
 from kvpack.memory.store import KeysValues, StoredBlock
 from kvpack.memory.tokens import Tokens, taken
-
-if TYPE_CHECKING:
-    from kvpack.memory.stack import Stack
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +95,6 @@ def merged_block(compressor: Compressor, pieces: Sequence[BlockEntry], archive: 
 
 
 def attended_tokens(
-    stack: "Stack",
     state: StackState,
     plan: StackPlan,
     rows: slice,
@@ -109,7 +105,6 @@ def attended_tokens(
     """Return sink, chosen mid and recent blocks of some rows at their positions.
 
     Args:
-        stack: the policy.
         state: the layer's past.
         plan: the chunk.
         rows: which rows.
@@ -129,7 +124,7 @@ def attended_tokens(
         return tokens
 
     first, last = len(plan.sink), len(plan.sink) + plan.chosen
-    mid = _mid(stack, archive, plan, rows, chosen, placed, chunk)
+    mid = _mid(archive, plan, rows, chosen, placed, chunk)
     parts = (*whole(plan.sink, 0), *mid, *whole(plan.recent, last))
     shared: tuple[Tensor, ...] | None = None
     if plan.shares(chosen):
@@ -144,19 +139,13 @@ def attended_tokens(
         rotations=shared,
         selected=selected,
         candidates=len(plan.mid),
-        shared=selected if stack.share_selection else None,
+        shared=selected if plan.stack.share_selection else None,
         suspect=placed.suspect,
     )
 
 
 def _mid(
-    stack: "Stack",
-    archive: Archive,
-    plan: StackPlan,
-    rows: slice,
-    chosen: Tensor | list[int] | None,
-    placed: Placed,
-    chunk: Chunk,
+    archive: Archive, plan: StackPlan, rows: slice, chosen: Tensor | list[int] | None, placed: Placed, chunk: Chunk
 ) -> list[Tokens]:
     """Return the chosen archived blocks, in one where they are of one size."""
     if not plan.chosen:
@@ -176,7 +165,7 @@ def _mid(
         if archive.coordinates is not None and not plan.levels[int(block)]:
             own = archive.coordinates[rows, piece.slot, :count]
             place = at(own, placed.placement.starts[:, first], placed.ratios[:, first])
-        tokens.append(Tokens(*_archived(stack, archive, plan, rows, int(block), chunk), place))
+        tokens.append(Tokens(*_archived(archive, plan, rows, int(block), chunk), place))
     return tokens
 
 
@@ -190,15 +179,16 @@ def _own_places(archive: Archive, rows: slice, slots: Tensor, plan: StackPlan, p
     return at(own, placed.begins[:, columns], placed.squeezed[:, columns])
 
 
-def _archived(stack: "Stack", archive: Archive, plan: StackPlan, rows: slice, block: int, chunk: Chunk) -> KeysValues:
+def _archived(archive: Archive, plan: StackPlan, rows: slice, block: int, chunk: Chunk) -> KeysValues:
     """Return a mid block as it is attended."""
     piece, tokens, level = plan.mid[block], plan.tokens[block], plan.levels[block]
     keys, values = archive.block_keys(piece.slot, tokens, rows), archive.block_values(piece.slot, tokens, rows)
     if not level:
         return keys, values
-    seen = with_all_heads(stack.compressor, plan.geometry, KVBlock(keys, values, plan.spans[piece.block_frames]))
-    with policy_call(stack.compressor, "shrunk", plan.ledger.seconds, chunk.layer):
-        shrunk: Any = stack.compressor.shrunk(seen, plan.geometry.grid, level)
-    check_block(stack.compressor, shrunk, plan.attended[block], seen.keys, chunk.layer, "shrunk")
-    own = with_own_heads(stack.compressor, plan.geometry, shrunk)
+    compressor = plan.stack.compressor
+    seen = with_all_heads(compressor, plan.geometry, KVBlock(keys, values, plan.spans[piece.block_frames]))
+    with policy_call(compressor, "shrunk", plan.ledger.seconds, chunk.layer):
+        shrunk: Any = compressor.shrunk(seen, plan.geometry.grid, level)
+    check_block(compressor, shrunk, plan.attended[block], seen.keys, chunk.layer, "shrunk")
+    own = with_own_heads(compressor, plan.geometry, shrunk)
     return own.keys, own.values

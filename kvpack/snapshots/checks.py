@@ -108,7 +108,7 @@ def _check_state(state: Any, book: Book, geometry: Geometry) -> None:
     if not isinstance(state, StackState) or not isinstance(book, StackBook):
         raise SnapshotError(f"a stack has a {type(book).__name__} and, of a layer, a {type(state).__name__}")
     ledger = book.ledger
-    if ledger is None or len(ledger.whole) != len(state.whole):
+    if len(ledger.whole) != len(state.whole):
         raise SnapshotError(f"{len(state.whole)} whole blocks are there, but others are listed")
     for piece, kept in zip(ledger.whole, state.whole, strict=True):
         if len(kept.block) != piece.frames * geometry.tokens_per_frame:
