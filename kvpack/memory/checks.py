@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from kvpack.errors import PolicyError
 from kvpack.memory.attribution import broken
 from kvpack.memory.base import Attended, Memory
 from kvpack.memory.tokens import Tokens
+
+if TYPE_CHECKING:
+    from kvpack.memory.layer import LayerCache
 
 
 def check_attended(memory: Memory, attended: object, like: Tensor, layer: int) -> None:
@@ -92,13 +95,11 @@ def signs(attended: Attended) -> list[Tensor]:
     return [tensor.detach().sum(dtype=torch.float32) for tensor in tensors]
 
 
-def looks_right(every: Sequence[Attended], signs: Sequence[Tensor]) -> bool:
-    """Return whether nothing that layers attended looks wrong; all of them in one wait for the device.
-
-    Args:
-        every: what each layer attended.
-        signs: scalars that are finite if all is right.
-    """
+def check_layers(caches: "Sequence[LayerCache]") -> bool:
+    """Return whether nothing that a memory did in this chunk looks wrong; all layers in one wait for the device."""
+    leaves = [leaf for cache in caches for leaf in cache.leaves]
+    every = [leaf.attended for leaf in leaves if leaf.attended is not None]
+    signs = [sign for leaf in leaves for sign in leaf.signs]
     doubts = [each.suspect for each in every if each.suspect is not None]
     choices: dict[tuple[int, torch.Size], list[Tensor]] = {}
     for each in every:

@@ -1,6 +1,5 @@
 """The memory of one transformer layer in one generation: what an attention processor talks to."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 from weakref import ref
@@ -12,7 +11,7 @@ from torch import Tensor
 from kvpack.memory.attended import Attention, Context, Gathered, InPlace
 from kvpack.memory.attribution import memory_call
 from kvpack.memory.base import Attended, Chunk, Memory
-from kvpack.memory.checks import check_attended, looks_right, signs
+from kvpack.memory.checks import check_attended, signs
 from kvpack.memory.ledger import BlockEntry
 from kvpack.memory.plan import Plan, at
 from kvpack.memory.rope import rotations, wide_dtype
@@ -282,10 +281,3 @@ def spread(
 ) -> Float[Tensor, "rows some heads head_dim"]:
     """Return a copy of at most `most` queries, spread evenly."""
     return queries[:, :: -(-queries.shape[1] // most)].clone() if most else queries[:, :0].clone()
-
-
-def check_layers(caches: Sequence[LayerCache]) -> bool:
-    """Return whether nothing that a memory did in this chunk looks wrong; one wait for the device."""
-    leaves = [leaf for cache in caches for leaf in cache.leaves]
-    attended = [leaf.attended for leaf in leaves if leaf.attended is not None]
-    return looks_right(attended, [sign for leaf in leaves for sign in leaf.signs])

@@ -14,11 +14,11 @@ from kvpack.memory.accounting import session_stats
 from kvpack.memory.attribution import memory_call
 from kvpack.memory.base import Chunk, Event, Memory
 from kvpack.memory.blocks import Span
-from kvpack.memory.checks import vetoes
+from kvpack.memory.checks import check_layers, vetoes
 from kvpack.memory.divided import Divided
 from kvpack.memory.divided_layer import divided_layers
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.layer import Forward, ForwardLayer, LayerCache, check_layers
+from kvpack.memory.layer import Forward, ForwardLayer, LayerCache
 from kvpack.memory.ledger import BlockEntry, require_length
 from kvpack.memory.plan import Book, Plan
 from kvpack.memory.roles import LatentCompressor
