@@ -32,16 +32,11 @@ class Policy:
             raise InvalidOptionError(f"{type(self).__name__} must be a dataclass to be written as data")
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         for option, value in options.items():
-            if isinstance(value, Tensor | np.ndarray):
-                raise InvalidOptionError(
-                    f"{option} of {self.role} {self.name} is a {type(value).__name__}, which is no data to write; give "
-                    "numbers, or a tuple of them"
-                )
-            if isinstance(value, nn.Module):
-                raise InvalidOptionError(
-                    f"{option} of {self.role} {self.name} is a {type(value).__name__}, which is no data to write; "
-                    "save it with save_pretrained and give the folder instead"
-                )
+            if isinstance(value, Tensor | np.ndarray | nn.Module):
+                module = "save it with save_pretrained and give the folder instead"
+                instead = module if isinstance(value, nn.Module) else "give numbers, or a tuple of them"
+                given = f"{option} of {self.role} {self.name} is a {type(value).__name__}"
+                raise InvalidOptionError(f"{given}, which is no data to write; {instead}")
         return {"policy": self.name, **options}
 
 
