@@ -171,13 +171,8 @@ class Archive:
             raise ValueError(f"{self.codec.name} stores {asked}, but the block is {given}")
         if self.slots and block.key_sums.shape != self.key_sums[:, 0].shape:
             raise ValueError(f"sums of keys are {tuple(block.key_sums.shape)}, unlike those of other blocks")
-        if not self.slots:
-            self.dtype, device = dtype, block.key_sums.device
-            self.keys, self.values = (self._grown((), parts, (rows, slots), device) for parts in wanted)
-            self.key_sums = block.key_sums.new_zeros(rows, slots, heads, head_dim)
-        if block.coordinates is not None and self.coordinates is None:
-            places = block.coordinates
-            self.coordinates = places.new_zeros(places.shape[0], slots, *places.shape[1:])
+        like = block.key_sums.new_empty(rows, 0, heads, head_dim, dtype=dtype)
+        self.reserve(slots, like, block.coordinates)
         self.write(slot, block)
 
     def block_keys(self, slot: int, tokens: int, rows: slice = slice(None)) -> Tensor:
