@@ -50,11 +50,6 @@ def attached(
         yield
 
 
-class _NoState(BaseState):
-    def reset(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to reset; the memory lives in a session."""
-
-
 class _BranchHook(ModelHook):
     """Knows which guidance branch and step the pipeline is in, as `cache_context` says."""
 
@@ -62,7 +57,7 @@ class _BranchHook(ModelHook):
 
     def __init__(self) -> None:
         super().__init__()
-        self.manager = StateManager(_NoState)  # type: ignore[arg-type]
+        self.manager = StateManager(BaseState)  # type: ignore[arg-type]  # of which none is made
 
     def reset_state(self, module: Any) -> Any:
         """Forget the branch."""

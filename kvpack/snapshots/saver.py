@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
@@ -54,7 +55,7 @@ class Saver:
             raise
         self._device: torch.device | None = None  # diffusers looks through all modules for it
         #: What is in the files of every other snapshot, so that the two that are kept share none.
-        self._written = (Written(), Written())
+        self._written: tuple[Written, Written] = (WeakKeyDictionary(), WeakKeyDictionary())
 
     def save(self, run: Run, note: Any = None) -> None:
         """Write a snapshot; what the one before the last has in its files is not written again.
@@ -72,7 +73,9 @@ class Saver:
         number = self._number + 1
         content, writer = self._tree(run, tensor_files(number), self._written[0])
         if worn := self._worn(writer):
-            content, writer = self._tree(run, tensor_files(number), self._written[0].without(worn))
+            known = self._written[0].items()
+            left = WeakKeyDictionary({thing: each for thing, each in known if not worn & set(each[1])})
+            content, writer = self._tree(run, tensor_files(number), left)
         with self._together():
             if self._writes:
                 self.folder.write(number, {**content, "note": note}, writer.tensors, writer.used)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,20 +23,8 @@ KIND = "!"
 Node = Any
 
 
-@dataclass
-class Written:
-    """What of a generation is in files already.
-
-    Args:
-        nodes: of each immutable thing: how it is written, and the files with the bytes of it in each.
-    """
-
-    nodes: WeakKeyDictionary[Any, tuple[Node, dict[str, int]]] = field(default_factory=WeakKeyDictionary)
-
-    def without(self, files: set[str]) -> "Written":
-        """Return the same without what is in some files."""
-        kept = {thing: each for thing, each in self.nodes.items() if not files & set(each[1])}
-        return Written(WeakKeyDictionary(kept))
+#: Of each immutable thing that is in files already: how it is written, and the files with the bytes of it in each.
+Written = WeakKeyDictionary[Any, tuple[Node, dict[str, int]]]
 
 
 class TreeWriter:
@@ -63,7 +51,8 @@ class TreeWriter:
         self._names = {cls: name for name, cls in classes.items()}
         self._policies, self._device = policies, device
         self._blocks, self._file = files
-        self._written, self.kept = written or Written(), Written()
+        self._written: Written = WeakKeyDictionary() if written is None else written
+        self.kept: Written = WeakKeyDictionary()
         self._heads = heads
         #: New tensors of each file by name, and the bytes that are referred to in each.
         self.tensors: dict[str, dict[str, Tensor]] = {file: {} for file in files}
@@ -156,7 +145,7 @@ class TreeWriter:
 
     def _once(self, thing: Any, write: Callable[[], Node]) -> Node:
         """Return what is written of something immutable, from an earlier file if it is there."""
-        known = self._written.nodes.get(thing)
+        known = self._written.get(thing)
         if known is None:
             file, self._file = self._file, self._blocks
             before = self.used.get(self._file, 0)
@@ -164,7 +153,7 @@ class TreeWriter:
             self._file = file
         else:
             self._use(known[1])
-        self.kept.nodes[thing] = known
+        self.kept[thing] = known
         return known[0]
 
     def _use(self, files: Mapping[str, int]) -> None:
