@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, require_int
 from kvpack.memory import Attended, Chunk, StateMemory, Tokens
+from kvpack.policies.window import require_window
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +68,7 @@ class DeepForcing(StateMemory):
                 f"recent_frames must be at least chunk_frames, {self.chunk_frames}, got {self.recent_frames}"
             )
         least = self.sink_frames + self.recent_frames
-        needed = max(self.sink_frames + self.chunk_frames, 2 * self.chunk_frames)
-        if self.window_frames < needed:
-            raise InvalidOptionError(
-                f"window_frames must be at least {needed} (the sink of {self.sink_frames} and the chunk, or two "
-                f"chunks), got {self.window_frames}"
-            )
+        require_window(self.window_frames, self.sink_frames, self.chunk_frames)
         if self.budget_frames and not least <= self.budget_frames <= self.window_frames:
             raise InvalidOptionError(
                 f"budget_frames must be 0, or {least} (sink and recent frames) to {self.window_frames} (the window), "

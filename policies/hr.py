@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 from jaxtyping import Float
 from torch import Tensor
@@ -63,8 +64,7 @@ class HighResolutionCompressor(PooledLatents):
         """Count the convolutions and their projection."""
         branch = self._source.fitting(shape.channels, geometry.width, shape.patch)
         rows, columns = (tokens * patch for tokens, patch in zip(geometry.grid, shape.patch, strict=True))
-        time, *pooled = pooled_grid(frames, geometry.grid)
-        flops = branch.flops((frames, rows, columns), time * pooled[0] * pooled[1])
+        flops = branch.flops((frames, rows, columns), prod(pooled_grid(frames, geometry.grid)))
         return {"hr": Cost(sum(parameter.numel() for parameter in branch.parameters()), flops)}
 
     @cached_property

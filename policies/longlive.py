@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from kvpack.errors import InvalidOptionError, require_int
+from kvpack.errors import require_int
 from kvpack.memory import Attended, Chunk, StateMemory, Tokens, shortened
+from kvpack.policies.window import require_window
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +48,7 @@ class LongLive(StateMemory):
     def __post_init__(self) -> None:
         require_int("chunk_frames", self.chunk_frames, minimum=1)
         require_int("sink_frames", self.sink_frames)
-        least = max(self.sink_frames + self.chunk_frames, 2 * self.chunk_frames)
-        if self.window_frames < least:
-            raise InvalidOptionError(
-                f"window_frames must be at least {least} (the sink of {self.sink_frames} and the chunk, or two "
-                f"chunks), got {self.window_frames}"
-            )
+        require_window(self.window_frames, self.sink_frames, self.chunk_frames)
 
     @property
     def replay_frames(self) -> int:  # type: ignore[override]

@@ -43,9 +43,14 @@ class WindowPartitioner(Partitioner):
 
     def check(self, chunk_frames: int) -> None:
         """Check that the window holds the sink, the current chunk, and a chunk of history."""
-        if self.window_frames < self.sink_frames + chunk_frames or self.window_frames < 2 * chunk_frames:
-            raise InvalidOptionError(
-                f"window_frames must be at least {max(self.sink_frames + chunk_frames, 2 * chunk_frames)} "
-                f"(the sink of {self.sink_frames}, the current chunk of {chunk_frames} frames, and at least "
-                f"a chunk of history), got {self.window_frames}"
-            )
+        require_window(self.window_frames, self.sink_frames, chunk_frames)
+
+
+def require_window(window_frames: int, sink_frames: int, chunk_frames: int) -> None:
+    """Raise `InvalidOptionError` unless a window holds its sink, the current chunk, and a chunk of history."""
+    least = max(sink_frames + chunk_frames, 2 * chunk_frames)
+    if window_frames < least:
+        raise InvalidOptionError(
+            f"window_frames must be at least {least} (the sink of {sink_frames}, the current chunk of {chunk_frames} "
+            f"frames, and at least a chunk of history), got {window_frames}"
+        )
