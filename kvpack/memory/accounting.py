@@ -43,7 +43,8 @@ def session_stats(session: "Session") -> dict[str, Any]:
         shape, codec = (geometry.heads, geometry.head_dim, geometry.dtype), memory.store  # type: ignore[attr-defined]
         lengths = [each.block_frames for each in book.ledger.archive]
         stored = {n: stored_bytes(codec, compressor.span(0, n, geometry.grid).tokens, *shape) for n in set(lengths)}
-        archived = sum(stored[frames] for frames in lengths) * _rows(session) * geometry.layers
+        rows = len(session.caches[0].lengths) or 1
+        archived = sum(stored[frames] for frames in lengths) * rows * geometry.layers
     chosen = [cache.selected.tolist() for cache in session.caches if cache.selected is not None]
     return {
         **stats,
@@ -98,10 +99,6 @@ def _attended_tokens(session: "Session") -> int:
         return max(session.caches[0].lengths, default=0)
     heads = session.geometry.layers * session.geometry.heads
     return ceil(sum(max(leaf.lengths, default=0) * count for leaf, count in _leaves(session)) / heads)
-
-
-def _rows(session: "Session") -> int:
-    return len(session.caches[0].lengths) or 1
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ Select = Callable[[Tensor, Tensor], Tensor]
 def selecting(tier: Tier, stored: Sequence[Tensor], device: torch.device) -> Select | None:
     """Return what selects slots without the host; None where the host must know which, for it copies them."""
     if tier == "device":
-        return _beside
+        return lambda each, index: each.index_select(0, index)
     # Gradients pass through the host's copies, not through the kernel.
     fits = device.type == "cuda" and all(each.is_pinned() and not each.requires_grad for each in stored)
     return _kernel(device) if fits else None
@@ -56,10 +56,6 @@ def consecutive_runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
     [(0, 2), (2, 5)]
     """
     return pairwise([0, *(i for i in range(1, len(slots)) if slots[i] != slots[i - 1] + 1), len(slots)])
-
-
-def _beside(stored: Tensor, index: Tensor) -> Tensor:
-    return stored.index_select(0, index)
 
 
 @cache

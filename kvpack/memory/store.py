@@ -53,7 +53,8 @@ class StoredBlock:
         """Return a block of some of these tokens that keeps no others alive, unless they lie in an arena."""
         start, stop, _ = some.indices(self.tokens)
         if self._own is not None:
-            keys, values = (contiguous_slice(each, slice(start, stop)) for each in self._own)
+            parts = [each[:, start:stop] for each in self._own]
+            keys, values = (each.contiguous() if stop - start == self.tokens else each.clone() for each in parts)
             return StoredBlock(stop - start, (keys, values))
         block = StoredBlock(stop - start)
         for arena, first in self.places.items():
@@ -185,7 +186,8 @@ class Arena:
             block.placed(self, start)
 
     def _move(self, moving: Sequence[tuple[int, StoredBlock]]) -> None:
-        if not self._moves_down(moving):
+        # Copied in turn, to places that ascend, one that comes from below its place would write over a later one.
+        if any(block.places.get(self, -1) < start for start, block in moving):
             for _, block in moving:
                 if self in block.places:
                     block.move_out(self)
@@ -197,10 +199,6 @@ class Arena:
                 keys, values = keys.clone(), values.clone()
             self.write(start, keys, values)
             block.placed(self, start)
-
-    def _moves_down(self, moving: Sequence[tuple[int, StoredBlock]]) -> bool:
-        """Return whether blocks, for places that ascend, can be copied in turn without writing over a later one."""
-        return all(block.places.get(self, -1) >= start for start, block in moving)
 
 
 def leave_ended(blocks: Iterable[StoredBlock]) -> None:
@@ -241,9 +239,3 @@ def _room(held: Tensor, rows: int, tokens: int, like: Tensor) -> Tensor:
     if fits and held.dtype == like.dtype and held.device == like.device:
         return held
     return like.new_empty(rows, tokens, *like.shape[2:])
-
-
-def contiguous_slice(tensor: Tensor, cut: slice) -> Tensor:
-    """Return a part of a chunk that keeps no other part alive."""
-    part = tensor[:, cut]
-    return part.contiguous() if part.shape == tensor.shape else part.clone()
