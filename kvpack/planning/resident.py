@@ -143,13 +143,7 @@ def most_resident(
 
 
 def _divided(geometry: Geometry, memory: Divided, one: Callable[[Geometry, Stack], Resident | None]) -> Resident | None:
-    """Return what all parts hold together; None if one grows without end.
-
-    Args:
-        geometry: the model.
-        memory: the policy.
-        one: gives what a stack holds with some heads of the model.
-    """
+    """Return what all parts hold together, of what `one` holds with some heads; None if one grows without end."""
     kinds = Counter(part.kind for layer in memory.parts(geometry) for part in layer)
     history, held, shared = 0, 0, 0
     for (stack, heads), count in kinds.items():
@@ -204,7 +198,7 @@ def _counted(geometry: Geometry, stack: Stack, batch: int, first_frames: int | N
         largest = sorted(sizes)[len(sizes) - plan.chosen :]
         if unknown:
             largest = [max(tokens for _, tokens in seen)] * plan.chosen
-        mid = sum(sizes[: plan.chosen] if in_place and not unknown else largest)
+        mid = sum(largest)
         history = sum(piece.frames for piece in before.whole) * each + mid
         new, needed = {piece.first_frame for piece in plan.new_pieces}, history + coming * each
         if in_place or unknown:
