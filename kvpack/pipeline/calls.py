@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, plain, require_choice
 from kvpack.generation.adapter import Adapter, call_signature
@@ -193,16 +192,11 @@ def whole(pipeline: Any, run: Run, on_chunk: OnChunk | None = None) -> Any:
             latents.append(chunk.latents)
             if chunk.pixels is not None:
                 frames.append(run.postprocess(chunk.pixels))
-        return _output(run, latents, frames)
-
-
-def _output(run: Run, latents: list[Tensor], frames: list[Any]) -> Any:
-    """Return what the call returns around the chunks; there are no frames if none are decoded yet."""
-    if run.output_type == "latent":
-        return run.output(torch.cat(latents, dim=2))
-    # Decoded after the loop, when the transformer is done, unless the compressor needed the pixels anyway.
-    frames = frames or [run.postprocess(each) for each in run.decoded(latents)]
-    return run.output(_joined(frames, run.output_type))
+        if run.output_type == "latent":
+            return run.output(torch.cat(latents, dim=2))
+        # Decoded after the loop, when the transformer is done, unless the compressor needed the pixels anyway.
+        frames = frames or [run.postprocess(each) for each in run.decoded(latents)]
+        return run.output(_joined(frames, run.output_type))
 
 
 def _joined(parts: list[Any], output_type: str) -> Any:
