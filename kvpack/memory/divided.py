@@ -59,10 +59,6 @@ class DividedPlan(Plan):
             for stack, heads in kinds
         }
 
-    def of_stack(self, stack: int) -> Plan:
-        """Return a plan of a stack; all say the same of the host's integers."""
-        return next(plan for (index, _), plan in self.plans.items() if index == stack)
-
 
 class Divided(Memory):
     """Stacks of which each serves some heads of some layers; none of them archives anything.
@@ -145,7 +141,8 @@ class Divided(Memory):
     def committed(self, plan: Plan, selected: Sequence[Tensor] = ()) -> DividedBook:
         """Return the book with the planned chunk in it."""
         assert isinstance(plan, DividedPlan)
-        return _together([stack.committed(plan.of_stack(index)) for index, stack in enumerate(self.stacks)])
+        plans = {stack: each for (stack, _), each in plan.plans.items()}  # all of a stack say the same in host integers
+        return _together([stack.committed(plans[index]) for index, stack in enumerate(self.stacks)])
 
     def rewound(self, book: Book, frames: int) -> DividedBook:
         """Return the book without its last frames."""
