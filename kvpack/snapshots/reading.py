@@ -1,6 +1,7 @@
 """Trees read back: nothing is made but plain data, tensors, and dataclasses of a list that the reader has."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, get_args
 
@@ -64,15 +65,8 @@ class TreeReader:
         read = _READERS.get(str(kind))
         if read is None:
             raise SnapshotError(f"it holds {str(kind)[:40]!r}, which no snapshot of this version has")
-        try:
+        with explained(f"a {kind} in it is not as a snapshot has it", SnapshotError):
             return read(self, node)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            if isinstance(error, SnapshotError | torch.OutOfMemoryError):  # the latter says nothing of the snapshot
-                raise
-            what = " ".join(str(error).split())[:300]
-            raise SnapshotError(
-                f"a {kind} in it is not as a snapshot has it ({type(error).__name__}: {what})"
-            ) from error
 
     def _tensor(self, node: dict[str, Any]) -> Tensor:
         key = _text(node["file"]), _text(node["name"]), bool(node["here"])
@@ -142,6 +136,18 @@ class TreeReader:
         if self._heads is not None:
             values = {name: field_with_heads(cls, name, value, self._heads) for name, value in values.items()}
         return cls(**values)
+
+
+@contextmanager
+def explained(said: str, through: type[Exception]) -> Iterator[None]:
+    """Turn what a tree of the wrong shape makes Python raise into a `SnapshotError`, but for errors that go through."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
+        if isinstance(error, through | torch.OutOfMemoryError):  # the latter says nothing of the snapshot
+            raise
+        what = " ".join(str(error).split())[:300]  # torch writes several lines
+        raise SnapshotError(f"{said} ({type(error).__name__}: {what})") from error
 
 
 def _count(value: Any) -> int:

@@ -1,8 +1,8 @@
 """A generation resumed from a folder of snapshots."""
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from kvpack.memory.stack import Stack
 from kvpack.snapshots.checks import check_attributes, check_moment, check_sessions
 from kvpack.snapshots.fingerprint import fingerprints, model_digests, require_same
 from kvpack.snapshots.folder import SnapshotFolder
-from kvpack.snapshots.reading import TreeReader
+from kvpack.snapshots.reading import TreeReader, explained
 from kvpack.snapshots.saver import GIVEN_AGAIN, versions
 from kvpack.snapshots.tensors import TensorFiles
 from kvpack.snapshots.types import allowed_classes, policies_of
@@ -54,7 +54,7 @@ def resumed(pipeline: Any, folder: Path, given: Mapping[str, Any], number: int |
     """
 
     def use(content: dict[str, Any], files: TensorFiles) -> tuple[Run, str, Any]:
-        with _explained():
+        with explained("no generation goes on from it", KVPackError):
             return _resumed(pipeline, content, files, given)
 
     shard = pipeline._kvpack.adapter.shard(pipeline)
@@ -108,18 +108,6 @@ def _require_generators(given: Any, device: torch.device) -> None:
                 f"its noise is drawn on {each.device.type!r}, but the pipeline is on {device.type!r}; move the "
                 f"pipeline to {each.device.type!r} (a generation whose generator is on the CPU goes on anywhere)"
             )
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Turn what a tree of the wrong shape makes Python raise into a `SnapshotError`."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
-        if isinstance(error, KVPackError | torch.OutOfMemoryError):  # the latter says nothing of the snapshot
-            raise
-        what = " ".join(str(error).split())[:300]  # torch writes several lines
-        raise SnapshotError(f"no generation goes on from it ({type(error).__name__}: {what})") from error
 
 
 def _with_given(call: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
