@@ -79,13 +79,13 @@ class Geometry:
         """Return the mean over processes of what is a mean over the heads of one."""
         return mine if self.shard is None else self.shard.sum(mine) / self.shard.ranks
 
-    def all_heads(self, mine: Tensor, dim: int = 2) -> Tensor:
-        """Return a tensor with the heads of all processes along an axis."""
-        return mine if self.shard is None else self.shard.gather(mine, dim)
+    def all_heads(self, mine: Tensor) -> Tensor:
+        """Return a tensor `[rows, tokens, heads, ...]` with the heads of all processes."""
+        return mine if self.shard is None else self.shard.gather(mine, 2)
 
-    def own_heads(self, every: Tensor, dim: int = 2) -> Tensor:
-        """Return this process's heads of a tensor that has all of them along an axis."""
-        return every if self.shard is None else self.shard.own(every, dim)
+    def own_heads(self, every: Tensor) -> Tensor:
+        """Return this process's heads of a tensor that has all of them, likewise."""
+        return every if self.shard is None else self.shard.own(every, 2)
 
     @property
     def width(self) -> int:
