@@ -294,7 +294,3 @@ class Run(ABC):
         if self._bar is not None:
             self._bar.close()
         self.pipeline.maybe_free_model_hooks()
-
-    def stats(self) -> dict[str, Any]:
-        """Return what `Denoiser.stats` does."""
-        return self.denoiser.stats()

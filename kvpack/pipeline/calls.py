@@ -72,7 +72,7 @@ class Enabled:
 
     def __str__(self) -> str:
         if (run := self.run) is not None:
-            stats, of = run.stats(), "" if run.count is None else f" of {run.count}"
+            stats, of = run.denoiser.stats(), "" if run.count is None else f" of {run.count}"
             held = f"{stats.get('resident_bytes', 0) / 1e6:.4g} MB held"
             state = f"{stats['chunks']} chunks{of} are committed, {held}"
         else:
@@ -168,7 +168,7 @@ def running(pipeline: Any, run: Run) -> Iterator[Enabled]:
         if enabled.run is run:
             enabled.run = None
         run.close()
-        enabled.last = run.stats()
+        enabled.last = run.denoiser.stats()
 
 
 def frames(

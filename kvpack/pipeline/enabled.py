@@ -115,7 +115,7 @@ class PackForcing:
     def stats(self) -> dict[str, Any]:
         """Return tokens and bytes by partition, selections and seconds of the generation in progress, or the last."""
         enabled = self._pipeline._kvpack
-        return enabled.last if (run := enabled.run) is None else run.stats()
+        return enabled.last if (run := enabled.run) is None else run.denoiser.stats()
 
     def __repr__(self) -> str:
         return f"<packforcing of {type(self._pipeline).__name__}: {self._pipeline._kvpack}>"

@@ -80,7 +80,7 @@ def reported(chunks: Iterator[GeneratedChunk], run: Run, on_chunk: OnChunk | Non
 
 
 def _progress(run: Run, index: int, made: int, new: int, seconds: float) -> Progress:
-    stats, frames = run.stats(), made + run.frames_beside
+    stats, frames = run.denoiser.stats(), made + run.frames_beside
     sizes = {name: int(stats.get(name, 0)) for name in ("attended_bytes", "archive_bytes", "resident_bytes")}
     return Progress(index, run.count, frames, frames / run.fps, seconds, new / max(seconds, 1e-9), **sizes)
 

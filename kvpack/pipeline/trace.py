@@ -93,7 +93,7 @@ class Trace:
         if not self._begun:
             self._line(self._head())
         self._begun = True
-        stats = self.run.stats()
+        stats = self.run.denoiser.stats()
         seconds, self.seconds = self.seconds, stats["seconds"]
         spent = {part: round(now - seconds.get(part, 0.0), 6) for part, now in stats["seconds"].items()}
         line = {"chunk": chunk.index, "first_frame": self._frame, "frames": chunk.latents.shape[2]}
