@@ -181,7 +181,9 @@ class LayerCache:
         block = self.context.keep(tokens.keys, tokens.values)
         if block is not None:
             stored = Tokens(block.keys, block.values, tokens.coordinates, block=block)
-            chunk = replace(chunk, tokens=stored, queries=spread(chunk.queries, self.memory.committed_queries))
+            queries, most = chunk.queries, self.memory.committed_queries
+            some = queries[:, :: -(-queries.shape[1] // most)] if most else queries[:, :0]  # spread evenly
+            chunk = replace(chunk, tokens=stored, queries=some.clone())
         self.captured = chunk
 
     def _attend_twin(
@@ -274,10 +276,3 @@ class ForwardLayer:
         """Keep the keys before RoPE and values of the one twin that this forward is for."""
         (piece,) = self.forward.twins
         self.cache.twins[piece] = keys, values
-
-
-def spread(
-    queries: Float[Tensor, "rows tokens heads head_dim"], most: int
-) -> Float[Tensor, "rows some heads head_dim"]:
-    """Return a copy of at most `most` queries, spread evenly."""
-    return queries[:, :: -(-queries.shape[1] // most)].clone() if most else queries[:, :0].clone()
