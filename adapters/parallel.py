@@ -68,5 +68,5 @@ def attended_by_heads(
         attention: as of `AttendingLayer.attend`.
     """
     assert isinstance(layer, ForwardLayer)
-    mine = [shard.to_heads(each, layer.tokens) for each in (queries, keys, values)]
+    mine = [shard.to_heads(each, layer.forward.tokens) for each in (queries, keys, values)]
     return shard.to_tokens(layer.attend(mine[0], mine[1], mine[2], attention))

@@ -94,7 +94,6 @@ class InPlace:
         self.places = [tokens.coordinates for tokens in attended.tokens]
         self.tokens = start
         self.lengths = [start] * like.shape[0]
-        workspace.owner = None
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, turns: Rotations, attention: Attention) -> Tensor:
         """Attend the arena up to the current tokens."""

@@ -58,7 +58,7 @@ class Forward:
 
     @property
     def tokens(self) -> int:
-        """All tokens of it."""
+        """Tokens of it, on all processes."""
         chunk = self.plan.coming * self.plan.geometry.tokens_per_frame if self.with_chunk else 0
         return chunk + sum(each.shape[0] for each in self.places)
 
@@ -262,11 +262,6 @@ class ForwardLayer:
     def differentiable(self) -> bool:
         """Whether gradients pass."""
         return self.cache.differentiable
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the forward, on all processes."""
-        return self.forward.tokens
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, attention: Attention) -> Tensor:
         """Return the attention of the forward's tokens; arguments as those of `LayerCache.attend`."""

@@ -133,9 +133,8 @@ class Ledger:
 
     def is_ever_compressed(self, piece: BlockEntry) -> bool:
         """Whether a new piece will become part of mid and be kept there."""
-        return self.archive_blocks != 0 and any(
-            self._parts(history)(piece) == "mid" for history in self._until_settled()
-        )
+        parts = (self._parts(history)(piece) for history in self._until_settled())
+        return self.archive_blocks != 0 and "mid" in parts
 
     def commit(self, new_pieces: tuple[BlockEntry, ...] | None = None) -> Step:
         """Return the history with the coming chunk in it.
