@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvpack.errors import InvalidOptionError, require_int
 from kvpack.memory import Attended, Chunk, StateMemory, Tokens
+from kvpack.memory.roles import as_indices
 from kvpack.policies.window import require_window
 
 
@@ -136,8 +137,6 @@ class DeepForcing(StateMemory):
         top = scores.topk((self.budget_frames - self.sink_frames - self.recent_frames) * each, dim=1).indices + sink
         counts = state.chosen.scatter_add(1, top, torch.ones_like(top))
 
-        def row(indices: range) -> Tensor:
-            return torch.arange(indices.start, indices.stop, device=top.device).expand(top.shape[0], -1)
-
-        kept = torch.cat([row(range(sink)), top.sort(dim=1).values, row(range(recent, held))], dim=1)
+        first, last = (as_indices(each, len(top), top.device) for each in (range(sink), range(recent, held)))
+        kept = torch.cat([first, top.sort(dim=1).values, last], dim=1)
         return replace(state, tokens=state.tokens.take(kept), chosen=counts.gather(1, kept))

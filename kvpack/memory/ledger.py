@@ -131,10 +131,10 @@ class Ledger:
         edges = sorted(cuts)
         return tuple(BlockEntry(a, b - a) for a, b in pairwise(edges))
 
-    def is_ever_compressed(self, piece: BlockEntry) -> bool:
-        """Whether a new piece will become part of mid and be kept there."""
-        parts = (self._parts(history)(piece) for history in self._until_settled())
-        return self.archive_blocks != 0 and "mid" in parts
+    def compressed_pieces(self) -> tuple[BlockEntry, ...]:
+        """Return the pieces of the coming chunk that will become part of mid and be kept there."""
+        parts = [self._parts(history) for history in self._until_settled()] if self.archive_blocks != 0 else []
+        return tuple(piece for piece in self.new_pieces() if any(part_of(piece) == "mid" for part_of in parts))
 
     def commit(self, new_pieces: tuple[BlockEntry, ...] | None = None) -> Step:
         """Return the history with the coming chunk in it.

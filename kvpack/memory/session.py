@@ -140,7 +140,7 @@ class Session:
             return ()
         plan = self.plan or self.stack.plan(self.past.book, self.coming_frames, self.geometry)
         assert isinstance(plan, StackPlan)
-        return tuple(piece for piece in plan.new_pieces if plan.ledger.is_ever_compressed(piece))
+        return plan.ledger.compressed_pieces()
 
     def twin_span(self, piece: BlockEntry) -> Span:
         """Return the tokens that will stand for a piece; their times count from the chunk's first frame."""

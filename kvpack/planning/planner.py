@@ -10,7 +10,7 @@ from kvpack.memory.base import Memory
 from kvpack.memory.codec import stored_bytes
 from kvpack.memory.costs import LatentShape, channels_of
 from kvpack.memory.geometry import Geometry
-from kvpack.memory.ledger import BlockEntry, Ledger
+from kvpack.memory.ledger import Ledger
 from kvpack.memory.roles import LatentCompressor
 from kvpack.memory.stack import Stack
 from kvpack.memory.stack_plan import StackBook, StackPlan
@@ -188,13 +188,6 @@ def attended_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> int:
     return whole * geometry.tokens_per_frame + sum(sizes[len(sizes) - plan.chosen :])
 
 
-def _twins(stack: Stack, ledger: Ledger) -> list[BlockEntry]:
-    """Return the pieces of the chunk after `ledger` that a latent-space compressor makes twins of."""
-    if not isinstance(stack.compressor, LatentCompressor):
-        return []
-    return [piece for piece in ledger.new_pieces() if ledger.is_ever_compressed(piece)]
-
-
 def _branches(
     geometry: Geometry, stack: Stack, ledger: Ledger, latents: LatentShape | None
 ) -> tuple[dict[str, int], dict[str, int]]:
@@ -204,7 +197,7 @@ def _branches(
     if not isinstance(stack.compressor, LatentCompressor) or latents is None:
         return parameters, flops
     stack.compressor.check(latents.channels, geometry.width, latents.patch, latents.native)
-    for piece in _twins(stack, ledger):
+    for piece in ledger.compressed_pieces():
         for name, cost in stack.compressor.costs(piece.frames, geometry, latents).items():
             parameters[name] = cost.parameters
             flops[name] = flops.get(name, 0) + cost.flops
@@ -213,8 +206,8 @@ def _branches(
 
 def twin_tokens(geometry: Geometry, stack: Stack, ledger: Ledger) -> list[int]:
     """Count the tokens of each twin that a latent-space compressor makes of the chunk after `ledger`."""
-    spans = (stack.compressor.span(each.first_frame, each.frames, geometry.grid) for each in _twins(stack, ledger))
-    return [span.tokens for span in spans]
+    pieces = ledger.compressed_pieces() if isinstance(stack.compressor, LatentCompressor) else ()
+    return [stack.compressor.span(each.first_frame, each.frames, geometry.grid).tokens for each in pieces]
 
 
 def _twin_flops(

@@ -211,7 +211,7 @@ def _counted(geometry: Geometry, stack: Stack, batch: int, first_frames: int | N
         for _, slot in plan.step.leaving:
             slots = before.slots(slots, slot, geometry.frames)
         if stack.latent_compressor is not None:
-            due |= {piece.first_frame for piece in plan.new_pieces if before.is_ever_compressed(piece)}
+            due |= {piece.first_frame for piece in before.compressed_pieces()}
         ledger, coming = plan.step.ledger, stack.chunk_frames
         twins = sum(
             tokens_of(piece.first_frame, piece.frames, geometry.grid).tokens

@@ -106,7 +106,7 @@ def test_twins_are_due_only_for_what_will_be_compressed():
     ledger = Ledger(SinkMidRecentPartitioner(6, 4), 4)
     due = []
     for _ in range(4):
-        due += [p for p in ledger.new_pieces() if ledger.is_ever_compressed(p)]
+        due += ledger.compressed_pieces()
         ledger = ledger.commit().ledger
     assert frames(due) == list(range(6, 16))
 
