@@ -52,8 +52,7 @@ class SanaWMDenoiser(Denoiser):
     def seam(self) -> AbstractContextManager[None]:
         """Put kvpack's processors into the transformer for the block."""
         attentions = [block.attn1 for block in self.transformer.transformer_blocks]
-        layers_for = lambda *_: self.layers_for(BRANCH)  # noqa: E731
-        return attached(self.transformer, attentions, layers_for, PackedSanaWMAttnProcessor)
+        return attached(self.transformer, attentions, lambda *_: self.layers_for(BRANCH), PackedSanaWMAttnProcessor)
 
     def forward_clean(self, branch: str, latents: Tensor) -> None:
         """Run the pipeline's own forward of clean frames, whose cache stays empty."""
