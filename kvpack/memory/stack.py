@@ -20,14 +20,7 @@ from kvpack.memory.geometry import Geometry
 from kvpack.memory.ledger import BlockEntry, Ledger
 from kvpack.memory.plan import Book, Plan
 from kvpack.memory.policy import Policy, named
-from kvpack.memory.roles import (
-    Compressor,
-    LatentCompressor,
-    Partitioner,
-    Places,
-    Reindexer,
-    Selector,
-)
+from kvpack.memory.roles import Compressor, LatentCompressor, Partitioner, Places, Reindexer, Selector
 from kvpack.memory.sharded import with_all_heads, with_own_heads
 from kvpack.memory.stack_plan import StackBook, StackPlan
 from kvpack.memory.stack_state import KeptBlock, StackState, attended_tokens, merged_block, new_blocks, with_places
