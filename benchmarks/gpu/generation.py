@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from statistics import median
 from typing import Any
 
@@ -92,19 +92,12 @@ def _memory(rows: list[Row], video: Video, name: str) -> None:
         one(name, "operations of a chunk, as planned", planned.flops_per_chunk, "FLOP"),
     ]
     peak = video.machine.peak()
-    needed = fit(
-        {"transformer": configs["transformer"], "vae": size.vae},
-        _NO_TEXT,
-        (size.height, size.width),
-        session.geometry.dtype,
-        chunk_frames=video.frames,
-        rows=1,
-    )
     weights = sum(each.nbytes for each in pipe.transformer.parameters())
     # Keys and values of the prompt are kept for the length of a chunk.
     prompt = size.text * session.geometry.kv_bytes_per_token
     copies, own = passing(session.geometry, session.stack, rows=1, steps=STEPS)
-    expected = weights + copies * kept + own + prompt + needed.denoising
+    denoising = _denoising_bytes(size, session.geometry.dtype, video.frames)
+    expected = weights + copies * kept + own + prompt + denoising
     rows.append(one(name, "peak, as planned: weights, memory, a forward", expected, "bytes"))
     if peak is not None:
         rows += [
@@ -112,6 +105,13 @@ def _memory(rows: list[Row], video: Video, name: str) -> None:
             one(name, "peak reserved", peak.reserved, "bytes"),
             one(name, "peak allocated / planned", peak.allocated / expected, "ratio"),
         ]
+
+
+@cache
+def _denoising_bytes(size: Size, dtype: torch.dtype, frames: int) -> int:
+    """Return the bytes of a forward's activations, which are the same for all memories."""
+    configs = {"transformer": {"in_channels": 16, **size.transformer}, "vae": size.vae}
+    return fit(configs, _NO_TEXT, (size.height, size.width), dtype, chunk_frames=frames, rows=1).denoising
 
 
 def _beside_bare(rows: list[Row], video: Video, name: str) -> None:

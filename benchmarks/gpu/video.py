@@ -30,7 +30,7 @@ FINISH = "the commit's end: compress, store"
 _WIDE = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Size:
     """What is generated.
 
