@@ -148,7 +148,7 @@ def timed(running: Iterator[int], chunks: int) -> tuple[float, int]:
 
 def soaked(subject: Subject, chunks: int) -> list[Row]:
     """Rows of one subject."""
-    each, process = chunks // 200 or 1, psutil.Process()
+    each, process = max(chunks // 200, 4), psutil.Process()
     kind = {"memory": memory, "pipeline": pipeline}[subject.kind]
     running = kind(subject.stack)
     gc.freeze()  # what is there already, so that collecting is no work

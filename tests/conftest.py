@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -85,8 +86,21 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def python(tmp_path_factory):
     """What does what `python -c` does, in a fork of an interpreter that has imported neither kvpack nor diffusers."""
-    files = [tmp_path_factory.mktemp("python") / name for name in ("stdout", "stderr")]
-    command = [sys.executable, "-P", Path(__file__).with_name("interpreter.py")]
+    with _interpreter(tmp_path_factory.mktemp("python")) as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def ready_python(tmp_path_factory):
+    """As `python`, in a fork of one that has imported both."""
+    with _interpreter(tmp_path_factory.mktemp("ready"), "kvpack.testing.pipelines", "kvpack.adapters.wan") as run:
+        yield run
+
+
+@contextmanager
+def _interpreter(folder, *modules):
+    files = [folder / name for name in ("stdout", "stderr")]
+    command = [sys.executable, "-P", Path(__file__).with_name("interpreter.py"), *modules]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
 
         def run(code, *words, folder=".", path=()):

@@ -1,9 +1,10 @@
 """An interpreter whose forks run code as `python -c` does, behind the imports of what kvpack itself imports.
 
-Neither kvpack nor diffusers is imported here, and a fork ends as an interpreter does. A line of standard input asks for
-one, a line of standard output is its status.
+Neither kvpack nor diffusers is imported here unless the command line names them, and a fork ends as an interpreter
+does. A line of standard input asks for one, a line of standard output is its status.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -12,6 +13,8 @@ if __name__ == "__main__":
     import peft  # noqa: F401
     from transformers import PreTrainedTokenizerFast, UMT5EncoderModel  # noqa: F401
 
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     for line in sys.stdin:
         asked = json.loads(line)
         if not (child := os.fork()):

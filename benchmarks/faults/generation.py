@@ -38,6 +38,7 @@ class Faults:
 
     def __init__(self, folder: Path, small: bool) -> None:
         self.folder, self.small, self.draw = folder, small, random.Random(SEED)
+        self.call = {**CALL, "num_frames": 53} if small else CALL
         self.pipe = made()
         self.whole = list(self.stream())
         start = time.perf_counter()
@@ -51,7 +52,7 @@ class Faults:
     def stream(self, **changed: Any) -> Any:
         """Return a new stream."""
         generator = torch.Generator().manual_seed(SEED)
-        return self.pipe.packforcing.stream(**{**CALL, "generator": generator, **changed})
+        return self.pipe.packforcing.stream(**{**self.call, "generator": generator, **changed})
 
     def generate(self, folder: Path, stream: Any = None, chunks: int | None = None) -> None:
         """Save before the first chunk and behind each."""

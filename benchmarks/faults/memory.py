@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,14 @@ def allocates(func: Any, args: Any, options: Any) -> bool:
 def _caller() -> str:
     """Return the innermost line of kvpack's own that is being run."""
     frame: Any = sys._getframe(2)
-    while frame is not None and not any(each in frame.f_code.co_filename for each in _HERE):
+    while frame is not None and not _ours(frame.f_code.co_filename):
         frame = frame.f_back
     return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+@cache
+def _ours(file: str) -> bool:
+    return any(each in file for each in _HERE)
 
 
 class Play:
@@ -191,12 +197,18 @@ def starved_pipeline(name: str) -> Any:
 def plenty(pipe: Any, folder: Path, script: str = SCRIPT) -> tuple[list[str], Scarce, int]:
     """Go through the script with memory enough: the frames, where memory was asked for, and what stays allocated."""
     with Scarce(None) as scarce:
-        play = Play(pipe, folder, script)
-        for line in range(len(play.script)):
-            play.act(line)
+        play = played(pipe, folder, script)
     play.ended()
     gc.collect()
     return play.frames, scarce, scarce.held()
+
+
+def played(pipe: Any, folder: Path, script: str) -> Play:
+    """Go through the script."""
+    play = Play(pipe, folder, script)
+    for line in range(len(play.script)):
+        play.act(line)
+    return play
 
 
 def starved(pipe: Any, folder: Path, at: int, most: int, script: str = SCRIPT) -> tuple[list[str], bool]:
@@ -257,7 +269,7 @@ def out_of_memory(faults: Faults, name: str) -> Tally:
     """Let an operation of a generation have no memory: in each line of kvpack that asks for it."""
     tally, pipe, script = Tally(), starved_pipeline(name), SHORT if faults.small else SCRIPT
     with faults.new_folder() as folder, quiet():
-        plenty(pipe, folder / "first", script)  # what the pipeline keeps from its first call on is made now
+        played(pipe, folder / "first", script).ended()  # what the pipeline keeps from its first call on is made now
         whole, scarce, most = plenty(pipe, folder / "whole", script)
         for at in points(scarce, faults):
             tally.tried += 1

@@ -117,18 +117,18 @@ def killed_videos(faults: Faults, count: int) -> Tally:
     A child that was done before it was killed, or had not begun, is none of the count.
     """
     tally = Tally()
-    model, wanted = faults.folder / "model", faults.times(count)
+    model, wanted, length = faults.folder / "model", faults.times(count), 3 if faults.small else 5
     tiny_wan_pipeline().save_pretrained(model)
-    generate(model, faults.folder / "whole.mp4")
+    generate(model, faults.folder / "whole.mp4", length)
     whole, start = pixels(faults.folder / "whole.mp4"), time.perf_counter()
-    os.waitpid(forked(lambda: generate(model, faults.folder / "timed.mp4")), 0)
+    os.waitpid(forked(lambda: generate(model, faults.folder / "timed.mp4", length)), 0)
     seconds = time.perf_counter() - start  # of a child, which has imported everything
     for _ in range(10 * wanted):
         if tally.tried == wanted:
             break
         with faults.new_folder() as folder:
             output = folder / "a.mp4"
-            child = forked(lambda output=output: generate(model, output))
+            child = forked(lambda output=output: generate(model, output, length))
             time.sleep(faults.draw.uniform(0.1, 1) * seconds)
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
@@ -219,10 +219,12 @@ def command(*words: str) -> None:
         raise RuntimeError(result.output)
 
 
-def generate(model: Path, output: Path) -> None:
+def generate(model: Path, output: Path, seconds: int) -> None:
     """Write a video with a checkpoint behind each chunk; smaller frames libx264 encodes to other bits at times."""
-    words = f"generate --model {model} --output {output} --prompt night --seconds 5 --height 64 --width 64 --steps 1"
-    more = "--guidance-scale 1 --call max_sequence_length=8 --device cpu -o topk=2 --checkpoint-every 1 --json"
+    words = f"generate --model {model} --output {output} --prompt night --seconds {seconds} --height 64 --width 64"
+    more = (
+        "--steps 1 --guidance-scale 1 --call max_sequence_length=8 --device cpu -o topk=2 --checkpoint-every 1 --json"
+    )
     command(*words.split(), *more.split())
 
 

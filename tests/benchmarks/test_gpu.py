@@ -150,9 +150,9 @@ def test_without_cuda_it_says_so_at_once(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_whole_command_on_a_cpu(tmp_path, python):
+def test_the_whole_command_on_a_cpu(tmp_path, ready_python):
     code = "import runpy; runpy.run_module('benchmarks.gpu', run_name='__main__')"
-    done = python(code, "--tiny", "--out", tmp_path / "gpu.json", path=[ROOT])
+    done = ready_python(code, "--tiny", "--out", tmp_path / "gpu.json", path=[ROOT])
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert written["machine"]["kvpack"]

@@ -60,9 +60,11 @@ def test_compared_stacks_take_options(text, stacks):
     assert parse_compared(text) == stacks
 
 
-def test_an_option_of_another_kind_is_told_plainly(python):
+def test_an_option_of_another_kind_is_told_plainly(ready_python):
     """In an interpreter of its own: here types are checked before the code can."""
-    done = python("from kvpack.plugins.resolve import resolve_stack; resolve_stack('packforcing', {'compressor': {}})")
+    done = ready_python(
+        "from kvpack.plugins.resolve import resolve_stack; resolve_stack('packforcing', {'compressor': {}})"
+    )
     assert done.stderr.endswith("InvalidOptionError: compressor must be a name or an instance, got {}\n")
 
 

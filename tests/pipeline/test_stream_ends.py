@@ -61,9 +61,9 @@ def pipe():
         *(pytest.param(each, marks=pytest.mark.slow) for each in ("in a circle", "an exit", "a signal")),
     ],
 )
-def test_an_open_stream_does_not_hold_up_the_interpreter(end, python):
+def test_an_open_stream_does_not_hold_up_the_interpreter(end, ready_python):
     code, status = ENDS[end]
-    done = python(OPENED + code)
+    done = ready_python(OPENED + code)
     assert done.returncode == status, done.stderr
     assert done.stdout == "freed\n"
     assert "Exception ignored" not in done.stderr

@@ -193,12 +193,12 @@ VALUES = [name for name in registry().names("stack") if isinstance(registry().st
 @pytest.mark.parametrize("name", VALUES)
 def test_what_a_memory_of_values_needs_beside_what_it_holds(name):
     """Not three windows of all layers: before, in and behind the chunk; a layer works with up to a fifth of it here."""
-    geometry = replace(TINY, layers=40, grid=(8, 8))
+    geometry = replace(TINY, layers=30, grid=(4, 4))
     session = Session(registry().stack(name, {}), geometry)
-    most = most_resident(geometry, session.stack, 12, 1)
+    most = most_resident(geometry, session.stack, 9, 1)
     copies, own = passing(geometry, session.stack, rows=1, steps=2)
     needed = copies * most.bytes(geometry.layers) + own
-    assert 0.6 < peak_bytes(lambda: run_session(session, 12, steps=2)) / needed < 1.2
+    assert 0.6 < peak_bytes(lambda: run_session(session, 9, steps=2)) / needed < 1.2
 
 
 @pytest.mark.parametrize(

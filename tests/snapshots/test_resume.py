@@ -363,7 +363,7 @@ def test_again_and_again(tmp_path):
     assert same(parts, whole)
 
 
-def test_in_another_process(model, tmp_path, python):
+def test_in_another_process(model, tmp_path, ready_python):
     pipe = helpers.quiet(kvpack_pipeline(model))
     call = {**CALL, "num_frames": 45}
     whole = list(pipe.packforcing.stream(**call, generator=seeded()))
@@ -384,7 +384,7 @@ from safetensors.torch import save_file
 save_file({{str(i): part for i, part in enumerate(stream)}}, {str(tmp_path / "rest.out")!r})
 """
     stream.close()
-    done = python(code)
+    done = ready_python(code)
     assert done.returncode == 0, done.stderr
     from safetensors.torch import load_file
 
