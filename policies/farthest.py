@@ -29,10 +29,10 @@ def farthest(
         framed = nearest.unflatten(1, (-1, cells))  # (batch, frames, cells)
         # All cosines are below 2, so that a place has its second token only after every place had its first.
         later = framed > framed.amin(dim=1, keepdim=True)
-        new = framed.add(later, alpha=4).flatten(1).topk(size, dim=1, largest=False).indices
+        new = framed.add(later, alpha=4).flatten(1).topk(size, dim=1, largest=False).indices  # (batch, size)
         chosen.append(new)
         centres = unit.gather(1, new[..., None].expand(-1, -1, unit.shape[2]))
-        like = (unit @ centres.transpose(1, 2)).amax(dim=2)
+        like = (unit @ centres.transpose(1, 2)).amax(dim=2)  # (batch, tokens), of (batch, tokens, size)
         nearest = like if index == 0 else torch.maximum(nearest, like)
         nearest.scatter_(1, new, torch.inf)  # never again, though all were alike
     return torch.cat(chosen, dim=1)

@@ -55,7 +55,8 @@ def _on_grid(frames: int, grid: tuple[int, int], most: int, device: torch.device
     """Return indices, ascending, of the largest grid of at most `most` tokens; copied to a device once."""
     t, y, x = max(_sizes(frames, grid, most), key=lambda each: (prod(each), _evenness(each, frames, grid)))
     times, rows, columns = (_middles(size, kept) for size, kept in ((frames, t), (grid[0], y), (grid[1], x)))
-    return ((times[:, None, None] * grid[0] + rows[:, None]) * grid[1] + columns).flatten().to(device)
+    index = (times[:, None, None] * grid[0] + rows[:, None]) * grid[1] + columns  # (t, y, x)
+    return index.flatten().to(device)  # (t * y * x,)
 
 
 def _sizes(frames: int, grid: tuple[int, int], most: int) -> list[tuple[int, int, int]]:

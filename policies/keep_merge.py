@@ -28,7 +28,7 @@ class MergeCompressor(FarthestCompressor):
         """Return means of keys, and of values."""
         unit, count = joined_heads(block.keys), index.shape[1]
         centres = unit.gather(1, index[..., None].expand(-1, -1, unit.shape[2]))
-        owner = (unit @ centres.transpose(1, 2)).argmax(dim=2)
+        owner = (unit @ centres.transpose(1, 2)).argmax(dim=2)  # (batch, tokens), of (batch, tokens, kept)
         owner = owner.scatter(1, index, torch.arange(count, device=index.device).expand_as(index))
         share = one_hot(owner, count).transpose(1, 2).float()  # (batch, kept, tokens)
         share = share / share.sum(dim=2, keepdim=True)
@@ -40,4 +40,5 @@ def _averaged(
     share: Float[Tensor, "batch kept tokens"], tokens: Float[Tensor, "batch tokens heads head_dim"]
 ) -> Float[Tensor, "batch kept heads head_dim"]:
     """Return weighted sums of tokens, in float32 until they are done."""
-    return (share @ tokens.flatten(2).float()).to(tokens.dtype).unflatten(2, tokens.shape[2:])
+    sums = share @ tokens.flatten(2).float()  # (batch, kept, heads * head_dim)
+    return sums.to(tokens.dtype).unflatten(2, tokens.shape[2:])  # (batch, kept, heads, head_dim)

@@ -118,7 +118,7 @@ class LongLiveRAG(StateMemory):
             return []
         frames = alike(state.looks[:, -1], state.looks[:, :searched], self.retrieved_frames)
         places = torch.arange(each, device=frames.device)
-        found = state.held.take((frames[..., None] * each + places).flatten(1))
+        found = state.held.take((frames[..., None] * each + places).flatten(1))  # [rows, frames * each]
         coordinates = found.coordinates.clone()
         coordinates[..., 0] = 0.0
         return [replace(found, coordinates=coordinates)]

@@ -41,11 +41,12 @@ class Int8Codec(Codec):
     def encode_keys(self, keys: Tensor) -> Stored:
         """Return codes `[blocks, groups, tokens, heads, head_dim]`, and least number and step of each group."""
         groups, size = self._groups(keys.shape[1])
-        return self._encode(lengthened(keys, groups * size).unflatten(1, (groups, size)), dim=2)
+        grouped = lengthened(keys, groups * size).unflatten(1, (groups, size))
+        return self._encode(grouped, dim=2)  # [blocks, groups, tokens, heads, head_dim]
 
     def decode_keys(self, stored: Sequence[Tensor], tokens: int, dtype: torch.dtype) -> Tensor:
         """Return keys."""
-        return self._decode(stored, dtype).flatten(1, 2)[:, :tokens]
+        return self._decode(stored, dtype).flatten(1, 2)[:, :tokens]  # [blocks, tokens, heads, head_dim]
 
     def encode_values(self, values: Tensor) -> Stored:
         """Return codes `[blocks, tokens, heads, head_dim]`, and least number and step of each token's heads."""
@@ -93,7 +94,7 @@ class Int4Codec(Int8Codec):
         return codes[..., ::2] | codes[..., 1::2] << 4  # head_dim is even, as RoPE turns pairs
 
     def _unpacked(self, codes: Tensor) -> Tensor:
-        return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+        return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)  # [..., heads, head_dim]
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,12 @@ class ResidualCodec(Int8Codec):
         stages = torch.stack([codes >> 2 * stage & 3 for stage in range(self.stages)], dim=-2)
         # [..., heads, stages, head_dim / 4]; heads are the last axis but one of all that a codec by head stores
         packed = stages[..., ::4] | stages[..., 1::4] << 2 | stages[..., 2::4] << 4 | stages[..., 3::4] << 6
-        return packed.flatten(-2)
+        return packed.flatten(-2)  # [..., heads, stages * head_dim / 4]
 
     def _unpacked(self, codes: Tensor) -> Tensor:
-        packed = codes.unflatten(-1, (self.stages, -1))
-        stages = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(-2)
+        packed = codes.unflatten(-1, (self.stages, -1))  # [..., heads, stages, head_dim / 4]
+        parts = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
+        stages = parts.flatten(-2)  # [..., heads, stages, head_dim]
         first, *others = stages.unbind(-2)
         for stage, left in enumerate(others, 1):
             first = first | left << 2 * stage

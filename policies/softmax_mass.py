@@ -79,10 +79,11 @@ def attended(
         attention: called with queries, keys and values; returns its output, and the log-sum-exp of each query.
     """
     blocks = keys.shape[1]
-    every = queries[:, None].expand(-1, blocks, -1, -1, -1).flatten(0, 1).transpose(1, 2)
+    repeated = queries[:, None].expand(-1, blocks, -1, -1, -1).flatten(0, 1)
+    every = repeated.transpose(1, 2)  # (batch * blocks, heads, queries, head_dim)
     each = keys.flatten(0, 1).transpose(1, 2)  # (batch * blocks, heads, tokens, head_dim)
     masses: Tensor = attention(every, each, each)[1]  # (batch * blocks, heads, queries)
-    return masses.unflatten(0, (-1, blocks))
+    return masses.unflatten(0, (-1, blocks))  # (batch, blocks, heads, queries)
 
 
 def _fused_attention(queries: Tensor) -> Callable[..., Any] | None:

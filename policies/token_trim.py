@@ -113,7 +113,7 @@ class TokenTrim(StateMemory):
 
     @staticmethod
     def _summary(state: TrimState, latents: Tensor) -> Tensor:
-        return adaptive_avg_pool3d(latents.float(), (1, *state.grid)).flatten(2)
+        return adaptive_avg_pool3d(latents.float(), (1, *state.grid)).flatten(2)  # [rows, channels, places]
 
     def _severity(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         drift = (after - before).norm(dim=1)
@@ -127,4 +127,5 @@ class TokenTrim(StateMemory):
         stable = torch.ones(state.unstable.shape[0], places, dtype=torch.bool, device=state.unstable.device)
         stable = stable.scatter(1, state.unstable, False).repeat(1, len(held) // places)
         # As many places are left in every row.
-        return held.take(stable.nonzero()[:, 1].view(stable.shape[0], -1).to(held.keys.device))
+        index = stable.nonzero()[:, 1].view(stable.shape[0], -1)  # [rows, left]
+        return held.take(index.to(held.keys.device))

@@ -48,7 +48,7 @@ class AnyFlowFARDenoiser(WanDenoiser):
             attention_kwargs=self.attention_kwargs,
             return_dict=False,
         )
-        return output.transpose(1, 2)
+        return output.transpose(1, 2)  # [batch, channels, frames, height, width]
 
     def seam(self) -> AbstractContextManager[None]:
         """Put kvpack's processors into the transformer for the block."""

@@ -99,7 +99,7 @@ def embed(transformer: Any, latents: Tensor) -> Tensor:
     """Return the model's own patch embedding of latents, hidden tokens `[batch, tokens, width]`."""
     onload(transformer)
     embedded = transformer.patch_embedding(latents.to(transformer.dtype))  # [batch, width, frames, rows, columns]
-    return embedded.flatten(2).transpose(1, 2)
+    return embedded.flatten(2).transpose(1, 2)  # [batch, frames * rows * columns, width]
 
 
 @contextmanager
@@ -113,9 +113,8 @@ def appended_tokens(transformer: Any, tokens: Tensor) -> Iterator[None]:
     count = tokens.shape[1]
 
     def append(_: Any, __: Any, embedded: Tensor) -> Tensor:
-        return torch.cat([embedded.flatten(2), tokens.transpose(1, 2)], dim=2)[
-            ..., None, None
-        ]  # (b, width, l + n, 1, 1)
+        every = torch.cat([embedded.flatten(2), tokens.transpose(1, 2)], dim=2)  # [batch, width, tokens]
+        return every[..., None, None]  # as the model flattens it: [batch, width, tokens, 1, 1]
 
     def cut(_: Any, __: Any, output: Tensor) -> Tensor:
         return output[:, :-count].contiguous()

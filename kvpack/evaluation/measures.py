@@ -143,7 +143,7 @@ def returns(observation: Observation) -> list[tuple[int, float]]:
 def _runs(on: Mask) -> Iterator[tuple[int, int]]:
     """Yield begin and end of every time on of at least three frames; shorter times off are bridged."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], on, [False]]).astype(np.int8)))
-    runs = edges.reshape(-1, 2)
+    runs = edges.reshape(-1, 2)  # [times, begin and end]
     joined: list[list[int]] = []
     for begin, end in runs.tolist():
         if joined and begin - joined[-1][1] < EVENT_FRAMES:

@@ -150,7 +150,7 @@ class Observer:
             checks[:, 1] = visible & (found == list(facts.shapes).index(facts.shape))
         if facts.background is not None and self._grounds is not None:
             error = np.abs(ground[:, None] - self._grounds)
-            known = np.isfinite(ground).reshape(len(ground), -1).max(1)
+            known = np.isfinite(ground).reshape(len(ground), -1).max(1)  # [frames], of [frames, ...]
             found = np.nan_to_num(error).sum((2, 3, 4)).argmin(1)
             checks[:, 2] = known & (found == list(facts.backgrounds).index(facts.background))
         return checks

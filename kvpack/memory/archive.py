@@ -183,8 +183,8 @@ class Archive:
         """Return keys of several blocks, each as long as a slot, decoded at once, on the model's device."""
         device = self.key_sums.device
         parts = ahead.take(self, slots, device) or [in_order(each, slots, device) for each in self.keys]
-        decoded = self._decoded([each.flatten(0, 1) for each in parts], "keys")
-        return decoded.unflatten(0, (-1, len(slots)))
+        decoded = self._decoded([each.flatten(0, 1) for each in parts], "keys")  # [rows * blocks, tokens, ...]
+        return decoded.unflatten(0, (-1, len(slots)))  # [rows, blocks, tokens, heads, head_dim]
 
     def begin(self, ahead: Prefetch) -> None:
         """Begin to bring to the model's device the keys that were asked for of another layer, for `blocks_keys`."""
@@ -211,7 +211,9 @@ class Archive:
         def joined(stored: Stored, half: Half, some: Tensor) -> Tensor:
             if select:
                 # In every forward, by what is there: a commit that failed may have made room for some of it.
-                chosen = [select(each[rows].flatten(0, 1), _flat(some, each.shape[1])) for each in stored]
+                chosen = [  # [some * chosen, ...], of [some * slots, ...]
+                    select(each[rows].flatten(0, 1), _flat(some, each.shape[1])) for each in stored
+                ]
             else:
                 chosen = [fetched(each[rows], known, slots.device) for each in stored]
             blocks = self._decoded(chosen, half)[:, :tokens]
@@ -272,4 +274,5 @@ def _flat(chosen: Int[Tensor, "rows chosen"], slots: int) -> Int[Tensor, " all"]
     """Return where what each row has chosen of so many slots lies among those of all rows."""
     if chosen.shape[0] == 1:
         return chosen[0]
-    return (chosen + slots * torch.arange(chosen.shape[0], device=chosen.device)[:, None]).flatten()
+    first = slots * torch.arange(chosen.shape[0], device=chosen.device)[:, None]  # [rows, 1]
+    return (chosen + first).flatten()  # [rows * chosen]

@@ -38,7 +38,7 @@ def gather_slots(stored: Tensor, index: Tensor) -> Tensor:
     if not out.numel():
         return out
     kind = torch.int32 if out[0].nbytes % 4 == 0 else torch.uint8
-    there, here = (each.reshape(len(each), -1).view(kind) for each in (stored, out))
+    there, here = (each.reshape(len(each), -1).view(kind) for each in (stored, out))  # [slots, words], [chosen, words]
     # Torch hands freed pinned memory on when the streams that its own copies used have come to the end of what they had
     # then. It knows of no kernel, but by this copy of one word, which the kernel copies again, it knows of the stream.
     here[0, :1].copy_(there[0, :1], non_blocking=True)

@@ -68,7 +68,7 @@ def rotate(
     if out is None and torch.is_grad_enabled() and vectors.requires_grad:
         wide = vectors if vectors.dtype == torch.float64 else vectors.float()
         pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # [batch, tokens, heads, half]
-        return torch.view_as_real(pairs * turns).flatten(-2).to(vectors.dtype)
+        return torch.view_as_real(pairs * turns).flatten(-2).to(vectors.dtype)  # [batch, tokens, heads, head_dim]
     out = torch.empty_like(vectors) if out is None else out
     fits = vectors.is_cuda and vectors.element_size() <= 4 and out.dtype == vectors.dtype
     kernel = _kernel(vectors.device) if fits else None
@@ -105,6 +105,7 @@ def _kernel(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] 
 
 def _as_complex(vectors: Tensor) -> Tensor:
     """Return a view of interleaved pairs as complex numbers; no gradient passes."""
+    # [batch, tokens, heads, half]
     return vectors.view(torch.complex128 if vectors.dtype == torch.float64 else torch.complex64)
 
 

@@ -58,7 +58,8 @@ class Shard:
     def to_tokens(self, mine: Tensor) -> Tensor:
         """Return this rank's tokens of all heads, of all tokens of its heads; the way back from `to_heads`."""
         filled = pad(mine.transpose(0, 1), (0, 0, 0, 0, 0, 0, 0, self.missing(mine.shape[1])))
-        got = self._all_to_all(filled.unflatten(0, (self.ranks, -1)).contiguous())
+        parts = filled.unflatten(0, (self.ranks, -1))  # (ranks, share, rows, some heads, head_dim)
+        got = self._all_to_all(parts.contiguous())
         return got.permute(2, 1, 0, 3, 4).flatten(2, 3)  # (rows, share, heads, head_dim)
 
     def sum(self, mine: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ def agreed(shard: Shard | None, fine: bool, choices: Sequence[Tensor | None]) ->
     """
     if shard is None:
         return fine
-    made = [each.flatten() for each in choices if each is not None]
+    made = [each.flatten() for each in choices if each is not None]  # (rows * chosen,) of each layer
     chosen = torch.cat(made).tolist() if made else []
     mark = float(crc32(repr(chosen).encode()) % (1 << 24))  # float32 holds it
     wrong, most, least = shard.largest([float(not fine), mark, -mark])

@@ -78,6 +78,7 @@ class Placed:
     def suspect(self) -> Tensor:
         """Whether a position is not finite; a scalar on the device."""
         given = self.placement
+        # Of each row: where its blocks begin and how long they are, and where the chunk begins.
         numbers = torch.cat([given.starts.flatten(), given.lengths.flatten(), given.chunk_start])
         return ~numbers.isfinite().all()
 
@@ -140,7 +141,7 @@ class StackPlan(Plan):
 
     def counted(self, selected: Sequence[Tensor]) -> StackBook:
         """Return the book with the chunk in it and what layers have chosen; waits for the device."""
-        indices = torch.cat([each.flatten().to(selected[0].device) for each in selected])
+        indices = torch.cat([each.flatten().to(selected[0].device) for each in selected])  # [layers * rows * chosen]
         times = torch.bincount(indices, minlength=len(self.mid)).tolist()
         chosen = {piece.first_frame: count for piece, count in zip(self.mid, times, strict=True)}
         offered = sum(each.shape[0] for each in selected)

@@ -149,6 +149,7 @@ class DistributionMatching:
         """Add up gradients of the critic, and return its loss."""
         noisy, sigma, noise = self._noised(videos, source)
         with self.autocast():
+            # sigma is [videos, 1, 1, 1, 1], times are [videos]
             velocity = self.trainee.velocity(self.critic, noisy, 1000 * sigma.flatten(), embeds).float()
         loss = (velocity - (noise - videos)).square().mean()
         backward(loss)
@@ -161,4 +162,5 @@ class DistributionMatching:
         return mixed(videos, noise, sigma), sigma, noise
 
     def _clean(self, transformer: Any, noisy: Tensor, sigma: Tensor, embeds: Tensor) -> Tensor:
-        return noisy - sigma * self.trainee.velocity(transformer, noisy, 1000 * sigma.flatten(), embeds).float()
+        times = 1000 * sigma.flatten()  # [videos], of [videos, 1, 1, 1, 1]
+        return noisy - sigma * self.trainee.velocity(transformer, noisy, times, embeds).float()
