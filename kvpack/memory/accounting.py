@@ -43,7 +43,7 @@ def session_stats(session: "Session") -> dict[str, Any]:
         shape, codec = (geometry.heads, geometry.head_dim, geometry.dtype), memory.store  # type: ignore[attr-defined]
         lengths = [each.block_frames for each in book.ledger.archive]
         stored = {n: stored_bytes(codec, compressor.span(0, n, geometry.grid).tokens, *shape) for n in set(lengths)}
-        rows = len(session.caches[0].lengths) or 1
+        rows = len(session.caches[0].lengths) or 1  # before the first chunk nothing is archived yet
         archived = sum(stored[frames] for frames in lengths) * rows * geometry.layers
     chosen = [cache.selected.tolist() for cache in session.caches if cache.selected is not None]
     return {
@@ -75,6 +75,7 @@ def resident_bytes(session: "Session") -> int:
     storages = {}
     for tensor in _tensors(session.past.states):
         storage = tensor.untyped_storage()
+        # Tensors without memory, as on meta, all have the address 0.
         storages[storage.data_ptr() or id(storage)] = storage.nbytes()
     held = sum(leaf.arena.nbytes for leaf, _ in _leaves(session)) + _workspace_bytes(session)
     return held + sum(storages.values())
@@ -90,6 +91,7 @@ def _leaves(session: "Session") -> Iterator[tuple[LayerCache, int]]:
 
 
 def _workspace_bytes(session: "Session") -> int:
+    # A set, since layers share them.
     return sum(each.nbytes for each in {leaf.workspace for leaf, _ in _leaves(session)})
 
 

@@ -21,7 +21,7 @@ AT_ONCE = 16
 class Mark:
     """What a slot was last written with; another one for each block."""
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("__weakref__",)  # snapshots look up by it what is in a file already
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class Archive:
         self.marks: dict[int, Mark] = {}
         #: Of keys and values once they are decoded.
         self.dtype = torch.float32
-        self._shared = False
+        self._shared = False  # with a fork: whoever writes first takes a copy
         #: Of the last write to host memory, which nobody has waited for.
         self._written: torch.cuda.Event | None = None
 
@@ -91,8 +91,9 @@ class Archive:
         coordinates: Tensor | None = None,
     ) -> Encoded:
         """Return a block as a slot holds it, which may need memory; coordinates as those of `Encoded`."""
-        stored_keys = self.codec.encode_keys(lengthened(keys, self.slot_tokens))
+        stored_keys = self.codec.encode_keys(lengthened(keys, self.slot_tokens))  # a slot has one size
         stored_values = self.codec.encode_values(lengthened(values, self.slot_tokens))
+        # Of the keys as given, neither coded nor filled up, so that the score of `topk` is exact in any form.
         return Encoded(stored_keys, stored_values, keys.float().sum(dim=1), coordinates)
 
     def write(self, slot: int, block: Encoded) -> None:
@@ -101,7 +102,7 @@ class Archive:
         What the device has yet to read there it reads before, and what it reads later is there. Where that lies in one
         piece of pinned memory nobody waits, but for who looks from the host (`settle`).
         """
-        self.marks[slot] = Mark()
+        self.marks[slot] = Mark()  # first: a half-written slot must not pass for the block of before
         for rooms, parts in ((self.keys, block.keys), (self.values, block.values)):
             for each, part in zip(rooms, parts, strict=True):
                 place = each[:, slot]
@@ -133,13 +134,13 @@ class Archive:
             like: keys of a block.
             coordinates: its places, if they depend on the data.
         """
-        if self._shared:
+        if self._shared:  # a fork goes on reading what is here
             self._own()
         rows, _, heads, head_dim = like.shape
         held = 0 if self.coordinates is None else self.coordinates.shape[1]
         if coordinates is not None and held < slots:
             shape = (coordinates.shape[0], slots - held, self.slot_tokens, *coordinates.shape[2:])
-            new = coordinates.new_zeros(shape, dtype=torch.float32)
+            new = coordinates.new_zeros(shape, dtype=torch.float32)  # enough: t counts from the block's first frame
             self.coordinates = new if self.coordinates is None else torch.cat([self.coordinates, new], dim=1)
         if slots > self.slots:
             self.dtype = like.dtype
@@ -189,6 +190,7 @@ class Archive:
     def begin(self, ahead: Prefetch) -> None:
         """Begin to bring to the model's device the keys that were asked for of another layer, for `blocks_keys`."""
         device = self.key_sums.device
+        # Rooms are filled again and again, which no graph survives.
         if overlaps(self.tier, device) and not any(each.requires_grad for each in self.keys):
             ahead.begin(self, self.keys, device)
 
@@ -225,6 +227,7 @@ class Archive:
 
         values = joined(self.values, "values", slots)
         if self.decodes_later:
+            # Expanded, it takes no memory; as NaN it shows if somebody attends it.
             return values.new_full((), torch.nan).expand_as(values), values, later
         return joined(self.keys, "keys", slots), values, None
 
@@ -232,7 +235,7 @@ class Archive:
         """Return an independent archive that shares all memory with this one until either is written."""
         fork = copy(self)
         fork.marks = dict(self.marks)
-        self._shared = fork._shared = True
+        self._shared = fork._shared = True  # either may be the first to write
         return fork
 
     def _of_block(self, stored: Stored, half: Half, slot: int, tokens: int, rows: slice) -> Tensor:
@@ -251,7 +254,7 @@ class Archive:
 
     def _grown(self, old: Stored, parts: Form, size: tuple[int, int], device: torch.device) -> Stored:
         new = []
-        self.settle()
+        self.settle()  # the host copies below, and must not overtake the device
         for number, (shape, kind) in enumerate(parts):
             larger = room((*size, *shape), kind, device, self.tier)
             if old:
@@ -260,8 +263,9 @@ class Archive:
         return tuple(new)
 
     def _own(self) -> None:
-        self.settle()
+        self.settle()  # as in `_grown`
         self.keys, self.values = (
+            # Not `clone`, which would neither pin the copy nor put it into a file.
             tuple(room(each.shape, each.dtype, self.key_sums.device, self.tier).copy_(each) for each in stored)
             for stored in (self.keys, self.values)
         )

@@ -83,11 +83,12 @@ class InPlace:
                 blocks.append((start, tokens.block))
             else:
                 loose.append((start, tokens))
-            if tokens.later is not None:
+            if tokens.later is not None:  # at most one part: chosen blocks come joined
                 self.later, keyless = tokens.later, range(start, start + len(tokens))
             start += len(tokens)
-        if workspace.room is None:
+        if workspace.room is None:  # once for all layers: the ledger is run far ahead for it
             workspace.room = plan.room()
+        # Blocks first: one that has to move may still lie where a loose part goes.
         arena.arrange(blocks, start + like.shape[1], like, keyless, workspace.room)
         for place, tokens in loose:
             arena.write(place, None if place in keyless else tokens.keys, tokens.values)
@@ -98,14 +99,16 @@ class InPlace:
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, turns: Rotations, attention: Attention) -> Tensor:
         """Attend the arena up to the current tokens."""
         start, stop = self.tokens, self.tokens + keys.shape[1]
+        # Keys that are kept rotated are attended where they lie, without a working buffer.
         room = self.arena.keys if self.rotated else self._rotated_history(stop)
+        # Keys of the last queries, if some are hidden.
         rotate(keys, turns[:, turns.shape[1] - keys.shape[1] :], out=room[:, start:stop])
-        self.arena.values[:, start:stop] = values
+        self.arena.values[:, start:stop] = values  # a commit copies no values: `keep` makes a block of these
         return attention(rotate(queries, turns), room[:, :stop], self.arena.values[:, :stop])
 
     def keep(self, keys: Tensor, values: Tensor) -> StoredBlock:
         """Make a block of the current tokens, whose values are already there."""
-        if not self.rotated:
+        if not self.rotated:  # else `attend` has rotated them into their place
             self.arena.write_keys(self.tokens, keys)
         return self.arena.admit(StoredBlock(keys.shape[1]), self.tokens)
 
@@ -118,14 +121,15 @@ class InPlace:
     def beside(self, tokens: int) -> Iterator[None]:
         """Save the values that other tokens write over."""
         place = slice(self.tokens, self.tokens + tokens)
-        saved = self.arena.values[:, place].clone()
+        saved = self.arena.values[:, place].clone()  # values alone: keys are rotated into the workspace
         yield
         self.arena.values[:, place] = saved
 
     def _rotated_history(self, stop: int) -> Tensor:
         like = self.arena.values
+        # As large as the arena, or it would grow chunk by chunk.
         room = self.workspace.keys(like.shape[0], max(stop, like.shape[1]), like)
-        if self.workspace.owner is self:
+        if self.workspace.owner is self:  # filled already: for a twin in the same forward, or for `history`
             return room
         self.workspace.owner = None  # until it is filled: what fails on the way is done again
         first = start = 0
@@ -140,6 +144,7 @@ class InPlace:
 
     def _keys(self, start: int, stop: int) -> Iterator[Tensor]:
         """Yield keys of a run of history, in order; it has all tokens without keys here, or none of them."""
+        # If no keys come later, `apart` is range(0), and the last branch yields all.
         arena, apart = self.arena, self.arena.keyless
         if start < apart.start:
             yield arena.keys[:, start : min(stop, apart.start)]
@@ -176,6 +181,7 @@ class Gathered:
             self.groups = [(slice(0, rows), attended.tokens)]
         self.lengths = [sum(map(len, tokens)) for _, tokens in self.groups for _ in range(rows // len(self.groups))]
         if stores:
+            # As `Arena.arrange` does, which these blocks never see: the arenas of an ended stream would stay.
             leave_ended(each.block for _, tokens in self.groups for each in tokens if each.block is not None)
         self.like = like[:, :0]
         biases = [(len(each), each.bias) for each in self.groups[0][1]]
@@ -185,6 +191,7 @@ class Gathered:
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, turns: Rotations, attention: Attention) -> Tensor:
         """Attend the workspace."""
+        # Keys of the last queries, if some are hidden.
         queries, turns = rotate(queries, turns), turns[:, turns.shape[1] - keys.shape[1] :]
         results = []
         for rows, tokens in self.groups:
@@ -199,6 +206,7 @@ class Gathered:
 
     def keep(self, keys: Tensor, values: Tensor) -> StoredBlock | None:
         """Store copies, if the engine stores blocks."""
+        # Copies, since views would keep the forward's tensors alive.
         return StoredBlock(keys.shape[1], (keys.clone(), values.clone())) if self.stores else None
 
     def history(self) -> KeysValues:
@@ -221,7 +229,8 @@ class Gathered:
         total = sum(map(len, parts))
         size = current.shape[0], total + current.shape[1], current
         every_key, every_value, start = self.workspace.keys(*size), self.workspace.values(*size), 0
-        self.workspace.owner = self
+        self.workspace.owner = self  # or a layer in place would take these keys for its own
+        # In one pass where all heads and rows share them: part by part it is many small launches.
         turns = _turns_of(parts, self.geometry)
         for tokens in parts:
             stop = start + len(tokens)
@@ -237,6 +246,7 @@ class Gathered:
 def _turns_of(parts: tuple[Tokens, ...], geometry: Geometry) -> Rotations | None:
     """Return the rotations of all parts, if they are the same for all heads and rows."""
     places = [each.coordinates for each in parts]
+    # By head they would be larger than the keys (`_HEADS_AT_ONCE`).
     if geometry.rotary is not None or any(each.ndim == 4 or each.shape[0] > 1 for each in places):
         return None
     return rotations(torch.cat(places, dim=1), geometry) if places else None
@@ -264,10 +274,10 @@ def biased(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, attentio
     """
     head_dim = queries.shape[-1]
     wide = head_dim + _BIAS_CHANNELS
-    added = pad(bias.to(keys) * wide**0.5, (0, keys.shape[1] - bias.shape[0]))
+    added = pad(bias.to(keys) * wide**0.5, (0, keys.shape[1] - bias.shape[0]))  # attention divides by that root
     extra = pad(added[None, :, None, None].expand(*keys.shape[:3], 1), (0, _BIAS_CHANNELS - 1))
     ones = pad(torch.ones_like(queries[..., :1]), (0, _BIAS_CHANNELS - 1))
-    scaled = queries * (wide / head_dim) ** 0.5
+    scaled = queries * (wide / head_dim) ** 0.5  # attention divides by the new head size
     out = attention(
         torch.cat([scaled, ones], dim=-1), torch.cat([keys, extra], dim=-1), pad(values, (0, _BIAS_CHANNELS))
     )

@@ -178,6 +178,7 @@ class Memory(Policy, ABC):
         frames = min(self.replay_frames, book.frames + coming)
         if self.replays_jointly:
             return (frames,) if frames else ()
+        # Without the newest chunk, which is a forward of its own.
         whole, rest = divmod(frames - coming, self.chunk_frames)
         first = (rest,) if rest and frames == book.frames + coming else ()  # a video's first chunk may be shorter
         last = (coming,) if coming else ()

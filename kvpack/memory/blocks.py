@@ -65,6 +65,7 @@ class KVBlock:
 
 def joined(older: KVBlock, newer: KVBlock) -> KVBlock:
     """Return the tokens of two neighbours, which have places of their own, as a block of the frames of both."""
+    # In a span t counts from the span's own first frame.
     offset = newer.span.coordinates.new_tensor([newer.span.first_frame - older.span.first_frame, 0, 0])
     places = torch.cat([older.span.coordinates, newer.span.coordinates + offset], dim=1)
     keys, values = torch.cat([older.keys, newer.keys], dim=1), torch.cat([older.values, newer.values], dim=1)
@@ -113,8 +114,9 @@ def cell_centers(cells: int, pooled: int) -> Float[Tensor, " pooled"]:
     >>> cell_centers(4, 2).tolist(), cell_centers(5, 2).tolist()
     ([0.5, 2.5], [1.0, 3.0])
     """
-    index = torch.arange(pooled, device="cpu")
+    index = torch.arange(pooled, device="cpu")  # whatever torch's default device is
     start = index * cells // pooled
+    # Rounded up, as torch's adaptive pooling: windows overlap rather than leave a cell out.
     stop = -(-(index + 1) * cells // pooled)
     return (start + stop - 1).float() / 2
 

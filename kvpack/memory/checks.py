@@ -40,7 +40,7 @@ def check_attended(memory: Memory, attended: object, like: Tensor, layer: int) -
             f"a list of {kinds or 'nothing'}",
             f"a list holds a tuple of Tokens for each of {rows} rows; give a tuple where rows attend alike",
         )
-    if not memory.in_place:
+    if not memory.in_place:  # in place, the engine has made them itself
         for each in chain.from_iterable(groups):
             check_tokens(memory, each, like[:together], layer)
 
@@ -80,7 +80,7 @@ def vetoes(memory: Memory, made: Sequence[object], rows: int) -> tuple[Tensor | 
         if given != f"{torch.bool} {(rows,)}":
             raise broken(memory, "veto", given, f"rows are {torch.bool} {(rows,)}", layer)
     every, states = zip(*made, strict=True)  # type: ignore[arg-type]
-    first, *others = _together(every).tolist()
+    first, *others = _together(every).tolist()  # all layers in one wait
     if any(each != first for each in others):
         name = type(memory).__name__
         raise PolicyError(f"{name}.veto vetoes other rows in one layer than in another, but all must veto the same")
@@ -101,7 +101,7 @@ def check_layers(caches: "Sequence[LayerCache]") -> bool:
     every = [leaf.attended for leaf in leaves if leaf.attended is not None]
     signs = [sign for leaf in leaves for sign in leaf.signs]
     doubts = [each.suspect for each in every if each.suspect is not None]
-    choices: dict[tuple[int, torch.Size], list[Tensor]] = {}
+    choices: dict[tuple[int, torch.Size], list[Tensor]] = {}  # by shape, so that layers alike are one tensor
     for each in every:
         if each.selected is not None and each.candidates and each.selected.numel():
             choices.setdefault((each.candidates, each.selected.shape), []).append(each.selected)
@@ -109,6 +109,7 @@ def check_layers(caches: "Sequence[LayerCache]") -> bool:
     wrong += [_together(doubts).any()] if doubts else []
     for (count, _), alike in choices.items():
         chosen = _together(alike)
+        # Each row ascends: its ends say whether any is out of range.
         wrong += [((chosen[..., 0] < 0) | (chosen[..., -1] >= count)).any()]
         wrong += [(chosen[..., 1:] == chosen[..., :-1]).any()]
     return not wrong or not bool(_together(wrong).any())
@@ -116,4 +117,5 @@ def check_layers(caches: "Sequence[LayerCache]") -> bool:
 
 def _together(tensors: Sequence[Tensor]) -> Tensor:
     """Return tensors of one shape in one; those that layers share are there once."""
+    # Alike by identity: to compare numbers would wait for the device.
     return torch.stack([each.to(tensors[0].device) for each in {id(each): each for each in tensors}.values()])

@@ -30,10 +30,10 @@ def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) 
     Raises:
         PolicyError: if the selector returns anything but `[rows, limit]` indices.
     """
-    if plan.takes_all:
+    if plan.takes_all:  # nothing to choose, nor to read
         return None
     device, geometry = chunk.queries.device, plan.geometry
-    if chunk.shared is not None:
+    if chunk.shared is not None:  # the first layer's choice, where layers share it
         return chunk.shared.to(device)
     slots, tokens = plan.on(device)
     stored = _keys(archive, plan)
@@ -57,9 +57,11 @@ def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) 
         first_frames=plan.mid_first_frames,
         frames=plan.mid_frames,
         tokens=tokens,
+        # Oldest first: slots are used again, so that their own order is not that of time.
         key_sums=seen(archive.key_sums.index_select(1, slots)),
         keys=keys,
         rotated_keys=lambda block: turned(lambda: keys(block), block),
+        # They have this process's heads alone; without them `keys` is asked, which gathers those of all.
         runs=partial(_runs, archive, plan) if selector.by_head or geometry.shard is None else None,
     )
     query = Query(
@@ -67,6 +69,7 @@ def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) 
         chunk.layer,
         chunk.index,
         rotated=lambda: turned(lambda: queries, None),
+        # A selector that is given all heads has their mean already.
         mean_heads=geometry.mean_heads if selector.by_head else lambda mean: mean,
     )
     with policy_call(selector, "select", plan.ledger.seconds, chunk.layer):
@@ -77,6 +80,7 @@ def choose(selector: Selector, archive: Archive, chunk: Chunk, plan: StackPlan) 
         raise broken(selector, "select", str(kind), "indices are int64", chunk.layer)
     if tuple(chosen.shape) != wanted:
         raise broken(selector, "select", f"shape {tuple(chosen.shape)}", f"it must be {wanted}", chunk.layer)
+    # Back in the order of time (paper, section 5); `check_layers` finds an index twice by its neighbour.
     return chosen.long().sort(dim=1).values
 
 
@@ -88,9 +92,10 @@ def _keys(archive: Archive, plan: StackPlan) -> Callable[[int], Tensor]:
 
     def keys(block: int) -> Tensor:
         if block not in ahead:
+            # Ahead only for who reads in order: else the others would be decoded for nothing.
             in_order = block - 1 in ahead or block == 0
             run = range(block, min(block + (AT_ONCE if in_order else 1), len(plan.mid)))
-            ahead.clear()
+            ahead.clear()  # before the next are made: two runs are never there at once
             blocks = archive.blocks_keys([plan.mid[each].slot for each in run], plan.ahead)
             ahead.update(zip(run, blocks.unbind(1), strict=True))
         return ahead[block][:, : plan.tokens[block]]

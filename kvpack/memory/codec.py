@@ -98,6 +98,7 @@ def form(codec: Codec, tokens: int, heads: int, head_dim: int, dtype: torch.dtyp
     Raises:
         PolicyError: if it stores anything but a tuple of tensors, or gives another shape or dtype back.
     """
+    # Planning asks for the form of blocks that nobody has memory for.
     block = torch.empty(1, tokens, heads, head_dim, dtype=dtype, device="meta")
     return _half(codec, "keys", block), _half(codec, "values", block)
 
@@ -114,9 +115,9 @@ def _without_numbers(codec: Codec, method: str, *given: Any) -> Any:
     try:
         with policy_call(codec, method, {}):
             return getattr(codec, method)(*given)
-    except KVPackError:
+    except KVPackError:  # its own refusal says more
         raise
-    except RuntimeError as error:
+    except RuntimeError as error:  # what `.item()` and conditions raise on meta
         raise PolicyError(
             f"{type(codec).__name__}.{method} must work on tensors without numbers (device='meta'), by which memory is "
             f"planned, but raised {first_line(error)!r}; leave out .item() and conditions on numbers"
@@ -156,14 +157,17 @@ def room(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tier: T
     if tier == "device":
         return torch.zeros(*shape, dtype=dtype, device=device)
     if tier == "host":
+        # Pinned for CUDA alone, which then copies without a wait.
         return torch.zeros(*shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     count = torch.Size(shape).numel()
+    # Its name goes at the end of the block, the mapping stays: no crash can leave the file behind.
     with tempfile.NamedTemporaryFile(prefix="kvpack-") as file:
         try:
             # Reserved now: a page that the disk has no room for would end the process when it is written.
             if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))
+                os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))  # 0 bytes are an error
         except OSError as error:
             folder = os.path.dirname(file.name)
             raise OutputError(f"cannot archive in {folder}: {error.strerror}; set TMPDIR to another folder") from error
+        # Shared, so that what is written goes to the file and not to memory.
         return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(*shape)

@@ -131,7 +131,7 @@ class Divided(Memory):
 
     def book(self) -> DividedBook:
         """Return the book of an empty past."""
-        return DividedBook(books=tuple(stack.book() for stack in self.stacks)).counting({})
+        return DividedBook(books=tuple(stack.book() for stack in self.stacks)).counting({})  # all count in one dict
 
     def plan(self, book: Book, coming: int, geometry: Geometry) -> DividedPlan:
         """Plan the chunk for all stacks."""
@@ -173,17 +173,19 @@ class Divided(Memory):
     def remember_all(self, committed: Iterable[tuple[Any, Any]]) -> tuple[Any, ...]:
         """Return the states of all layers with the clean chunk in them, in each layer those of all parts."""
         return tuple(
+            # A part's chunk was made under the plan of its own stack.
             tuple(chunk.plan.stack.remember(each, chunk) for each, chunk in zip(*layer, strict=True))
             for layer in committed
         )
 
     def forget(self, state: tuple[Any, ...], tokens: int) -> tuple[Any, ...]:
         """Return the states without the newest tokens."""
+        # Any of them: `forget` looks at the state alone.
         return tuple(self.stacks[0].forget(each, tokens) for each in state)
 
     def fork(self, state: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return states that do not notice what becomes of these."""
-        return tuple(self.stacks[0].fork(each) for each in state)
+        return tuple(self.stacks[0].fork(each) for each in state)  # so does `fork`
 
 
 def narrowed(geometry: Geometry, heads: int) -> Geometry:

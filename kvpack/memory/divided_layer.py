@@ -93,6 +93,7 @@ class DividedLayer(LayerCache):
         """Return a forward as a part sees it."""
         assert isinstance(forward.plan, DividedPlan)
         # A layer looks at its own state only.
+        # None follows it, so that nothing is read ahead: no part has an archive.
         states = (*(None,) * self.index, forward.states[self.index][index])
         plan = forward.plan.plans[self.parts[index].kind]
         return replace(forward, plan=plan, first=self._firsts[index], states=states)
@@ -126,6 +127,7 @@ def divided_layers(memory: Divided, geometry: Geometry, kind: type[LayerCache]) 
     for index, parts in enumerate(memory.parts(geometry)):
         caches = []
         for part in parts:
+            # One for other heads would be made anew at each turn, and `Workspace.room` is that of one stack.
             room = workspaces.setdefault(part.kind, Workspace())
             caches.append(kind(memory.stacks[part.stack], index, room))
             firsts.setdefault(part.kind, caches[-1])

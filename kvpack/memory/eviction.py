@@ -35,6 +35,7 @@ def evicted(blocks: Sequence["BlockEntry"], history: int, rule: Eviction) -> int
             range(1, len(blocks) - 1),
             key=lambda i: (blocks[i + 1].first_frame - blocks[i - 1].first_frame) / (history - blocks[i].first_frame),
         )
+    # One that was never offered has no share, and must not go before anybody could choose it.
     seen = [index for index, block in enumerate(blocks) if block.offered]
     if rule == "least-selected" and seen:
         return min(seen, key=lambda i: blocks[i].chosen / blocks[i].offered)

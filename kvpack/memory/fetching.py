@@ -33,9 +33,11 @@ def fetched(stored: Tensor, slots: list[list[int]], device: torch.device) -> Ten
         slots: those that each row has chosen.
         device: where they are wanted.
     """
+    # Row by row, as `archive._flat` lists them for a kernel.
     places = [(row, slot) for row, some in enumerate(slots) for slot in some]
     copies = torch.empty(len(places), *stored.shape[2:], dtype=stored.dtype, device=device)
     for number, (row, slot) in enumerate(places):
+        # Slot by slot: an index would first gather on the host, into memory that is not pinned.
         copies[number].copy_(stored[row, slot], non_blocking=True)
     return copies
 
@@ -55,6 +57,7 @@ def consecutive_runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
     >>> list(consecutive_runs([4, 5, 0, 1, 2]))
     [(0, 2), (2, 5)]
     """
+    # Slots in the order of time are two runs once a full archive has begun to use them again.
     return pairwise([0, *(i for i in range(1, len(slots)) if slots[i] != slots[i - 1] + 1), len(slots)])
 
 
@@ -65,6 +68,7 @@ def _kernel(device: torch.device) -> Select | None:
     def launched() -> Select:
         from kvpack.memory.gather_kernel import gather_slots
 
+        # Neither all nor in order, so that a wrong address shows.
         pinned, slots = torch.arange(6.0).view(3, 2).pin_memory(), torch.tensor([2, 0])
         if not torch.equal(gather_slots(pinned, slots.to(device)).cpu(), pinned[slots]):
             raise ValueError("pinned memory is read wrong")

@@ -5,7 +5,7 @@ import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor
 
-_WORDS = 4096
+_WORDS = 4096  # copied by a program: 16 kB, if words have 4 bytes
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -44,6 +44,6 @@ def gather_slots(stored: Tensor, index: Tensor) -> Tensor:
     here[0, :1].copy_(there[0, :1], non_blocking=True)
     words = here.shape[1]
     parts = triton.cdiv(words, _WORDS)
-    with torch.cuda.device_of(out):
+    with torch.cuda.device_of(out):  # Triton launches on the current device
         _gather[len(index) * parts,](there, index.contiguous(), here, words, parts, _WORDS)  # pyright: ignore[reportIndexIssue]
     return out

@@ -60,6 +60,7 @@ class Geometry:
             require_int(name, getattr(self, name), minimum=1)
         for side in self.grid:
             require_int("grid", side, minimum=1)
+        # Even, since RoPE turns pairs of channels.
         split_is_wrong = sum(self.rope_split) != self.head_dim or any(part % 2 for part in self.rope_split)
         if self.rotary is None and split_is_wrong:
             raise InvalidOptionError(

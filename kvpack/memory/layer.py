@@ -96,7 +96,7 @@ class LayerCache:
     selected: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.arena.owner = ref(self)
+        self.arena.owner = ref(self)  # weak, so that `vacate` sees when the layer is gone
 
     def attend(
         self,
@@ -115,6 +115,7 @@ class LayerCache:
             values: values.
             attention: called with rotated queries, and with keys and values of history and current tokens.
         """
+        # By identity: a new object asks for it anew. A twin's own forward attends what the commit has settled.
         if forward.with_chunk and self._settled is not forward.settled:
             count = queries.shape[1] - sum(each.shape[0] for each in forward.places)
             # All queries of the forward choose, those of twins too.
@@ -152,6 +153,7 @@ class LayerCache:
     def clear(self) -> None:
         """End the chunk in progress."""
         self._settled = self.attended = self.context = self.captured = None
+        # `lengths` and `selected` stay, since `stats` is asked between chunks.
         self.twins, self.earlier, self.signs = {}, (), []
         self.workspace.owner = None  # it would keep alive what was attended
 
@@ -159,6 +161,7 @@ class LayerCache:
         """Return the state that the chunk attended, and the chunk that becomes history."""
         if self.attended is None or self.captured is None:
             raise RuntimeError("finish_commit() must follow commit() and the forward of the chunk")
+        # Twins that have a forward of their own come behind the capture.
         return self.attended.state, replace(self.captured, twins=self.twins)
 
     def _attend_chunk(
@@ -168,9 +171,9 @@ class LayerCache:
         assert self.context is not None
         hidden, turns = self.attended.hidden, forward.plan.chunk_rotations(self.attended.chunk_start, queries.device)
         out = self.context.attend(queries, keys[:, hidden:], values[:, hidden:], turns, attention)
-        if forward.captures:
+        if forward.captures:  # behind `attend`, which puts the values where `keep` finds them
             self._capture(self._chunk(forward, queries, keys, values))
-        if self.memory.needs_queries:
+        if self.memory.needs_queries:  # behind the capture: `earlier` are the forwards before this one
             self.earlier = (*self.earlier, queries)
         return out
 
@@ -183,7 +186,7 @@ class LayerCache:
             stored = Tokens(block.keys, block.values, tokens.coordinates, block=block)
             queries, most = chunk.queries, self.memory.committed_queries
             some = queries[:, :: -(-queries.shape[1] // most)] if most else queries[:, :0]  # spread evenly
-            chunk = replace(chunk, tokens=stored, queries=some.clone())
+            chunk = replace(chunk, tokens=stored, queries=some.clone())  # a view would keep all queries
         self.captured = chunk
 
     def _attend_twin(
@@ -200,6 +203,7 @@ class LayerCache:
         start = self.attended.chunk_start
         if not isinstance(start, Tensor):
             start = torch.full((1,), float(start), dtype=wide_dtype(queries.device), device=queries.device)
+        # At a ratio of 1: neither is the chunk squeezed.
         turns = rotations(at(places, start, torch.ones_like(start)), plan.geometry)
         self.twins[piece] = keys.clone(), values.clone()  # the forward's own tensors are far larger
         with self.context.beside(keys.shape[1]):
@@ -227,24 +231,29 @@ class LayerCache:
         memory, plan, like = self.memory, forward.plan, chunk.tokens.keys
         with memory_call(memory, "attend", plan.book.seconds, self.index):
             attended = memory.attend(forward.states[self.index], chunk)
+        # Behind `attend`: the next layer will ask its archive for the slots that this one has asked for.
         plan.prefetch(next(iter(forward.states[self.index + 1 :]), None))
         check_attended(memory, attended, like, self.index)
         self.context = self._laid_out(attended, like, plan)
         # What a policy makes by itself may hold anything, and costs a pass to look at.
         self.signs = [] if memory.in_place else signs(attended)
         if memory.in_place and isinstance(attended.tokens, tuple):  # they lie in the arena now
+            # Not `like[:, :0]`, which would keep the forward's keys alive.
             nothing = like.new_empty(like.shape[0], 0, *like.shape[2:])
             places = tuple(Tokens(nothing, nothing, each.coordinates) for each in attended.tokens)
             attended = replace(attended, tokens=places)
+        # Lengths are those of denoising: with `every_step` the commit may attend something else.
         begins = self.attended is None and forward.step >= 0
         if memory.in_place or begins or not self.lengths:
             self.lengths = self.context.lengths
         elif forward.step > 0:
+            # With `every_step`, the most that any step has attended.
             self.lengths = list(map(max, self.lengths, self.context.lengths))
         self.attended, self._settled, self.selected = attended, forward.settled, attended.selected
 
     def _laid_out(self, attended: Attended, like: Tensor, plan: Plan) -> Context:
         memory = self.memory
+        # A list is rows of unlike numbers, which no one tensor holds.
         if memory.in_place and isinstance(attended.tokens, tuple):
             rotated = memory.keeps_rotated
             return InPlace(self.arena, self.workspace, attended, like, plan, rotated=rotated)

@@ -126,13 +126,14 @@ class Ledger:
         start, stop = self.frames, self.frames + self.coming
         cuts = {start, stop}
         for history in self._until_settled():
-            for segment in self._partition(history):
+            for segment in self._partition(history):  # of later histories too: a piece is never cut again
                 cuts |= {cut for cut in (segment.frames.start, segment.frames.stop) if start < cut < stop}
         edges = sorted(cuts)
         return tuple(BlockEntry(a, b - a) for a, b in pairwise(edges))
 
     def compressed_pieces(self) -> tuple[BlockEntry, ...]:
         """Return the pieces of the coming chunk that will become part of mid and be kept there."""
+        # An archive of no blocks needs no twins.
         parts = [self._parts(history) for history in self._until_settled()] if self.archive_blocks != 0 else []
         return tuple(piece for piece in self.new_pieces() if any(part_of(piece) == "mid" for part_of in parts))
 
@@ -148,27 +149,31 @@ class Ledger:
         history = self.frames + self.coming
         part_of = self._parts(history)
         coming = new_pieces or self.new_pieces()
+        # What is in no segment is dropped for good.
         pieces = [replace(piece, part=part_of(piece) or "dropped") for piece in (*self.whole, *coming)]
         kept = tuple(index for index, piece in enumerate(pieces) if piece.part in ("sink", "recent"))
         archive = list(self.archive)
-        while archive and part_of(archive[0]) is None:
+        while archive and part_of(archive[0]) is None:  # only old ones can have left mid for nothing
             del archive[0]
         new = [index for index, piece in enumerate(pieces) if piece.part == "mid"]
         mid: list[tuple[BlockEntry, ...]] = [(piece,) for piece in (*archive, *(pieces[index] for index in new))]
+        # With the new ones, so that the archive never exceeds its bound, not even for a moment.
         while self.archive_blocks is not None and len(mid) > self.archive_blocks:
             self._shorten(mid, history)
-        archive = [BlockEntry.joined(group) for group in mid if group[0].slot >= 0]
+        archive = [BlockEntry.joined(group) for group in mid if group[0].slot >= 0]  # the new ones have no slot yet
         left = {piece.first_frame for group in mid for piece in group}
+        # A new block may itself go, as all do if `archive_blocks` is 0.
         new = [index for index in new if pieces[index].first_frame in left]
         taken = {piece.slot for piece in archive}
+        # That of a block that goes is free at once: `Stack.written` fills it when the commit is certain.
         free = (slot for slot in count() if slot not in taken)
-        leaving = list(zip(new, free, strict=False))
+        leaving = list(zip(new, free, strict=False))  # `free` has no end
         archive += [replace(pieces[index], slot=slot) for index, slot in leaving]
         whole = tuple(pieces[index] for index in kept)
         ledger = replace(
             self, frames=history, chunks=self.chunks + 1, expected=None, whole=whole, archive=tuple(archive)
         )
-        ledger._check_whole()
+        ledger._check_whole()  # before anybody goes on from it
         return Step(ledger, kept, tuple(leaving), tuple(group for group in mid if len(group) > 1))
 
     def slots(self, held: int, slot: int, frames: int | None) -> int:
@@ -181,10 +186,12 @@ class Ledger:
         """
         if slot < held or frames is None:
             return grown_slots(held, slot, self.archive_blocks)
+        # The last chunk is made whole, however few frames are wanted of it.
         history = -(-frames // self.chunk_frames) * self.chunk_frames
         mid = [len(segment.frames) for segment in self._partition(history) if segment.part == "mid"]
         each = len(replace(self, expected=None).new_pieces())  # a chunk may leave piece by piece
         blocks = each * sum(-(-length // self.chunk_frames) for length in mid)
+        # At least `slot + 1`: a video may become longer than was said.
         return max(slot + 1, blocks if self.archive_blocks is None else min(blocks, self.archive_blocks))
 
     def counted(self, offered: int, chosen: Mapping[int, int]) -> "Ledger":
@@ -232,6 +239,7 @@ class Ledger:
         firsts = {piece.first_frame for piece in whole}
         pieces = (*self.whole, *self.new_pieces())
         kept = tuple(index for index, piece in enumerate(pieces) if piece.first_frame in firsts)
+        # Nothing is archived again: the archive has not been rewound.
         return Step(replace(self, frames=stop, chunks=self.chunks + 1, expected=None, whole=whole), kept, ())
 
     def _shorten(self, mid: list[tuple[BlockEntry, ...]], history: int) -> None:
@@ -253,6 +261,7 @@ class Ledger:
         segments = self._partition(history)
 
         def part_of(piece: BlockEntry) -> Part | None:
+            # The first frame says it for all: `new_pieces` has cut at every edge.
             return next((segment.part for segment in segments if piece.first_frame in segment.frames), None)
 
         return part_of
@@ -278,6 +287,7 @@ class Ledger:
         wanted = sum(len(segment.frames) for segment in self._partition(self.frames) if segment.part != "mid")
         held = sum(piece.frames for piece in self.whole)
         if held != wanted:
+            # A frame that was dropped or compressed cannot come back.
             raise self._broken(f"wants {wanted} whole frames", f"{held} of them are still whole")
 
     def _broken(self, what: str, rule: str) -> PolicyError:

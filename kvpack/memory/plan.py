@@ -55,6 +55,7 @@ class Plan:
     def coordinates(self, device: torch.device) -> Float[Tensor, "1 tokens 3"]:
         """Return (t, y, x) of the chunk's tokens in the video, the same tensor for all layers."""
         if device not in self._coordinates:
+            # A copy, since it is written over in the next line.
             grid = sent(grid_coordinates(self.coming, self.geometry.grid), device).to(wide_dtype(device), copy=True)
             grid[:, 0] += self.book.frames
             self._coordinates[device] = grid[None]
@@ -69,12 +70,13 @@ class Plan:
             start: temporal position of the chunk's first frame, one for all rows or `[rows]`.
             device: where they are needed.
         """
+        # By identity: to compare values would wait for the device.
         key = (id(start) if isinstance(start, Tensor) else start, device)
         if key not in self._rotations:
             if isinstance(start, Tensor):
                 places = at(grid_coordinates(self.coming, self.geometry.grid), start, torch.ones_like(start))
             else:
-                places = self.coordinates(device).clone()
+                places = self.coordinates(device).clone()  # the chunk's own are shared by all layers
                 places[..., 0] += start - self.book.frames
             self._rotations[key] = start, rotations(places, self.geometry)
         return self._rotations[key][1]
@@ -96,6 +98,7 @@ def at(
     begins, squeezed = (each[:, None] if each.ndim == 1 else each for each in (start, ratio))
     if coordinates.ndim == 4:
         begins, squeezed = begins[..., None], squeezed[..., None]
+    # As in `Placement`: frames sit in the centres of their shares, so that a squeezed block fills its positions.
     time = begins + (coordinates[..., 0] + 0.5) * squeezed - 0.5
     place = coordinates[..., 1:].to(time.dtype).expand(*time.shape, 2)
     return torch.cat([time[..., None], place], dim=-1)

@@ -37,6 +37,7 @@ class Prefetch:
             stored: pinned tensors `[rows, slots, ...]`.
             device: a CUDA device.
         """
+        # Copies of before are those of a layer that has read them.
         runs, self._asked, self._owner, self._begun = tuple(self._asked), {}, owner, {}
         if self._given_up or not runs:
             return
@@ -47,7 +48,7 @@ class Prefetch:
             ]
         except torch.OutOfMemoryError:  # the model needs what is left, and keys come when they are asked for
             self.drop()
-            self._given_up = True
+            self._given_up = True  # until the chunk ends, and its plan with this
             return
         stream = _stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))  # it may have yet to write to slots, or to read rooms
@@ -61,11 +62,11 @@ class Prefetch:
 
     def take(self, owner: object, slots: Sequence[int], device: torch.device) -> Stored | None:
         """Return the copies of slots, for which later work of the device waits; None if nobody began them."""
-        self._asked[tuple(slots)] = None
-        if owner is not self._owner or tuple(slots) not in self._begun:
+        self._asked[tuple(slots)] = None  # also if it was found: the next layer will ask for it
+        if owner is not self._owner or tuple(slots) not in self._begun:  # another layer's slots have the same numbers
             return None
         parts, done = self._begun[tuple(slots)]
-        torch.cuda.current_stream(device).wait_event(done)
+        torch.cuda.current_stream(device).wait_event(done)  # on the device: the host goes on
         return parts
 
     def drop(self) -> None:
@@ -74,7 +75,7 @@ class Prefetch:
 
     def _room(self, key: tuple[int, int], stored: Tensor, slots: int, device: torch.device) -> Tensor:
         shape = (stored.shape[0], slots, *stored.shape[2:])
-        room = self._rooms.get(key)
+        room = self._rooms.get(key)  # by the run's number: layers ask alike, so that rooms fit again
         if room is None or room.shape != shape or room.dtype != stored.dtype or room.device != device:
             room = self._rooms[key] = torch.empty(shape, dtype=stored.dtype, device=device)
             room.record_stream(_stream(device))  # which may still write when everyone has let go of it

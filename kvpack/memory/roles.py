@@ -82,11 +82,11 @@ class Compressor(Policy, ABC):
             newer: one of as many tokens that begins where the other one ends.
             grid: token rows and columns of a latent frame.
         """
-        share = newer.span.frames / (older.span.frames + newer.span.frames)
+        share = newer.span.frames / (older.span.frames + newer.span.frames)  # a mean has more frames
         both = joined(older, newer)
 
         def mean(tokens: Tensor) -> Tensor:
-            one, two = tokens.float().chunk(2, dim=1)
+            one, two = tokens.float().chunk(2, dim=1)  # float32, so that the mean is rounded once
             return one.lerp(two, share).to(tokens)
 
         span = replace(both.span, coordinates=mean(both.span.coordinates))

@@ -27,7 +27,7 @@ def until_settled(chunks: Iterator[Any], most: int, alike: int = _ALIKE) -> list
 
 def period(seen: Sequence[Any], alike: int = _ALIKE) -> int:
     """Return after how many chunks the last `alike` repeat what was before; 0 if they do not."""
-    if len(seen) < alike + _PERIOD:
+    if len(seen) < alike + _PERIOD:  # too few to compare the last with any period
         return 0
     last = seen[-alike:]
     return next((period for period in range(1, _PERIOD + 1) if last == seen[-alike - period : -period]), 0)
@@ -49,6 +49,7 @@ def arena_room(stack: "Stack", geometry: Geometry, first: int) -> tuple[int, int
         needed = until_settled(_needed(stack, geometry, first), min(known or FAR, FAR))
     except Exception:  # whatever a policy raises
         return 0, 0
+    # Not settled within `FAR` chunks, and the video does not end there.
     if None in needed or (len(needed) == FAR and known != FAR):
         return 0, 0
     keys, values = map(max, zip(*needed, strict=True))
@@ -62,10 +63,12 @@ def _needed(stack: "Stack", geometry: Geometry, coming: int) -> Iterator[tuple[i
     while True:
         plan = stack.plan(book, coming, geometry)
         sizes = {span.tokens for span in plan.attended}
+        # With `least-selected` blocks of which length stay depends on what is chosen.
         if not (plan.uniform or plan.takes_all) or (stack.eviction == "least-selected" and len(sizes) > 1):
             yield None
             return
         mid = sum(span.tokens for span in plan.attended[: plan.chosen])
         values = (sum(piece.frames for piece in plan.ledger.whole) + coming) * each + mid
+        # Keys that are decoded later have no room: see `Arena.keyless`.
         yield values - (mid if decodes_later and plan.uniform else 0), values
         book, coming = plan.after, stack.chunk_frames

@@ -36,6 +36,7 @@ def rotations(
     """
     places = positions if positions.ndim == 4 else positions.unsqueeze(2)  # [rows, tokens, one or heads, 3]
     angles = _angles(places, geometry) if geometry.rotary is None else geometry.rotary(places)
+    # Rounded only now: a large angle needs float64, its cosine does not.
     return torch.complex(angles.cos().float(), angles.sin().float())
 
 
@@ -64,17 +65,19 @@ def rotate(
 
     Gradients pass where `out` is not given.
     """
+    # A view as complex numbers wants the two of a pair side by side.
     vectors = vectors if vectors.stride(-1) == 1 else vectors.contiguous()
     if out is None and torch.is_grad_enabled() and vectors.requires_grad:
         wide = vectors if vectors.dtype == torch.float64 else vectors.float()
         pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # [batch, tokens, heads, half]
         return torch.view_as_real(pairs * turns).flatten(-2).to(vectors.dtype)  # [batch, tokens, heads, head_dim]
     out = torch.empty_like(vectors) if out is None else out
+    # Not float64, for the kernel computes in float32.
     fits = vectors.is_cuda and vectors.element_size() <= 4 and out.dtype == vectors.dtype
     kernel = _kernel(vectors.device) if fits else None
     if kernel is not None:
         return kernel(vectors, turns, out)
-    if out.dtype == vectors.dtype == torch.float32:
+    if out.dtype == vectors.dtype == torch.float32:  # computed as wide as it is: no buffer
         torch.mul(_as_complex(vectors), turns, out=_as_complex(out))
         return out
     # On a CPU a few tokens at a time, in one float32 buffer that stays in its cache.
@@ -115,7 +118,7 @@ def joined_places(parts: Sequence[Tensor]) -> Tensor:
     Args:
         parts: `[rows or 1, tokens, 3]` and `[rows or 1, tokens, heads or 1, n]`, mixed.
     """
-    if any(each.ndim == 4 for each in parts):
+    if any(each.ndim == 4 for each in parts):  # one by head, all by head
         heads = max(each.shape[2] for each in parts if each.ndim == 4)
         parts = [(each if each.ndim == 4 else each[:, :, None]).expand(-1, -1, heads, -1) for each in parts]
     rows = max(each.shape[0] for each in parts)

@@ -107,14 +107,14 @@ class Session:
 
         Never writes history.
         """
-        if step == 0 or self.plan is None:
+        if step == 0 or self.plan is None:  # the second of two experts begins at a later step
             self._make_plan(self.coming_frames)
             for cache in self.caches:
                 cache.clear()
         elif self.stack.every_step:
-            self._settled = object()
+            self._settled = object()  # a new object: layers settle anew
         self.step = step
-        return self._announce(step=step, captures=self.stack.commit == "last-step")
+        return self._announce(step=step, captures=self.stack.commit == "last-step")  # the last one stays
 
     def commit(self, twins: Sequence[BlockEntry] = (), latents: Tensor | None = None) -> tuple[ForwardLayer, ...]:
         """Announce the forward of the clean chunk, whose keys and values become history.
@@ -125,7 +125,7 @@ class Session:
         """
         if self.plan is None:
             self._make_plan(self.coming_frames if latents is None else latents.shape[2])
-        elif self.stack.every_step:
+        elif self.stack.every_step:  # the commit is a step, too
             self._settled = object()
         self.step = -1
         return self._announce(captures=True, latents=latents, twins=tuple(twins))
@@ -153,6 +153,7 @@ class Session:
     def check_policies(self) -> None:
         """Raise `PolicyError` if a policy broke its contract in the chunk in progress; waits for the device."""
         shard = self.geometry.shard
+        # What one rank alone finds broken ends all of them, or they would wait for it.
         with nullcontext() if shard is None else shard.together():
             for cache in self.caches:
                 if self.plan is not None:
@@ -175,7 +176,7 @@ class Session:
             self._check_chunk()
         try:
             states = self.stack.remember_all(self._committed())
-        finally:
+        finally:  # also if that failed: a broken contract is told first
             if last:
                 self._check_chunk()
         assert self.plan is not None
@@ -194,7 +195,8 @@ class Session:
 
     def adopt(self, past: Past) -> None:
         """End the chunk in progress."""
-        states = tuple(self.stack.written(state) for state in past.states)
+        states = tuple(self.stack.written(state) for state in past.states)  # certain now, so slots may be written
+        # The same object where nothing was to write, so that a chunk that fails leaves `past` as it was.
         self.past = past if all(map(is_, states, past.states)) else Past(past.book, states)
         self.plan, self.step = None, -1
         self._expected, self._retry, self.layers = None, None, ()
@@ -287,6 +289,7 @@ def finish_commits(sessions: Sequence[Session], together: AbstractContextManager
     """
     try:
         with together or nullcontext():
+            # All before any is adopted: what may fail for want of memory does so here.
             pasts = [session.prepared() for session in sessions]
     except BaseException:
         for session in sessions:

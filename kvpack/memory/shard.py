@@ -65,6 +65,7 @@ class Shard:
     def sum(self, mine: Tensor) -> Tensor:
         """Return the sum of a tensor over ranks, the same bits on all of them."""
         total = mine.detach().contiguous().clone()
+        # As in a ring: all shares but one, once to sum and once to hand round.
         self._cross("sums", 2 * (self.ranks - 1) * total.nbytes // self.ranks, dist.all_reduce, total, group=self.group)
         return total
 
@@ -95,7 +96,7 @@ class Shard:
         first = latents.detach().contiguous().clone()
         size = first.nbytes * (self.ranks - 1) if self.rank == 0 else 0
         self._cross("latents", size, dist.broadcast, first, src=dist.get_global_rank(self.group, 0), group=self.group)
-        apart = (latents - first).float().norm() / first.float().norm().clamp(min=1e-30)
+        apart = (latents - first).float().norm() / first.float().norm().clamp(min=1e-30)  # no NaN where all are 0
         if self.largest([float(apart)])[0] > _APART:
             raise ParallelError(
                 "the ranks made different latents; give all of them the same arguments, and generators of the same seed"
@@ -142,6 +143,7 @@ def agreed(shard: Shard | None, fine: bool, choices: Sequence[Tensor | None]) ->
     made = [each.flatten() for each in choices if each is not None]  # (rows * chosen,) of each layer
     chosen = torch.cat(made).tolist() if made else []
     mark = float(crc32(repr(chosen).encode()) % (1 << 24))  # float32 holds it
+    # The least is the largest of their negatives: one call for all three.
     wrong, most, least = shard.largest([float(not fine), mark, -mark])
     if most != -least:
         raise ParallelError(

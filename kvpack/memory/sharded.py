@@ -33,6 +33,7 @@ def with_own_heads(compressor: Compressor, geometry: Geometry, block: KVBlock) -
 def require_by_head(memory: Memory) -> None:
     """Raise `UnsupportedPipelineError` if a memory cannot have its heads on several processes."""
     codec = getattr(memory, "store", None)
+    # Of a stack only the codec must do so: its other policies are given the heads of all processes.
     wanting = codec if memory.composite and codec is not None else memory
     if not wanting.by_head:
         raise UnsupportedPipelineError(

@@ -143,6 +143,7 @@ class Stack(Memory):
     def committed(self, plan: Plan, selected: Sequence[Tensor] = ()) -> StackBook:
         """Return the book with the planned chunk in it."""
         assert isinstance(plan, StackPlan)
+        # A replayed chunk was counted when it was made.
         counts = self.eviction == "least-selected" and selected and plan.aim is None
         return plan.counted(selected) if counts else plan.after
 
@@ -158,6 +159,7 @@ class Stack(Memory):
 
     def start(self, geometry: Geometry, layer: int) -> StackState:
         """Return an empty archive, whose slots hold the longest block."""
+        # Of all lengths: a shorter chunk need not have fewer tokens.
         spans = [self.compressor.span(0, frames, geometry.grid) for frames in range(1, self.chunk_frames + 1)]
         for span in spans:
             if not isinstance(span, Span):
@@ -180,6 +182,7 @@ class Stack(Memory):
         starts = torch.cat([attended.chunk_start for attended in each if isinstance(attended.chunk_start, Tensor)])
         tokens = [attended.tokens for attended in each if isinstance(attended.tokens, tuple)]
         doubts = torch.stack([attended.suspect for attended in each if attended.suspect is not None])
+        # Each row has places of its own, so that layers share no rotations.
         return replace(each[0], tokens=tokens, chunk_start=starts, rotations=None, suspect=doubts.any())
 
     def remember(self, state: StackState, chunk: Chunk) -> StackState:
@@ -194,12 +197,14 @@ class Stack(Memory):
         assert isinstance(plan, StackPlan)
         wholes = [(*state.whole, *new_blocks(chunk, plan)) for state, chunk in zip(states, chunks, strict=True)]
         pieces = (*plan.ledger.whole, *plan.new_pieces)
+        # Of each layer; written by `written` only, since a slot may still hold a block of the past before.
         leaving: list[list[tuple[int, Encoded]]] = [[] for _ in chunks]
         for i, slot in plan.step.leaving:
             together = max(1, _TOGETHER // (len(chunks[0].queries) * wholes[0][i].block.tokens))
             for some in (slice(first, first + together) for first in range(0, count, together)):
                 blocks = self._compressed(pieces[i], [whole[i] for whole in wholes[some]], chunks[some])
                 for block, state, chunk, mine in zip(blocks, states[some], chunks[some], leaving[some], strict=True):
+                    # What may run out of memory does so before anything is written.
                     mine.append((slot, self._encoded(block, slot, state.archive, chunk)))
         return tuple(
             StackState(
@@ -215,6 +220,7 @@ class Stack(Memory):
         """Put blocks into slots, of which nothing of the past before is needed any more."""
         for slot, block in state.leaving:
             state.archive.write(slot, block)
+        # The same object if there was nothing to write: `Session.adopt` goes by it.
         return replace(state, leaving=()) if state.leaving else state
 
     def forget(self, state: StackState, tokens: int) -> StackState:
@@ -251,6 +257,7 @@ class Stack(Memory):
         """Return what will stand for a block, in each of some layers."""
         compressor, geometry, frames = self.compressor, chunks[0].geometry, piece.frames
         span = compressor.span(piece.first_frame, frames, geometry.grid)
+        # Made at the chunk's own commit (paper's dual-resolution shifting): nothing is computed when it leaves.
         twins = [KVBlock(*each.twin, span) for each in kept if each.twin is not None]
         whole = Span(piece.first_frame, frames, grid_coordinates(frames, geometry.grid))
         queries = [chunk.queries if compressor.max_queries else None for chunk in chunks]
@@ -271,6 +278,7 @@ class Stack(Memory):
             check_block(compressor, block, span, given.keys, chunk.layer)
         if not twins:
             blocks = [with_own_heads(compressor, geometry, block) for block in blocks]
+        # Merged blocks have places of their own, and an archive has them for all slots or for none.
         return list(map(with_places, blocks)) if self.eviction == "merged" else blocks
 
     def _merged(self, state: StackState, chunk: Chunk, plan: StackPlan) -> Iterator[tuple[int, Encoded]]:

@@ -104,9 +104,11 @@ class StackPlan(Plan):
         self.mid_first_frames = tuple(piece.first_frame for piece in self.mid)
         self.mid_frames = tuple(piece.frames for piece in self.mid)
         compressor, grid = stack.compressor, geometry.grid
+        # By contract the same at every first frame, so one of each length does.
         self.spans = {frames: compressor.span(0, frames, grid) for frames in {piece.block_frames for piece in self.mid}}
         self.tokens = [self.spans[piece.block_frames].tokens for piece in self.mid]
         #: Of each mid block, how small it is attended, and the tokens that are then left.
+        # `mid` is oldest first, so the greatest age comes first.
         self.levels = [self._level(age) for age in reversed(range(len(self.mid)))]
         self.attended = [
             compressor.shrunk_span(self.spans[piece.block_frames], grid, level)
@@ -131,12 +133,14 @@ class StackPlan(Plan):
     @cached_property
     def step(self) -> Step:
         """What the commit does to the pieces."""
+        # A replay goes back to the parts that were: `commit` would archive blocks a second time.
         return self.ledger.commit(self.new_pieces) if self.aim is None else self.ledger.replayed(self.aim)
 
     @property
     def after(self) -> StackBook:
         """The book with the chunk in it."""
         ledger, aim = self.step.ledger, self.aim
+        # A replay ends when history is as long again.
         return StackBook.of(ledger, aim if aim is not None and ledger.frames < aim.frames else None)
 
     def counted(self, selected: Sequence[Tensor]) -> StackBook:
@@ -157,7 +161,7 @@ class StackPlan(Plan):
         """Begin to bring the archived keys by which the next layer chooses."""
         if state is None:
             self.ahead.drop()
-        elif not self.stack.share_selection:
+        elif not self.stack.share_selection:  # else the first layer alone reads keys to choose
             state.archive.begin(self.ahead)
 
     def on(self, device: torch.device) -> tuple[Int[Tensor, " blocks"], Int[Tensor, " blocks"]]:
@@ -169,10 +173,11 @@ class StackPlan(Plan):
 
     def place(self, chosen: Tensor | list[int] | None, device: torch.device) -> Placed:
         """Return positions for a choice: indices of all rows at once, the list of one row, or None for all blocks."""
+        # A list is the choice of one row, which no other layer shares.
         if chosen is not None and (isinstance(chosen, list) or not self.shares(chosen)):
             return self._place(chosen, device)
         if device not in self._placed:
-            self._placed[device] = self._place(list(range(self.chosen)), device)
+            self._placed[device] = self._place(list(range(self.chosen)), device)  # any choice: all are placed alike
         return self._placed[device]
 
     def shares(self, chosen: Tensor | list[int] | None) -> bool:
@@ -201,17 +206,20 @@ class StackPlan(Plan):
         with policy_call(self.stack.reindexer, "place", self.ledger.seconds):
             given = self.stack.reindexer.place(layout)
         placement = self._checked(layout, given)
+        # Not 1 where blocks are merged, or squeezed as by `fit`.
         ratios, grid = placement.lengths / layout.frames, self.geometry.grid
+        # A tensor's choice is of blocks of one size, so that the host need not know it.
         mid = [self.attended[0]] * self.chosen if isinstance(chosen, Tensor) else [self.attended[i] for i in chosen]
         sink, recent = ([self.ledger.whole[i].frames for i in part] for part in (self.sink, self.recent))
         coordinates = [
-            torch.empty(0, 3),
+            torch.empty(0, 3),  # edges begin with 0, also where nothing is attended
             *(grid_coordinates(frames, grid) for frames in sink),
             *(span.coordinates for span in mid),
             *(grid_coordinates(frames, grid) for frames in recent),
         ]
         edges = tuple(accumulate(map(len, coordinates)))
         counts = sent(torch.tensor([len(each) for each in coordinates[1:]], dtype=torch.long), device)
+        # Without `output_size` the host waits to learn the sum of counts.
         begins, squeezed = (
             each.repeat_interleave(counts, dim=1, output_size=edges[-1]) for each in (placement.starts, ratios)
         )

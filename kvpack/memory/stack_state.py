@@ -68,6 +68,7 @@ def with_places(block: KVBlock) -> KVBlock:
     """Return a block whose tokens have places of their own, be they the announced ones."""
     if block.own_places is not None:
         return block
+    # A view for all rows is enough: a slot is copied into.
     places = sent(block.span.coordinates, block.keys.device).expand(len(block.keys), -1, -1)
     return replace(block, span=replace(block.span, coordinates=places))
 
@@ -76,7 +77,7 @@ def merged_block(compressor: Compressor, pieces: Sequence[BlockEntry], archive: 
     """Return one block for several archived ones, which follow each other."""
     assert chunk.plan is not None
     geometry, places = chunk.geometry, archive.coordinates
-    assert places is not None
+    assert places is not None  # `with_places` gave all blocks some
     count = compressor.span(0, pieces[0].block_frames, geometry.grid).tokens
 
     def block(piece: BlockEntry) -> KVBlock:
@@ -84,7 +85,7 @@ def merged_block(compressor: Compressor, pieces: Sequence[BlockEntry], archive: 
         keys, values = archive.block_keys(piece.slot, count), archive.block_values(piece.slot, count)
         return with_all_heads(compressor, geometry, KVBlock(keys, values, span, layer=chunk.layer))
 
-    whole = block(pieces[0])
+    whole = block(pieces[0])  # `merged` takes two: the oldest first, then each newer one
     for piece in pieces[1:]:
         newer = block(piece)
         with policy_call(compressor, "merged", chunk.plan.book.seconds, chunk.layer):
@@ -154,6 +155,7 @@ def _mid(
         device, index = chunk.queries.device, chosen
         if not isinstance(index, Tensor):
             index = torch.arange(plan.chosen, device=device)[None]
+        # A wrong index is told at the end of the chunk; until then it must not crash the device.
         slots = plan.on(device)[0][index.clamp(0, len(plan.mid) - 1)]
         slots = slots.expand(chunk.queries[rows].shape[0], -1)
         keys, values, later = archive.gather(rows, slots, plan.tokens[0])
@@ -162,6 +164,7 @@ def _mid(
     for column, block in enumerate(range(plan.chosen) if chosen is None else chosen):
         piece, count, first = plan.mid[int(block)], plan.tokens[int(block)], len(plan.sink) + column
         place = placed.of(first, first + 1)
+        # Stored places are of tokens as archived: a block that has shrunk sits where `shrunk_span` says.
         if archive.coordinates is not None and not plan.levels[int(block)]:
             own = archive.coordinates[rows, piece.slot, :count]
             place = at(own, placed.placement.starts[:, first], placed.ratios[:, first])

@@ -54,11 +54,12 @@ class StoredBlock:
         start, stop, _ = some.indices(self.tokens)
         if self._own is not None:
             parts = [each[:, start:stop] for each in self._own]
+            # The whole block is copied by nobody; a part is, or it would keep the rest alive.
             keys, values = (each.contiguous() if stop - start == self.tokens else each.clone() for each in parts)
             return StoredBlock(stop - start, (keys, values))
         block = StoredBlock(stop - start)
         for arena, first in self.places.items():
-            arena.admit(block, first + start)
+            arena.admit(block, first + start)  # in each, so that it is copied only if it leaves all
         return block
 
     def placed(self, arena: "Arena", start: int) -> None:
@@ -70,13 +71,13 @@ class StoredBlock:
         if len(self.places) == 1 and self._own is None:
             keys, values = self.resolved()
             self._own = keys.clone(), values.clone()
-        del self.places[arena]
+        del self.places[arena]  # last: if there is no memory for the copy, the block still lies here
 
     def resolved(self) -> KeysValues:
         """Return keys and values; views, where the block lies in an arena."""
         if self._own is not None:
             return self._own
-        arena, start = next(iter(self.places.items()))
+        arena, start = next(iter(self.places.items()))  # any of them: all hold the same bits
         first = arena.key_place(start)
         return arena.keys[:, first : first + self.tokens], arena.values[:, start : start + self.tokens]
 
@@ -92,15 +93,16 @@ class Arena:
         self.values = torch.empty(0)
         self.keyless = range(0)
         #: Returns what reads and writes here; None once that is gone, and only blocks keep the arena alive.
+        # `object()` is not None: an arena that belongs to no layer is never vacated.
         self.owner: Callable[[], object] = object
-        self._residents: list[ref[StoredBlock]] = []
+        self._residents: list[ref[StoredBlock]] = []  # weak: what nobody holds need not be moved out
 
     def vacate(self) -> None:
         """Let go of everything, if the owner is gone; blocks that others hold move out."""
         if self.owner() is not None:
             return
         for block in filter(None, [each() for each in self._residents]):
-            if self in block.places:
+            if self in block.places:  # one that was to come may not have come
                 block.move_out(self)
         self.keys, self.values, self._residents = torch.empty(0), torch.empty(0), []
 
@@ -142,13 +144,15 @@ class Arena:
         # Known before they come: if memory is short on the way, whoever lies here is moved out the next time.
         self._residents += [ref(block) for _, block in blocks]
         for block in residents:
-            if id(block) not in wanted and self in block.places:
+            if id(block) not in wanted and self in block.places:  # held by others: its place is needed
                 block.move_out(self)
-        self.keyless = keyless
+        self.keyless = keyless  # only now: what has left was found by where keys lay before
         sizes = tokens - len(keyless), tokens
+        # Each by itself: `keyless` may differ from chunk to chunk.
         if any(held < size for held, size in zip(self._sizes(like), sizes, strict=True)):
-            self._grow(blocks, (max(sizes[0], room[0]), max(sizes[1], room[1])), like)
+            self._grow(blocks, (max(sizes[0], room[0]), max(sizes[1], room[1])), like)  # once, for the largest chunk
         else:
+            # A sink block, say, is in its place already.
             self._move([(start, block) for start, block in blocks if block.places.get(self) != start])
         self._residents = [ref(block) for _, block in blocks]
         leave_ended(block for _, block in blocks)
@@ -175,25 +179,28 @@ class Arena:
     def _grow(self, blocks: Sequence[tuple[int, StoredBlock]], sizes: tuple[int, int], like: Tensor) -> None:
         # Never for more than is known to be needed, since spare room would be held for good.
         larger = [
+            # Neither shrinks: the two grow at different chunks.
             like.new_empty(like.shape[0], max(size, held), *like.shape[2:])
             for size, held in zip(sizes, self._sizes(like), strict=True)
         ]
         for start, block in blocks:
             for new, old, first in zip(larger, block.resolved(), (self.key_place(start), start), strict=True):
                 new[:, first : first + len(block)] = old
-        self.keys, self.values = larger
+        self.keys, self.values = larger  # only now: if memory ran out before, all blocks lie where they lay
         for start, block in blocks:
             block.placed(self, start)
 
     def _move(self, moving: Sequence[tuple[int, StoredBlock]]) -> None:
         # Copied in turn, to places that ascend, one that comes from below its place would write over a later one.
+        # So would one that comes from elsewhere (-1).
         if any(block.places.get(self, -1) < start for start, block in moving):
             for _, block in moving:
                 if self in block.places:
                     block.move_out(self)
         for start, block in moving:
             keys, values = block.resolved()
-            place = block.places.get(self, start)
+            place = block.places.get(self, start)  # no shift for what comes from elsewhere: it overlaps nothing
+            # Of values and of keys: they differ where `keyless` lies between the two places.
             shifts = place - start, self.key_place(place) - self.key_place(start)
             if any(shift in range(1, len(block)) for shift in shifts):  # the two places overlap
                 keys, values = keys.clone(), values.clone()
@@ -203,7 +210,7 @@ class Arena:
 
 def leave_ended(blocks: Iterable[StoredBlock]) -> None:
     """Let blocks, and all that lies beside them, leave arenas whose owner is gone."""
-    for arena in {each for block in blocks for each in block.places}:
+    for arena in {each for block in blocks for each in block.places}:  # a set first: `vacate` changes `places`
         arena.vacate()
 
 
@@ -235,6 +242,7 @@ class Workspace:
 
 
 def _room(held: Tensor, rows: int, tokens: int, like: Tensor) -> Tensor:
+    # A larger one serves, too: layers and chunks share it.
     fits = held.ndim == 4 and held.shape[0] >= rows and held.shape[1] >= tokens and held.shape[2:] == like.shape[2:]
     if fits and held.dtype == like.dtype and held.device == like.device:
         return held

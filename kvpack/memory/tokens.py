@@ -74,7 +74,7 @@ class Tokens:
 
     def moved(self, frames: float | Tensor) -> "Tokens":
         """Return the same tokens, later; `frames` may be a scalar on the device."""
-        coordinates = self.coordinates.clone()
+        coordinates = self.coordinates.clone()  # layers share coordinates
         coordinates[..., 0] += frames
         return replace(self, coordinates=coordinates)
 
@@ -101,7 +101,7 @@ def consecutive(
     for part in filter(len, parts):
         placed.append(part.starting_at(start))
         if frame_tokens is None:
-            start = float(placed[-1].coordinates[..., 0].max()) + 1.0
+            start = float(placed[-1].coordinates[..., 0].max()) + 1.0  # waits for the device
         else:
             start += len(part) // frame_tokens
     return placed, start
@@ -121,6 +121,6 @@ def taken(
     tokens: Float[Tensor, "batch tokens *each"], index: Int[Tensor, "batch kept"]
 ) -> Float[Tensor, "batch kept *each"]:
     """Return each row's tokens, or their places, at its indices."""
-    if index.shape[0] == 1:
+    if index.shape[0] == 1:  # one row: a plain selection is cheaper than an index of two axes
         return tokens.index_select(1, index[0])
     return tokens[torch.arange(index.shape[0], device=index.device)[:, None], index]
