@@ -50,6 +50,7 @@ def check_attributes(run_class: type, value: Any) -> dict[str, Any]:
         raise SnapshotError(f"what its run remembers is a {type(value).__name__}")
     for name in value:
         found = getattr(run_class, str(name), None)
+        # Set on the run, it would hide what its class does.
         if not isinstance(name, str) or callable(found) or isinstance(found, property | cached_property):
             raise SnapshotError(f"{str(name)[:40]!r} is nothing that a generation remembers")
     if missing := set(_ATTRIBUTES) - set(value):
@@ -69,6 +70,7 @@ def check_moment(moment: Moment, run: Run) -> None:
     known = {*call_signature(pipeline).parameters, *run.adapter.extra_arguments}
     if unknown := sorted(map(str, set(run.call) - known)):
         raise SnapshotError(f"its call has {', '.join(unknown)[:80]!r}, which a {pipeline.__name__} does not take")
+    # Latents that are given say the size themselves.
     sized = {"height", "width"} & set(run.call) if run.call.get("latents") is None else ()
     for name in sized:
         if not is_a(run.call[name], int):
@@ -117,7 +119,7 @@ def _check_state(state: Any, book: Book, geometry: Geometry) -> None:
     _check_pieces(ledger.whole, ledger.frames)
     _check_pieces(ledger.archive, ledger.frames)
     slots = [piece.slot for piece in ledger.archive]
-    if len(set(slots)) < len(slots):
+    if len(set(slots)) < len(slots):  # one would attend the other's tokens
         raise SnapshotError(f"its archive has two blocks in a slot, of {sorted(slots)}")
     if any(slot not in state.archive.marks for slot in slots):
         raise SnapshotError(f"blocks in the slots {sorted(set(slots) - set(state.archive.marks))} are missing")

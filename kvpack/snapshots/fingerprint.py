@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kvpack.errors import SnapshotError
 
-_SAMPLES = 64
+_SAMPLES = 64  # of each weight, since they are read at every save
 
 
 def model_digests(pipeline: Any) -> dict[str, str]:
@@ -83,6 +83,7 @@ def _of_model(model: nn.Module) -> str:
     digest, samples = hashlib.sha256(), []
     for name, weight in sorted(model.named_parameters()):
         if "lora_" not in name:
+            # Without what PEFT and torch.compile put into the names of weights.
             plain = name.replace(".base_layer", "").replace("_orig_mod.", "")
             digest.update(f"{plain} {tuple(weight.shape)} {weight.dtype}".encode())
             samples.append(_sample(weight))
@@ -92,10 +93,11 @@ def _of_model(model: nn.Module) -> str:
 
 def _sample(weight: Tensor) -> Tensor:
     """Return some numbers of a tensor, as bytes; none of one that is elsewhere, or that has no plain numbers."""
+    # Offloaded weights have no numbers here, quantised ones none that are plain.
     if weight.device.type == "meta" or type(weight.data) is not Tensor:
         return torch.empty(0, dtype=torch.uint8, device="cpu")
     flat = weight.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].contiguous().view(torch.uint8)
+    return flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].contiguous().view(torch.uint8)  # spread over all of it
 
 
 def _bytes(samples: Sequence[Tensor]) -> bytes:
@@ -115,6 +117,7 @@ def _lora(model: nn.Module) -> dict[str, Any] | None:
             continue
         for adapter in sorted(set(scaling) & set(getattr(module, "active_adapters", ()))):
             scales.setdefault(adapter, set()).add(float(scaling[adapter]))
+            # Fused weights round otherwise.
             digest.update(f"{name} {adapter} {scaling[adapter]!r} {sorted(module.merged_adapters)}".encode())
             for own, weight in sorted(module.named_parameters()):
                 if "lora_" in own and f".{adapter}." in f".{own}.":
@@ -127,6 +130,7 @@ def _lora(model: nn.Module) -> dict[str, Any] | None:
 
 
 def _config(scheduler: Any) -> str:
+    # What begins so is diffusers' own, such as its version; the class is compared by itself.
     own = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return json.dumps(own, sort_keys=True, default=str)
 

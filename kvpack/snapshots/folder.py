@@ -17,7 +17,7 @@ from kvpack.snapshots.tensors import TensorFiles, tensor_parts, write_file
 FORMAT = 2
 KEPT = 2
 _NAME, _TENSORS = re.compile(r"snapshot-(\d{6})\.json"), re.compile(r"(blocks|tensors)-\d{6}\.safetensors")
-_MOST_JSON = 1 << 26
+_MOST_JSON = 1 << 26  # 64 MiB: it is parsed in memory, whoever wrote it
 #: Bytes that any JSON may take beyond twice the files of its folder.
 _SPARE = 1 << 24
 T = TypeVar("T")
@@ -61,14 +61,15 @@ class SnapshotFolder:
         files = {name: older[name] for name in used if name not in tensors}
         for name, each in tensors.items():
             if each:
+                # Before the JSON, so that a snapshot is there only when all of it is.
                 files[name] = write_file(self.path / name, tensor_parts(each))
         whole = {"format": FORMAT, "number": number, **content, "files": files}
         text = json.dumps({**whole, "sha256": _digest(whole)}, allow_nan=False).encode()
-        self._require_readable(text, files)
+        self._require_readable(text, files)  # before there is a snapshot that nobody can resume
         self._files[number] = files
         write_file(self.path / _name(number), [text])
-        sync_folder(self.path)
-        self._prune()
+        sync_folder(self.path)  # a name is on the disk only when its folder is
+        self._prune()  # last: the older one goes when the newer one is safe
 
     def read(self, use: Callable[[dict[str, Any], TensorFiles], T], number: int | None = None) -> T:
         """Return what `use` makes of the newest snapshot, or of the one before where that is damaged.
@@ -85,7 +86,7 @@ class SnapshotFolder:
             try:
                 content = self.content(each)
                 files = TensorFiles(self.path, content["files"])
-                files.check()
+                files.check()  # all of them now: behind `use` there is no way back to the snapshot before
             except SnapshotError as error:
                 problems.append(str(error))
                 continue
@@ -107,9 +108,10 @@ class SnapshotFolder:
         """
         path = self.path / _name(number)
         try:
-            if path.stat().st_size > _MOST_JSON:
+            if path.stat().st_size > _MOST_JSON:  # before it is read
                 raise SnapshotError(f"{path} is larger than any snapshot's JSON, {_MOST_JSON} bytes")
             text = path.read_bytes()
+            # Before it is parsed: small JSON can be large objects.
             if _parsed_bytes(text) > 2 * sum(each.stat().st_size for each in self.path.iterdir()) + _SPARE:
                 raise SnapshotError(
                     f"{path} is no snapshot: it would take more than twice the memory of all files there"
@@ -126,10 +128,10 @@ class SnapshotFolder:
             raise SnapshotError(
                 f"{path} has format {str(content['format'])[:40]}, written by kvpack {by}; this one reads {FORMAT}"
             )
-        digest = content.pop("sha256", None)
+        digest = content.pop("sha256", None)  # the checksum is of all but itself
         if digest != _digest(content):
             raise SnapshotError(f"{path} is not what was written: its checksum differs")
-        if content.get("number") != number:
+        if content.get("number") != number:  # a file that was renamed would pass every other check
             raise SnapshotError(f"{path} was written as snapshot {str(content.get('number'))[:40]}")
         files = content.get("files")
         if not isinstance(files, dict) or not all(isinstance(each, dict) for each in files.values()):
@@ -169,7 +171,7 @@ class SnapshotFolder:
         """Raise `OutputError` if the JSON of a snapshot is one that `content` would refuse to read."""
         stored = len(text) + sum(each["bytes"] for each in files.values())
         if len(text) > _MOST_JSON or _parsed_bytes(text) > 2 * stored + _SPARE:
-            self._prune()
+            self._prune()  # its tensor files are there already
             raise OutputError(
                 f"the snapshot would have {len(text)} bytes of JSON, too many to be resumed; shorten the note"
             )
@@ -179,6 +181,7 @@ class SnapshotFolder:
         files: dict[str, Any] = {}
         for number in numbers:
             with suppress(SnapshotError):
+                # What was written from here need not be read again.
                 files.update(self._files.get(number) or self.content(number)["files"])
         return files
 
@@ -197,6 +200,7 @@ class SnapshotFolder:
         for number in numbers[KEPT:]:
             _remove(self.path / _name(number))
         for name in os.listdir(self.path):
+            # Left by a process that was killed while it wrote.
             stale = name.startswith((".snapshot-", ".blocks-", ".tensors-")) and name.endswith(".part")
             if stale or (_TENSORS.fullmatch(name) and name not in kept):
                 _remove(self.path / name)

@@ -44,7 +44,7 @@ def _changed(value: Any, hint: Any, change: Change, where: str) -> Any:
         return change(value, found[0]) if found else value
     if isinstance(value, tuple) and _holds(value):
         (inner,) = [get_args(each) for each in options if get_origin(each) is tuple] or [()]
-        hints = [inner[0]] * len(value) if len(inner) == 2 and inner[1] is ... else list(inner)
+        hints = [inner[0]] * len(value) if len(inner) == 2 and inner[1] is ... else list(inner)  # `tuple[T, ...]`
         pairs = zip(value, hints or [None] * len(value), strict=True)
         return tuple(_changed(each, one, change, where) for each, one in pairs)
     return value

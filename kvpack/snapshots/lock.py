@@ -21,7 +21,7 @@ class FolderLock:
         path = folder / LOCK
         try:
             self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            self._process = os.getpid()
+            self._process = os.getpid()  # who may unlock: see `release`
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror}; give a writable folder") from error
         try:
@@ -29,6 +29,7 @@ class FolderLock:
         except ImportError:  # a system without it
             return
         try:
+            # Refused at once: the other may write for hours.
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.release()

@@ -59,7 +59,7 @@ class TreeReader:
         """
         if node is None or isinstance(node, bool | str | int | float):
             return node
-        if isinstance(node, list):
+        if isinstance(node, list):  # a tuple: a list has a kind of its own
             return tuple(self.value(each) for each in node)
         kind = node.get(KIND) if isinstance(node, dict) else None
         read = _READERS.get(str(kind))
@@ -92,7 +92,7 @@ class TreeReader:
         return self._once("block", keys, lambda: StoredBlock(keys.shape[1], (self._own(keys, 2), self._own(values, 2))))
 
     def _generator(self, node: dict[str, Any]) -> torch.Generator:
-        state = self._tensor({**node["state"], "here": False})
+        state = self._tensor({**node["state"], "here": False})  # a generator takes its state from the host
 
         def make() -> torch.Generator:
             try:
@@ -109,13 +109,14 @@ class TreeReader:
             raise SnapshotError(f"an archive is in the form {codec!r}, on the tier {str(tier)[:40]!r}")
         archive = Archive(_count(node["slot_tokens"]), codec, self._tier or tier)
         slots = 1 + max((_count(slot) for slot, _ in node["held"]), default=-1)
-        if slots > 2 * len(node["held"]) + 2:
+        if slots > 2 * len(node["held"]) + 2:  # a slot's number alone would make room for as many
             raise SnapshotError(f"an archive of {slots} slots has {len(node['held'])} blocks")
         for slot, (keys, values, sums, places) in node["held"]:
             own = None if places is None else self._tensor(places)
             if own is not None and own.ndim == 4:
                 own = self._own(own, 2)
             read = [[self._tensor(each) for each in stored] for stored in (keys, values)]
+            # Of what a codec stores by head, heads are the last axis but one.
             stored = [tuple(self._own(each, each.ndim - 2) for each in form) for form in read]
             block = Encoded(stored[0], stored[1], self._own(self._tensor(sums), 1), own)
             archive.restore(slot, slots, _DTYPES[node["dtype"]], block)
@@ -126,7 +127,7 @@ class TreeReader:
         if cls is None:
             raise SnapshotError(f"it holds a {node['class'][:80]!r}, which is nothing that this stack or model keeps")
         known, given = {each.name for each in fields(cls)}, set(node["fields"])
-        if known != given:
+        if known != given:  # of another version, fields may mean something else
             raise SnapshotError(f"a {cls.__name__} in it has {sorted(given)[:20]}, but here it has {sorted(known)}")
         values = {name: self.value(each) for name, each in node["fields"].items()}
         for name, hint in fits(cls, values):
@@ -151,7 +152,7 @@ def explained(said: str, through: type[Exception]) -> Iterator[None]:
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:  # True is an int in Python
         raise SnapshotError(f"it counts {str(value)[:40]!r} of something")
     return value
 

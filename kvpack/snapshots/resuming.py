@@ -58,7 +58,7 @@ def resumed(pipeline: Any, folder: Path, given: Mapping[str, Any], number: int |
             return _resumed(pipeline, content, files, given)
 
     shard = pipeline._kvpack.adapter.shard(pipeline)
-    with nullcontext() if shard is None else shard.together(SnapshotError):
+    with nullcontext() if shard is None else shard.together(SnapshotError):  # if one rank cannot read it, none goes on
         return SnapshotFolder(folder).read(use, number)
 
 
@@ -73,30 +73,33 @@ def _resumed(
             f"the generation is that of a {content['pipeline']} with the adapter {content['adapter']}, but this is a "
             f"{pipeline._kvpack_base.__name__} with {adapter.name}"
         )
+    # Before anything is made of it: another model would go on with other bits.
     require_same(content, fingerprints(pipeline, model_digests(pipeline)), pipeline._kvpack_base.__name__)
     adapter.check(pipeline)
     device, state = pipeline._execution_device, content["state"]
     reader = TreeReader(allowed_classes(stack, adapter), policies_of(stack), device, files)
     attributes = check_attributes(adapter.run_class, reader.value(state["run"]))
     attributes["call"] = _with_given(attributes["call"], given)
-    run = begun(adapter, pipeline, attributes, stack)
+    run = begun(adapter, pipeline, attributes, stack)  # first: what a budget chooses depends on the call
     choice = pipeline._kvpack.choice_for(run, reader.value(state["conditioning"]))
     run.stack = run.stack if choice is None else choice.memory
     _require_equal("stack", content["stack"], run.stack.to_dict(), run)
     # Again, for an archive is read by the codec of the stack, which a budget may have chosen.
     known, shard = (allowed_classes(run.stack, adapter), policies_of(run.stack), device, files), adapter.shard(pipeline)
+    # Of the stack here: an archive may go on on another tier than it was on.
     tier = run.stack.tier if isinstance(run.stack, Stack) else None
     reader, own = TreeReader(*known, tier), TreeReader(*known, tier, None if shard is None else shard.own)
-    readers = {name: own if name == "pasts" else reader for name in state if name != "run"}
+    readers = {name: own if name == "pasts" else reader for name in state if name != "run"}  # they alone have heads
     moment = Moment(run=attributes, **{name: each.value(state[name]) for name, each in readers.items()})
     check_moment(moment, run)
     _require_generators(attributes["call"].get("generator"), device)
     go_on(run, moment)
+    # The whole model's, whichever heads this rank has.
     _require_equal("geometry", content["geometry"], run.denoiser.geometry, run)
     check_sessions(run)
-    set_own_generators(run, moment)
+    set_own_generators(run, moment)  # torch's own state, so only when nothing can be refused any more
     _warn_of_versions(content)
-    pipeline._kvpack.choice = choice
+    pipeline._kvpack.choice = choice  # last: a resume that is refused leaves the choice that was there
     return run, str(content["generation"]), content.get("note")
 
 
@@ -112,6 +115,7 @@ def _require_generators(given: Any, device: torch.device) -> None:
 
 def _with_given(call: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the call, functions among them as they are given again."""
+    # A dict first, since == of an array is no bool.
     wanted = {name for name, value in call.items() if isinstance(value, dict) and value == GIVEN_AGAIN}
     if wanted != set(given):
         names = ", ".join(sorted(wanted)) or "none"

@@ -47,8 +47,9 @@ class Saver:
         try:
             with self._together():
                 if self._writes:
-                    self._lock = FolderLock(make_folder(path))
+                    self._lock = FolderLock(make_folder(path))  # locked before anything in it is looked at
                     self.folder.require_own(generation)
+            # Numbers go on, so that older files are never written over.
             self._number = max(self.folder.numbers(), default=0)
         except BaseException:  # an interrupt too: its traceback may live on, and the lock with it
             self.close()
@@ -71,17 +72,18 @@ class Saver:
         with self._together():
             require_json(note)
         number = self._number + 1
+        # The one before the last: see `_written`.
         content, writer = self._tree(run, tensor_files(number), self._written[0])
         if worn := self._worn(writer):
             known = self._written[0].items()
             left = WeakKeyDictionary({thing: each for thing, each in known if not worn & set(each[1])})
             content, writer = self._tree(run, tensor_files(number), left)
         with self._together():
-            if self._writes:
+            if self._writes:  # the first rank writes for all, and all learn if it could not
                 self.folder.write(number, {**content, "note": note}, writer.tensors, writer.used)
         self._number = number
         if self._shard is None:  # what is in files already is known to the process alone that wrote them
-            self._written = self._written[1], writer.kept
+            self._written = self._written[1], writer.kept  # the two take turns
 
     def close(self) -> None:
         """Let others write into the folder."""
@@ -100,7 +102,7 @@ class Saver:
         device = self._device = self._device or run.pipeline._execution_device
         heads = None if self._shard is None else gathering(self._shard)
         writer = TreeWriter(allowed_classes(run.stack, run.adapter), policies, device, files, written, heads)
-        moment = captured(run, apart=False)
+        moment = captured(run, apart=False)  # written before the next chunk begins, so nothing need be copied
         call = {name: GIVEN_AGAIN if callable(value) else value for name, value in moment.run["call"].items()}
         parts = {each.name: getattr(moment, each.name) for each in fields(moment)}
         parts["run"] = {**moment.run, "call": call}
@@ -116,6 +118,7 @@ class Saver:
             "fps": run.pipeline.packforcing.fps,
             "stack": writer.node(run.stack.to_dict(), "stack"),
             "geometry": writer.node(run.denoiser.geometry, "geometry"),
+            # `TreeWriter._field` gathers heads of what begins with "pasts".
             "state": {name: writer.node(each, "" if name == "run" else name) for name, each in parts.items()},
         }
         return content, writer
@@ -126,7 +129,7 @@ class Saver:
         if not older or len(older) > _MOST_FILES:
             return set(older)
         sizes = self.folder.sizes()
-        return {name for name in older if not 0 < sizes.get(name, 0) <= 2 * writer.used[name]}
+        return {name for name in older if not 0 < sizes.get(name, 0) <= 2 * writer.used[name]}  # 0 if it is gone
 
 
 def require_json(note: Any) -> None:

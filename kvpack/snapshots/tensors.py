@@ -28,7 +28,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_MOST_HEADER = 1 << 24
+_MOST_HEADER = 1 << 24  # 16 MiB: the header is parsed in memory
 
 
 def write_file(path: Path, parts: Any) -> dict[str, Any]:
@@ -37,6 +37,7 @@ def write_file(path: Path, parts: Any) -> dict[str, Any]:
     Raises:
         OutputError: if it cannot be written; what was there stays.
     """
+    # Hidden: `SnapshotFolder._prune` removes what is left of it.
     partial, digest, size = path.with_name(f".{path.name}.part"), hashlib.sha256(), 0
     try:
         with open(partial, "wb") as file:
@@ -45,7 +46,7 @@ def write_file(path: Path, parts: Any) -> dict[str, Any]:
                 digest.update(part)
                 size += len(part)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # first: a power cut must leave no such name without content
         os.replace(partial, path)
     except OSError as error:
         with suppress(OSError):
@@ -72,10 +73,11 @@ def tensor_parts(tensors: Mapping[str, Tensor]) -> Any:
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, stop]}
         offset = stop
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # tensors then begin at multiples of 8, as safetensors has them
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
         if tensor.numel():
+            # One at a time on the host; as bytes, since numpy has no bfloat16.
             plain: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             yield memoryview(plain)
 
@@ -99,16 +101,18 @@ class TensorFiles:
     def __call__(self, file: str, name: str) -> Tensor:
         """Return a tensor of its own memory."""
         try:
+            # A copy: what safetensors gives is a view of the mapped file.
             return self._file(file).get_tensor(name).clone()
         except SafetensorError as error:
             raise SnapshotError(f"{file} has no tensor {name[:40]!r} that can be read ({error})") from error
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
+            # A bare name, so that no path leads out of the folder.
             if name not in self._listed or Path(name).name != name or not name.endswith(".safetensors"):
                 raise SnapshotError(f"it wants a file {name[:80]!r}, which is none of its own")
             path = self._folder / name
-            compare(path, self._listed[name])
+            compare(path, self._listed[name])  # before any of it is parsed
             try:
                 self._open[name] = safe_open(path, "pt")
             except (SafetensorError, OSError) as error:
@@ -119,12 +123,13 @@ class TensorFiles:
 def compare(path: Path, listed: Mapping[str, Any]) -> None:
     """Raise `SnapshotError` if a file is missing, or not of the size and checksum that are listed for it."""
     try:
-        if path.is_symlink() or not path.is_file():
+        if path.is_symlink() or not path.is_file():  # a link may lead out of the folder
             raise SnapshotError(f"{path} is missing")
         size = path.stat().st_size
         if size != listed.get("bytes"):
             raise SnapshotError(f"{path} has {size} bytes, but was written with {str(listed.get('bytes'))[:40]}")
         with open(path, "rb") as file:
+            # Looked at before safetensors allocates as much.
             if int.from_bytes(file.read(8), "little") > min(_MOST_HEADER, size):
                 raise SnapshotError(f"{path} announces a header that is larger than any snapshot's")
             file.seek(0)

@@ -52,7 +52,7 @@ def policies_of(stack: Memory) -> dict[str, Policy]:
 
 def _is_data(cls: Any) -> bool:
     frozen = isinstance(cls, type) and is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
-    return frozen and not issubclass(cls, Policy)
+    return frozen and not issubclass(cls, Policy)  # they come from the pipeline, never from a file
 
 
 def fits(annotated: Any, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -86,7 +86,7 @@ def is_a(value: Any, hint: Any) -> bool:
             is_a(key, arguments[0]) and is_a(each, arguments[1]) for key, each in value.items()
         )
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool)  # True is an int in Python
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     wanted = origin or hint

@@ -67,9 +67,10 @@ class TreeWriter:
         """
         if value is None or isinstance(value, bool | str):
             return value
-        if isinstance(value, int):
-            return int(value)
+        if isinstance(value, int):  # behind bool, which is one
+            return int(value)  # plain: of an enumeration no name is written
         if isinstance(value, float):
+            # JSON has neither NaN nor infinity.
             return float(value) if math.isfinite(value) else {KIND: "float", "is": str(float(value))}
         if id(value) not in self._seen:
             # The value is kept alive, so that its id stays its own.
@@ -81,13 +82,13 @@ class TreeWriter:
             return [self.node(each, f"{where}[{index}]") for index, each in enumerate(value)]
         if isinstance(value, list):
             return {KIND: "list", "of": [self.node(each, f"{where}[{index}]") for index, each in enumerate(value)]}
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping):  # pairs, since keys need not be texts, and one may be `KIND`
             pairs = [[self.node(key, where), self.node(each, f"{where}.{key}")] for key, each in value.items()]
             return {KIND: "dict", "of": pairs}
         for kind, write in _WRITERS.items():
             if isinstance(value, kind):
                 return write(self, value, where)
-        if type(value) in self._names:
+        if type(value) in self._names:  # exactly: a subclass has fields that the reader does not know
             content = {
                 each.name: self.node(self._field(value, each.name, where), f"{where}.{each.name}")
                 for each in fields(value)
@@ -102,11 +103,12 @@ class TreeWriter:
         return field_with_heads(type(value), name, held, self._heads)
 
     def _tensor(self, tensor: Tensor, axis: int | None = None) -> Node:
-        name = f"t{len(self.tensors[self._file])}"
+        name = f"t{len(self.tensors[self._file])}"  # unique in its file
+        # Not which device, but whether it is the model's: that may be another when it is resumed.
         here = tensor.device.type == self._device.type
         if self._heads is not None and axis is not None:
             tensor = self._heads(tensor, axis)
-        self.tensors[self._file][name] = tensor
+        self.tensors[self._file][name] = tensor  # no copy: it is read when the file is written
         self._use({self._file: tensor.nbytes})
         return {KIND: "tensor", "file": self._file, "name": name, "here": here}
 
@@ -114,7 +116,7 @@ class TreeWriter:
         return {KIND: "block", "keys": self._tensor(block.keys, 2), "values": self._tensor(block.values, 2)}
 
     def _archive(self, archive: Archive) -> Node:
-        archive.settle()
+        archive.settle()  # the host reads slots that may still be on their way
         held = [[slot, self._once(mark, partial(self._slot, archive, slot))] for slot, mark in archive.marks.items()]
         return {
             KIND: "archive",
@@ -128,18 +130,18 @@ class TreeWriter:
     def _slot(self, archive: Archive, slot: int) -> Node:
         places = archive.coordinates
         placed = places is not None and slot < places.shape[1]
-        # The last axis but one of all that a codec stores by head is that of heads.
+        # The last axis but one of all that a codec stores by head is that of heads; a slot has one axis less.
         keys, values = (
             [self._tensor(each[:, slot], each.ndim - 3) for each in stored] for stored in (archive.keys, archive.values)
         )
         own = None
         if placed and places is not None:
-            own = self._tensor(places[:, slot], 2 if places.ndim == 5 else None)
+            own = self._tensor(places[:, slot], 2 if places.ndim == 5 else None)  # places by head
         return [keys, values, self._tensor(archive.key_sums[:, slot], 1), own]
 
     def _policy(self, policy: Policy, where: str) -> Node:
         for role, own in self._policies.items():
-            if own == policy:
+            if own == policy:  # equal is enough: policies are values
                 return {KIND: "policy", "role": role}
         raise SnapshotError(f"{where.lstrip('.')} is the policy {policy.name}, which is none of the stack's")
 
@@ -147,12 +149,12 @@ class TreeWriter:
         """Return what is written of something immutable, from an earlier file if it is there."""
         known = self._written.get(thing)
         if known is None:
-            file, self._file = self._file, self._blocks
+            file, self._file = self._file, self._blocks  # in the file that later snapshots share
             before = self.used.get(self._file, 0)
             known = write(), {self._file: self.used.get(self._file, 0) - before}
             self._file = file
         else:
-            self._use(known[1])
+            self._use(known[1])  # counted all the same: `Saver` rewrites files of which little is used
         self.kept[thing] = known
         return known[0]
 
