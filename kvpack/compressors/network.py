@@ -136,6 +136,7 @@ class HighResolutionBranch(
         flops = 2 * self.hidden * self.width * tokens
         inputs = (self.channels, self.hidden, self.hidden, self.hidden)
         for count, stride in zip(inputs, strides(self.patch), strict=True):
+            # Rounded up: with padding of half a kernel no row is lost.
             t, y, x = latents = tuple(-(-size // step) for size, step in zip(latents, stride, strict=True))  # type: ignore[assignment]
             flops += 2 * t * y * x * count * self.hidden * KERNEL**3
         return flops
@@ -156,6 +157,7 @@ class HighResolutionBranch(
         # A config from a stranger may announce any size; the file has what it has, and all of it if that is asked for.
         with torch.device("meta") if strict else nullcontext():
             branch = cls(**{**options, "patch": tuple(options["patch"])})
+        # Assigned, which keeps the file's dtype; into tensors on meta nothing could be copied.
         branch.load_state_dict(load_file(path, device=map_location), strict=strict, assign=True)
         return branch.eval()
 

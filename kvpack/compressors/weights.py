@@ -65,10 +65,12 @@ class CompressorWeights:
         Raises:
             InvalidOptionError: as `fitting`.
         """
+        # The module itself, since a copy would not learn.
         if isinstance(self.weights, HighResolutionBranch) and _in_use(self.weights, device, dtype):
             return self.fitting(channels, width, patch)
         key = (device, dtype, channels, width, patch)
         if key not in self._copies:
+            # A copy, so that a module that is given stays on its device and goes on requiring gradients.
             branch = copy.deepcopy(self.fitting(channels, width, patch))
             self._copies[key] = branch.requires_grad_(False).eval().to(device, dtype)
         return self._copies[key]

@@ -47,7 +47,7 @@ class Step:
         found = [dict.fromkeys(mine, value) for value in self.values]
         found += [{name: _share(name, mine[name], share, chunk_frames) for name in mine} for share in self.shares]
         changed = [{name: value for name, value in each.items() if value != mine[name]} for each in found]
-        yield from (changes for before, changes in pairwise([{}, *changed]) if changes != before)
+        yield from (changes for before, changes in pairwise([{}, *changed]) if changes != before)  # drops repeated ones
 
 
 Taken = tuple[Step, dict[str, Any]]
@@ -181,8 +181,8 @@ class Budget:
                 return asked
             return with_chunk_frames(self.named.made(**changes), asked.chunk_frames, "chunk_frames")
 
-        geometry = replace(geometry, frames=chunks and chunks * asked.chunk_frames)
-        known: dict[frozenset[tuple[str, Any]], float] = {}
+        geometry = replace(geometry, frames=chunks and chunks * asked.chunk_frames)  # the last one is made whole
+        known: dict[frozenset[tuple[str, Any]], float] = {}  # rehearsed once for each set of options
 
         def held(taken: list[Taken]) -> float:
             changes = frozenset(_merged(taken).items())
@@ -200,7 +200,7 @@ class Budget:
             raise BudgetError(self._refusal(asked, least, _merged(taken), said), least)
         steps = [held(taken[:count]) for count in range(len(taken) + 1)]
         lines, now = [], free
-        for (step, changes), before, after in zip(taken, steps, steps[1:], strict=False):
+        for (step, changes), before, after in zip(taken, steps, steps[1:], strict=False):  # `steps` has one more
             told = ", ".join(f"{name} {now[name]} -> {value}" for name, value in changes.items())
             lines.append(f"{told}: {gigabytes(before)} -> {gigabytes(after)}; {step.cost}")
             now = {**now, **changes}
@@ -239,21 +239,21 @@ def _taken(
         furthest = None
         for changes in candidates(step):
             found = held([*taken, (step, changes)])
-            if found < now:
+            if found < now:  # a step that frees nothing is not taken
                 furthest, now = (step, changes), found
             if now <= room:
                 break
         taken += [furthest] if furthest else []
     if now > room:
         return taken
-    for index in reversed(range(len(taken) - 1)):
+    for index in reversed(range(len(taken) - 1)):  # from what costs most; the last is as mild as it can be
         step, far = taken[index]
         for milder in ({}, *takewhile(far.__ne__, candidates(step))):
             trial = [*taken[:index], (step, milder), *taken[index + 1 :]]
             if held(trial) <= room:
                 taken = trial
                 break
-    return [each for each in taken if each[1]]
+    return [each for each in taken if each[1]]  # steps taken back whole
 
 
 def _merged(taken: list[Taken]) -> dict[str, Any]:
@@ -265,14 +265,14 @@ def _free(named: NamedStack, asked: Memory, geometry: Geometry, chunks: int | No
     roles = [getattr(asked, role) for role in ROLES] if isinstance(asked, Stack) else []
     options = dict.fromkeys(option for step in STEPS for option in step.options)
     taken = registry().taken(named.name, options)
-    stored = {"tier", "store"} if isinstance(asked, Stack) and asked.archives else set()
+    stored = {"tier", "store"} if isinstance(asked, Stack) and asked.archives else set()  # options of every archive
     found: dict[str, Any] = {}
     for option in options:
         holder = next((each for each in (asked, *roles) if hasattr(each, option)), None)
         value = named.default(option) if holder is None else getattr(holder, option)
         if option == "store":
             value = getattr(value, "name", None)
-        elif option == "archive_blocks" and chunks is not None:
+        elif option == "archive_blocks" and chunks is not None:  # or halving it might change nothing
             value = chunks if value is None else min(value, chunks)
         elif option == "keep_tokens" and isinstance(asked, Stack) and holder is not None:
             value = asked.compressor.span(0, asked.chunk_frames, geometry.grid).tokens
@@ -284,7 +284,7 @@ def _free(named: NamedStack, asked: Memory, geometry: Geometry, chunks: int | No
 def _share(option: str, asked: int, share: float, chunk_frames: int) -> int:
     """Return a share of a number, rounded up to whole chunks where it counts frames, and to one at least."""
     unit = chunk_frames if option in _WINDOWS else 1
-    return min(asked, unit * max(1, math.ceil(asked * share / unit)))
+    return min(asked, unit * max(1, math.ceil(asked * share / unit)))  # rounding up must not make more of it
 
 
 def _videos(batch: int, branches: int) -> str:

@@ -62,12 +62,13 @@ def place(fit: Fit, gpu_memory: float, choose: Callable[[float], Choice], held: 
         InvalidOptionError: if the card has no memory.
     """
     room = {call: fit.room(call, gpu_memory) for call in fit.beside}
-    fast = [call for call in (WHOLE, MODEL_OFFLOAD) if held <= room[call]]
+    fast = [call for call in (WHOLE, MODEL_OFFLOAD) if held <= room[call]]  # with the memory as it was asked for
     missing = math.inf
     for call in (*fast, MODEL_OFFLOAD, SEQUENTIAL_OFFLOAD):
         try:
-            choice = choose(max(1, room[call]) / 1e9)
+            choice = choose(max(1, room[call]) / 1e9)  # 0 is no budget, and `choose` is to say the least that would do
         except BudgetError as error:
+            # What is missing is told of the card, not of keys and values alone.
             least = replace(fit, kv=int(error.least_bytes)).totals[call] + RESERVED_BYTES
             missing = min(missing, least - gpu_memory * GIB)
             continue

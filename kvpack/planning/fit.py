@@ -108,6 +108,7 @@ class Fit:
         if call == MODEL_OFFLOAD and self.text_encoder > card:
             return 0
         denoising, decoding = self.beside[call]
+        # Copies are there while a chunk is denoised, not while one is decoded.
         return max(0, min((card - denoising) // self.copies, card - decoding))
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,6 +151,7 @@ def fit(
     if not {"num_layers", "ffn_dim", "attention_head_dim"} <= set(config):
         raise UnsupportedPipelineError("whether a model fits a card can be said of transformers of Wan's kind only")
     with torch.device("meta"):
+        # One block stands for all: weights are multiplied below, activations of blocks are not there together.
         model = _built(WanTransformer3DModel, {**config, "num_layers": 1, "image_dim": None}, dtype)
         vae = _built(AutoencoderKLWan, configs["vae"], dtype)
         spatial, channels = configs["vae"].get("scale_factor_spatial", 8), config["in_channels"]
@@ -163,7 +165,7 @@ def fit(
     # A layer's weights are there in `dtype` while it multiplies.
     largest = max(each.weight.numel() for each in _linears(model)) * dtype.itemsize if weights else 0
     return Fit(
-        transformer=whole + block * (config["num_layers"] - 1),
+        transformer=whole + block * (config["num_layers"] - 1),  # one block is in `whole` already
         vae=_stored(vae, dtype, None),
         text_encoder=_stored(_text_model(text_encoder), dtype, weights),
         block=block,
@@ -177,6 +179,7 @@ def _kept_bytes(vae: Any, latents: Tensor) -> int:
     """Return the bytes of features that a decoder keeps of a chunk for the next one."""
     features: list[Any] = [None] * vae._cached_conv_counts["decoder"]
     with torch.no_grad():
+        # Frame by frame, as the streaming decoder goes.
         for index, frame in enumerate(vae.post_quant_conv(latents).split(1, dim=2)):
             vae.decoder(frame, feat_cache=features, feat_idx=[0], first_chunk=index == 0)
     return sum(each.nbytes for each in features if isinstance(each, Tensor))
@@ -196,7 +199,7 @@ def _linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
 
 
 def _built(kind: Any, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    known = inspect.signature(kind.__init__).parameters
+    known = inspect.signature(kind.__init__).parameters  # a config says more than a model takes
     model = kind(**{name: value for name, value in config.items() if name in known}).eval()
     # Past diffusers' own `to`, which warns that some weights stay in float32: they are few.
     return torch.nn.Module.to(model, dtype)
@@ -236,7 +239,7 @@ class _Meter(TorchDispatchMode):
         return made
 
     def _count(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, storage.nbytes()  # by storage, so that views are counted once
         if key in self._seen:
             return
         self._seen.add(key)

@@ -115,13 +115,14 @@ def plan(
     chunk_tokens = stack.chunk_frames * geometry.tokens_per_frame
     whole = replace(geometry, frames=frames)
     held = resident(whole, stack, chunks, batch, channels_of(latents))
-    history = math.ceil(held.history)
+    history = math.ceil(held.history)  # a mean, where heads attend unlike numbers
     archive, archived = list[int](), 0
     compressor_parameters: dict[str, int] = {}
     compressor_flops: dict[str, int] = {}
     if isinstance(stack, Stack):
         before = after = stack.ledger()
         # What the last chunk attends is what was held before it was committed.
+        # Of a long video only as many chunks as it takes until what is held repeats.
         for _ in range(as_many(whole, stack, chunks, batch)):
             before, after = after, after.commit().ledger
         spans = (stack.compressor.span(each.first_frame, each.block_frames, geometry.grid) for each in after.archive)
@@ -130,7 +131,7 @@ def plan(
         archived = geometry.layers * sum(stored_bytes(stack.store, tokens, *shape) for tokens in archive)
         compressor_parameters, compressor_flops = _branches(geometry, stack, before, latents)
         if twin := _twin_flops(geometry, stack, before, history, flops):
-            compressor_flops["twin"] = twin * branches
+            compressor_flops["twin"] = twin * branches  # each branch turns the tokens into keys and values of its own
     token_bytes = geometry.kv_bytes_per_token * batch * branches
     forward = flops(chunk_tokens, history + chunk_tokens) if flops else 0
     return Plan(
@@ -149,7 +150,7 @@ def plan(
         full_tokens=chunks * chunk_tokens,
         full_kv_bytes=chunks * chunk_tokens * token_bytes,
         kv_bytes_per_token=geometry.kv_bytes_per_token,
-        flops_per_chunk=(steps + (stack.commit == "rerun")) * forward * batch * branches,
+        flops_per_chunk=(steps + (stack.commit == "rerun")) * forward * batch * branches,  # a commit is a forward more
         compressor_parameters=compressor_parameters,
         compressor_flops={name: count * batch for name, count in compressor_flops.items()},
     )
@@ -176,7 +177,7 @@ def video_frames(seconds: float, fps: float, scale: int) -> tuple[int, int]:
     whole = math.floor(seconds * fps + 1e-6)  # 0.1 s at 30 fps is 3 frames, whatever a float makes of it
     if whole < 1:
         raise InvalidOptionError(f"seconds must be at least {1 / fps:g}, one frame at {fps:g} fps, got {seconds:g}")
-    latent = (whole - 1) // scale + 1
+    latent = (whole - 1) // scale + 1  # of a causal VAE the first latent frame is one frame, each later one `scale`
     return scale * (latent - 1) + 1, latent
 
 

@@ -87,6 +87,7 @@ PRESETS = {
 
 def _checkpoint(recipe: Recipe) -> ModelDescription:
     """Describe a checkpoint that `kvpack convert` knows; it has the shape of the model that it was made of."""
+    # A checkpoint's name need not say its size: the base's does.
     of, size = PRESETS[recipe.base], recipe.base.rpartition("-")[2]
     name = recipe.name if recipe.name.endswith(f"-{size}") else f"{recipe.name}-{size}"
     return ModelDescription(name, of.pipeline_class, of.configs, recipe.settings)

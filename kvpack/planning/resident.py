@@ -66,13 +66,13 @@ def as_many(geometry: Geometry, memory: Memory, chunks: int, batch: int, channel
 
     The arguments are those of `resident`.
     """
-    if chunks <= FAR:
+    if chunks <= FAR:  # few enough to count each
         return chunks
-    small = replace(geometry, grid=(1, 4))
+    small = replace(geometry, grid=(1, 4))  # whether it repeats shows in few tokens
     each = _counted(geometry, memory, batch) if isinstance(memory, Stack) else _run(small, memory, batch, channels)
     counted = until_settled(each, chunks, FAR)
     every, beyond = period(counted, FAR), chunks - len(counted)
-    return len(counted) - (-beyond % every) if every else chunks
+    return len(counted) - (-beyond % every) if every else chunks  # at the last chunk's place in the period
 
 
 def passing(geometry: Geometry, memory: Memory, rows: int, steps: int) -> tuple[int, int]:
@@ -92,6 +92,7 @@ def passing(geometry: Geometry, memory: Memory, rows: int, steps: int) -> tuple[
         return 1, rows * _keys_on_their_way(geometry, memory) if isinstance(memory, Stack) else 0
     # A replay of several chunks in one forward is no more: what it replays is not held meanwhile.
     chunk = rows * memory.chunk_frames * geometry.tokens_per_frame * geometry.kv_bytes_per_token
+    # Keys and values, and queries, which are half as much: those of all forwards where the memory needs them.
     return 2, chunk + chunk // 2 * (steps + 1 if memory.needs_queries else 1)
 
 
@@ -99,7 +100,7 @@ def _keys_on_their_way(geometry: Geometry, stack: Stack) -> int:
     """Return the bytes of one layer's archived keys, of an archive whose end is known, if some of them are chosen."""
     blocks = [stack.archive_blocks, None if geometry.frames is None else geometry.frames // stack.chunk_frames]
     most = min((each for each in blocks if each is not None), default=0)
-    if stack.selector.limit(most) == most:
+    if stack.selector.limit(most) == most:  # all are attended: none is read to choose
         return 0
     return most * stack.start(geometry, 0).archive.slot_tokens * geometry.width * geometry.dtype.itemsize
 
@@ -129,7 +130,7 @@ def most_resident(
         return _divided(geometry, memory, lambda part, stack: most_resident(part, stack, *size))
     far = FAR if chunks is None else chunks
     if isinstance(memory, Stack):
-        if chunks is None and memory.archive_blocks is not None:
+        if chunks is None and memory.archive_blocks is not None:  # a full archive repeats only once it is full
             far += memory.archive_blocks
         counted = until_settled(_counted(geometry, memory, batch, first_frames), far)
         held = [each.held for each in counted]
@@ -185,7 +186,7 @@ def _counted(geometry: Geometry, stack: Stack, batch: int, first_frames: int | N
     # Of a slot: sums of keys in float32, (t, y, x) of tokens that have places of their own, and the block itself.
     slot_bytes = 4 * geometry.width + 12 * block * placed + stored
     coming = first_frames or stack.chunk_frames
-    keys, room = arena_room(stack, geometry, coming)
+    keys, room = arena_room(stack, geometry, coming)  # as the arena is made; 0 where nobody can know
     joined = slots = 0
     due, apart, seen = set[int](), set[int](), set[tuple[int, int]]()
     while True:
@@ -195,7 +196,7 @@ def _counted(geometry: Geometry, stack: Stack, batch: int, first_frames: int | N
         seen |= set(zip((piece.block_frames for piece in plan.mid), sizes, strict=True))
         # Nobody knows which blocks are selected least: of several lengths, the longest may stay, or one of each.
         unknown = stack.eviction == "least-selected" and len({frames for frames, _ in seen}) > 1
-        largest = sorted(sizes)[len(sizes) - plan.chosen :]
+        largest = sorted(sizes)[len(sizes) - plan.chosen :]  # whichever are chosen
         if unknown:
             largest = [max(tokens for _, tokens in seen)] * plan.chosen
         mid = sum(largest)
@@ -219,8 +220,10 @@ def _counted(geometry: Geometry, stack: Stack, batch: int, first_frames: int | N
             if piece.first_frame in due
         )
         loose = sum(piece.frames for piece in ledger.whole if piece.first_frame in apart) * each
+        # The arena's keys and values, blocks and twins in tensors of their own, and slots of the archive.
         layer = batch * (geometry.width * number * (room + keys + 2 * (loose + twins)) + slots * slot_bytes)
-        rotated = 0 if stack.keeps_rotated else batch * room
+        rotated = 0 if stack.keeps_rotated else batch * room  # kept rotated, keys need no buffer
+        # Rows that are gathered take turns in the room of one, for keys and for values.
         shared = geometry.width * number * (max(rotated, joined) + joined)
         whole = tuple(piece.frames for piece in ledger.whole)
         yield _Counted(Resident(history, layer, shared), len(ledger.archive), whole, not joined)
@@ -254,6 +257,7 @@ def _scaled(
 
     def scaled(small: int, wide: int, two: int) -> int:
         by_channel, by_head = (wide - small) // few, two - wide
+        # Bytes are a + b * width + c * heads, of which three runs say a, b and c.
         return by_channel * geometry.width + by_head * geometry.heads + small - few * by_channel - by_head
 
     held = []
@@ -273,6 +277,7 @@ def _run(
     head_dim: int = 6,
 ) -> Iterator[Resident]:
     """Run the memory in one layer of a model of so many heads, chunk after chunk."""
+    # A family's own rotations may not fit such heads; bytes do not depend on them.
     tiny = replace(geometry, layers=1, heads=heads, head_dim=head_dim, rope_split=(head_dim // 3,) * 3, rotary=None)
     session = Session(memory, tiny)
     if first_frames is not None:
@@ -284,6 +289,7 @@ def _run(
         latents = torch.zeros(batch, channels, frames, *geometry.grid)
         for announce in (partial(session.denoise, 0), partial(session.commit, latents=latents)):
             (layer,) = announce()
+            # The attention computes nothing, for only what is held counts.
             layer.attend(queries, keys, values, lambda queries, keys, values: queries)
         for piece in session.pending_compressions():
             (layer,), twin = session.compress(piece), keys[:, : session.twin_span(piece).tokens]

@@ -52,5 +52,6 @@ def roofline(plan: Plan, forwards: int, branches: int, weights: int, tflops: flo
         if not value > 0:
             raise InvalidOptionError(f"{name} must be above 0, got {value:g}")
     each = plan.full_kv_bytes // plan.full_tokens  # of a token in all videos and branches
+    # Weights are read again by each branch, and by each forward.
     moved = forwards * (branches * weights + each * plan.attended_tokens)
     return Roofline(plan.flops_per_chunk / (tflops * 1e12), moved / (bandwidth * 1e9))
