@@ -91,7 +91,7 @@ def _leaves(session: "Session") -> Iterator[tuple[LayerCache, int]]:
 
 
 def _workspace_bytes(session: "Session") -> int:
-    # A set, since layers share them.
+    # A set, since layers share workspaces.
     return sum(each.nbytes for each in {leaf.workspace for leaf, _ in _leaves(session)})
 
 

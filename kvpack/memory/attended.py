@@ -133,7 +133,7 @@ class InPlace:
             return room
         self.workspace.owner = None  # until it is filled: what fails on the way is done again
         first = start = 0
-        for turns in self._turns():
+        for turns in self._turns():  # in pieces, where the middle of each layer has places of its own
             for keys in self._keys(first, first + turns.shape[1]):
                 end = start + keys.shape[1]
                 rotate(keys, turns[:, start - first : end - first], out=room[:, start:end])

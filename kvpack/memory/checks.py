@@ -112,7 +112,7 @@ def check_layers(caches: "Sequence[LayerCache]") -> bool:
         # Each row ascends: its ends say whether any is out of range.
         wrong += [((chosen[..., 0] < 0) | (chosen[..., -1] >= count)).any()]
         wrong += [(chosen[..., 1:] == chosen[..., :-1]).any()]
-    return not wrong or not bool(_together(wrong).any())
+    return not wrong or not bool(_together(wrong).any())  # waits, once for all layers
 
 
 def _together(tensors: Sequence[Tensor]) -> Tensor:

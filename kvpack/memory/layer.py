@@ -203,7 +203,7 @@ class LayerCache:
         start = self.attended.chunk_start
         if not isinstance(start, Tensor):
             start = torch.full((1,), float(start), dtype=wide_dtype(queries.device), device=queries.device)
-        # At a ratio of 1: neither is the chunk squeezed.
+        # At a ratio of 1, as the chunk: a re-indexer squeezes neither.
         turns = rotations(at(places, start, torch.ones_like(start)), plan.geometry)
         self.twins[piece] = keys.clone(), values.clone()  # the forward's own tensors are far larger
         with self.context.beside(keys.shape[1]):

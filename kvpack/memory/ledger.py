@@ -153,7 +153,7 @@ class Ledger:
         pieces = [replace(piece, part=part_of(piece) or "dropped") for piece in (*self.whole, *coming)]
         kept = tuple(index for index, piece in enumerate(pieces) if piece.part in ("sink", "recent"))
         archive = list(self.archive)
-        while archive and part_of(archive[0]) is None:  # only old ones can have left mid for nothing
+        while archive and part_of(archive[0]) is None:  # what leaves mid for no part is the oldest
             del archive[0]
         new = [index for index, piece in enumerate(pieces) if piece.part == "mid"]
         mid: list[tuple[BlockEntry, ...]] = [(piece,) for piece in (*archive, *(pieces[index] for index in new))]
@@ -165,7 +165,7 @@ class Ledger:
         # A new block may itself go, as all do if `archive_blocks` is 0.
         new = [index for index in new if pieces[index].first_frame in left]
         taken = {piece.slot for piece in archive}
-        # That of a block that goes is free at once: `Stack.written` fills it when the commit is certain.
+        # The slot of a block that goes is free at once: `Stack.written` fills it when the commit is certain.
         free = (slot for slot in count() if slot not in taken)
         leaving = list(zip(new, free, strict=False))  # `free` has no end
         archive += [replace(pieces[index], slot=slot) for index, slot in leaving]

@@ -63,7 +63,7 @@ def _needed(stack: "Stack", geometry: Geometry, coming: int) -> Iterator[tuple[i
     while True:
         plan = stack.plan(book, coming, geometry)
         sizes = {span.tokens for span in plan.attended}
-        # With `least-selected` blocks of which length stay depends on what is chosen.
+        # Which lengths of blocks `least-selected` keeps depends on what is chosen.
         if not (plan.uniform or plan.takes_all) or (stack.eviction == "least-selected" and len(sizes) > 1):
             yield None
             return

@@ -209,7 +209,7 @@ class Session:
 
     def _announce(self, **what: Any) -> tuple[ForwardLayer, ...]:
         assert self.plan is not None
-        states = self.past.states if self._retry is None else self._retry
+        states = self.past.states if self._retry is None else self._retry  # a retry's are what `veto` gave
         places = tuple(self.twin_span(piece).coordinates for piece in what.get("twins", ()))
         forward = Forward(self.plan, self.caches[0], self._settled, states, places=places, **what)
         self.layers = tuple(ForwardLayer(cache, forward) for cache in self.caches)

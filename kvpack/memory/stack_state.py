@@ -68,7 +68,7 @@ def with_places(block: KVBlock) -> KVBlock:
     """Return a block whose tokens have places of their own, be they the announced ones."""
     if block.own_places is not None:
         return block
-    # A view for all rows is enough: a slot is copied into.
+    # A view for all rows is enough, since it is copied into a slot.
     places = sent(block.span.coordinates, block.keys.device).expand(len(block.keys), -1, -1)
     return replace(block, span=replace(block.span, coordinates=places))
 

@@ -54,7 +54,7 @@ class StoredBlock:
         start, stop, _ = some.indices(self.tokens)
         if self._own is not None:
             parts = [each[:, start:stop] for each in self._own]
-            # The whole block is copied by nobody; a part is, or it would keep the rest alive.
+            # A part is copied, or it would keep the rest alive.
             keys, values = (each.contiguous() if stop - start == self.tokens else each.clone() for each in parts)
             return StoredBlock(stop - start, (keys, values))
         block = StoredBlock(stop - start)

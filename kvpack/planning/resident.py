@@ -238,7 +238,7 @@ def _rehearsed(
         return _scaled(replace(geometry, grid=(1, columns)), memory, chunks, batch, channels, first_frames)
 
     held, beyond = [], geometry.tokens_per_frame - 4
-    for trio in zip(*map(sized, (4, 8, 12)), strict=True):
+    for trio in zip(*map(sized, (4, 8, 12)), strict=True):  # the third tells whether two sizes say it all
         four, eight, twelve = map(astuple, trio)
         per_token = [(b - a) // 4 for a, b in zip(four, eight, strict=True)]
         if any(a + 8 * each != b for a, b, each in zip(four, twelve, per_token, strict=True)):
