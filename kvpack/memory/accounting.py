@@ -43,7 +43,7 @@ def session_stats(session: "Session") -> dict[str, Any]:
         shape, codec = (geometry.heads, geometry.head_dim, geometry.dtype), memory.store  # type: ignore[attr-defined]
         lengths = [each.block_frames for each in book.ledger.archive]
         stored = {n: stored_bytes(codec, compressor.span(0, n, geometry.grid).tokens, *shape) for n in set(lengths)}
-        rows = len(session.caches[0].lengths) or 1  # before the first chunk nothing is archived yet
+        rows = len(session.caches[0].lengths) or 1  # before its first chunk a session does not know
         archived = sum(stored[frames] for frames in lengths) * rows * geometry.layers
     chosen = [cache.selected.tolist() for cache in session.caches if cache.selected is not None]
     return {

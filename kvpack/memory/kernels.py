@@ -19,7 +19,7 @@ def tried(launched: Callable[[], Kernel], lost: str) -> Kernel | None:
     """
     try:
         return launched()
-    except ImportError:  # no Triton, as on most machines: nothing to log
+    except ImportError:  # no Triton here, which is no failure
         return None
     except Exception as error:  # whatever Triton raises where a compiler or a driver is missing
         logger.warning("%s without Triton, which fails here: %s", lost, first_line(error))

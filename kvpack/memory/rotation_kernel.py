@@ -58,7 +58,6 @@ def rotate_pairs(vectors: Tensor, turns: Tensor, out: Tensor) -> Tensor:
     shared = [0 if size == 1 else stride for size, stride in zip(angles.shape, angles.stride(), strict=True)]
     strides = *vectors.stride()[:3], *shared[:3], *out.stride()[:3]
     with torch.cuda.device_of(vectors):  # Triton launches on the current device
-        # One program a token, since all heads of it may share their angles.
         grid, block = (rows * tokens,), triton.next_power_of_2(pairs)
         _rotate[grid](vectors, angles, out, tokens, *strides, half, pairs, block)  # pyright: ignore[reportIndexIssue]
     return out
