@@ -93,7 +93,7 @@ class HighResolutionBranch(
         self.branches, self.project, self.coordinates = branches, project, coordinates
         self.chunk_frames, self.base_model, self.kvpack_version = chunk_frames, base_model, kvpack_version
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` seeds all devices, too
             convolutions = [
                 nn.Conv3d(inputs, hidden, KERNEL, stride, padding=KERNEL // 2)
                 for inputs, stride in zip((channels, hidden, hidden, hidden), strides(patch), strict=True)

@@ -43,7 +43,7 @@ def session_stats(session: "Session") -> dict[str, Any]:
         shape, codec = (geometry.heads, geometry.head_dim, geometry.dtype), memory.store  # type: ignore[attr-defined]
         lengths = [each.block_frames for each in book.ledger.archive]
         stored = {n: stored_bytes(codec, compressor.span(0, n, geometry.grid).tokens, *shape) for n in set(lengths)}
-        rows = len(session.caches[0].lengths) or 1  # before its first chunk a session does not know
+        rows = session.past.states[0].archive.key_sums.shape[0] if lengths else 0
         archived = sum(stored[frames] for frames in lengths) * rows * geometry.layers
     chosen = [cache.selected.tolist() for cache in session.caches if cache.selected is not None]
     return {
@@ -75,10 +75,10 @@ def resident_bytes(session: "Session") -> int:
     storages = {}
     for tensor in _tensors(session.past.states):
         storage = tensor.untyped_storage()
-        # Tensors without memory, as on meta, all have the address 0.
-        storages[storage.data_ptr() or id(storage)] = storage.nbytes()
+        # Tensors without memory, as on meta, all have the address 0; an id is unique while its object is held.
+        storages[storage.data_ptr() or id(storage)] = storage
     held = sum(leaf.arena.nbytes for leaf, _ in _leaves(session)) + _workspace_bytes(session)
-    return held + sum(storages.values())
+    return held + sum(each.nbytes() for each in storages.values())
 
 
 def _leaves(session: "Session") -> Iterator[tuple[LayerCache, int]]:

@@ -122,8 +122,10 @@ class InPlace:
         """Save the values that other tokens write over."""
         place = slice(self.tokens, self.tokens + tokens)
         saved = self.arena.values[:, place].clone()  # values alone: keys are rotated into the workspace
-        yield
-        self.arena.values[:, place] = saved
+        try:
+            yield
+        finally:
+            self.arena.values[:, place] = saved
 
     def _rotated_history(self, stop: int) -> Tensor:
         like = self.arena.values
@@ -183,25 +185,22 @@ class Gathered:
         if stores:
             # As `Arena.arrange` does, which these blocks never see: the arenas of an ended stream would stay.
             leave_ended(each.block for _, tokens in self.groups for each in tokens if each.block is not None)
-        self.like = like[:, :0]
-        biases = [(len(each), each.bias) for each in self.groups[0][1]]
-        self.bias = None
-        if any(bias for _, bias in biases):
-            self.bias = torch.cat([like.new_full((count,), bias) for count, bias in biases])
+        self.like = like.new_empty(rows, 0, *like.shape[2:])  # a view would keep the forward's keys alive
+        self.biases = [_bias_of(tokens, like) for _, tokens in self.groups]
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, turns: Rotations, attention: Attention) -> Tensor:
         """Attend the workspace."""
         # Keys of the last queries, if some are hidden.
         queries, turns = rotate(queries, turns), turns[:, turns.shape[1] - keys.shape[1] :]
         results = []
-        for rows, tokens in self.groups:
+        for (rows, tokens), bias in zip(self.groups, self.biases, strict=True):
             every_key, every_value, start = self._filled(tokens, keys[rows])
             rotate(keys[rows], turns[rows] if turns.shape[0] > 1 else turns, out=every_key[:, start:])
             every_value[:, start:] = values[rows]
-            if self.bias is None:
+            if bias is None:
                 results.append(attention(queries[rows], every_key, every_value))
             else:
-                results.append(biased(queries[rows], every_key, every_value, self.bias, attention))
+                results.append(biased(queries[rows], every_key, every_value, bias, attention))
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def keep(self, keys: Tensor, values: Tensor) -> StoredBlock | None:
@@ -241,6 +240,13 @@ class Gathered:
             every_value[:, start:stop] = tokens.values
             start = stop
         return every_key, every_value, total
+
+
+def _bias_of(parts: tuple[Tokens, ...], like: Tensor) -> Tensor | None:
+    """Return the bias of each token; None if there is none."""
+    if not any(each.bias for each in parts):
+        return None
+    return torch.cat([like.new_full((len(each),), each.bias) for each in parts])
 
 
 def _turns_of(parts: tuple[Tokens, ...], geometry: Geometry) -> Rotations | None:

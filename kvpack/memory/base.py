@@ -1,8 +1,9 @@
 """The contract of a memory: what of the past a chunk attends, in host integers once a chunk and in tensors by layer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Bool, Float
@@ -93,6 +94,11 @@ class Attended:
     candidates: int = 0
     shared: Any = None
     suspect: Tensor | None = None
+
+    @property
+    def parts(self) -> Iterator[Tokens]:
+        """All tokens, those of each row one after the other where rows differ."""
+        return chain.from_iterable(self.tokens if isinstance(self.tokens, list) else [self.tokens])
 
 
 class Memory(Policy, ABC):
@@ -243,7 +249,7 @@ class Memory(Policy, ABC):
 
     def explain(self, attended: Attended, plan: Plan, layer: int) -> None:
         """Raise `PolicyError` if what was attended breaks the contract; waits for the device."""
-        for tokens in attended.tokens if isinstance(attended.tokens, tuple) else ():
+        for tokens in attended.parts:
             for what in ("keys", "values", "coordinates"):
                 if not bool(getattr(tokens, what).isfinite().all()):
                     name = type(self).__name__

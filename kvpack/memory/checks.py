@@ -90,8 +90,7 @@ def vetoes(memory: Memory, made: Sequence[object], rows: int) -> tuple[Tensor | 
 def signs(attended: Attended) -> list[Tensor]:
     """Return scalars that are all finite if what is attended is; nothing waits for the device."""
     # The sum of numbers is finite only if each of them is; what overflows is looked at again.
-    parts = attended.tokens if isinstance(attended.tokens, tuple) else ()
-    tensors = (tensor for each in parts for tensor in (each.keys, each.values, each.coordinates))
+    tensors = (tensor for each in attended.parts for tensor in (each.keys, each.values, each.coordinates))
     return [tensor.detach().sum(dtype=torch.float32) for tensor in tensors]
 
 

@@ -77,7 +77,8 @@ def rotate(
     kernel = _kernel(vectors.device) if fits else None
     if kernel is not None:
         return kernel(vectors, turns, out)
-    if out.dtype == vectors.dtype == torch.float32:  # computed as wide as it is: no buffer
+    # Computed as wide as it is: no buffer.
+    if out.dtype == vectors.dtype and vectors.dtype in (torch.float32, torch.float64):
         torch.mul(_as_complex(vectors), turns, out=_as_complex(out))
         return out
     # On a CPU a few tokens at a time, in one float32 buffer that stays in its cache.

@@ -232,18 +232,21 @@ class Workspace:
 
     def keys(self, rows: int, tokens: int, like: Tensor) -> Float[Tensor, "rows tokens heads head_dim"]:
         """Return room for keys."""
-        self._keys = _room(self._keys, rows, tokens, like)
+        if not _fits(self._keys, rows, tokens, like):
+            self.owner, self._keys = None, torch.empty(0)  # first, or the old and the new are there at once
+            self._keys = like.new_empty(rows, tokens, *like.shape[2:])
         return self._keys[:rows, :tokens]
 
     def values(self, rows: int, tokens: int, like: Tensor) -> Float[Tensor, "rows tokens heads head_dim"]:
         """Return room for values."""
-        self._values = _room(self._values, rows, tokens, like)
+        if not _fits(self._values, rows, tokens, like):
+            self._values = torch.empty(0)
+            self._values = like.new_empty(rows, tokens, *like.shape[2:])
         return self._values[:rows, :tokens]
 
 
-def _room(held: Tensor, rows: int, tokens: int, like: Tensor) -> Tensor:
-    # A larger one serves, too: layers and chunks share it.
-    fits = held.ndim == 4 and held.shape[0] >= rows and held.shape[1] >= tokens and held.shape[2:] == like.shape[2:]
-    if fits and held.dtype == like.dtype and held.device == like.device:
-        return held
-    return like.new_empty(rows, tokens, *like.shape[2:])
+def _fits(held: Tensor, rows: int, tokens: int, like: Tensor) -> bool:
+    """Return whether a room serves; a larger one does, since layers and chunks share it."""
+    if held.ndim != 4 or held.shape[0] < rows or held.shape[1] < tokens or held.shape[2:] != like.shape[2:]:
+        return False
+    return held.dtype == like.dtype and held.device == like.device

@@ -47,7 +47,7 @@ def tiny_wan_transformer(seed: int = 0, **config: Any) -> Any:
 def random_transformer(model: Any, seed: int, config: dict[str, Any]) -> Any:
     """Build a transformer whose random weights are large enough for its output to depend on every input."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         transformer = model(**config).eval()
         for parameter in transformer.parameters():
             if parameter.ndim > 1:
@@ -97,7 +97,7 @@ def _tiny_coders(seed: int) -> dict[str, Any]:
     from transformers import UMT5Config, UMT5EncoderModel
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)
+        torch.default_generator.manual_seed(seed + 1)
         vae = AutoencoderKLWan(
             base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
         ).eval()

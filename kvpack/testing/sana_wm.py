@@ -41,7 +41,7 @@ def tiny_sana_wm_refiner(seed: int = 0, *, vae: bool = True, **config: Any) -> A
     from diffusers import FlowMatchEulerDiscreteScheduler, SanaWMLTX2Refiner
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)
+        torch.default_generator.manual_seed(seed + 1)
         parts = {"connectors": _connectors(), "text_encoder": _text_encoder(), "vae": _vae() if vae else None}
     return SanaWMLTX2Refiner(
         transformer=tiny_sana_wm_transformer(seed, **config),

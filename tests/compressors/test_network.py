@@ -289,3 +289,14 @@ def test_weights_that_a_file_lacks_are_those_of_a_new_branch_where_that_is_allow
     assert not any(each.is_meta for each in found.state_dict().values())
     with pytest.raises(RuntimeError, match=lacking):
         HighResolutionBranch.from_pretrained(tmp_path)
+
+
+def test_a_branch_seeds_no_other_device(monkeypatch):
+    def refuse(seed):
+        raise AssertionError("it seeds generators of all devices")
+
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    before = torch.get_rng_state()
+    first, second = (HighResolutionBranch(channels=16, width=24, patch=(2, 2), seed=3) for _ in range(2))
+    assert torch.equal(first.convolutions[0].weight, second.convolutions[0].weight)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -46,6 +46,12 @@ def test_any_position_is_one_rounding_from_float64(shift, dtype):
     assert bool((error <= ulp * exact.abs() + 1e-6 * keys.abs().max().double()).all())
 
 
+def test_float64_is_rotated_as_wide_with_gradients_and_without():
+    keys = torch.randn(1, 12, 2, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    turns = rotations(grid_coordinates(1, (3, 4))[None], WAN)
+    assert torch.equal(rotate(keys, turns), rotate(keys.clone().requires_grad_(), turns))
+
+
 def test_only_differences_of_position_matter():
     generator = torch.Generator().manual_seed(1)
     queries, keys = torch.randn(2, 1, 1, 2, 128, generator=generator)

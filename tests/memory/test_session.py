@@ -324,3 +324,9 @@ def test_two_thousand_chunks():
     assert session.frames == 8_000
     assert session.stats()["resident_bytes"] == resident
     assert all(bool(o.isfinite().all()) for o in out[-10:])
+
+
+def test_a_fork_counts_the_archive_of_all_rows():
+    session = Session(registry().stack("packforcing", {"topk": 2, "archive_blocks": 4}), TINY)
+    run_session(session, 8, batch=2)
+    assert session.snapshot().stats()["archive_bytes"] == session.stats()["archive_bytes"] > 0

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from helpers import attention, context, quiet, state
 from kvpack.errors import PolicyError
@@ -131,6 +132,55 @@ def test_each_part_has_a_bias_of_its_own():
 
     alone, biased = (run_session(Session(Frames(bias=bias), TINY), 3)[-1] for bias in (None, -1e4))
     torch.testing.assert_close(biased, alone)
+
+
+@dataclass(frozen=True)
+class ByRow(Window):
+    """A window of which each row attends a copy with a bias of its own, or with NaN."""
+
+    biases: tuple[float, ...] = (0.0, -2.0)
+    spoilt: int | None = None
+
+    def attend(self, state, chunk):
+        attended = super().attend(state, chunk)
+        ((held,), rows) = attended.tokens, []
+        for row, bias in enumerate(self.biases):
+            keys, values = held.keys[row : row + 1], held.values[row : row + 1]
+            rows.append((Tokens(keys, values * (torch.nan if row == self.spoilt else 1), held.coordinates, bias),))
+        return replace(attended, tokens=rows)
+
+
+def test_each_row_has_a_bias_of_its_own():
+    both = run_session(Session(ByRow(), TINY), 4, batch=2)[-1]
+    none, all_of_it = (run_session(Session(ByRow(biases=(bias,) * 2), TINY), 4, batch=2)[-1] for bias in (0.0, -2.0))
+    assert torch.equal(both[0], none[0])
+    assert torch.equal(both[1], all_of_it[1])
+    assert not torch.equal(both[1], none[1])
+
+
+def test_what_one_row_attends_is_checked_too():
+    with pytest.raises(PolicyError, match="returned values for layer 0 that are not finite"):
+        run_session(Session(ByRow(spoilt=1), TINY), 2, batch=2)
+
+
+@pytest.mark.parametrize("memory", [Window(), DeepForcing(), self_forcing()], ids=lambda each: each.name)
+def test_tensors_of_a_denoising_step_are_let_go_of(memory):
+    session = Session(memory, TINY)
+
+    def forward(layers):
+        shape = 3, 1, memory.chunk_frames * FRAME, TINY.heads, TINY.head_dim
+        for layer in layers:
+            given = [each.clone() for each in torch.randn(shape)]
+            yield from (StorageWeakRef(each.untyped_storage()) for each in given)
+            layer.attend(*given, attention)
+
+    for chunk in range(4):
+        first, *_ = [list(forward(session.denoise(step))) for step in range(2)]
+        keys = [first[index] for index in range(1, len(first), 3)]
+        assert chunk == 0 or all(each.expired() for each in keys)  # an empty state may be a view of its first chunk
+        list(forward(session.commit()))
+        session.finish_commit()
+        assert all(each.expired() for each in first)
 
 
 def test_each_head_has_places_of_its_own():
