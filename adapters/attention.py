@@ -27,14 +27,14 @@ class ForwardLayers:
 
     def hand_out(self, layers: Sequence[AttendingLayer]) -> None:
         """Begin a forward with these memories."""
-        self._layers = dict(enumerate(layers))
+        self._layers = dict(enumerate(layers))  # anew: a forward that failed may have left some untaken
 
     def take(self, index: int) -> AttendingLayer:
         """Return a layer's memory, and raise `UnsupportedPipelineError` the second time."""
         require_thread(self.thread)
         if index not in self._layers:
             raise UnsupportedPipelineError("a layer attended twice in one forward, which the memory would count twice")
-        return self._layers.pop(index)
+        return self._layers.pop(index)  # what is left at the end was skipped
 
     def check_all_taken(self) -> None:
         """Raise `UnsupportedPipelineError` if the forward has left a layer's attention out."""
@@ -58,7 +58,7 @@ class PackedAttnProcessor(OpaqueAttention):
         shard: the process, where several hold a layer's heads.
     """
 
-    _attention_backend: Any = None
+    _attention_backend: Any = None  # diffusers sets a backend on processors that have this attribute only
     _parallel_config: Any = None
 
     def __init__(self, backend: Any, layers: ForwardLayers, index: int, shard: Shard | None = None) -> None:
@@ -74,6 +74,7 @@ class PackedAttnProcessor(OpaqueAttention):
         """Return the stock output but for the keys and values; rotations given by the model are not used."""
         queries, keys, values = self.project(attn, hidden_states)
         attended = attend(self, queries, [keys, values])
+        # As stock processors do; kernels got the values' dtype.
         return self.output(attn, hidden_states, attended.type_as(queries))
 
     def attended(self, queries: Tensor, others: list[Tensor]) -> Tensor:
@@ -89,9 +90,10 @@ class PackedAttnProcessor(OpaqueAttention):
 
     def project(self, attn: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return normed queries, normed keys before RoPE, and values, `[batch, tokens, heads, head_dim]` each."""
-        if getattr(attn, "fused_projections", False):
+        if getattr(attn, "fused_projections", False):  # attention that is not diffusers' may have none
             queries, keys, values = attn.to_qkv(hidden).chunk(3, dim=-1)
         else:
+            # Modules are called, never their weights: LoRA, quantisation and leaf-level offload hook the call.
             queries, keys, values = attn.to_q(hidden), attn.to_k(hidden), attn.to_v(hidden)
         heads = (attn.heads, -1)
         queries, keys = attn.norm_q(queries).unflatten(2, heads), attn.norm_k(keys).unflatten(2, heads)  # (b, l, h, d)
@@ -131,23 +133,24 @@ def attached(
         BusyPipelineError: if it is in another thread, which may be that of a stock pipeline over the same transformer,
             or attached already.
     """
-    layers, in_parts = ForwardLayers(), has_compiled_parts(transformer)
+    layers, in_parts = ForwardLayers(), has_compiled_parts(transformer)  # looked up once: it walks all modules
     processors = {each: processor(processor.backend_of(each), layers, i, shard) for i, each in enumerate(attentions)}
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        require_thread(layers.thread)
+        require_thread(layers.thread)  # a hook runs for whoever calls, also for a pipeline that shares the model
         handed = layers_for(args, kwargs)
         if not (handed and getattr(handed[0], "differentiable", False)):  # a backward pass is yet to read them
             begin_forward(in_parts)
         layers.hand_out(handed)
 
     def after(_: Any, args: tuple[Any, ...], output: Any) -> Any:
-        layers.check_all_taken()
+        layers.check_all_taken()  # torch calls this hook only where the forward raised nothing
         return end_forward(output)
 
     outside: Any = torch.compiler.disable  # where the whole transformer is compiled, not its blocks
+    # Torch's hooks, not diffusers': accelerate puts back a `forward` of its own, and what wrapped it is lost.
     with (
-        one_thread(transformer, drives=True),
+        one_thread(transformer, drives=True),  # first, so that a pipeline that is busy is refused untouched
         transformer.register_forward_pre_hook(outside(before), with_kwargs=True),
         transformer.register_forward_hook(outside(after)),
         installed({**processors, **(others or {})}),
@@ -166,6 +169,7 @@ def installed(processors: Mapping[Any, Any]) -> Iterator[None]:
         yield
     finally:
         for attention, processor in replaced.items():
+            # A callback may have called set_attention_backend().
             backend = getattr(processors[attention], "_attention_backend", None)
             if backend is not backends[attention]:
                 processor._attention_backend = backend

@@ -40,7 +40,7 @@ def check_placement(
     Raises:
         UnsupportedPipelineError: naming what is switched on, and how it is switched off.
     """
-    transformer = compiled_from(transformer)
+    transformer = compiled_from(transformer)  # the wrapper's own `type` and `vars` tell nothing
     processors = [attention.processor for attention in attentions]
     _check_caches(transformer)
     check_parallel(transformer, processors, supported=shards)
@@ -49,6 +49,7 @@ def check_placement(
             "gradient checkpointing is enabled, which runs layers twice; "
             "call pipe.transformer.disable_gradient_checkpointing() first"
         )
+    # Cross-attentions are among them: kvpack's processors there keep the backend that is set.
     for backend in {getattr(each, "_attention_backend", None) for each in processors}:
         check_backend(backend, device, lambda: transformer.dtype, head_dim)
 
@@ -62,13 +63,14 @@ def _check_caches(transformer: Any) -> None:
     for path, module in transformer.named_modules() if has_hooks(transformer) else ():
         registry = vars(module).get("_diffusers_hook")
         for name, hook in registry.hooks.items() if registry is not None else ():
+            # By module, since one cache is several classes of hooks.
             if type(hook).__module__.rsplit(".", 1)[-1] in _SKIPPING:
                 raise UnsupportedPipelineError(
                     f"{type(hook).__name__} is on {path or 'the transformer'}, which skips layers or gives their old "
                     "output and leaves stale keys; take it off with "
                     f"pipe.transformer.get_submodule({path!r})._diffusers_hook.remove_hook({name!r})"
                 )
-    names = (*vars(transformer), *vars(type(transformer)))
+    names = (*vars(transformer), *vars(type(transformer)))  # TeaCache's scripts set theirs on the class
     if _is_patched(type(transformer)) or any("teacache" in name.lower() for name in names):
         raise UnsupportedPipelineError(
             f"{type(transformer).__name__}.forward was replaced, as TeaCache does, which skips layers and leaves stale "
@@ -78,8 +80,8 @@ def _check_caches(transformer: Any) -> None:
 
 def _is_patched(cls: type) -> bool:
     """Return whether the class that has `forward` was given one from elsewhere."""
-    owner = next(each for each in cls.__mro__ if "forward" in vars(each))
-    forward = inspect.unwrap(vars(owner)["forward"])
+    owner = next(each for each in cls.__mro__ if "forward" in vars(each))  # offloading replaces an instance's alone
+    forward = inspect.unwrap(vars(owner)["forward"])  # diffusers itself decorates it, e.g. by apply_lora_scale
     return (forward.__module__, forward.__qualname__) != (owner.__module__, f"{owner.__qualname__}.forward")
 
 
@@ -96,14 +98,14 @@ def check_backend(backend: Any, device: torch.device, model_dtype: Callable[[], 
         UnsupportedPipelineError: if the backend does not run there.
     """
     name = AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend)
-    if name is AttentionBackendName.NATIVE:
+    if name is AttentionBackendName.NATIVE:  # torch's own runs everywhere
         return
     dtype = model_dtype()
     query, keys = (torch.zeros(1, tokens, 1, head_dim, device=device, dtype=dtype) for tokens in (3, 5))
     try:
         with torch.no_grad():
             dispatch_attention_fn(query, keys, keys, backend=name)
-    except Exception as error:
+    except Exception as error:  # each kernel's package raises what it likes
         raise UnsupportedPipelineError(
             f"the attention backend is {name.value}, which does not run on {device} with {dtype} and heads of "
             f"{head_dim} channels ({type(error).__name__}: {str(error).partition(chr(10))[0]}); "

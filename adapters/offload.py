@@ -9,13 +9,14 @@ import torch
 
 def onload(module: Any) -> None:
     """Let model or group offloading bring a module in, when a part of it is called instead of its forward."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = getattr(module, "_hf_hook", None)  # accelerate's; its `pre_forward` is what apply_forward_hook calls
     if hook is not None and hasattr(hook, "pre_forward"):
         hook.pre_forward(module)
     group = _offload_group(module)
     if group is not None:
         group.onload_()
         if group.stream is not None:
+            # Weights come in on a stream of their own, for which the hook of a forward would wait.
             group.stream.synchronize()
 
 
@@ -32,10 +33,10 @@ def onloaded(module: Any) -> Iterator[None]:
 def offload(module: Any) -> None:
     """Let model offloading take a module out for another one, which the pipeline's own order would leave in beside."""
     hook: Any = getattr(module, "_hf_hook", None)
-    if hasattr(hook, "prev_module_hook"):
+    if hasattr(hook, "prev_module_hook"):  # CpuOffload, of enable_model_cpu_offload(); others offload by themselves
         here, inside = next(module.parameters()).device, torch.device(hook.execution_device)
-        if here.type == inside.type:
-            hook.init_hook(module)
+        if here.type == inside.type:  # not by `==`: "cuda" and "cuda:0" are two devices for torch
+            hook.init_hook(module)  # which moves it to the CPU; `pre_forward` brings it back
 
 
 def streams_in(module: Any) -> bool:

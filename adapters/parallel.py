@@ -16,7 +16,7 @@ def shard_of(transformer: Any) -> Shard | None:
     context = getattr(config, "context_parallel_config", None)
     if context is None:
         return None
-    rank, group = context._ulysses_local_rank, context._ulysses_mesh.get_group()
+    rank, group = context._ulysses_local_rank, context._ulysses_mesh.get_group()  # enable_parallelism() has made both
     return Shard(context.ulysses_degree, rank, group, context._device)
 
 
@@ -68,5 +68,6 @@ def attended_by_heads(
         attention: as of `AttendingLayer.attend`.
     """
     assert isinstance(layer, ForwardLayer)
+    # `tokens` cuts off what fills the ranks' shares: zeros would be attended.
     mine = [shard.to_heads(each, layer.forward.tokens) for each in (queries, keys, values)]
     return shard.to_tokens(layer.attend(mine[0], mine[1], mine[2], attention))

@@ -40,8 +40,8 @@ class AnyFlowFARAdapter(WanAdapter):
         return {
             "chunk_frames": chunks.rest,
             "sink_frames": chunks.first + chunks.rest,
-            "recent_frames": max(1, whole - 1) * chunks.rest,
-            "topk": max(1, len(config["chunk_partition"]) - whole),
+            "recent_frames": max(1, whole - 1) * chunks.rest,  # full_chunk_limit counts the current chunk too
+            "topk": max(1, len(config["chunk_partition"]) - whole),  # those of the last chunk in training
             "archive_blocks": 32,
             "train_frames": sum(config["chunk_partition"]),
             **_native(native_window(config)),

@@ -29,7 +29,7 @@ class PackedAnyFlowAttnProcessor(attention.PackedAttnProcessor):
     def project(self, attn: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values in the dtype of the hidden states."""
         queries, keys, values = super().project(attn, hidden)
-        return queries.to(hidden.dtype), keys.to(hidden.dtype), values
+        return queries.to(hidden.dtype), keys.to(hidden.dtype), values  # as upstream: its norms give float32
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Padded:
         """Return attention to the memory, to the current tokens and to zeros."""
 
         def padded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            # As many as the queries lack; padded queries change nothing.
             zeros = (0, 0, 0, 0, 0, -query.shape[1] % _FLEX_BLOCK)
             return attention(query, pad(key, zeros), pad(value, zeros))
 
@@ -62,12 +63,12 @@ def attached(
         prompted: cross-attentions whose prompt is computed once.
     """
     cache = {
-        "kv_cache": [None] * len(transformer.blocks),
-        "kv_cache_flag": {"num_cached_chunks": 0, "is_cache_step": False},
+        "kv_cache": [None] * len(transformer.blocks),  # not None, so that the forward is the one for inference
+        "kv_cache_flag": {"num_cached_chunks": 0, "is_cache_step": False},  # so that it counts this chunk alone
     }
 
     def before_forward(_: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[AttendingLayer]:
-        prompted.before_forward("all", kwargs["encoder_hidden_states"])
+        prompted.before_forward("all", kwargs["encoder_hidden_states"])  # guidance branches are rows of one forward
         return layers_for()
 
     def one_chunk(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -91,6 +92,7 @@ def clean_times_for(transformer: Any, tokens: int) -> Iterator[None]:
     """
 
     def lengthened(_: Any, __: Any, embedded: tuple[Any, ...]) -> tuple[Any, ...]:
+        # Times and modulations; what follows them has no axis of tokens of the video.
         times = (torch.cat([each, each[:, :1].expand(-1, tokens, -1)], dim=1) for each in embedded[:2])
         return (*times, *embedded[2:])
 

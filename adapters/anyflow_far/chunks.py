@@ -34,6 +34,7 @@ class Chunks:
         if not partition:
             raise InvalidOptionError("chunk_partition is empty; give the latent frames of each chunk, e.g. [1, 3, 3]")
         lengths = tuple(require_int("chunk_partition", each, minimum=1) for each in partition)
+        # Two chunks, a first and a last, do not say the others' length.
         inner = set(lengths[1:-1]) or {max(rest, *lengths)}
         if len(inner) > 1 or max(lengths) > max(inner):
             raise InvalidOptionError(

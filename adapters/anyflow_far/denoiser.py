@@ -33,7 +33,7 @@ class AnyFlowFARDenoiser(WanDenoiser):
     @property
     def branches(self) -> tuple[str, ...]:
         """The one session of all branches, by their names in the order of its rows."""
-        return ("+".join(reversed(self.conditioning)),)
+        return ("+".join(reversed(self.conditioning)),)  # upstream concatenates [negative, positive]
 
     def forward(self, branch: str, latents: Tensor, timesteps: Tensor) -> Tensor:
         """Return the transformer's output for latents of all branches."""
@@ -42,7 +42,7 @@ class AnyFlowFARDenoiser(WanDenoiser):
         output, _ = self.transformer(
             hidden_states=latents.transpose(1, 2),  # (b, frames, channels, height, width)
             timestep=times,
-            r_timestep=times,
+            r_timestep=times,  # to the same time, as a clean chunk goes nowhere
             encoder_hidden_states=self._text(),
             chunk_partition=[frames],
             attention_kwargs=self.attention_kwargs,
@@ -70,6 +70,7 @@ class AnyFlowFARDenoiser(WanDenoiser):
     def vetoed(self, latents: Tensor) -> Tensor | None:
         """Return the rows that the memory vetoes; branches of a video go together."""
         vetoed = super().vetoed(self._all_rows(latents))
+        # Of the last branch: all have seen the same latents.
         return None if vetoed is None else vetoed.chunk(len(self.conditioning))[-1]
 
     def commit_branch(self, branch: str, latents: Tensor, tokens: Mapping[BlockEntry, Tensor], *, rerun: bool) -> None:

@@ -49,6 +49,7 @@ class AnyFlowFARRun(WanRun):
                 "pipe.disable_packforcing() first"
             )
         schedule = call["sigmas"] if call["sigmas"] is not None else call["timesteps"]
+        # A schedule goes before the number of steps, as upstream; the bar counts these.
         return call if schedule is None else {**call, "num_inference_steps": len(schedule)}
 
     def fit(self, stack: Memory) -> Memory:

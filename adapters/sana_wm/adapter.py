@@ -14,7 +14,7 @@ from kvpack.generation.adapter import Adapter
 from kvpack.memory.base import Memory
 from kvpack.memory.geometry import Geometry
 
-_TEXT_TOKENS = 1024
+_TEXT_TOKENS = 1024  # the refiner's text_max_sequence_length, to which it pads
 
 
 class SanaWMAdapter(Adapter):
@@ -73,6 +73,7 @@ class SanaWMAdapter(Adapter):
         config = configs["transformer"]
         width = config["num_attention_heads"] * config["attention_head_dim"]
         text = _TEXT_TOKENS * 2 * config["cross_attention_dim"] * width
+        # Four projections of self-attention, two of cross-attention, and a feed-forward four times as wide.
         linear = query_tokens * 14 * width * width + text
         attention = 2 * query_tokens * (attended_tokens + _TEXT_TOKENS) * width
         return 2 * config["num_layers"] * (linear + attention)

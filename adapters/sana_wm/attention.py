@@ -34,5 +34,6 @@ class PackedSanaWMAttnProcessor(PackedAttnProcessor):
     def output(self, attn: Any, hidden: Tensor, attended: Tensor) -> Tensor:
         """Return the layer's output, gated head by head if the layer has gates."""
         if attn.to_gate_logits is not None:
+            # Twice, as upstream, so that a gate that begins with zeros is 1.
             attended = attended * (2.0 * torch.sigmoid(attn.to_gate_logits(hidden))).unsqueeze(-1)  # (b, l, h, 1)
         return super().output(attn, hidden, attended)

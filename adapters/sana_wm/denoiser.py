@@ -59,11 +59,14 @@ class SanaWMDenoiser(Denoiser):
         text, first = self.conditioning[branch], self.frames
         self.pipeline._capture_block_kv(
             clean_block=latents,
+            # For upstream's rotations, which are not used.
             frame_positions=list(range(first, first + latents.shape[2])),
             prompt_embeds=text.embeds,
             prompt_attention_mask=text.mask,
             fps=self.fps,
+            # The forward asks for one; nobody fills it.
             kv_cache=SanaWMRefinerKVCache(len(self.transformer.transformer_blocks)),
+            # As upstream: the sink comes first. kvpack's processors do not look at it.
             kv_cache_mode="inject_and_capture_post_rope" if first else "capture_pre_rope",
             device=latents.device,
         )

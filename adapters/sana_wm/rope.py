@@ -40,10 +40,11 @@ class LTX2Rotary:
     def __call__(self, positions: Tensor) -> Tensor:
         """Return angles `[rows, tokens, heads, head_dim / 2]` of places `[rows, tokens, 1 or heads, 3]`."""
         places = positions.float()
+        # Upstream's order of operations from here on: another rounds otherwise.
         middles = [self._seconds(places[..., 0])]
         middles += [(places[..., axis] + (places[..., axis] + 1)) * self.pixels[axis] / 2.0 for axis in (1, 2)]
         parts = [middle / extent for middle, extent in zip(middles, self.extents, strict=True)]
-        signed = torch.stack(parts, dim=-1) * 2 - 1
+        signed = torch.stack(parts, dim=-1) * 2 - 1  # -1 to 1 over the extents
         frequencies, axes = self._channels(positions.device)
         rows, tokens = positions.shape[:2]
         signed = signed.expand(rows, tokens, self.heads, _AXES)
@@ -62,8 +63,9 @@ class LTX2Rotary:
         pairs = self.heads * self.head_dim // 2
         steps = pairs // _AXES
         dtype = torch.float64 if self.double_precision else torch.float32
+        # Radians at the end of an extent: pi / 2 to theta * pi / 2.
         powers = torch.pow(self.theta, torch.linspace(0.0, 1.0, steps, dtype=dtype, device=device))
         frequencies = (powers * math.pi / 2.0).float().repeat_interleave(_AXES)
         still = pairs - frequencies.shape[0]
-        axes = (torch.arange(pairs, device=device) - still) % _AXES
+        axes = (torch.arange(pairs, device=device) - still) % _AXES  # of the spare ones any, for their frequency is 0
         return pad(frequencies, (still, 0)).view(self.heads, -1), axes.view(self.heads, -1)  # [heads, half] each

@@ -111,6 +111,7 @@ class SanaWMRun(Run):
 
     def first_length(self) -> int:
         """Return the latent frames of the sink and the first block."""
+        # The sink has no chunk of its own, for nothing of it is generated.
         return int(self.call["sink_size"] + self.stack.chunk_frames)
 
     def length(self, index: int, first: int) -> int:
@@ -128,7 +129,7 @@ class SanaWMRun(Run):
 
     def chunks(self, first: int = 0) -> Iterator[GeneratedChunk]:
         """Refine block after block; they begin behind the sink."""
-        return super().chunks(first or self.call["sink_size"])
+        return super().chunks(first or self.call["sink_size"])  # a run that goes on has its own `position`
 
     @torch.no_grad()
     def generated(self, index: int, first: int, frames: int) -> GeneratedChunk:
@@ -143,6 +144,7 @@ class SanaWMRun(Run):
 
     def noise(self, first: int, frames: int) -> Tensor:
         """Return the raw sink and block, to which the call itself adds noise."""
+        # The call takes the first frames of its latents for the sink.
         return torch.cat([self._sink, self.call["sana_latent"][:, :, first : first + frames]], dim=2)
 
     def stock_call(self, noise: Tensor) -> dict[str, Any]:
@@ -155,10 +157,10 @@ class SanaWMRun(Run):
         text = self.denoiser.conditioning[BRANCH]
         shadows: dict[str, Callable[..., Any]] = {
             "_encode_prompt": lambda *_, **__: (text.embeds, text.mask),
-            "_capture_block_kv": _skip,
+            "_capture_block_kv": _skip,  # the run commits, once the chunk is accepted
         }
         with super().stock() as call, _shadowed(self.pipeline, shadows):
-            yield lambda **arguments: call(**arguments)[:, :, self.call["sink_size"] :]
+            yield lambda **arguments: call(**arguments)[:, :, self.call["sink_size"] :]  # it returns the sink in front
 
     def decode(self, latents: Tensor) -> Tensor:
         """Refuse: the decoder looks at frames to come."""
@@ -200,7 +202,7 @@ def _check_latents(pipeline: Any, call: dict[str, Any]) -> None:
 @contextmanager
 def _shadowed(pipeline: Any, methods: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """Let a pipeline's call find other methods on the instance than on its class."""
-    before = dict(vars(pipeline))
+    before = dict(vars(pipeline))  # somebody else may have shadowed the same
     vars(pipeline).update(methods)
     try:
         yield

@@ -68,6 +68,7 @@ def conditioning_latents(pipeline: Any, call: dict[str, Any], pixels: Tensor, ro
         "device": pixels.device,
     }
     if pixels.ndim == 4:
+        # Given latents, of which there are none, so that it draws no noise.
         _, _, latents, _ = pipeline.prepare_latents(pixels, num_frames=1, latents=pixels[:0], **shared)
     else:
         frames = taken_frames(pipeline, call, pixels)
@@ -79,8 +80,8 @@ def conditioning_latents(pipeline: Any, call: dict[str, Any], pixels: Tensor, ro
             base_latent_num_frames=latent_frames,
             overlap_history=frames,
             overlap_history_latent_frames=latent_frames,
-            causal_block_size=1,
-            long_video_iter=0,
+            causal_block_size=1,  # or it would cut frames that fill no block
+            long_video_iter=0,  # the iteration that encodes the clip
             **shared,
         )
     # The pipeline, too, keeps them in the transformer's dtype.

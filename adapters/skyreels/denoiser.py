@@ -29,10 +29,10 @@ class SkyReelsDenoiser(WanDenoiser):
     @contextmanager
     def seam(self) -> Iterator[None]:
         """Put kvpack's processors into the transformer, and blocks of one frame, for which it makes no mask."""
-        blocks = self.transformer.config.num_frame_per_block
+        blocks = self.transformer.config.num_frame_per_block  # given back: save_pretrained writes the config
         with self.transformer.register_forward_pre_hook(self._with_one_time, with_kwargs=True):
             try:
-                self._set_blocks(1)
+                self._set_blocks(1)  # else a mask, all True, of 100 MB for 5 frames of 34x60 tokens
                 with super().seam():
                     yield
             finally:
@@ -45,8 +45,10 @@ class SkyReelsDenoiser(WanDenoiser):
     def _with_one_time(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Let the frames of a chunk share their time, so that no modulation of every token is made of it."""
         times = kwargs["timestep"]
+        # With a given end the last frame has a time of its own, 0.
         of_frames = times.ndim == 2 and self.phase is not None and self.phase.end_given
         one = times[:, 0] if times.ndim == 2 and not of_frames else times
+        # Under diffusion forcing the model asks for times [rows, frames], without it for [rows].
         changed = {"timestep": one, "enable_diffusion_forcing": of_frames, "fps": self._fps_rows(times)}
         return args, {**kwargs, **changed}
 

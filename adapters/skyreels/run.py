@@ -37,7 +37,7 @@ class _OneChunk(PackForcingMixin):
         """Return upstream's times; a frame that the video ends with is clean from the first step on."""
         times, indices, updated, intervals = super().generate_timestep_matrix(*args, **kwargs)  # type: ignore[misc]
         if self._kvpack.driving.denoiser.phase.end_given:
-            times[:, -1], updated[:, -1] = 0, False
+            times[:, -1], updated[:, -1] = 0, False  # not stepped either: its latents stay as given
         return times, indices, updated, intervals
 
 
@@ -46,6 +46,7 @@ def text_to_video(pipeline: Any) -> Any:
     base = pipeline._kvpack_base
     base = base if issubclass(base, SkyReelsV2DiffusionForcingPipeline) else SkyReelsV2DiffusionForcingPipeline
     view: Any = object.__new__(type(base.__name__, (_OneChunk, base), {"_kvpack_base": base}))
+    # The very dictionary: an interrupt of either is one of both.
     object.__setattr__(view, "__dict__", vars(pipeline))
     return view
 
@@ -110,13 +111,14 @@ class SkyReelsRun(WanRun):
             self._end = conditioning_latents(self.pipeline, self.call, end, self.rows)
         if pixels.ndim == 5:
             self._clip = expand_batch(pixels, self.rows, self.call["num_videos_per_prompt"])
+            # The clip is returned in front of the frames.
             self.frames_beside = 0 if self.output_type == "latent" else pixels.shape[2]
         return conditioning_latents(self.pipeline, self.call, pixels, self.rows)
 
     def _end_behind(self, first: int) -> Tensor | None:
         """Return what the last chunk ends with, if it is the one that begins with frame `first`."""
         last = self.total_frames is not None and self.total_frames - first < self.stack.chunk_frames
-        return self._end if last and first else None
+        return self._end if last and first else None  # the first chunk is the image's own
 
     def length(self, index: int, first: int) -> int:
         """Return the length of a chunk; the last has the frame that the video ends with."""
@@ -150,14 +152,16 @@ class SkyReelsRun(WanRun):
     def stock_call(self, noise: Tensor) -> dict[str, Any]:
         """Return arguments of the text-to-video call, for one short video without blocks."""
         known = inspect.signature(SkyReelsV2DiffusionForcingPipeline.__call__).parameters
+        # None leaves the config's block of one frame, which the seam has set; a number would set another.
         short = {"ar_step": 0, "causal_block_size": None, "overlap_history": None}
-        longest = self.scale * self.stack.chunk_frames
+        longest = self.scale * self.stack.chunk_frames  # no call is longer, or upstream would ask for overlap_history
         every = {**super().stock_call(noise), **short, "base_num_frames": longest}
+        # Without `image`, `video` and the like, which only the other two pipelines take.
         return {name: value for name, value in every.items() if name in known}
 
     def postprocess(self, pixels: Tensor) -> Any:
         """Return frames in the call's `output_type`, the first behind the clip that the video goes on from."""
-        clip, self._clip = self._clip, None
+        clip, self._clip = self._clip, None  # in front of the first frames only
         return super().postprocess(pixels if clip is None else torch.cat([clip, pixels.to(clip)], dim=2))
 
 

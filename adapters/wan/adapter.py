@@ -24,7 +24,7 @@ from kvpack.memory.costs import LatentShape, ModelCost
 from kvpack.memory.geometry import Geometry
 from kvpack.memory.shard import Shard
 
-_TEXT_TOKENS = 512
+_TEXT_TOKENS = 512  # to which the pipeline's call pads every prompt
 _SCALES = ("temporal", "spatial")
 
 
@@ -43,6 +43,7 @@ class WanAdapter(Adapter):
     def check(self, pipeline: Any) -> None:
         """Refuse what would silently give wrong keys."""
         for model in experts_of(pipeline):
+            # Of cross-attention too: a backend that cannot run there would fail in the middle of a chunk.
             attentions = [each for block in model.blocks for each in (block.attn1, block.attn2)]
             head_dim = model.config.attention_head_dim
             check_placement(model, attentions, pipeline._execution_device, head_dim, shards=self.shards)
@@ -76,12 +77,12 @@ class WanAdapter(Adapter):
         """Return the geometry from `transformer/config.json` and `vae/config.json`."""
         config, spatial = configs["transformer"], configs["vae"].get("scale_factor_spatial", 8)
         rows, columns = (spatial * patch for patch in config["patch_size"][1:])
-        if height < rows or width < columns or height % rows or width % columns:
+        if height < rows or width < columns or height % rows or width % columns:  # 0 is a multiple too
             raise InvalidOptionError(
                 f"height and width must be multiples of {rows} and {columns} for this model, got {height}x{width}"
             )
         head_dim = config["attention_head_dim"]
-        side = 2 * (head_dim // 6)
+        side = 2 * (head_dim // 6)  # as WanRotaryPosEmbed splits it: 44, 42 and 42 of 128
         return Geometry(
             layers=config["num_layers"],
             heads=config["num_attention_heads"],
@@ -95,9 +96,11 @@ class WanAdapter(Adapter):
         """Return multiplications and additions of all layers: projections, both attentions and feed-forward."""
         config = configs["transformer"]
         width = config["num_attention_heads"] * config["attention_head_dim"]
+        # A token: q, k, v and out of self-attention, q and out of cross-attention; its k and v are the text's.
         linear = query_tokens * (6 * width * width + 2 * width * config["ffn_dim"]) + _TEXT_TOKENS * 2 * width * width
+        # Scores, and the sum of values.
         attention = 2 * query_tokens * (attended_tokens + _TEXT_TOKENS) * width
-        return 2 * config["num_layers"] * (linear + attention)
+        return 2 * config["num_layers"] * (linear + attention)  # a multiplication and an addition each
 
     def latent_shape(self, configs: Mapping[str, Mapping[str, Any]]) -> LatentShape:
         """Return it from the configs; a VAE's operations are counted in a copy of it that holds no numbers."""

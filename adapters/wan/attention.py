@@ -38,7 +38,8 @@ def attached(
     transformer = compiled_from(transformer)
 
     def before_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[AttendingLayer]:
-        branch = context()
+        branch = context()  # bound below, before any forward
+        # The third argument of the transformer's forward, where somebody passes it by place.
         prompted.before_forward(branch.name, kwargs["encoder_hidden_states"] if len(args) < 3 else args[2])
         return layers_for(branch.name, branch.step_index)
 
@@ -53,7 +54,7 @@ def attached(
 class _BranchHook(ModelHook):
     """Knows which guidance branch and step the pipeline is in, as `cache_context` says."""
 
-    _is_stateful = True
+    _is_stateful = True  # `cache_context` looks for a StateManager in hooks that say so, and for nothing else
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,6 +73,7 @@ class _GuidedHook(_BranchHook):
         super().__init__()
         self.guided = guided
 
+    # Diffusers asks whether a hook has this method, hence a class of its own.
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what `guided` does."""
         given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -83,7 +85,7 @@ class _GuidedHook(_BranchHook):
 def _branch_hook(transformer: Any, guided: Guided | None) -> Iterator[Callable[[], CacheContext]]:
     """Give what returns the branch and step of the forward in progress."""
     branch = _BranchHook() if guided is None else _GuidedHook(guided)
-    had_forward = "forward" in vars(transformer)
+    had_forward = "forward" in vars(transformer)  # e.g. accelerate's, which stays
     hooks = HookRegistry.check_if_exists_or_initialize(transformer)
     hooks.register_hook(branch, _HOOK_NAME)
     try:
@@ -91,4 +93,5 @@ def _branch_hook(transformer: Any, guided: Guided | None) -> Iterator[Callable[[
     finally:
         hooks.remove_hook(_HOOK_NAME, recurse=False)
         if not had_forward:
+            # Diffusers' remove_hook() puts the class's own on the instance, where no stock model has one.
             vars(transformer).pop("forward", None)

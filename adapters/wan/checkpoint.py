@@ -29,9 +29,9 @@ def transformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Wan
             f"the base's config is of a {config['_class_name']}, not of a WanTransformer3DModel; "
             "give a diffusers folder, e.g. of Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
         )
-    with torch.device("meta"):
+    with torch.device("meta"):  # no memory for numbers that assign=True replaces
         model: Any = WanTransformer3DModel.from_config(dict(config))
-    _require_same(weights, model.state_dict())
+    _require_same(weights, model.state_dict())  # before: torch's own error lists every key
     model.load_state_dict({name: each.contiguous() for name, each in weights.items()}, assign=True)
     return model.eval()
 

@@ -85,6 +85,7 @@ def hidden_tokens(
         dtype=denoiser.transformer.dtype,
         native=native,
     )
+    # Counted in one branch: tokens are made once for all of them.
     with policy_call(compressor, "tokens", next(iter(denoiser.sessions.values())).policy_seconds):
         tokens = compressor.tokens(chunk)
     if not isinstance(tokens, Tensor):
@@ -114,10 +115,10 @@ def appended_tokens(transformer: Any, tokens: Tensor) -> Iterator[None]:
 
     def append(_: Any, __: Any, embedded: Tensor) -> Tensor:
         every = torch.cat([embedded.flatten(2), tokens.transpose(1, 2)], dim=2)  # [batch, width, tokens]
-        return every[..., None, None]  # as the model flattens it: [batch, width, tokens, 1, 1]
+        return every[..., None, None]  # [batch, width, tokens, 1, 1]: the forward flattens all from the third axis on
 
     def cut(_: Any, __: Any, output: Tensor) -> Tensor:
-        return output[:, :-count].contiguous()
+        return output[:, :-count].contiguous()  # before the forward unpatchifies, which takes a whole grid
 
     with transformer.patch_embedding.register_forward_hook(append), transformer.proj_out.register_forward_hook(cut):
         yield
@@ -142,6 +143,7 @@ def forward_tokens(transformer: Any, tokens: Tensor, forward: Any) -> None:
         forward(dummy)
 
 
+# As on the transformer's forward, which this stands in for: else `scale` would not reach its LoRA layers.
 @apply_lora_scale("attention_kwargs")  # type: ignore[untyped-decorator]
 def project_tokens(
     transformer: Any,
@@ -161,10 +163,10 @@ def project_tokens(
         attention_kwargs: those of the transformer's call; `scale` is that of its LoRA layers.
     """
     onload(transformer)
-    shifts = modulation().float()
+    shifts = modulation().float()  # blocks modulate in float32, whatever the model's dtype
     projected = []
     for block in transformer.blocks:
-        with onloaded(block):
+        with onloaded(block):  # one after the other, or all blocks of a group-offloaded model would stay in
             projected.append(_keys_values(block, tokens, shifts))
     return projected
 

@@ -47,6 +47,7 @@ def conditioning_latents(pipeline: Any, call: dict[str, Any], size: tuple[int, i
     if image is None and video is None:
         return None
     require_vae(pipeline.vae, "image= or video=")
+    # The VAE takes -1..1, and pictures are read as 0..1.
     pixels = _clip(pipeline, call, size) if image is None else 2 * image_pixels(image, *size).unsqueeze(2) - 1
     onload(pipeline.vae)
     latents = encode(pipeline.vae, pixels.to(pipeline._execution_device, pipeline.vae.dtype)).float()
@@ -62,6 +63,7 @@ def expand_batch(latents: Tensor, rows: int, videos: int) -> Tensor:
     count = latents.shape[0]
     if count not in (1, rows) and count * videos != rows:
         raise InvalidOptionError(f"give one image or clip, or one for each of {rows} videos, got {count}")
+    # A prompt's videos are neighbours in the batch, as encode_prompt repeats them.
     return latents if count == rows else latents.repeat_interleave(rows // count, dim=0)
 
 

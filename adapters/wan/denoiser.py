@@ -74,14 +74,14 @@ class WanDenoiser(Denoiser):
                     "a writer commits in one process; set packforcing.writer to None, or take enable_parallelism() away"
                 )
         self.guidance = self._guidance()
-        self._writers_prompt = None if prompt is None else PromptCache()
+        self._writers_prompt = None if prompt is None else PromptCache()  # other weights make other keys of one prompt
         if self.writer is not None and stack.commit != "rerun":
             raise UnusedOptionError("writer", f"{stack.name} keeps what the last denoising step computed, not a commit")
 
     @property
     def writer(self) -> Any:
         """The transformer that commits in the place of the pipeline's own; None if there is none."""
-        return getattr(vars(self.pipeline).get("_kvpack"), "writer", None)
+        return getattr(vars(self.pipeline).get("_kvpack"), "writer", None)  # a modular pipeline has no `_kvpack`
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -92,7 +92,7 @@ class WanDenoiser(Denoiser):
         before = self.transformer, self.prompt
         self.transformer, self.prompt = self.writer, self._writers_prompt
         try:
-            with self.seam():
+            with self.seam():  # into the writer: the processors of the block around are in the pipeline's own model
                 yield
         finally:
             self.transformer, self.prompt = before
@@ -128,7 +128,7 @@ class WanDenoiser(Denoiser):
             return latents.new_empty(latents.shape[0], channels, *latents.shape[2:])
 
         assert self.guidance is not None
-        return (self.guidance.predicted(branch, lambda: forward()[0], room),)
+        return (self.guidance.predicted(branch, lambda: forward()[0], room),)  # a tuple, as with return_dict=False
 
     def agreed(self, latents: Tensor) -> Tensor:
         """Return a chunk's latents, in which all guidance branches have a part."""
@@ -139,7 +139,7 @@ class WanDenoiser(Denoiser):
     def layers_for(self, branch: str, step: int | None = None) -> Sequence[AttendingLayer]:
         """Return each layer's memory, none for a branch that another process runs."""
         if self.guidance is not None and branch != self.guidance.own:
-            return ()
+            return ()  # its forward is not run: `_guided` gives room for what the other process sends
         return super().layers_for(branch, step)
 
     def expect(self, frames: int) -> None:
@@ -164,7 +164,7 @@ class WanDenoiser(Denoiser):
     def forward(self, branch: str, latents: Tensor, timesteps: Tensor) -> Tensor:
         """Return the transformer's output for latents of one branch."""
         model, name = self.model_of(branch)
-        with model.cache_context(name):
+        with model.cache_context(name):  # without a step, which the phase then counts
             (output,) = model(
                 hidden_states=latents,
                 timestep=timesteps,
@@ -201,11 +201,13 @@ class WanDenoiser(Denoiser):
     @property
     def appends_tokens(self) -> bool:
         """Whether compressed tokens go through the layers behind those of their chunk, which costs next to nothing."""
+        # A commit has no graph; tokens of a compressor in training need one, and so a forward of their own.
         return self.compressor is not None and self.compressor.project == "layers" and not self.buffer.differentiable
 
     def commit_branch(self, branch: str, latents: Tensor, tokens: Mapping[BlockEntry, Tensor], *, rerun: bool) -> None:
         """Run the forwards of a clean chunk and of its compressed tokens, in one forward if they can be appended."""
         appended = tokens if rerun and self.appends_tokens else {}
+        # In the order of `Phase.pieces`, by which a layer tells them apart.
         with self._appended(list(appended.values())):
             super().commit_branch(branch, latents, appended, rerun=rerun)
         if not appended:
@@ -227,10 +229,10 @@ class WanDenoiser(Denoiser):
             with self.during(Phase("compress", pieces=(piece,))):
                 forward_tokens(self.transformer, self._filled(tokens), lambda dummy: self.forward_clean(branch, dummy))
             return
-        layers = self.session(branch).compress(piece)
+        layers = self.session(branch).compress(piece)  # no forward will ask for these: keys and values come from here
         modulation = partial(self.modulation, branch, self._clean_times(tokens))
         projected = project_tokens(self.transformer, tokens, modulation, attention_kwargs=self.attention_kwargs)
-        own = self.own_geometry.own_heads
+        own = self.own_geometry.own_heads  # projections are of all heads, a layer's memory is of this process's
         for layer, (keys, values) in zip(layers, projected, strict=True):
             layer.capture(own(keys), own(values))
 

@@ -25,9 +25,10 @@ def experts_of(pipeline: Any) -> list[Any]:
     Raises:
         UnsupportedPipelineError: if there are others, or two that do not go together.
     """
+    # `boundary_ratio` is in the config alone.
     parts: Mapping[str, Any] = {**pipeline.config, **pipeline.components}
     both: list[Any] = [parts.get(name) for name in ("transformer", "transformer_2")]
-    if parts.get("boundary_ratio") is None or None in both:
+    if parts.get("boundary_ratio") is None or None in both:  # without a boundary the pipeline runs the first alone
         require_one_transformer("this pipeline", parts)
         return both[:1]
     first, second = (each.config for each in both)
@@ -84,6 +85,7 @@ class ExpertsDenoiser(WanDenoiser):
     def layers_for(self, branch: str, step: int | None = None) -> Sequence[AttendingLayer]:
         """Return each layer's memory; where models are offloaded, the second expert makes room for the first."""
         if not branch.endswith(_SECOND):
+            # Accelerate's chain of hooks takes the first out for the second, but not the other way in the next chunk.
             offload(self.second)
         return super().layers_for(branch, step)
 

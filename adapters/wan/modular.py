@@ -30,6 +30,7 @@ from kvpack.generation.phase import Phase
 from kvpack.memory.base import Memory
 from kvpack.plugins.resolve import resolve_stack
 
+# As diffusers' guiders name their predictions.
 _FIELDS = {"pred_cond": "prompt_embeds", "pred_uncond": "negative_prompt_embeds"}
 
 
@@ -98,7 +99,7 @@ class _ModularRun:
         config = {"scale_factor_spatial": components.vae_scale_factor_spatial}
         configs = {"transformer": components.transformer.config, "vae": config}
         geometry = adapter.geometry(configs, height, width, components.transformer.dtype)
-        geometry = replace(geometry, frames=block.latents.shape[2])
+        geometry = replace(geometry, frames=block.latents.shape[2])  # so that an archive has its room at once
         #: Names of the guider's predictions at each step, in the order in which it asks for them.
         self.branches = [self._branches(i, t) for i, t in enumerate(block.timesteps)]
         names = {name for step_names in self.branches for name in step_names}
@@ -107,8 +108,10 @@ class _ModularRun:
             for name, field in _FIELDS.items()
             if name in names
         }
+        # Keeps no prompt: parts of the loop may be anybody's.
         self.denoiser = WanDenoiser(components, step.stack, geometry, embeds, block.attention_kwargs)
         self.decoder = StreamingDecoder(components.vae, height, width) if step.stack.needs_pixels else None
+        # As set_timesteps left it: each chunk begins with its first step.
         self._schedule = deepcopy(vars(components.scheduler))
 
     def chunk(self, index: int, noise: Tensor, *, last: bool, advance: Any) -> Tensor:
@@ -123,6 +126,7 @@ class _ModularRun:
 
         with denoiser.seam():
             latents = denoiser.accepted(self._denoised(index, noise, advance), again)
+            # Nothing attends the last chunk, so that its commit would be in vain.
             if not last:
                 denoiser.commit(latents, None if self.decoder is None else self.decoder(latents))
         return latents
@@ -131,11 +135,11 @@ class _ModularRun:
         """Run the upstream steps of a chunk, which begin the scheduler's schedule anew."""
         block, scheduler = self.block, self.components.scheduler
         block.latents = noise
-        vars(scheduler).update(deepcopy(self._schedule))
+        vars(scheduler).update(deepcopy(self._schedule))  # a copy: multistep schedulers change lists in it
         drawing = getattr(scheduler, "bound_generator", nullcontext)(block.generator)
         with self.denoiser.timed("denoise"), self.denoiser.during(Phase()), self._branch_contexts() as coming, drawing:
             for i, t in enumerate(block.timesteps):
-                coming[:] = [(name, i) for name in self.branches[i]]
+                coming[:] = [(name, i) for name in self.branches[i]]  # in place: the hook below holds this very list
                 self.step.loop_step(self.components, block, i=i, t=t)
                 advance()
         self.denoiser.check_finite(block.latents, index)
@@ -144,6 +148,7 @@ class _ModularRun:
     def _branches(self, i: int, t: Tensor) -> list[str]:
         """Return the names of the predictions that the guider asks for at a step."""
         guider, steps = self.components.guider, self.block.num_inference_steps
+        # A guider may leave a prediction out of some steps, and says so only once it is told the step.
         guider.set_state(step=i, num_inference_steps=steps, timestep=t)
         batches = guider.prepare_inputs_from_block_state(self.block, {"encoder_hidden_states": tuple(_FIELDS.values())})
         names = [getattr(batch, guider._identifier_key) for batch in batches]
@@ -164,9 +169,10 @@ class _ModularRun:
         with ExitStack() as context:
 
             def enter(*_: Any) -> None:
-                context.close()
+                context.close()  # that of the forward before
                 name, step = coming.pop(0)
                 context.enter_context(transformer.cache_context(name, step_index=step))
 
+            # In front of the hook that the seam has put there, which asks for the context.
             with transformer.register_forward_pre_hook(enter, prepend=True):
                 yield coming

@@ -29,6 +29,7 @@ class PromptCache:
     def layers(self, branch: str, embeds: Tensor, count: int) -> list[_Kept]:
         """Return what is kept of a branch's prompt in each of `count` layers; empty for other `embeds`."""
         kept = self._branches.get(branch)
+        # By identity, which no other tensor can have while this one is held; `==` would wait for the device.
         if kept is None or kept[0] is not embeds:
             kept = self._branches[branch] = embeds, [[] for _ in range(count)]
         return kept[1]
@@ -36,6 +37,7 @@ class PromptCache:
 
 def serves(attention: Any, stock: type) -> bool:
     """Return whether a cross-attention has the `stock` processor, and no image beside the text."""
+    # A subclass may compute other keys.
     return type(attention.processor) is stock and getattr(attention, "add_k_proj", None) is None
 
 
@@ -48,7 +50,7 @@ class PromptWanAttnProcessor(OpaqueAttention):
         index: of the layer.
     """
 
-    keeps: ClassVar[bool] = False
+    keeps: ClassVar[bool] = False  # nothing that compiled code gives: what stays is computed here
     _attention_backend: Any = None
     _parallel_config: Any = None
 
@@ -74,7 +76,7 @@ class PromptWanAttnProcessor(OpaqueAttention):
         """Return attention to the prompt."""
         kept = self._forward[self._index]
         if not kept:
-            kept += self._keys_values(others[0])
+            kept += self._keys_values(others[0])  # in place, into the list that the cache holds
         keys, values = kept
         return dispatch_attention_fn(queries, keys, values, backend=self._attention_backend)
 
@@ -101,11 +103,12 @@ class PromptedLayers:
         transformer = compiled_from(transformer)
         every = [] if prompt is None else [block.attn2 for block in transformer.blocks]
         attentions = [attention for attention in every if serves(attention, stock)]
-        self._forward: list[_Kept] = []
+        self._forward: list[_Kept] = []  # one list, filled anew for each forward, that all processors look into
         #: What is to be installed.
         self.processors = {each: PromptWanAttnProcessor(each, self._forward, i) for i, each in enumerate(attentions)}
         self._prompt = prompt
         #: Whether all of them are computed in every forward.
+        # A projection that a forward leaves out would break the order in which streamed groups are fetched ahead.
         self._anew = bool(attentions) and (_is_hooked(transformer) or _is_fetched_ahead(attentions[0]))
 
     def before_forward(self, branch: str, embeds: Tensor) -> None:
@@ -126,4 +129,5 @@ def _is_hooked(transformer: Any) -> bool:
     """Return whether torch hooks of others run in its forwards, which may change anything in them."""
     kinds = (each for module in transformer.modules() for each in (module._forward_pre_hooks, module._forward_hooks))
     hooks = (hook for each in kinds if each for hook in each.values())
+    # The processors of the block around may have put kvpack's own hooks there already.
     return any(not getattr(hook, "__module__", "").startswith("kvpack.") for hook in hooks)

@@ -41,10 +41,12 @@ class WanRun(Run):
         pipeline, call = self.pipeline, dict(arguments)
         self.check_beginning(call)
         if hasattr(call["callback_on_step_end"], "tensor_inputs"):
+            # As the pipeline's call does with a PipelineCallback.
             call["callback_on_step_end_tensor_inputs"] = call["callback_on_step_end"].tensor_inputs
         own = {**call, "num_frames": 1}  # any number will do
+        # By name, since each family's check takes arguments of its own.
         pipeline.check_inputs(**{name: own[name] for name in inspect.signature(pipeline.check_inputs).parameters})
-        if isinstance(call["prompt"], list) and not call["prompt"]:
+        if isinstance(call["prompt"], list) and not call["prompt"]:  # check_inputs lets it through
             raise InvalidOptionError("prompt is an empty list; give at least one prompt")
         require_choice("output_type", call["output_type"], ("latent", "np", "pt", "pil"))
         _check_guidance(call["guidance_scale"])
@@ -88,7 +90,7 @@ class WanRun(Run):
         """
         vae = self.pipeline.vae
         require_vae(vae, f'output_type="{self.output_type}"')
-        if is_own(vae) or self.streaming or self.stack.needs_pixels:
+        if is_own(vae) or self.streaming or self.stack.needs_pixels:  # the latter two raise for another VAE
             return StreamingDecoder(vae, height, width)
         return WholeDecoder(vae)
 
@@ -107,7 +109,9 @@ class WanRun(Run):
             NonFiniteLatentsError: if embeddings hold NaN or infinity.
         """
         pipeline, call = self.pipeline, self.call
+        # As the pipeline's do_classifier_free_guidance.
         guided, videos = call["guidance_scale"] > 1.0, call["num_videos_per_prompt"]
+        # A schedule may have embeddings, which encode_prompt takes by another name.
         given = prompt if isinstance(prompt, Tensor) else None
         cond, uncond = pipeline.encode_prompt(
             prompt=prompt if given is None else None,
@@ -159,12 +163,13 @@ class WanRun(Run):
         part = given[:, :, first : first + frames] if given is not None else None
         if part is not None and part.shape[2] == frames:
             return part
-        pixel_frames = self.scale * (frames - 1) + 1
+        pixel_frames = self.scale * (frames - 1) + 1  # of which prepare_latents makes `frames` latent ones
         shape = self.rows, pipeline.transformer.config.in_channels, *self.frame_size(), pixel_frames
         device, generator = pipeline._execution_device, self.call["generator"]
         # As of stock, latents alone make a video: what a last chunk needs besides is the same each time.
         if part is not None and generator is None:
             generator = torch.Generator().manual_seed(0)
+        # In float32, as the call draws it, for its very bits.
         noise = pipeline.prepare_latents(*shape, torch.float32, device, generator, None)
         noise = noise[0] if isinstance(noise, tuple) else noise  # some pipelines tell their lengths too
         return noise if part is None else torch.cat([part.to(noise), noise[:, :, part.shape[2] :]], dim=2)
@@ -178,17 +183,19 @@ class WanRun(Run):
         """Return the call's own arguments, but for the chunk's latents and length, and the embeddings that hold now."""
         embeds = self.denoiser.conditioning
         changed = {
-            "prompt": None,
+            "prompt": None,  # its embeddings are given, and check_inputs takes one of the two
             "negative_prompt": None,
             "prompt_embeds": embeds["cond"],
             "negative_prompt_embeds": embeds.get("uncond"),
-            "num_videos_per_prompt": 1,
+            "num_videos_per_prompt": 1,  # embeddings have a row for each video already
             "latents": noise,
             "num_frames": self.scale * (noise.shape[2] - 1) + 1,
             "output_type": "latent",
             "return_dict": False,
+            # Only where there is one: each call of it forgets the prompt's keys and values.
             "callback_on_step_end": self.step_done if self.call["callback_on_step_end"] is not None else None,
         }
+        # Arguments of kvpack's own, which the stock call would not take.
         own = {name: value for name, value in self.call.items() if name not in self.adapter.extra_arguments}
         return {**own, **changed}
 
@@ -209,6 +216,7 @@ class WanRun(Run):
 def _adjusted(pipeline: Any, *given: int) -> tuple[int, ...]:
     """Return height and width as multiples of a token's."""
     patch, scale = pipeline.transformer.config.patch_size[1:], pipeline.vae_scale_factor_spatial
+    # Rounded down, as the pipeline does.
     sides = tuple(side // (scale * size) * (scale * size) for side, size in zip(given, patch, strict=True))
     if given != sides:
         logger.warning(f"height and width {given} are adjusted to {sides} for patchification")

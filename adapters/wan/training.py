@@ -28,6 +28,7 @@ class WanTrainee(Trainee):
         self.adapter, self.pipeline = adapter, pipeline
         self.temporal_scale = adapter.temporal_scale(adapter.configs(pipeline))
         self.spatial_scale = pipeline.vae_scale_factor_spatial
+        # The call's default, which generation has; that of encode_prompt is shorter, 226 tokens.
         default = call_signature(type(pipeline)).parameters["max_sequence_length"].default
         self.max_sequence_length = max_sequence_length or default
 
@@ -52,6 +53,7 @@ class WanTrainee(Trainee):
         height, width = (size * self.pipeline.vae_scale_factor_spatial for size in latent_size)
         configs = self.adapter.configs(self.pipeline)
         geometry = self.adapter.geometry(configs, height, width, self.pipeline.transformer.dtype)
+        # One branch: training has no guidance.
         denoiser = WanDenoiser(self.pipeline, stack, geometry, {_BRANCH: embeds}, buffer=buffer)
         decoder = StreamingDecoder(self.pipeline.vae, height, width) if stack.needs_pixels else None
         return Rollout(denoiser, _BRANCH, decoder)

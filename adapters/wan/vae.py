@@ -34,6 +34,7 @@ class StreamingDecoder:
                 'or generate with output_type="latent" and decode afterwards'
             )
         self.vae = vae
+        # Not the VAE's, which any encode or decode clears.
         self.features: list[Any] = [None] * vae._cached_conv_counts["decoder"]
         self.first = True
 
@@ -56,11 +57,13 @@ class StreamingDecoder:
     def __call__(self, latents: Tensor) -> Tensor:
         """Return pixels in [-1, 1] of the next normalised latents, `[batch, 3, frames, height, width]`."""
         vae = self.vae
-        onload(vae)
+        onload(vae)  # `vae.decode`, whose decorator does this, is not called
         hidden = vae.post_quant_conv(_scaled(vae, latents))
         frames = []
+        # Frame by frame, as upstream's own loop: convolutions keep what they need of the frames before.
         for frame in hidden.split(1, dim=2):
             options = {"first_chunk": True} if self.first else {}
+            # `feat_idx` counts the convolutions of one call, each of which has its place in the cache.
             frames.append(vae.decoder(frame, feat_cache=self.features, feat_idx=[0], **options))
             self.first = False
         pixels = torch.cat(frames, dim=2)
@@ -116,6 +119,7 @@ def encode(vae: Any, pixels: Tensor) -> Tensor:
         UnsupportedPipelineError: if there is no VAE, or another one.
     """
     require_own(vae, "encoding frames, which those that a video begins with are")
+    # The mode, for a sample would draw from a generator.
     latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
     mean, std = _statistics(vae, latents)
     return (latents - mean) / std
