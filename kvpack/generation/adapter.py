@@ -107,7 +107,7 @@ class Adapter(ABC):
 
     def run(self, pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool) -> Run:
         """Start a generation; arguments are those of `Run`."""
-        self.check(pipeline)
+        self.check(pipeline)  # before anything is encoded
         return self.run_class(self, pipeline, stack, arguments, streaming=streaming)
 
     def checkpoint_layout(self) -> tuple[Callable[..., dict[str, Any]], Callable[..., Any]]:
@@ -141,12 +141,14 @@ def call_signature(pipeline: type) -> inspect.Signature:
         UnsupportedPipelineError: if it takes `*args` or `**kwargs`: what it makes of them, and which defaults it sets
             itself, is not known before a chunk is made; or if it lacks an argument of the diffusers class behind it.
     """
+    # Bound, so that `self` is none of them; of an enabled class it is that of the stock call, which it wraps.
     signature = inspect.signature(MethodType(pipeline.__call__, pipeline))
     if open_ended := [str(each) for each in signature.parameters.values() if each.kind in _OPEN_ENDED]:
         raise UnsupportedPipelineError(
             f"{pipeline.__name__}.__call__ takes {' and '.join(open_ended)}, of which kvpack cannot know what becomes; "
             "name its arguments, as the class does that it derives from"
         )
+    # Whose arguments `stock_call` sets.
     stock = next((each for each in pipeline.__mro__ if each.__module__.startswith("diffusers.")), pipeline)
     taken = inspect.signature(MethodType(stock.__call__, stock)).parameters.values()
     named = [each.name for each in taken if each.kind not in _OPEN_ENDED]
@@ -160,5 +162,6 @@ def call_signature(pipeline: type) -> inspect.Signature:
 def _described(transformer: Any) -> dict[str, Any]:
     """Return class, dtype and config of a transformer, compiled or not, but for names that are private."""
     transformer = compiled_from(transformer)
+    # Private ones say where it was loaded from, and by which version.
     config = {name: value for name, value in getattr(transformer, "config", {}).items() if not name.startswith("_")}
     return {"class": type(transformer).__name__, "dtype": getattr(transformer, "dtype", None), **config}

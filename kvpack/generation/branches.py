@@ -20,7 +20,7 @@ def forked(run: Run) -> Run:
         SnapshotError: if it is in the middle of a chunk, or was interrupted or failed in one.
     """
     moment = captured(run, apart=True)
-    own = _apart(moment.run, {})
+    own = _apart(moment.run, {})  # generators and lists are the other run's from here on
     return go_on(begun(run.adapter, run.pipeline, own, run.stack), moment)
 
 

@@ -76,13 +76,14 @@ def finite(run: "Run", index: int, first: int, frames: int) -> GeneratedChunk:
             if not left:
                 raise
             logger.warning(f"{str(error).partition(';')[0]}; it is made again of other noise, {left} tries are left")
-            run.denoiser.forget_chunk()
+            run.denoiser.forget_chunk()  # what layers have chosen by queries that were NaN
             prolong(run)
     raise AssertionError  # the last try returns or raises
 
 
 def prolong(run: "Run") -> None:
     """Let the progress bar wait for one more try of a chunk; that of a video without end has no total."""
+    # Tqdm makes None of a total without end.
     if run._bar.total is not None:
         run._bar.total += run.steps
 
@@ -140,7 +141,7 @@ def require_generators(given: Any) -> None:
 def rewinding(generator: Any) -> Callable[[], None]:
     """Return what brings the call's generators back to where they are now; noise drawn without one comes anew."""
     generators = generator if isinstance(generator, list) else [generator] if generator is not None else []
-    states = [each.get_state() for each in generators]
+    states = [each.get_state() for each in generators]  # copies, at this moment
 
     def rewind() -> None:
         for each, state in zip(generators, states, strict=True):
@@ -151,6 +152,7 @@ def rewinding(generator: Any) -> Callable[[], None]:
 
 def own_generators() -> list[torch.Generator]:
     """Return torch's own generators, from which noise comes that is drawn without one: the CPU's, and those of GPUs."""
+    # A device that was never used has drawn nothing, and asking would make a context on it.
     kinds = [each for each in (torch.cuda, torch.xpu) if each.is_available() and each.is_initialized()]
     mps = [torch.mps._get_default_mps_generator()] if torch.backends.mps.is_available() else []
     return [torch.default_generator, *mps, *(each for kind in kinds for each in kind.default_generators)]

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kvpack.errors import BusyPipelineError
 
-_numbers = count()
+_numbers = count()  # never one twice: compiled code may still hold an old one
+# Holds none: processors go with their chunk.
 _alive: "WeakValueDictionary[int, OpaqueAttention]" = WeakValueDictionary()
 
 
@@ -25,11 +26,13 @@ def compiled_from(model: Any) -> Any:
 
 def has_compiled_parts(model: torch.nn.Module) -> bool:
     """Return whether a part of a model is compiled, such as its blocks."""
+    # By `module.compile()`, as compile_repeated_blocks does, or by `torch.compile(module)`.
     return any(each._compiled_call_impl is not None or "_orig_mod" in each._modules for each in model.modules())
 
 
 def graphs_replay() -> bool:
     """Return whether CUDA graphs may have been recorded: whether the part of torch that does it is loaded."""
+    # Looked up and not imported: who compiles nothing loads nothing for CUDA graphs.
     return "torch._inductor.cudagraph_trees" in sys.modules and torch.cuda.is_initialized()
 
 
@@ -81,7 +84,7 @@ def attend(attention: OpaqueAttention, queries: Tensor, others: list[Tensor]) ->
     if not torch.compiler.is_compiling():
         return attention.attended(queries, others)
     if torch.is_grad_enabled():
-        return _outside(attention, queries, others)
+        return _outside(attention, queries, others)  # the operator has no backward
     return _attend(queries, others, attention.number)
 
 
@@ -105,7 +108,7 @@ def _attend(queries: Tensor, others: list[Tensor], number: Tensor) -> Tensor:
     attention = _alive[int(number)]
     if attention.keeps:  # compiled code writes over tensors that it has no more use for
         queries, others = queries.clone(), [each.clone() for each in others]
-    return attention.attended(queries, others).to(queries.dtype).contiguous()
+    return attention.attended(queries, others).to(queries.dtype).contiguous()  # as the fake one below promises
 
 
 @_attend.register_fake

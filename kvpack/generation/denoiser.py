@@ -49,7 +49,7 @@ class Denoiser(ABC):
         self.sessions: dict[str, Session] = {}
         self.seconds = {"denoise": 0.0, "commit": 0.0, "compress": 0.0, "decode": 0.0}
         self.phase: Phase | None = None  # what the forwards in progress are; None outside of `during`
-        self._clean = CleanFrames(0 if buffer.differentiable else stack.replay_frames)
+        self._clean = CleanFrames(0 if buffer.differentiable else stack.replay_frames)  # training replays nothing
 
     #: The process that holds some heads of every layer; None where one process holds all.
     shard: Shard | None = None
@@ -122,7 +122,7 @@ class Denoiser(ABC):
         """Announce the length of the coming chunk to every branch."""
         for branch in self.branches:
             session = self.session(branch)
-            if session.coming_frames != frames:
+            if session.coming_frames != frames:  # expect() ends the chunk in progress
                 session.expect(frames)
 
     def forget_chunk(self) -> None:
@@ -146,7 +146,7 @@ class Denoiser(ABC):
         try:
             yield
         finally:
-            self.seconds[part] += time.perf_counter() - start
+            self.seconds[part] += time.perf_counter() - start  # a block that raises counts too
 
     def layers_for(self, branch: str, step: int | None = None) -> Sequence[AttendingLayer]:
         """Return each layer's memory for the coming forward, of which the branch's session is told.
@@ -179,13 +179,13 @@ class Denoiser(ABC):
 
     def agreed(self, latents: Tensor) -> Tensor:
         """Return a chunk's latents as the first process has them, which are those of all; see `Shard.same`."""
-        return latents if self.link is None else self.link.same(latents)
+        return latents if self.link is None else self.link.same(latents)  # each device rounds its own way
 
     def check_finite(self, latents: Tensor, index: int) -> None:
         """Raise `NonFiniteLatentsError`, or the `PolicyError` that is its cause, if a chunk holds NaN or infinity."""
         if bool(latents.isfinite().all()):
             return
-        with nullcontext() if self.guidance is None else self.guidance.link.together():
+        with nullcontext() if self.guidance is None else self.guidance.link.together():  # every process comes here
             for session in self.sessions.values():
                 session.check_policies()
         raise NonFiniteLatentsError(
@@ -206,12 +206,12 @@ class Denoiser(ABC):
                 return latents
             latents = torch.where(vetoed[:, None, None, None, None].to(latents.device), again(), latents)
         for session in self.sessions.values():
-            session.settle()
+            session.settle()  # retries are used up: the last try is taken
         return latents
 
     def vetoed(self, latents: Tensor) -> Tensor | None:
         """Return which rows of the chunk the memory wants made anew, `[batch]`; None if it accepts all."""
-        vetoes = [session.review(latents) for session in self.sessions.values()]
+        vetoes = [session.review(latents) for session in self.sessions.values()]  # all: each gets ready to retry
         return next((each for each in vetoes if each is not None), None)
 
     def commit(self, latents: Tensor, pixels: Tensor | None, *, given: bool = False) -> None:
@@ -222,7 +222,7 @@ class Denoiser(ABC):
             pixels: the same decoded, if the stack needs them.
             given: whether they come from outside, so that no denoising forward has seen them.
         """
-        with self.timed("compress"), self.writing():
+        with self.timed("compress"), self.writing():  # before anything is written, and once for all branches
             tokens = {piece: self.compress(piece, latents, pixels) for piece in self.pending_compressions}
         clean = self._clean.with_chunk(latents, tokens, pixels if self.stack.reencodes else None)
         with self._all_or_nothing():
@@ -230,7 +230,7 @@ class Denoiser(ABC):
                 self._replay(clean, latents.shape[2])
             else:
                 self._commit(latents, tokens, again=given)
-        self._clean = clean
+        self._clean = clean  # not before: what raises leaves everything as it was
 
     def set_prompt(self, conditioning: dict[str, Any], *, cut: bool = False) -> None:
         """Go on under another prompt: the memory is told, and what it computes anew with it is.
@@ -245,7 +245,7 @@ class Denoiser(ABC):
                 session.notify("prompt-changed")
                 if cut:
                     session.notify("scene-cut")
-            if self.sessions:
+            if self.sessions:  # there are none before the first chunk
                 self._replay(self._clean)
 
     @contextmanager
@@ -254,23 +254,23 @@ class Denoiser(ABC):
         try:
             with nullcontext() if self.guidance is None else self.guidance.block():
                 yield
-        except BaseException:
+        except BaseException:  # an interrupt too
             self.conditioning, pasts = before
             for session, past in pasts:
-                session.adopt(past)
+                session.adopt(past)  # a past is never changed, only replaced
             raise
 
     def _replay(self, clean: CleanFrames, coming: int = 0) -> None:
         """Commit the last frames again; `coming` of them, the newest, for the first time."""
-        if not (plan := self._first.replays(coming)):
+        if not (plan := self._first.replays(coming)):  # all branches have the same book
             return
         latents = clean.last(sum(plan))
-        if self.stack.reencodes and sum(plan) < self.frames + coming:
+        if self.stack.reencodes and sum(plan) < self.frames + coming:  # else it begins with the video's own first frame
             with self.timed("compress"), torch.no_grad():
                 first = self.encode(clean.last_pixels(sum(plan))[:, :, :1])
             latents = torch.cat([first.to(latents), latents[:, :, 1:]], dim=2)
         for session in self.sessions.values():
-            session.rewind(sum(plan) - coming)
+            session.rewind(sum(plan) - coming)  # the coming ones are in no history yet
         for part in latents.split(plan, dim=2):
             self.expect(min(part.shape[2], self.stack.chunk_frames))  # a video's first chunk may be shorter
             self._commit(part, {piece: clean.tokens[piece] for piece in self.pending_compressions}, again=True)

@@ -56,8 +56,9 @@ class Guidance:
         Raises:
             ParallelError: if a branch is asked for again before all others were.
         """
-        if branch in self._asked:
+        if branch in self._asked:  # a new step begins, though the one before is not settled
             self.require_settled()
+        # Filled by `_exchange`, before anybody looks at it.
         self._asked[branch] = forward() if branch == self.own else room()
         made = self._asked[branch]
         if len(self._asked) == len(self.branches):
@@ -77,7 +78,7 @@ class Guidance:
     @contextmanager
     def together(self) -> Iterator[None]:
         """Raise in every process if the block raises in one; inside of `block`."""
-        self._told = self._known = True
+        self._told = self._known = True  # known: where the block raises, `link.together` tells the others
         with self.link.together():
             yield
         self._known = False
@@ -90,15 +91,16 @@ class Guidance:
             yield
         except Exception:
             if not self._known:
-                self.link.largest([1.0])
+                self.link.largest([1.0])  # the others wait in `link.together`, which is a `largest` too
             raise
+        # Nothing was committed, as where a prompt replays nothing: another process may have failed all the same.
         if not self._told:
             with self.link.together():
                 pass
 
     def _exchange(self) -> None:
-        asked, self._asked = self._asked, {}
+        asked, self._asked = self._asked, {}  # taken first: the next step begins anew, whatever the exchange raises
         every = self.link.gather(asked[self.own], 0).chunk(self.link.ranks)
         for name, sent in zip(self.branches, every, strict=True):
             if name != self.own:
-                asked[name].copy_(sent)
+                asked[name].copy_(sent)  # in place: the pipeline holds this tensor already

@@ -66,13 +66,16 @@ def captured(run: Run, *, apart: bool) -> Moment:
     if run._decode is not None and not hasattr(run._decode, "state"):
         name = type(run._decode).__name__
         raise SnapshotError(f'{name} has no state() and restore(); stream with output_type="latent" to save or fork')
+    # Made anew when asked for.
     cached = {name for name in vars(run) if isinstance(getattr(type(run), name, None), cached_property)}
     own = {name: value for name, value in vars(run).items() if name not in _NO_DATA | cached}
     call = {name: None if name in run.spent else value for name, value in run.call.items()}
     denoiser, sessions = run.denoiser, run.sessions
+    # Before the first chunk nobody knows yet whether it will draw from torch's own generators.
     given = run.call.get("generator") is not None or run.call.get("latents") is not None
     generators = own_generators() if run.draws_freely or (run.position is None and not given) else []
     pasts = {
+        # `state` forks blocks, so that they stay.
         name: each.state() if apart else Past(each.past.book.counting({}), each.past.states)
         for name, each in sessions.items()
     }
@@ -88,6 +91,7 @@ def captured(run: Run, *, apart: bool) -> Moment:
 
 def begun(adapter: "Adapter", pipeline: Any, attributes: Mapping[str, Any], stack: Memory) -> Run:
     """Return a run of a pipeline with these attributes, to which `go_on` gives the rest."""
+    # Past __init__, which would encode the prompt and what the video begins with.
     run = object.__new__(adapter.run_class)
     vars(run).update(attributes)
     run.adapter, run.pipeline, run._bar = adapter, pipeline, None
@@ -103,6 +107,7 @@ def go_on(run: Run, moment: Moment) -> Run:
         moment: where it goes on.
     """
     height, width = run.frame_size()
+    # A decoder of its own: the feature cache of the other run goes on being written.
     decoder: Any = None if moment.decoder is None else run.decoder(height, width)
     if decoder is not None:
         decoder.restore(moment.decoder)

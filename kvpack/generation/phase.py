@@ -48,4 +48,4 @@ class Phase:
     def counted(self, branch: str) -> int:
         """Return the step of a branch's coming denoising forward, if none was left out before it."""
         self.steps[branch] += 1
-        return self.steps[branch] - 1
+        return self.steps[branch] - 1  # of this phase alone: another try of the chunk is a phase of its own

@@ -45,8 +45,9 @@ class Shot:
         >>> [Shot(seconds, "").chunk(16.0, 4, 4) for seconds in (0, 5, 20)]
         [0, 5, 20]
         """
-        if not self.seconds:
+        if not self.seconds:  # 0 would round up to chunk 1 where a chunk is one latent frame
             return 0
+        # As if the first latent frame stood for as many pixel frames as the rest, and the first chunk were whole.
         frames = (self.seconds * fps + temporal_scale - 1) / temporal_scale
         return max(0, round((frames + chunk_frames - (first_frames or chunk_frames)) / chunk_frames))
 
@@ -62,6 +63,7 @@ def shots(prompt: Any) -> list[Shot]:
     >>> [shot.seconds for shot in shots([(0, "a fox"), (20, "then it rests", "cut")])]
     [0.0, 20.0]
     """
+    # A list of texts alone is a batch.
     if not isinstance(prompt, list) or not any(isinstance(entry, tuple | list) for entry in prompt):
         return [Shot(0.0, prompt)]
     schedule = [_shot(entry) for entry in prompt]
@@ -87,6 +89,7 @@ def scheduled(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[Shot]]
     embeds = arguments["prompt"] is None and "prompt_embeds" in arguments
     schedule = shots(arguments["prompt_embeds" if embeds else "prompt"])
     first = schedule[0].prompt
+    # Embeddings in `prompt` go by the name that the stock call knows them by, where it has one that is free.
     if embeds or (isinstance(first, Tensor) and arguments.get("prompt_embeds", first) is None):
         return {**arguments, "prompt": None, "prompt_embeds": first}, schedule
     return {**arguments, "prompt": first}, schedule

@@ -33,6 +33,7 @@ class CleanFrames:
         if not self.most_frames:
             return self
         kept = [*self.latents, latents]
+        # Whole chunks: one that a replay only ends in stays.
         while sum(each.shape[2] for each in kept[1:]) >= self.most_frames:
             del kept[0]
         frames = self.frames + latents.shape[2]
@@ -42,6 +43,7 @@ class CleanFrames:
             self,
             latents=tuple(kept),
             pixels=(*self.pixels, *seen)[-len(kept) :],
+            # Compressed once: a replay runs the same tokens through the layers anew.
             tokens={piece: each for piece, each in {**self.tokens, **tokens}.items() if piece.first_frame >= oldest},
             frames=frames,
         )
@@ -57,8 +59,8 @@ class CleanFrames:
 
 def _last_of_each(pixels: Tensor, frames: int, *, first: bool) -> Tensor:
     """Return the last pixel frame of each latent frame; a video's first one stands for a single pixel frame."""
-    if frames == 1:
+    if frames == 1:  # of one frame no scale can be told
         return pixels[:, :, -1:]
     count = pixels.shape[2]
     scale = (count - 1) // (frames - 1) if first else count // frames
-    return pixels[:, :, (count - 1) % scale :: scale]
+    return pixels[:, :, (count - 1) % scale :: scale]  # 0, 4, 8 in a video's first chunk, and 3, 7, 11 in others

@@ -50,7 +50,7 @@ class Run(ABC):
         self, adapter: "Adapter", pipeline: Any, stack: Memory, arguments: dict[str, Any], *, streaming: bool
     ) -> None:
         self.adapter, self.pipeline, self.streaming = adapter, pipeline, streaming
-        arguments, schedule = scheduled(arguments)
+        arguments, schedule = scheduled(arguments)  # a family's own checks know one prompt
         self.call = self.checked(arguments)
         self.output_type, self.total_frames = self.call["output_type"], self.latent_frames()
         self.stack = self.fit(stack)
@@ -65,7 +65,7 @@ class Run(ABC):
         #: Prompts to come: the chunk that each begins with, its conditioning, and whether the scene changes.
         self.prompt_changes = [
             (shot.chunk(self.fps, self.stack.chunk_frames, self.scale, self.first_frames), self._later(shot), shot.cut)
-            for shot in schedule[1:]
+            for shot in schedule[1:]  # encoded now, while the text encoder is in
         ]
         warn_of_late(schedule[1:], [chunk for chunk, *_ in self.prompt_changes], self.count)
         self.interrupted = False  # by the pipeline's own `_interrupt`, behind the chunk in which it was set
@@ -108,7 +108,7 @@ class Run(ABC):
         """Give the pipeline's own call, for one chunk; it returns latents, or a tuple of them."""
         scheduler = getattr(self.pipeline, "scheduler", None)
         with getattr(scheduler, "bound_generator", nullcontext)(self.call.get("generator")):
-            yield partial(self.pipeline._kvpack_base.__call__, self.pipeline)
+            yield partial(self.pipeline._kvpack_base.__call__, self.pipeline)  # the enabled one begins a generation
 
     def phase(self, first: int) -> Phase:
         """Return what the denoising forwards of the chunk are that begins with latent frame `first`."""
@@ -182,15 +182,15 @@ class Run(ABC):
         """Generate chunk after chunk, from latent frame `first` on; between two the pipeline is the stock one."""
         given = 0 if self.conditioning is None else self.conditioning.shape[2]
         done = max(self._count(given), 0 if self.position is None else self.position[0])
-        chunks = float("inf") if self.count is None else self.count - done
+        chunks = float("inf") if self.count is None else self.count - done  # tqdm takes infinity for no total
         self._bar = self.pipeline._kvpack_base.progress_bar(self.pipeline, total=chunks * self.steps)
         index, first = self.position or (0, first)
         while first < (self.total_frames or float("inf")) and not self.interrupted:
-            self.between_chunks = False
-            while self.prompt_changes and self.prompt_changes[0][0] <= index:
+            self.between_chunks = False  # and it stays so if the chunk raises
+            while self.prompt_changes and self.prompt_changes[0][0] <= index:  # several, where shots are short
                 self._set_prompt(*self.prompt_changes.pop(0)[1:])
             frames = self.length(index, first)
-            with watched() as drawn:
+            with watched() as drawn:  # whether a snapshot must have the states of torch's own generators
                 chunk = (self.given if first < given else partial(finite, self))(index, first, frames)
             self.draws_freely |= drawn()
             index, first = self.position = index + 1, first + frames
@@ -217,12 +217,12 @@ class Run(ABC):
         """Denoise a chunk, and commit it if something may follow."""
         self.denoiser.expect(frames)
         with self._driving():
-            noise = self.noise(first, frames)
+            noise = self.noise(first, frames)  # before the states that another try goes back to
             again = partial(self._denoised, index, first, noise, rewinding(self.call.get("generator")))
             latents = self.denoiser.accepted(self._denoised(index, first, noise), again)
             self.watch()
             pixels = self.decode(latents) if self._decodes_in_loop else None
-            self.interrupted = getattr(self.pipeline, "_interrupt", False)
+            self.interrupted = getattr(self.pipeline, "_interrupt", False)  # the next chunk's call takes it back
             # A chunk that is shorter than the rest without being the first is a video's last.
             if not self.interrupted and (first == 0 or frames == self.stack.chunk_frames):
                 self.denoiser.commit(latents, pixels)
@@ -237,7 +237,7 @@ class Run(ABC):
         with self.denoiser.timed("denoise"):
             with self.stock() as call, self.denoiser.during(self.phase(first)):
                 made = call(**self.stock_call(noise))
-            latents = self.denoiser.agreed(made if isinstance(made, Tensor) else made[0])
+            latents = self.denoiser.agreed(made if isinstance(made, Tensor) else made[0])  # before any memory sees them
             self.denoiser.check_finite(latents, index)  # which waits for the device
         return latents
 
@@ -265,10 +265,10 @@ class Run(ABC):
     def _driving(self) -> Iterator[None]:
         """Put kvpack's processors into the transformer, and silence the pipeline's own bar and freeing, for a chunk."""
         enabled = require_enabled(self.pipeline)
-        before, enabled.driving, enabled.device = enabled.driving, self, None
+        before, enabled.driving, enabled.device = enabled.driving, self, None  # None: models may have moved meanwhile
         try:
             self.adapter.check(self.pipeline)  # again for each chunk: anything may be switched on between two of them
-            if self.streaming:
+            if self.streaming:  # its user's code has run since the last chunk
                 self.denoiser.forget_prompt()
             with self.denoiser.seam():
                 yield

@@ -45,24 +45,25 @@ def one_thread(transformer: Any, *, drives: bool = False) -> Iterator[None]:
     if model is None:
         yield
         return
-    mine = _Holder(get_ident(), id(model))
+    mine = _Holder(get_ident(), id(model))  # in the model itself, which pipelines may share
     try:
         found = vars(model).setdefault(_HOLDER, mine)  # one step, that no other thread comes between
         if found.model != id(model):  # came along with a copy that was made inside such a block
             found = vars(model)[_HOLDER] = mine
         require_thread(found.thread)
+        # A second chunk inside a chunk would take the first one's processors for the stock ones.
         if found.drives:
             raise BusyPipelineError(
                 "a chunk is being made with this pipeline, or with one that shares its transformer, and this was "
                 "called back from inside of it; wait for its end, e.g. in on_chunk, or make another pipeline"
             )
         try:
-            found.drives = drives
+            found.drives = drives  # of who came first: who comes in again shares its holder
             yield
         finally:
             found.drives = False
     finally:
-        if vars(model).get(_HOLDER) is mine:
+        if vars(model).get(_HOLDER) is mine:  # who came in again leaves it to who came first
             del vars(model)[_HOLDER]
 
 

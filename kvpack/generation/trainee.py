@@ -46,7 +46,7 @@ class Rollout:
 
     def commit(self, latents: Float[Tensor, "batch channels frames height width"]) -> None:
         """Write a clean chunk into history; gradients pass into a compressor, not into what is kept whole."""
-        with torch.no_grad():
+        with torch.no_grad():  # pixels are what the compressor is given; nothing learns through the decoder
             pixels = None if self.decoder is None else self.decoder(latents)
         self.denoiser.commit(latents, pixels)
 

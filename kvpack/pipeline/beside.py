@@ -40,15 +40,17 @@ def decode_beside(run: Run, device: str | torch.device) -> torch.device:
             f'decode_device must be a device, e.g. "cuda:1" or "cpu" ({first_line(error)})'
         ) from None
     decoder: Any = run._decode
-    vae = getattr(decoder, "vae", None)
+    vae = getattr(decoder, "vae", None)  # another family's decoder may have none
     if vae is None or hasattr(vae, "_hf_hook") or hasattr(vae, "_diffusers_hook"):
         raise UnsupportedPipelineError(
             "decode_device needs a VAE that stays where it is, but this one is offloaded or another family's; load the "
             "pipeline without offloading, or leave decode_device out"
         )
+    # "cuda" is not equal to "cuda:0": a tensor tells the full name.
     if vae.device != torch.empty(0, device=where).device:
+        # A copy, so that the pipeline's own stays where its next call looks for it.
         decoder.vae = copy.deepcopy(vae).to(where)
-    run._decodes_in_loop = False
+    run._decodes_in_loop = False  # chunks come as latents
     return where
 
 

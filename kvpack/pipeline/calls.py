@@ -103,12 +103,14 @@ class Enabled:
 def bound(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any], **otherwise: Any) -> dict[str, Any]:
     """Return all arguments of the pipeline's own call, and of the adapter's, by name; `otherwise` where not given."""
     extra = pipeline._kvpack.adapter.extra_arguments
-    own = {name: value for name, value in kwargs.items() if name not in extra}
+    own = {name: value for name, value in kwargs.items() if name not in extra}  # what the stock call would not take
     bound = call_signature(pipeline._kvpack_base).bind(*args, **own)
+    # Before the defaults are there: the model's own settings go before those, but not before what is given.
     given = {**bound.arguments, **{name: kwargs.get(name, default) for name, default in extra.items()}}
     bound.apply_defaults()
     settings = {**pipeline._kvpack.call, **otherwise}
     settings = {name: value for name, value in settings.items() if name in bound.arguments}
+    # The last one wins.
     arguments = {**bound.arguments, **settings, **given}
     return {name: plain(value) for name, value in arguments.items()}
 
@@ -127,6 +129,7 @@ def start(pipeline: Any, arguments: dict[str, Any], *, streaming: bool, on_nan: 
     enabled = pipeline._kvpack
     try:
         run: Run = enabled.adapter.run(pipeline, enabled.stack, arguments, streaming=streaming)
+        # Behind the run, which knows the frames, branches and rows that the budget is for.
         choice = enabled.choice_for(run, run.denoiser.conditioning)
         if choice is not None and choice.memory is not run.stack:
             run.stack = choice.memory
@@ -165,7 +168,7 @@ def running(pipeline: Any, run: Run) -> Iterator[Enabled]:
     try:
         yield enabled
     finally:
-        if enabled.run is run:
+        if enabled.run is run:  # another stream may have begun meanwhile
             enabled.run = None
         run.close()
         enabled.last = run.denoiser.stats()
@@ -204,4 +207,5 @@ def _joined(parts: list[Any], output_type: str) -> Any:
         return torch.cat(parts, dim=1)
     if output_type == "np":
         return np.concatenate(parts, axis=1)
+    # PIL: a list of frames for each video.
     return [list(chain.from_iterable(videos)) for videos in zip(*parts, strict=True)]

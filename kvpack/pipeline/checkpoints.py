@@ -106,6 +106,7 @@ def checkpointed(track: Track, job: Job, folder: Path, on_chunk: Callable[[Track
         try:
             on_chunk(track)
         except BaseException as error:
+            # Inside of the loop, where an interrupt joins what was made.
             chunks.throw(error)
     return made
 
@@ -129,11 +130,12 @@ def checkpointing(track: Track, job: Job, folder: Path, *, partial: bool = True)
         while (chunk := track.next_frames()) is not None:
             video.write(chunk)
             if len(track.chunk_seconds) % job.every == 0:
+                # Cut first: a snapshot never lists a segment that is not whole; one that none lists is made again.
                 stream.save(folder, {"segments": video.cut()})
             yield video.frames
     video.join(output)
-    stream.close()
-    remove(folder)
+    stream.close()  # lets go of the lock, which is among what is removed
+    remove(folder)  # last, when the video is on the disk
 
 
 @contextmanager
@@ -166,7 +168,7 @@ def reopened(folder: Path, job: Job, dtype: torch.dtype, device: str, pipeline: 
     """
     memory = resolve_stack(saved_stack(folder), {})
     pipeline = pipeline or load_pipeline(Path(job.model), dtype, device)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline.set_progress_bar_config(disable=True)  # the command line has a display of its own
     enable(pipeline, memory).packforcing.fps = job.fps
     stream: Stream = pipeline.packforcing.resume(folder)
     try:

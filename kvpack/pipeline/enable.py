@@ -63,22 +63,24 @@ def enable(
         UnknownNameError: if a stack or policy is not installed.
         InvalidOptionError: if an option is unknown or wrong, or a compressor's weights are missing or another model's.
     """
+    # Not by getattr, for which diffusers looks into the pipeline's config.
     before: Enabled | None = getattr(pipeline, "__dict__", {}).get("_kvpack")
     adapter = adapter or (adapter_of(pipeline) if before is None else before.adapter)
-    adapter.check(pipeline)
+    adapter.check(pipeline)  # all that may be refused comes before the pipeline is touched
     configs = adapter.configs(pipeline)
     saved = Settings.of_pipeline(pipeline)
     settings = saved or Settings(fps=frame_rate(type(pipeline).__name__, configs))
+    # Twice, for the budget makes the stack anew.
     asked = stack, options, settings, partial(adapter.default_options, configs)
     resolved = resolve_stack(*asked)
     budget = None if budget_gb is None else Budget(budget_gb, named_stack(*asked))
     own = {"fps": float(settings.fps), "first_chunk_frames": settings.first_chunk_frames}
     kept: dict[str, Any] = own if before is None else {name: getattr(before, name) for name in _KEPT}
-    if kept["first_chunk_frames"] is not None:
+    if kept["first_chunk_frames"] is not None:  # of before, maybe longer than the new stack's chunks
         require_length(kept["first_chunk_frames"], resolved.chunk_frames)
     adapter.check_stack(pipeline, resolved)
     if not isinstance(pipeline, PackForcingMixin):
-        if saved is None:
+        if saved is None:  # kvpack's settings are in folders of causal models only
             warn_if_bidirectional(getattr(pipeline, "transformer", None))
         pipeline.__class__ = enabled_class(type(pipeline))  # type: ignore[assignment]
     attach(pipeline, resolved, adapter, call=settings.call, budget=budget, **kept)

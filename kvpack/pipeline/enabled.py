@@ -51,7 +51,7 @@ class PackForcing:
 
     @fps.setter
     def fps(self, fps: float) -> None:
-        if not fps > 0:
+        if not fps > 0:  # so that NaN is refused too
             raise InvalidOptionError(f"fps must be > 0, got {fps}")
         self._pipeline._kvpack.fps = float(fps)
 
@@ -219,7 +219,7 @@ class PackForcingMixin:
         if enabled is None or enabled.driving is None:
             return stock.fget(self)
         if enabled.device is None:
-            components = sorted(cast(DiffusionPipeline, self).components.items())
+            components = sorted(cast(DiffusionPipeline, self).components.items())  # as `device` goes through them
             models = [each for _, each in components if isinstance(each, torch.nn.Module)]
             enabled.device = stock.fget(self) if any(map(has_hooks, models)) else _device_of(models)
         return enabled.device
@@ -229,14 +229,14 @@ class PackForcingMixin:
         enabled = self.__dict__.get("_kvpack")
         if enabled is None or enabled.driving is None:
             return self._kvpack_base.progress_bar(self, iterable, total)  # type: ignore[arg-type]
-        return nullcontext(enabled.driving)
+        return nullcontext(enabled.driving)  # the call enters it, and then calls its `update`
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as the stock class, enabled again on arrival."""
         reduced: Any = super().__reduce_ex__(protocol)
         _, _, state, *rest = reduced
         state = dict(state)
-        enabled = state.pop("_kvpack", None)
+        enabled = state.pop("_kvpack", None)  # a copy takes no generation along
         kept = None if enabled is None else enabled.as_kwargs()
         return (_rebuild, (self._kvpack_base, kept), state, *rest)
 
@@ -254,7 +254,7 @@ def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "_kvpack" not in self.__dict__:
             return base.__call__(self, *args, **kwargs)
-        on_chunk = require_callback(kwargs.pop("on_chunk", None))
+        on_chunk = require_callback(kwargs.pop("on_chunk", None))  # taken out: the stock call has no such argument
         on_nan = kwargs.pop("on_nan", "raise")
         with alone(self):
             return whole(self, start(self, bound(self, args, kwargs), streaming=False, on_nan=on_nan), on_chunk)
@@ -264,7 +264,7 @@ def enabled_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
 
 
 def _rebuild(base: type[DiffusionPipeline], kept: dict[str, Any] | None) -> Any:
-    pipeline: Any = object.__new__(enabled_class(base))
+    pipeline: Any = object.__new__(enabled_class(base))  # its state is set by whoever unpickles
     if kept is not None:
         attach(pipeline, **kept)
     return pipeline

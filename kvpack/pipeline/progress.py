@@ -73,6 +73,7 @@ def reported(chunks: Iterator[GeneratedChunk], run: Run, on_chunk: OnChunk | Non
                 on_chunk(progress)
                 run.denoiser.forget_prompt()  # it may have changed weights
         yield chunk
+        # From here on: what the one who took the chunk did with it is not the chunk's time.
         start = time.perf_counter()
     if run.interrupted:
         frames = made + run.frames_beside

@@ -100,7 +100,7 @@ class Stream(Generator[Any, Prompt | None, None]):
             ended = self._frames.gi_frame is None  # type: ignore[attr-defined]
             if not ended and (prompt is not None or cut):
                 _set_prompt(self._open(), prompt, cut)
-            self._begun = True
+            self._begun = True  # before the first chunk: from here on the frames close the run, whatever it raises
             return next(self._frames)
 
     def save(self, folder: str | Path, note: Any = None) -> None:
@@ -130,7 +130,7 @@ class Stream(Generator[Any, Prompt | None, None]):
                     saver.close()
                 raise
             if saver is not self._saver:
-                self._release()
+                self._release()  # the folder of before stays as it is until another one holds a whole snapshot
                 self._saver = saver
 
     def fork(self, *, seed: Seed | None = None, prompt: Prompt | None = None, cut: bool = False) -> Self:
@@ -174,8 +174,8 @@ class Stream(Generator[Any, Prompt | None, None]):
                 kept = ", ".join(f"rewind({index - each})" for each in behind) or "none; save() keeps the last two"
                 raise SnapshotError(f"no snapshot is kept {chunks} chunks back; those that are: {kept}")
             number, folder = behind[index - chunks], self._saver.folder
-            functions = {name: value for name, value in before.call.items() if callable(value)}
-            undo = rewinding(own_generators())
+            functions = {name: value for name, value in before.call.items() if callable(value)}  # which no file has
+            undo = rewinding(own_generators())  # resuming sets torch's own
             try:
                 run, _, note = resumed(self._pipeline, folder.path, functions, number)
                 _turn(run, seed, prompt, cut)
@@ -183,8 +183,9 @@ class Stream(Generator[Any, Prompt | None, None]):
                 undo()
                 raise
             self.note = note
+            # Only now: if the snapshot could not be read, the stream is where it was.
             self._frames.close()
-            folder.forget_after(number)
+            folder.forget_after(number)  # or a resume would go on from the future that was given up
             self._follow(run)
 
     def _open(self) -> Run:
@@ -228,7 +229,7 @@ class Stream(Generator[Any, Prompt | None, None]):
             self._release()
 
     def _finish(self) -> None:
-        run, self._run = self._run, None
+        run, self._run = self._run, None  # taken first, so that it is closed once
         if run is not None:
             _close(self._frames, run)
             if not self._begun:
@@ -254,7 +255,7 @@ def _turn(run: Run, seed: Seed | None, prompt: Prompt | None, cut: bool) -> None
 
 
 def _set_prompt(run: Run, prompt: Prompt | None, cut: bool) -> None:
-    if isinstance(prompt, str | list):
+    if isinstance(prompt, str | list):  # embeddings need no text encoder
         run.pipeline.maybe_free_model_hooks()  # offloaded models go out, so that the text encoder comes in alone
     run.set_prompt(prompt, cut=cut)
 

@@ -51,7 +51,7 @@ def traced(run: Run, path: Path | None) -> Iterator[GeneratedChunk]:
         ) from error
     with file:
         trace = Trace(run, file, _frame=0 if run.position is None else run.position[1])
-        run.watch = trace.look
+        run.watch = trace.look  # on the instance, in the place of the class's, which does nothing
         try:
             for chunk in _measured(run):
                 trace.write(chunk)
@@ -63,6 +63,7 @@ def traced(run: Run, path: Path | None) -> Iterator[GeneratedChunk]:
 def _measured(run: Run) -> Iterator[GeneratedChunk]:
     """Yield a run's chunks; what drift is told from stays with it, which may be traced when it is resumed or forked."""
     for chunk in run.chunks():
+        # Of every run, traced or not, since a fork of it may be traced.
         run.first_spread = run.first_spread or spread(chunk.latents)
         yield chunk
 
@@ -91,6 +92,7 @@ class Trace:
     def write(self, chunk: GeneratedChunk) -> None:
         """Write a line for a chunk that is done."""
         if not self._begun:
+            # Not in the beginning: sessions, which it tells of, are there from the first chunk on.
             self._line(self._head())
         self._begun = True
         stats = self.run.denoiser.stats()
@@ -106,7 +108,7 @@ class Trace:
             **self._drift(chunk.latents),
         }
         self._line({**line, **told, "picture": picture})
-        self._attended = []
+        self._attended = []  # a chunk that was given is not looked at
 
     def _head(self) -> dict[str, Any]:
         session = next(iter(self.run.sessions.values()))
@@ -126,7 +128,7 @@ class Trace:
         """Tell how far means and spreads of the latents' channels are from those of the first chunk, in its spreads."""
         assert self.run.first_spread is not None
         means, spreads, first_means, unit = (each.float().cpu() for each in (*spread(latents), *self.run.first_spread))
-        unit = unit.clamp(min=1e-6)
+        unit = unit.clamp(min=1e-6)  # a channel may be constant, as that of zeros
         drift = ((means - first_means) / unit).square().mean().sqrt()
         return {"drift": round(float(drift), 6), "contrast": round(float((spreads / unit).mean()), 6)}
 
@@ -180,7 +182,7 @@ def attended(session: Session, layer: int) -> dict[str, Any]:
 
 
 def _pieces(plan: StackPlan, cache: LayerCache) -> list[tuple[int, int, str]]:
-    chosen = range(len(plan.mid)) if cache.selected is None else cache.selected[0].tolist()
+    chosen = range(len(plan.mid)) if cache.selected is None else cache.selected[0].tolist()  # None: all of them
     blocks = {
         "sink": [plan.ledger.whole[index] for index in plan.sink],
         "mid": [plan.mid[index] for index in chosen],

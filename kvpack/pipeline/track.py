@@ -47,7 +47,7 @@ class Track:
             return None
         self.chunk_seconds.append(time.perf_counter() - start)
         self.frames += chunk.shape[1]
-        return as_bytes(chunk[0])
+        return as_bytes(chunk[0])  # the command line makes one video
 
     @property
     def done(self) -> int:
@@ -133,7 +133,7 @@ def started(
         stream = pipeline.packforcing.stream(**given)
     except KVPackError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:  # what stock checks raise
         raise InvalidOptionError(f"{type(pipeline).__name__} refuses the call: {first_line(error)}") from error
     memory: Memory = pipeline.packforcing.stack
     try:

@@ -69,7 +69,7 @@ class Registry:
         manager.register(plugin, name=entry_point.name)
         manager.check_pending()
         package = _package(entry_point)
-        found: list[tuple[str, str, Any]] = []
+        found: list[tuple[str, str, Any]] = []  # nothing is installed before all of a plugin is known to be right
         manager.hook.kvpack_register_policies(register=lambda cls: found.append(_policy(cls)))
         manager.hook.kvpack_register_stacks(register=lambda name, factory: found.append(_stack(name, factory)))
         manager.hook.kvpack_register_adapters(register=lambda adapter: found.append(_adapter(adapter)))
@@ -82,6 +82,7 @@ class Registry:
         if twice := next((each for each in names if names.count(each) > 1), None):
             raise InvalidOptionError(f"{package} registers {twice[0]} {twice[1]!r} twice")
         taken = [(kind, name) for kind, name, _ in found if (kind, name) in self.origins]
+        # A built-in keeps its name, whoever else wants it.
         self._rivals.update({key: package for key in taken if self.origins[key] != "kvpack"})
         if taken:
             kind, name = taken[0]
@@ -134,14 +135,14 @@ class Registry:
         self._check_name("stack", name)
         taken = inspect.signature(self.stacks[name]).parameters
         (offered, own), (options, storage) = (_apart(given, taken) for given in (defaults or {}, options))
-        while True:
+        while True:  # each turn drops an offered option, of which there are a few
             try:
                 made = _call(f"stack {name}", self.stacks[name], {**offered, **options}, beside=_STORAGE)
                 break
             except UnusedOptionError as error:
                 if error.option in options or error.option not in offered:
                     raise
-                del offered[error.option]
+                del offered[error.option]  # an option that nobody asked for must not be an error
         if made is None:
             raise InvalidOptionError(f"the factory of stack {name!r} returned None, but it must return a memory")
         require_instance("memory", made)

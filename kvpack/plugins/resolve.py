@@ -70,7 +70,7 @@ def named_stack(
     if not isinstance(stack, str):
         return None
     family = registry().taken(stack, defaults(stack)) if defaults else {}
-    return NamedStack(stack, options, {**family, **file}, asked)
+    return NamedStack(stack, options, {**family, **file}, asked)  # the model's file knows better than its family
 
 
 def resolve_stack(
@@ -123,7 +123,7 @@ def resolve_policy(role: str, policy: object, usual: Mapping[str, Any], **asked:
     given = {name: value for name, value in asked.items() if value is not None}
     if not isinstance(policy, str):
         return registry().policy(role, policy, given)
-    cls = registry().policies.get((role, policy))
+    cls = registry().policies.get((role, policy))  # an unknown name is refused by `policy` below
     taken = inspect.signature(cls).parameters if cls else {}
     made = registry().policy(role, policy, {name: each for name, each in {**usual, **given}.items() if name in taken})
     if unused := next((name for name in given if name not in taken), None):
