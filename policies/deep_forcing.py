@@ -82,6 +82,7 @@ class DeepForcing(StateMemory):
         each = chunk.geometry.tokens_per_frame
         if len(state.tokens) + len(chunk.tokens) > self.window_frames * each:
             state = self._compressed(state, chunk) if self.budget_frames else self._evicted(state, chunk)
+            # Gapless would be without the chunk's own tokens; see the class.
             shift = chunk.first_frame - (len(state.tokens) + len(chunk.tokens)) // each
             state = replace(state, shift=float(shift))
         sink = self.sink_frames * each
@@ -116,6 +117,7 @@ class DeepForcing(StateMemory):
         each = chunk.geometry.tokens_per_frame
         rotated = (chunk.rotated(queries).float() for queries in (*chunk.earlier, chunk.queries))
         sums = (queries.unflatten(1, (-1, each)).sum(dim=2) for queries in rotated)  # (batch, frames, heads, head_dim)
+        # A copy, for a view would keep what is cut off alive.
         return torch.cat([state.queries, *sums], dim=1)[:, -self.recent_frames :].clone()
 
     def _evicted(self, state: DeepState, chunk: Chunk) -> DeepState:
@@ -130,13 +132,16 @@ class DeepForcing(StateMemory):
         each, held = chunk.geometry.tokens_per_frame, len(state.tokens)
         sink = self.sink_frames * each
         recent = held + len(chunk.tokens) - self.recent_frames * each  # index of the first recent token
+        # At their places in the video, as the queries.
         keys = state.tokens[sink:recent].rotated_keys(chunk.geometry).float()
-        queries = self._last_queries(state, chunk).sum(dim=1)
+        queries = self._last_queries(state, chunk).sum(dim=1)  # the sum of q . k over queries is that of their sum
+        # Neither softmax nor scale, as in Algorithm 1: only their order counts.
         scores = chunk.sum_heads(torch.einsum("bhd,bnhd->bn", queries, keys))
         scores = scores.masked_fill(state.chosen[:, sink:recent] >= self.most_chosen, -torch.inf)
         top = scores.topk((self.budget_frames - self.sink_frames - self.recent_frames) * each, dim=1).indices + sink
         counts = state.chosen.scatter_add(1, top, torch.ones_like(top))
 
         first, last = (as_indices(each, len(top), top.device) for each in (range(sink), range(recent, held)))
+        # In the order of time, so that the sink stays in front, where slices find it.
         kept = torch.cat([first, top.sort(dim=1).values, last], dim=1)
         return replace(state, tokens=state.tokens.take(kept), chosen=counts.gather(1, kept))

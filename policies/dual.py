@@ -30,6 +30,7 @@ class DualCompressor(HighResolutionCompressor):
 
     def tokens(self, chunk: LatentChunk) -> Float[Tensor, "b n d"]:
         """Return the sum of both branches' tokens."""
+        # The paper fuses the branches so, by element-wise addition.
         return super().tokens(chunk) + LowResolutionCompressor().tokens(chunk)
 
     def costs(self, frames: int, geometry: Geometry, shape: LatentShape) -> dict[str, Cost]:

@@ -74,6 +74,7 @@ class FadeMem(StateMemory):
         state, device = state or (), chunk.tokens.keys.device
         grid = grid_coordinates(1, chunk.geometry.grid).to(device, wide_dtype(device))[None]
         places, start = [each.center for each in state], chunk.first_frame
+        # Before that the true positions are within those of training.
         if len(state) == self.slots and start >= self.train_frames - self.chunk_frames:
             places, start = self.places(places, start), self.train_frames - self.chunk_frames
         slots = zip(state, places, strict=True)
@@ -85,6 +86,7 @@ class FadeMem(StateMemory):
         """Give each frame of the clean chunk a slot, and merge others where none is free."""
         each, now = chunk.geometry.tokens_per_frame, chunk.first_frame + chunk.frames
         for index in range(chunk.frames):
+            # A slice would keep the whole chunk alive.
             frame = chunk.tokens[index * each : (index + 1) * each].compact()
             state = (*state, Slot(chunk.first_frame + index, 1, frame.keys, frame.values))
             if len(state) > self.slots:
@@ -99,8 +101,8 @@ class FadeMem(StateMemory):
         1
         """
         ages = [(now - center) ** self.decay for center in centers[:-1]]
-        gaps = [older - newer for older, newer in pairwise(ages)]
-        return gaps.index(min(gaps)) if gaps else 0
+        gaps = [older - newer for older, newer in pairwise(ages)]  # ages fall from slot to slot, so none is negative
+        return gaps.index(min(gaps)) if gaps else 0  # the oldest of equal ones
 
     def places(self, centers: list[int], now: int) -> list[int]:
         """Return positions of slots, ascending, for a chunk that begins at frame `now`.
@@ -109,11 +111,12 @@ class FadeMem(StateMemory):
         [0, 1, 2, 8, 14, 15, 16, 17]
         """
         start = self.train_frames - self.chunk_frames
-        near = min(self.chunk_frames, len(centers) - 1)
+        near = min(self.chunk_frames, len(centers) - 1)  # the last chunk keeps its distance
         far = centers[1 : len(centers) - near]
         placed, before = [0], start
         for index, center in enumerate(far):
             low = near + len(far) - index  # what is newer needs positions as well
+            # Its age, but a place of its own, and none that newer ones need.
             before = min(max(now - center, low), before - 1)
             placed.append(start - before)
         return placed + list(range(start - near, start))
@@ -125,9 +128,10 @@ def _merged(older: Slot, newer: Slot) -> Slot:
     if older.center == 0:
         return Slot(0, span, older.keys, older.values)
     share = newer.span**0.5 / (older.span**0.5 + newer.span**0.5)
+    # The mean over the frames they stand for.
     center = round((older.span * older.center + newer.span * newer.center) / span)
 
     def mean(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return a.float().lerp(b.float(), share).to(a)
+        return a.float().lerp(b.float(), share).to(a)  # in float32, and rounded once
 
     return Slot(center, span, mean(older.keys, newer.keys), mean(older.values, newer.values))

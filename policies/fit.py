@@ -35,11 +35,13 @@ class FitReindexer(Reindexer):
         lengths = layout.lengths.clone()
         wanted = lengths[:, elastic].sum(dim=1, keepdim=True)
         room = self.train_frames - layout.chunk_frames - (lengths.sum(dim=1, keepdim=True) - wanted)
+        # Squeezed, never stretched: a short history stays at its own distances.
         lengths[:, elastic] *= torch.clamp(room / wanted, max=1.0)
         return Placement.consecutive(lengths)
 
     def check(self, partitioner: Partitioner, chunk_frames: int) -> None:
         """Check that sink, recent frames and the chunk leave positions for mid blocks."""
+        # Of a history so long that it has every part.
         segments = partitioner.partition(1000 * self.train_frames, chunk_frames)
         has_mid = any(segment.part == "mid" for segment in segments)
         rigid = chunk_frames + sum(len(s.frames) for s in segments if s.part != "mid") * has_mid

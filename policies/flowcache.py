@@ -51,6 +51,7 @@ class FlowCache(StateMemory):
         held = state or chunk.tokens[:0]
         budget = self.budget_frames * chunk.geometry.tokens_per_frame
         if len(held) > budget:
+            # Sorted, so that time order stays, by which `forget` drops the newest.
             held = held.take(self._scores(held, chunk).topk(budget, dim=1).indices.sort(dim=1).values)
         return Attended((held,), chunk.first_frame, held)
 
@@ -72,5 +73,7 @@ class FlowCache(StateMemory):
         attended = attention(chunk.rotated(chunk.queries), keys, self.max_queries).transpose(1, 2)
         pooled = max_pool1d(attended, _POOLED, stride=1, padding=_POOLED // 2).transpose(1, 2)
         unit = normalize(keys.float(), dim=-1)
+        # A mean of cosines is one product with the sum of all; less its own, which is 1.
         alike = ((unit * unit.sum(dim=1, keepdim=True)).sum(dim=-1) - 1) / (len(tokens) - 1)
+        # R1KV's score; at lambda = 0.07 redundancy weighs most.
         return self.mix * pooled - (1 - self.mix) * alike.softmax(dim=1)

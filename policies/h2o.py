@@ -55,11 +55,13 @@ class HeavyHitters(StateMemory):
         """Append the clean chunk, and let each head keep its own tokens of both."""
         each, tokens = chunk.geometry.tokens_per_frame, state.tokens + chunk.tokens
         masses = attention(chunk.rotated(chunk.queries), tokens.rotated_keys(chunk.geometry), self.max_queries)
-        masses[:, : len(state.tokens)] += state.masses
+        masses[:, : len(state.tokens)] += state.masses  # no decay, as in the paper
         if len(tokens) <= self.budget_frames * each:
             return HitterState(tokens, masses)
         recent = self.recent_frames * each
+        # The recent frames outrank all others, so that topk always keeps them.
         ranks = torch.nn.functional.pad(masses[:, :-recent], (0, 0, 0, recent), value=torch.inf)
+        # In time order, which `forget` goes by.
         kept = ranks.topk(self.budget_frames * each, dim=1).indices.sort(dim=1).values
         return HitterState(tokens.take(kept), masses.gather(1, kept))
 
@@ -77,5 +79,6 @@ class HeavyHitters(StateMemory):
 def attention(queries: torch.Tensor, keys: torch.Tensor, most: int) -> Float[torch.Tensor, "batch tokens heads"]:
     """Average the attention that each key receives, over at most `most` evenly spread queries, in float32."""
     some, wide = queries[:, :: -(-queries.shape[1] // most)].float() / keys.shape[-1] ** 0.5, keys.float()
+    # 64 queries at a time: with all of them the products would be larger than history.
     blocks = (torch.einsum("bihd,bjhd->bijh", part, wide).softmax(dim=2).sum(dim=1) for part in some.split(64, dim=1))
     return sum(blocks, torch.zeros_like(wide[..., 0])) / some.shape[1]

@@ -57,6 +57,7 @@ class HighResolutionCompressor(PooledLatents):
     def tokens(self, chunk: LatentChunk) -> Float[Tensor, "b n d"]:
         """Return what the convolutions make of the latents."""
         latents = chunk.latents
+        # A copy where the model is, made once; one that is trained is used itself.
         branch = self._source.on(latents.device, chunk.dtype, latents.shape[1], chunk.width, chunk.patch)
         return branch(latents, pooled_grid(latents.shape[2], chunk.grid)).to(latents.device, chunk.dtype)
 

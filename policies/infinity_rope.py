@@ -62,8 +62,10 @@ class InfinityRoPE(StateMemory):
         room = self.flushed_frames * each if state.flush else room
         recent = state.recent[max(0, len(state.recent) - room) :]
         placed, start = consecutive([state.sink, recent], frame_tokens=each)
+        # RoPE cut: the released code places a new scene's first chunk at 45 to 47.
         if state.cut:
-            start = max(start, float(self.cut_position))
+            start = max(start, float(self.cut_position))  # never before its own history, were that longer
+        # The state without its events, which hold for one chunk.
         return Attended(tuple(placed), start, InfinityState(state.sink, recent))
 
     def remember(self, state: InfinityState, chunk: Chunk) -> InfinityState:

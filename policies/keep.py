@@ -70,7 +70,7 @@ class KeepCompressor(Compressor):
     def at(self, blocks: Sequence[KVBlock], grid: tuple[int, int], chosen: Int[Tensor, "rows kept"]) -> list[KVBlock]:
         """Return the chosen tokens of a block in one or more layers; `chosen` has the rows of all, layer by layer."""
         first_frame, frames = blocks[0].span.first_frame, blocks[0].span.frames
-        index = chosen.sort(dim=1).values
+        index = chosen.sort(dim=1).values  # in the order of the block, whatever a policy's own
         places, rows = _places(index, grid), len(index) // len(blocks)
         return [
             KVBlock(*self.kept(block, mine), Span(first_frame, frames, coordinates))

@@ -22,5 +22,6 @@ class KeyDiffCompressor(KeepCompressor):
     def choose(self, block: KVBlock, grid: tuple[int, int], count: int) -> Int[Tensor, "batch kept"]:
         """Choose by the keys alone."""
         unit = normalize(block.keys.float(), dim=-1)
+        # The mean of directions, as in the paper: length does not count.
         anchor = normalize(unit.mean(dim=1, keepdim=True), dim=-1)
         return (unit * anchor).sum(dim=(2, 3)).topk(count, dim=1, largest=False).indices

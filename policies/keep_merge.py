@@ -29,6 +29,7 @@ class MergeCompressor(FarthestCompressor):
         unit, count = joined_heads(block.keys), index.shape[1]
         centres = unit.gather(1, index[..., None].expand(-1, -1, unit.shape[2]))
         owner = (unit @ centres.transpose(1, 2)).argmax(dim=2)  # (batch, tokens), of (batch, tokens, kept)
+        # A kept token stays its own: of two alike, argmax would take one for both, and leave the other 0 / 0.
         owner = owner.scatter(1, index, torch.arange(count, device=index.device).expand_as(index))
         share = one_hot(owner, count).transpose(1, 2).float()  # (batch, kept, tokens)
         share = share / share.sum(dim=2, keepdim=True)

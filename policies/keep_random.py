@@ -37,6 +37,7 @@ class RandomTokensCompressor(KeepCompressor):
     def among(self, both: KVBlock, count: int) -> Int[Tensor, "batch kept"]:
         """Draw distinct tokens, other ones whenever the block has grown."""
         (rows, tokens), stop = both.keys.shape[:2], both.span.first_frame + both.span.frames
+        # By where the block ends, which moves on at every merge, while its beginning stays.
         return _drawn(self.seed, stop, tokens, count, both.keys.device).expand(rows, -1)
 
     def choose(self, block: KVBlock, grid: tuple[int, int], count: int) -> Int[Tensor, "batch kept"]:

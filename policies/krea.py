@@ -51,7 +51,7 @@ class Krea(StateMemory):
         """Attend the context from position 0 on."""
         held = chunk.tokens[:0] if state is None else state
         placed, start = consecutive([held], frame_tokens=chunk.geometry.tokens_per_frame)
-        bias = self.past_bias if chunk.step >= 0 else 0.0
+        bias = self.past_bias if chunk.step >= 0 else 0.0  # while sampling only: not when context is computed
         return Attended(tuple(replace(part, bias=bias) for part in placed), start, held)
 
     def remember(self, state: Tokens, chunk: Chunk) -> Tokens:

@@ -60,6 +60,7 @@ class LongLive(StateMemory):
         state = state or LongLiveState(chunk.tokens[:0], chunk.tokens[:0])
         over = self._hidden(state, chunk)
         state = replace(state, recent=state.recent[over:], full=state.full or over > 0)
+        # Behind the eviction only a joint replay is over: as many of its first tokens as the old sink stands for.
         return Attended((state.sink, state.recent), chunk.first_frame, state, self._hidden(state, chunk))
 
     def remember(self, state: LongLiveState, chunk: Chunk) -> LongLiveState:
@@ -70,7 +71,7 @@ class LongLive(StateMemory):
 
     def forget(self, state: LongLiveState, tokens: int) -> LongLiveState:
         """Drop all but a global sink that is older than what is forgotten."""
-        if self.global_sink and state.full:
+        if self.global_sink and state.full:  # the sink's frames are not among the last ones, which a replay makes anew
             return replace(state, recent=state.recent[:0])
         sink, recent = shortened((state.sink, state.recent), tokens)
         return LongLiveState(sink, recent)

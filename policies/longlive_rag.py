@@ -80,6 +80,7 @@ class LongLiveRAG(StateMemory):
         state = state or Searchable(
             nothing, nothing, self.sink_frames, chunk.queries.new_zeros(len(chunk.queries), 0, 1, dtype=torch.float32)
         )
+        # So that the chunk ends where the window does.
         moved = max(0, start - (self.window_frames - self.chunk_frames))
         local = state.held[max(0, len(state.held) - self.local_frames * each) :].moved(-float(moved))
         searched = max(0, start - self.window_frames - self.guard_frames + self.sink_frames - state.first)
@@ -96,6 +97,7 @@ class LongLiveRAG(StateMemory):
             0, looks.shape[1] - (self.window_frames - self.sink_frames + self.guard_frames + self.archive_frames)
         )
         if over:
+            # Copies, or what is dropped would stay in memory.
             held, looks = held[over * each :].compact(), looks[:, over:].clone()
         return Searchable(state.sink + chunk.tokens[: free * each], held, state.first + over, looks)
 
@@ -120,6 +122,7 @@ class LongLiveRAG(StateMemory):
         places = torch.arange(each, device=frames.device)
         found = state.held.take((frames[..., None] * each + places).flatten(1))  # [rows, frames * each]
         coordinates = found.coordinates.clone()
+        # Position 0, where the sink begins too.
         coordinates[..., 0] = 0.0
         return [replace(found, coordinates=coordinates)]
 

@@ -30,6 +30,7 @@ class LowResolutionCompressor(PooledLatents):
         small = adaptive_avg_pool3d(
             chunk.pixels().float(), _small_clip(chunk.latents.shape[2], chunk.grid, chunk.pixels_per_token)
         )
+        # With the model's own patch embedding, so that tokens are of its kind without training.
         return chunk.embed(chunk.encode(small))
 
     def costs(self, frames: int, geometry: Geometry, shape: LatentShape) -> dict[str, Cost]:
@@ -44,4 +45,5 @@ def _small_clip(frames: int, grid: tuple[int, int], pixels_per_token: tuple[int,
     (5, 112, 208)
     """
     time, rows, columns = pooled_grid(frames, grid)
+    # Wan's VAE drops what is over 1 + 4m frames.
     return 1 + 4 * (time - 1), rows * pixels_per_token[0], columns * pixels_per_token[1]

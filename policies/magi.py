@@ -56,6 +56,7 @@ class Magi(StateMemory):
 
     def remember(self, state: Tokens, chunk: Chunk) -> Tokens:
         """Append the clean chunk, and drop what no step will attend."""
+        # The longest window of any step.
         return self._last(state + chunk.tokens, self.replay_frames // self.chunk_frames, chunk)
 
     @property

@@ -94,6 +94,7 @@ class MemRoPE(StateMemory):
         mean = self._mean(recent[:over], each)
         return replace(
             state,
+            # Both begin with the first mean: from zero the slow one would take a hundred chunks.
             slow=mean if state.slow is None else state.slow.toward(mean, self.slow),
             fast=mean if state.fast is None else state.fast.toward(mean, self.fast),
         )
@@ -119,4 +120,5 @@ class MemRoPE(StateMemory):
     def _frame(average: Average, chunk: Chunk) -> Tokens:
         like, device = chunk.tokens.keys, chunk.tokens.keys.device
         places = grid_coordinates(1, chunk.geometry.grid).to(device, wide_dtype(device))[None]
+        # In the model's dtype only where they are read.
         return Tokens(average.keys.to(like), average.values.to(like), places)

@@ -74,5 +74,6 @@ class NativeCompressor(LatentCompressor):
 
     def costs(self, frames: int, geometry: Geometry, shape: LatentShape) -> dict[str, Cost]:
         """Count one strided convolution, whose weights are the model's."""
+        # A kernel as large as the patch, without overlap.
         weights = shape.channels * prod(shape.patch) * self.window**2 * geometry.width
         return {"native": Cost(weights + geometry.width, 2 * weights * self.span(0, frames, geometry.grid).tokens)}

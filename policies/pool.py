@@ -28,6 +28,7 @@ def averaged(
 ) -> Float[Tensor, "b n h d"]:
     """Average a grid of tokens over adaptive-pooling windows, summed in float32."""
     cells = tokens.flatten(2).unflatten(1, sizes).movedim(-1, 1)  # (b, h*d, t, h, w)
+    # Windows that overlap by a token where sizes do not divide.
     means = adaptive_avg_pool3d(cells.float(), pooled).to(tokens.dtype)  # (b, h*d, t', h', w')
     return means.flatten(2).transpose(1, 2).unflatten(2, tokens.shape[2:])  # (b, t'*h'*w', h, d)
 

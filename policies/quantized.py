@@ -10,7 +10,7 @@ from torch import Tensor
 from kvpack.errors import InvalidOptionError, require_int
 from kvpack.memory.codec import Codec, Stored, lengthened
 
-_LARGEST = torch.finfo(torch.float16).max
+_LARGEST = torch.finfo(torch.float16).max  # 65504: steps and least numbers are stored in float16
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Int8Codec(Codec):
     def encode_keys(self, keys: Tensor) -> Stored:
         """Return codes `[blocks, groups, tokens, heads, head_dim]`, and least number and step of each group."""
         groups, size = self._groups(keys.shape[1])
+        # Groups of one size: the last token is repeated, which changes neither least nor greatest.
         grouped = lengthened(keys, groups * size).unflatten(1, (groups, size))
         return self._encode(grouped, dim=2)  # [blocks, groups, tokens, heads, head_dim]
 
@@ -69,6 +70,7 @@ class Int8Codec(Codec):
         start = least.half()
         # Halves first: from the least to the greatest float16 is more than float16 holds.
         step = ((greatest / 2 - start.float() / 2) / levels * 2).half()
+        # By the rounded start and step, which are what decoding has.
         codes = (numbers - start.float()) / torch.where(step > 0, step, 1).float()
         return self._packed(codes.round().clamp(0, levels).to(torch.uint8)), start, step
 

@@ -35,6 +35,7 @@ class RandomSelector(TopK):
 
     def select(self, query: Query, candidates: Candidates) -> Int[Tensor, "batch chosen"]:
         """Draw distinct indices, each set as likely as any other."""
+        # NumPy's, which mixes the three numbers and draws alike on every device.
         generator = np.random.default_rng((self.seed, query.chunk, query.layer))
         picks = generator.permutation(candidates.count)[: self.topk].tolist()
         return sent(torch.tensor(picks, dtype=torch.long), query.queries.device).expand(query.queries.shape[0], -1)

@@ -77,7 +77,7 @@ class RollingSink(StateMemory):
 
     def attend(self, state: RollingState | None, chunk: Chunk) -> Attended:
         """Return the window without its oldest frames, if it is full."""
-        nothing = chunk.tokens[:0].compact()
+        nothing = chunk.tokens[:0].compact()  # a view would keep the chunk alive
         state = state or RollingState(chunk.geometry.tokens_per_frame, nothing, nothing)
         over = max(0, len(state.window) + chunk.frames - self.window_frames)
         state = replace(state, window=state.window[over:]).shown()
@@ -87,9 +87,10 @@ class RollingSink(StateMemory):
         """Return the clean chunk behind the window, and what was newest replaced."""
         window, start, count = state.window, chunk.first_frame, chunk.frames
         if start >= self.window_frames:
+            # Places stay: what is shown there is what changes, so that distances are those of training.
             newest = [place for place, _ in window[-count:]]
             window = (*window[:-count], *zip(newest, self.source(newest[0]), strict=False))
-        free = max(0, min(count, self.walked - start))
+        free = max(0, min(count, self.walked - start))  # the chunk's frames that the walk will show
         return replace(
             replace(state, window=window).shown(),
             window=(*window, *((frame, frame) for frame in range(start, start + count))),
@@ -131,7 +132,7 @@ class RollingSink(StateMemory):
         [[5, 4, 3], [2, 1, 0], [0, 1, 2], [3, 4, 5]]
         """
         walked = self.walked
-        way, place = divmod(first_frame, walked)
+        way, place = divmod(first_frame, walked)  # odd ways lead back
         # Behind a first chunk that is shorter, a chunk would reach beyond where the walk turns.
         frames = [min(frame, walked - 1) for frame in range(place, place + self.chunk_frames)]
         return [walked - 1 - frame for frame in frames] if way % 2 else frames

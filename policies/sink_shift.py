@@ -20,5 +20,6 @@ class SinkShiftReindexer(Reindexer):
             others, last = starts[:, sink.stop :], sink.stop - 1
             oldest = others.amin(dim=1) if others.shape[1] else chunk_start
             sink_stop = starts[:, last] + layout.frames[:, last]
+            # RoPE is relative: moving the sink alone closes the gap behind it.
             starts[:, sink] += (oldest - sink_stop)[:, None]
         return Placement(starts, layout.frames, chunk_start)

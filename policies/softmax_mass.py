@@ -46,6 +46,7 @@ class SoftmaxMassSelector(QueryTopK):
     def scores(self, query: Query, candidates: Candidates) -> Float[Tensor, "batch blocks"]:
         """Average the logarithm of a block's softmax mass over heads and scored queries."""
         queries = query.rotated() if self.after_rope else query.queries
+        # A stride that is rounded up, so that there are no more.
         some = queries[:, :: -(-queries.shape[1] // self.max_queries)]
         fused = _fused_attention(some)
         by_products = _CPU_TOGETHER if some.device.type == "cpu" else _TOGETHER
@@ -55,6 +56,7 @@ class SoftmaxMassSelector(QueryTopK):
         else:
             runs = candidates.together(most)
         masses = [products(some, keys) if fused is None else attended(some, keys, fused) for keys in runs]
+        # A mean of logarithms: that of masses would be little but the sharpest head.
         return query.mean_heads(torch.cat(masses, dim=1).mean(dim=(2, 3)))
 
 
@@ -82,13 +84,14 @@ def attended(
     repeated = queries[:, None].expand(-1, blocks, -1, -1, -1).flatten(0, 1)
     every = repeated.transpose(1, 2)  # (batch * blocks, heads, queries, head_dim)
     each = keys.flatten(0, 1).transpose(1, 2)  # (batch * blocks, heads, tokens, head_dim)
+    # Values are in vain: the kernel wants some, and keys are there.
     masses: Tensor = attention(every, each, each)[1]  # (batch * blocks, heads, queries)
     return masses.unflatten(0, (-1, blocks))  # (batch, blocks, heads, queries)
 
 
 def _fused_attention(queries: Tensor) -> Callable[..., Any] | None:
     """Return torch's flash attention, if it takes these on their device."""
-    if not queries.is_cuda or queries.shape[-1] % 8:
+    if not queries.is_cuda or queries.shape[-1] % 8:  # the kernel takes multiples of 8
         return None
     each = queries.transpose(1, 2)
     given = torch.backends.cuda.SDPAParams(each, each, each, None, 0.0, False, False)

@@ -70,7 +70,7 @@ def packforcing(
     """
     chosen_by = resolve_policy("selector", selector, {"topk": 16}, topk=topk)
     if getattr(chosen_by, "topk", None) == 0:
-        if archive_blocks not in (0, None, _ARCHIVE_BLOCKS):
+        if archive_blocks not in (0, None, _ARCHIVE_BLOCKS):  # the default was not asked for
             raise UnusedOptionError(
                 "archive_blocks", "with topk=0 no block is attended, and none is kept; leave it out"
             )

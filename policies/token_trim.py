@@ -90,13 +90,14 @@ class TokenTrim(StateMemory):
         if chunk.latents is None:
             return state
         summary = self._summary(state, chunk.latents)
-        if state.summary is None:
+        if state.summary is None:  # the first chunk has nothing to jump from
             return replace(state, summary=summary)
         if chunk.index <= state.count:
             return state  # a replay
         severity, _ = self._severity(state.summary, summary)
         count, away = state.count + 1, severity - state.mean
         mean = state.mean + away / count
+        # Welford's running sums, which need no severity of before.
         return replace(state, summary=summary, count=count, mean=mean, squares=state.squares + away * (severity - mean))
 
     def forget(self, state: TrimState, tokens: int) -> TrimState:
@@ -125,6 +126,7 @@ class TokenTrim(StateMemory):
         assert state.unstable is not None
         places = state.grid[0] * state.grid[1]
         stable = torch.ones(state.unstable.shape[0], places, dtype=torch.bool, device=state.unstable.device)
+        # The same places in every frame.
         stable = stable.scatter(1, state.unstable, False).repeat(1, len(held) // places)
         # As many places are left in every row.
         index = stable.nonzero()[:, 1].view(stable.shape[0], -1)  # [rows, left]

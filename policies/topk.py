@@ -72,5 +72,6 @@ class QueryTopK(TopK):
     def select(self, query: Query, candidates: Candidates) -> Int[Tensor, "batch chosen"]:
         """Return the indices of the best scores."""
         scores = self.scores(query, candidates)
+        # Turned round, for a stable sort leaves what is equal in its order: the later block first.
         newest_first = scores.flip(1).argsort(dim=1, descending=True, stable=True)
         return candidates.count - 1 - newest_first[:, : self.topk]

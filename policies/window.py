@@ -37,6 +37,7 @@ class WindowPartitioner(Partitioner):
     def partition(self, history_frames: int, chunk_frames: int) -> tuple[Segment, ...]:
         """Return the sink, and what is left of the window beside the sink and the current chunk."""
         sink = min(self.sink_frames, history_frames)
+        # The chunk takes its part of the window.
         oldest = history_frames + chunk_frames - (self.window_frames - self.sink_frames)
         recent = range(max(sink, oldest), history_frames)
         return (Segment("sink", range(sink)), Segment("recent", recent))
