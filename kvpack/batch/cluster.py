@@ -66,6 +66,7 @@ def cluster(address: str | None, workers: int | None) -> Iterator[Any]:
         InvalidOptionError: if Ray is not installed, or the cluster is not there.
     """
     ray = require_ray()
+    # Each worker asks for one at least.
     here: dict[str, Any] = {"include_dashboard": False, "num_cpus": max(workers or 1, cores())}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:

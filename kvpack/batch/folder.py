@@ -20,7 +20,7 @@ class BatchFolder:
     """A folder whose videos are made in one call or several."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()
+        self.path = path.resolve()  # workers may be in other working directories
 
     def output(self, video: Video) -> Path:
         """Return the file of a video."""
@@ -102,7 +102,7 @@ class BatchFolder:
         return entries
 
     def _require_same(self, what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-        now = json.loads(json.dumps(now))
+        now = json.loads(json.dumps(now))  # as the file has it: tuples are lists there
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key):
                 raise OutputError(

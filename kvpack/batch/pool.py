@@ -74,7 +74,7 @@ class Pool:
     ) -> None:
         self.ray, self.folder, self.retries, self.on_event = ray, folder, retries, on_event
         self.every, self.waiting = settings.every, deque(map(Attempt, videos))
-        workers = min(workers, len(videos))
+        workers = min(workers, len(videos))  # one without a video would load the model in vain
         gpu = settings.device.partition(":")[0] == "cuda"
         # Ray gives a process as many threads as it has cores here, unless OMP_NUM_THREADS says otherwise.
         needs = {"num_cpus": 1, "num_gpus": 1} if gpu else {"num_cpus": max(1, cores() // max(workers, 1))}
@@ -124,6 +124,7 @@ class Pool:
         if self.waiting:
             attempt = self.waiting.popleft()
             attempt.begun, attempt.chunks = attempt.begun + 1, -1  # before the first one it says what it has
+            # A generator, so that frames are told of while it is made.
             stream = worker.make.options(num_returns="streaming").remote(asdict(attempt.video))
             self.making[stream] = worker, process, attempt
 
@@ -149,12 +150,12 @@ class Pool:
         if isinstance(error, self.ray.exceptions.RayTaskError):  # its process lives, but may have spoiled its GPU
             self.ray.kill(worker)
         self._start()
-        attempt.lost = 0 if attempt.chunks >= self.every else attempt.lost + 1
+        attempt.lost = 0 if attempt.chunks >= self.every else attempt.lost + 1  # it got as far as another checkpoint
         if attempt.lost > self.retries:
             why = f"its worker ended {attempt.lost} times behind one and the same checkpoint, at last: {why}"
             self._ended(attempt, process, {"name": attempt.video.name, "error": why})
             return
-        self.waiting.appendleft(attempt)
+        self.waiting.appendleft(attempt)  # first, since the most of it may be made already
         self.on_event(Event("lost", attempt.video, process, said=why))
 
     def _ended(self, attempt: Attempt, process: int, entry: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from kvpack.errors import InvalidOptionError, require_seed
 from kvpack.generation.prompts import shots
 from kvpack.planning.planner import video_frames
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # no dot in front, which would be hidden or `..`
 _KEYS = ("prompt", "name", "seed", "seconds", "negative_prompt")
 
 

@@ -44,7 +44,7 @@ class Work:
         if output.exists():  # whole: it appears at the end, where its checkpoint goes
             yield count_frames(output)
             return
-        if folder.exists():
+        if folder.exists():  # without a snapshot it holds nothing to go on with
             remove(folder)
         given = {} if video.negative_prompt is None else {"negative_prompt": video.negative_prompt}
         arguments = {**settings.call, **given, "prompt": video.prompt}
@@ -59,7 +59,7 @@ class Work:
             settings.device,
         )
         with started(self.pipeline, self.stack, settings.frames(video), video.seed, arguments) as track:
-            job.write(folder)
+            job.write(folder)  # behind the start, which may refuse the call
             yield from checkpointing(track, job, folder, partial=False)
 
     def entry(self, video: Video, frames: int) -> dict[str, Any]:

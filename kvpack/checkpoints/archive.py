@@ -10,8 +10,9 @@ import torch
 
 from kvpack.errors import InvalidOptionError, first_line
 
+# An archive's end, the same in 64 bits, and what says where that is; without the comment behind the end.
 _END, _END64, _LOCATOR = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
-_UNSAID = 2**32 - 1
+_UNSAID = 2**32 - 1  # what the end has where the one in 64 bits says it
 
 
 def is_archive(path: Path) -> bool:
@@ -32,9 +33,11 @@ def archived_pickle(path: Path, most: int) -> bytes:
             with zipfile.ZipFile(file) as archive:
                 entries = archive.infolist()
             _require_stored(path, entries)
-            file.seek(0)
+            file.seek(0)  # the reader measures from where the file stands
             reader = torch._C.PyTorchFileReader(file)
+            # Behind the archive's own name.
             sizes = {each.filename.partition("/")[2]: each.file_size for each in entries}
+            # Torch's reader looks names up whatever their case: of two that differ in it, it gives the first.
             if [*sizes] != reader.get_all_records() or len({name.lower() for name in sizes}) != len(entries):
                 raise ValueError("its files are named as torch.save names none")
             if sizes.get("data.pkl", 0) > most:

@@ -97,6 +97,7 @@ class Settings:
         if Path(name).is_dir():
             return cls.of_folder(Path(name))
         try:
+            # Of the main revision; a pipeline does not say from which it was loaded.
             cached = [try_to_load_from_cache(str(name), place) for place in PLACES]
         except HFValidationError:  # a folder that is gone
             return None

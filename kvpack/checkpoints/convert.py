@@ -64,6 +64,7 @@ def convert(
         InvalidOptionError: if the checkpoint, the LoRA or the base is not what it must be, or the output is in the way.
         UnsupportedPipelineError: if the base has two transformers.
     """
+    # Without its transformer's weights, which are replaced.
     folder_of_base = model_folder(base, "base", without=["transformer/*.safetensors", "*.bin"])
     index, config = _base(folder_of_base)
     _require_free(output, [source, folder_of_base, *([lora] if lora else [])], overwrite)
@@ -75,7 +76,7 @@ def convert(
         deltas = read_lora(lora, lora_alpha, rename)
         tensors = merge(tensors, deltas, dtype)
     if dtype is not None:
-        tensors = {name: each.to(dtype) for name, each in tensors.items()}
+        tensors = {name: each.to(dtype) for name, each in tensors.items()}  # those of a LoRA are rounded already, once
     model = build(tensors, config)
     _require_finite(tensors, source, dtype)
     # Nothing is written before all that can be wrong with the weights has been found.
@@ -121,6 +122,7 @@ def _copy_parts(
     base: Path, scheduler: type, folder: Path, index: dict[str, Any]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Copy all parts but the transformer and the scheduler, and write the model index."""
+    # Where from_pretrained imports it from.
     library = "diffusers" if hasattr(diffusers, scheduler.__name__) else scheduler.__module__
     own = {"transformer": ["diffusers", "WanTransformer3DModel"], "scheduler": [library, scheduler.__name__]}
     parts = [name for name, value in index.items() if isinstance(value, list) and name not in (*own, "transformer_2")]
@@ -156,7 +158,7 @@ def _replacing(output: Path) -> Iterator[Path]:
         new, old = Path(staging) / "new", Path(staging) / "old"
         new.mkdir()
         yield new
-        if output.exists():
+        if output.exists():  # two renames, since one onto a folder that is not empty fails
             output.rename(old)
         try:
             new.rename(output)

@@ -48,6 +48,7 @@ class Delta:
 
     def merged(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the weight with the delta added, computed in float64 and rounded once."""
+        # In float64 a product of two 16-bit numbers is exact, and so is nearly every sum of them.
         exact = {name: each.double() for name, each in self.factors.items()}
         if "whole" not in exact:  # [out, rank] @ [rank, in]
             exact["whole"] = (exact["up"].flatten(1) @ exact["down"].flatten(1)).view(self.shape)
@@ -114,7 +115,7 @@ def merge(weights: Mapping[str, Tensor], deltas: Mapping[str, Delta], dtype: tor
 
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float64 to the nearest value of `dtype`; torch itself rounds 16-bit floats twice, by way of float32."""
-    if dtype.itemsize > 2:
+    if dtype.itemsize > 2:  # float32 is rounded to at once
         return exact.to(dtype)
     single = exact.float()
     single = torch.where(single.abs() > exact.abs(), single.nextafter(torch.zeros_like(single)), single)

@@ -24,6 +24,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
         whole = re.compile(f"{_BEFORE}{pattern}{_BEHIND}")
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{said}{error}") from error
+    # `(?`: flags and references are left of it. `)*`: a repeated group may match in exponentially many ways.
     if re.search(r"\(\?|\)\*", _simplified(pattern)):
         raise ValueError(f"{said}it could be matched for ever; {_ALLOWED} are allowed")
     return whole

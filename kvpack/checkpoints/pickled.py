@@ -87,7 +87,7 @@ def _claimed(path: Path, source: Any, most: int) -> int:
     with suppress(ValueError, IndexError, KeyError):  # broken, as torch will say when it comes there
         for code, argument, place in pickletools.genops(source):
             asked = stack[-1] if stack else None
-            if place is not None and place - begun > most:
+            if place is not None and place - begun > most:  # no further: each opcode takes time
                 break
             if wrong := _step(code, argument, stack, memo, storages):
                 break

@@ -86,7 +86,7 @@ def bare_name(key: str) -> str:
     'blocks.0.ffn.0.weight'
     """
     parts = [part for part in key.split(".") if part not in _INNER]
-    while len(parts) > 1 and parts[0] in _OUTER:
+    while len(parts) > 1 and parts[0] in _OUTER:  # the last part stays, whatever it is called
         del parts[0]
     return ".".join(parts)
 
@@ -160,6 +160,7 @@ def _shards(folder: Path) -> list[Path]:
             names = sorted(set(read_json(index)["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidOptionError(f"{index} is not the index of a sharded checkpoint: {error!r}") from error
+        # A stranger's index reads no file elsewhere.
         if wrong := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
             raise InvalidOptionError(f"{index} names {str(wrong[0])[:80]!r}, which is no file beside it")
         missing = [name for name in names if not (folder / name).is_file()]

@@ -11,7 +11,7 @@ from kvpack.checkpoints.config import Settings
 from kvpack.errors import InvalidOptionError, unknown_name
 from kvpack.scheduler import FlowMatchFewStepScheduler
 
-_FOUR_STEPS = (1.0, 0.75, 0.5, 0.25)
+_FOUR_STEPS = (1.0, 0.75, 0.5, 0.25)  # under a shift of 5 these are t = 1000, 937.5, 833.3 and 625
 #: Self-Forcing and its kin were trained on 21 latent frames, in chunks of 3.
 _PACKED = {"chunk_frames": 3, "sink_frames": 6, "recent_frames": 3, "train_frames": 21}
 #: Chunks of a frame are blocks of a frame: twice as many of them are as many tokens as by default.
@@ -63,6 +63,7 @@ class Recipe:
         """The sampler that its own code uses."""
         if not self.solver:
             return FlowMatchFewStepScheduler(self.sigmas, self.shift)
+        # As in stock Wan's config.
         flow: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
         return UniPCMultistepScheduler(flow_shift=self.shift, **flow)
 
@@ -191,7 +192,7 @@ def recipe_for(source: Path, name: str | None, causal: bool = False) -> Recipe:
             raise unknown_name("recipe", name, RECIPES)
         return RECIPES[name]
     found = [each for each in RECIPES.values() if any(ends(source, pattern) for pattern in each.files)]
-    if len(found) == 1:
+    if len(found) == 1:  # two that match tell no more than none
         return found[0]
     told = next((f"{what}, that no recipe is for" for each, what in _OTHERS.items() if ends(source, each)), "none")
     raise InvalidOptionError(f"the path {path} tells {told}; give --recipe, one of {', '.join(RECIPES)}")

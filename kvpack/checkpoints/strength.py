@@ -88,7 +88,7 @@ class Strength:
         configured = _matched(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
         alpha = next((float(each) for each in (self.asked, alpha, configured) if each is not None), None)
         if alpha is None:
-            if self.note not in (None, rank):
+            if self.note not in (None, rank):  # with alpha = rank the factor is 1 either way
                 raise InvalidOptionError(
                     f"the header of {self.path} notes alpha {self.note:g} beside rank {rank}, but nothing says whether "
                     "the factors have it inside; give the alpha that is meant"

@@ -42,6 +42,7 @@ def contact_sheet(title: str, columns: Sequence[str], rows: Sequence[Row], side:
         top = HEADER + index * (height + GAP)
         draw.multiline_text((MARGIN, top + height // 2), row.label, "black", font=small, anchor="lm")
         for column, picture in enumerate(row.pictures):
+            # Pixels stay as the model made them.
             tile = Image.fromarray(picture).resize((side, height), Image.Resampling.NEAREST)
             sheet.paste(tile, (left + column * (side + GAP), top))
     data = BytesIO()
@@ -62,6 +63,6 @@ def side_by_side(panels: Sequence[Frames], upscale: int, top: Frames, gap: int) 
     """Join the frames of several videos, `[frames, height, width, 3]` each, under a banner."""
     large = [panel.repeat(upscale, axis=1).repeat(upscale, axis=2) for panel in panels]
     white = np.full((*large[0].shape[:2], gap, 3), 255, dtype=np.uint8)
-    parts = [part for panel in large for part in (white, panel)][1:]
+    parts = [part for panel in large for part in (white, panel)][1:]  # without a gap in front of the first
     body = np.concatenate(parts, axis=2)
     return np.concatenate([np.broadcast_to(top, (len(body), *top.shape)), body], axis=1)

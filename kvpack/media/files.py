@@ -22,7 +22,7 @@ def require_writable(path: Path) -> Path:
     if not os.path.isdir(path.parent):
         what = "is not a directory" if os.path.exists(path.parent) else "does not exist"
         raise OutputError(f"cannot write {path}: {path.parent} {what}; give a file in a directory that exists")
-    trial = _partial(path)
+    trial = _partial(path)  # beside it: whether a folder takes files is known only when one is made
     try:
         trial.touch()
         trial.unlink()
@@ -89,9 +89,9 @@ class PartialFile:
         """
         with self.reported():
             if durable:
-                os.fsync(self._file.fileno())
+                os.fsync(self._file.fileno())  # before the rename, which may else reach the disk first
             self._file.close()
-            os.replace(self._partial, path or self.path)
+            os.replace(self._partial, path or self.path)  # in one step, on one file system
             if durable:
                 sync_folder(self.path.parent)
 
@@ -185,4 +185,5 @@ def checksum(path: Path) -> str:
 
 
 def _partial(path: Path) -> Path:
+    # Two processes that write one file do not write into each other's.
     return path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -85,8 +85,9 @@ def covered(pixels: Float[Tensor, "frames channels h w"], size: Size) -> Float[T
     if (height, width) == size:
         return pixels
     ratio = max(size[0] / height, size[1] / width)
+    # Rounding must not leave a row uncovered.
     scaled = [max(size[0], round(height * ratio)), max(size[1], round(width * ratio))]
-    pixels = interpolate(pixels, scaled, mode="bilinear", antialias=True)
+    pixels = interpolate(pixels, scaled, mode="bilinear", antialias=True)  # else shrinking would skip rows
     top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
     return pixels[..., top : top + size[0], left : left + size[1]]
 
@@ -119,6 +120,7 @@ def _frames(
             f"video must be a path, a list of pictures, an array or a tensor, got {type(clip).__name__}"
         )
     if fps is not None and source_fps is not None and fps != source_fps:
+        # As `VideoFile.at`: to half a frame behind the last.
         count = int((len(clip) - 0.5) * fps / source_fps + 1e-6) + 1
         clip = [clip[min(len(clip) - 1, round(index * source_fps / fps))] for index in range(count)]
     return clip[:first] if last is None else clip[:first][-last:]
@@ -156,7 +158,7 @@ def _channels_first(name: str, picture: Any) -> Tensor:
     if isinstance(picture, Image.Image):
         picture = _upright(picture)
     if isinstance(picture, np.ndarray):
-        native = picture.astype(picture.dtype.newbyteorder("="), copy=False)
+        native = picture.astype(picture.dtype.newbyteorder("="), copy=False)  # torch takes no other byte order
         values = _tensor(name, native)
         values = values[..., None] if values.ndim == 2 else values
         values = values.movedim(-1, -3)  # [..., channels, height, width]

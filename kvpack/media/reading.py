@@ -71,7 +71,7 @@ class VideoFile:
         colours = {"src_colorspace": "ITU709"} if unsaid else {}
         picture: Frames = frame.to_ndarray(format="rgb24", width=width, height=height, **colours)
         a, b, c, d = self.matrix
-        if math.hypot(a, d) < math.hypot(b, c):
+        if math.hypot(a, d) < math.hypot(b, c):  # a quarter turn: rows are shown as columns
             picture, a, d = picture.swapaxes(0, 1), c, b
         return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
@@ -88,6 +88,7 @@ def opened(path: Path) -> Iterator[VideoFile]:
     if not path.is_file():
         raise InvalidOptionError(f"no video {path}; give a file, e.g. video.mp4")
     try:
+        # Titles in other encodings are no reason to fail.
         with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise InvalidOptionError(f"{path} must be a video, got a file without pictures")
@@ -173,4 +174,4 @@ def _timed(frames: Iterable[Any], fps: float) -> Iterator[tuple[float, Any]]:
     for index, frame in enumerate(frames):
         time = index / fps if frame.time is None else float(frame.time)
         start = time if start is None else start
-        yield time - start, frame
+        yield time - start, frame  # a file's first frame need not be at 0

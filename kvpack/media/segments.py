@@ -62,7 +62,7 @@ class SegmentedVideo:
         """End the segment, on the disk for certain, and return all of them as JSON takes them."""
         if self._writer is not None:
             writer, self._writer = self._writer, None
-            writer.__exit__(None, None, None)
+            writer.__exit__(None, None, None)  # a closed mp4 that plays alone
             with open(writer.path, "rb+") as file:
                 os.fsync(file.fileno())
             size = writer.path.stat().st_size
@@ -93,7 +93,7 @@ class SegmentedVideo:
         if not self.segments:
             raise OutputError(f"cannot write {output}: no frame was generated")
         file = PartialFile(output)
-        delay = max(map(self._delay, self.segments))
+        delay = max(map(self._delay, self.segments))  # one for all, so that times ascend from segment to segment
         with file.reported(), av.open(file, "w", format="mp4") as container:
             stream: Any = None
             first = 0
@@ -103,6 +103,7 @@ class SegmentedVideo:
                     if stream is None:
                         stream = container.add_stream_from_template(given)
                         like = given.codec_context.extradata, given.time_base
+                    # One stream has one header, for all its packets.
                     if (given.codec_context.extradata, given.time_base) != like:
                         raise OutputError(
                             f"cannot write {output}: {segment.name} was encoded otherwise than the first segment; the "
@@ -142,6 +143,7 @@ def clear(folder: Path, kept: Collection[str] = ()) -> None:
 
 def _copy(source: Any, given: Any, container: Any, stream: Any, first: int, delay: int, fps: FrameRate) -> None:
     """Copy packets, their times counted from frame `first` on, with the delay that the slowest segment needs."""
+    # Ticks of a frame.
     each, start = 1 / (Fraction(fps).limit_denominator(1001) * given.time_base), int(given.start_time or 0)
     packets = (packet for packet in source.demux(given) if packet.dts is not None)  # the last one is empty
     for index, packet in enumerate(packets, first):

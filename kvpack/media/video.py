@@ -55,6 +55,7 @@ class VideoWriter:
             raise InvalidOptionError(f"fps must be a number of frames a second above 0, e.g. 16, got {fps!r}")
         if path.suffix.lower() != ".mp4":
             raise OutputError(f"cannot write {path}: videos are mp4; give a name that ends in .mp4")
+        # A fraction that libav takes; 1001 is for rates such as 30000/1001.
         self.path, self.fps, self.upscale = require_writable(path), Fraction(fps).limit_denominator(1001), upscale
         self.frames = 0
         self._file: PartialFile | None = None
@@ -143,6 +144,7 @@ class VideoWriter:
             narrow = {"x264-params": "asm=0"} if width < _NARROW else {}
             stream.options = {"crf": "18", "preset": "veryfast", **narrow}
         else:
+            # Other encoders have no crf; theirs is a rate.
             stream.bit_rate = 8 * height * width
         return stream
 

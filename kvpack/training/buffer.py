@@ -38,8 +38,10 @@ class GraphContext:
         self.lengths = lengths if by_row else lengths * like.shape[0]
         longest, nothing = max(self.lengths), like.detach()[: 1 if by_row else None, :0]
         made = [_joined(tokens, nothing, attended.rotations, geometry) for tokens in groups]
+        # Only so that they are one tensor: `attend` cuts each row at its own length.
         padded = [[pad(each, (0, 0, 0, 0, 0, longest - each.shape[1])) for each in pair] for pair in made]
         keys, values = (torch.cat(each) for each in zip(*padded, strict=True))
+        # Leaves, in whose `grad` the denoising steps add up; without gradients where what made them has none.
         self.keys, self.values = (each.detach().requires_grad_(each.requires_grad) for each in (keys, values))
         #: Rotated keys, and values, each as made and cut off.
         self.made: tuple[Cut, Cut] = (keys, self.keys), (values, self.values)
@@ -48,6 +50,7 @@ class GraphContext:
         """Attend history and the current keys and values."""
         queries, keys = rotate(queries, turns), rotate(keys, turns)
         results = []
+        # Rows of one length in one call; others each alone, since padding would be attended without a mask.
         together = len(self.lengths) if len(set(self.lengths)) == 1 else 1
         for row in range(0, len(self.lengths), together):
             rows, length = slice(row, row + together), self.lengths[row]
@@ -134,5 +137,5 @@ def backward_history(cuts: Iterable[Cut], again: bool = False) -> None:
         again: whether a later history has parts of this one, so that their graph is kept.
     """
     with_gradients = [(made, cut.grad) for made, cut in cuts if cut.grad is not None]
-    if with_gradients:
+    if with_gradients:  # none where the chunk attends nothing that is learned
         torch.autograd.backward([made for made, _ in with_gradients], [grad for _, grad in with_gradients], again)

@@ -152,6 +152,7 @@ class ClipFolder(Sequence[Clip]):
             except BrokenClipError as error:
                 self._report(f"{file.name}, clip {index}: {error}", broken)
             else:
+                # Bytes, for NumPy has no bfloat16.
                 digest = hashlib.sha256(latents.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
                 yield _Row(file, source, index, caption, tuple(latents.shape), digest)
 
@@ -190,8 +191,10 @@ class ClipFolder(Sequence[Clip]):
             raise BrokenClipError("its latents hold NaN or infinity")
 
     def _encoded(self, file: Path) -> Path:
+        # In the clips' own folder the encoded ones would be taken for further clips.
         if self.cache is None or self.cache.resolve() == self.folder.resolve():
             raise InvalidOptionError(f"{file.name} is a video; give cache, a folder of its own for what is encoded")
+        # All that the latents follow from: a clip is encoded anew where one of these is another.
         wanted = f"{_digest(file)}-{self.frames}-{self.size}-{self.fps}-{self.encoder}"
         path = self.cache / f"{file.stem}-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}{LATENTS}"
         if not path.exists():

@@ -131,7 +131,7 @@ class CompressorTraining:
         # What cannot work is found out now, before models are loaded and clips encoded.
         described = from_folder(self.model)
         stack = self._stack(described)
-        targets(stack, self.frames)
+        targets(stack, self.frames)  # raises where no chunk would learn anything
         if self.size is not None:
             adapter_for(described).geometry(described.configs, *self.size, PRECISIONS[self.mixed_precision])
         accelerator = Accelerator(
@@ -148,6 +148,7 @@ class CompressorTraining:
         branch = self._branch(config, stack).to(accelerator.device)
         about = {name: str(getattr(self, name)) for name in _ABOUT} | {"stack": stack.to_dict(), "models": models}
         trained = {"weights": branch, "project": branch.project, "coordinates": branch.coordinates}
+        # With this very branch, which is trained while it is used.
         stack = replace(stack, compressor=registry().policy("compressor", self.branches, trained))
         clips = ClipFolder(
             self.data,
@@ -241,12 +242,12 @@ class CompressorTraining:
         from peft import LoraConfig
 
         targets = ["to_q", "to_k", "to_v", "to_out.0"]
-        with torch.random.fork_rng():
+        with torch.random.fork_rng():  # add_adapter draws from torch's own generator
             torch.manual_seed(self.recipe.seed)
             transformer.add_adapter(LoraConfig(r=self.lora_rank, lora_alpha=self.lora_rank, target_modules=targets))
         for each in transformer.parameters():
-            if each.requires_grad:
-                each.data = each.data.float()
+            if each.requires_grad:  # the LoRA's alone: the model is frozen
+                each.data = each.data.float()  # a step may be less than half precision's last bit
         return nn.ModuleList([branch, transformer])
 
     def _save(self, branch: HighResolutionBranch, pipeline: Any) -> None:

@@ -67,7 +67,8 @@ class ContextDistillation:
         for chunk, session, compared in self._compare(clips, chosen, source, GraphLayer):
             cuts: list[Cut] = []
             for loss in compared:
-                cuts = histories(session)
+                cuts = histories(session)  # there once something was predicted, and one for all steps
+                # Ends at the history, which is cut off: its gradients add up over the steps.
                 backward(loss / (self.steps * len(chosen)))
                 losses.append(float(loss.detach()))
             backward_history(cuts, again=chunk < chosen[-1])
@@ -106,7 +107,7 @@ class ContextDistillation:
                 with rollout.attached():
                     if chunk in noises:
                         yield chunk, rollout
-                    if chunk < chosen[-1]:
+                    if chunk < chosen[-1]:  # nothing attends the last one
                         rollout.commit(clean)
 
         with torch.no_grad():

@@ -36,6 +36,7 @@ def cut_log(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
+    # A crash may have cut the last line, even inside a letter.
     whole = path.read_bytes().decode(errors="replace").rpartition("\n")[0]
     rows = [row for row in csv.reader(whole.splitlines()) if len(row) == len(_HEADER)]
     text = io.StringIO(newline="")

@@ -66,11 +66,13 @@ class DistributionMatching:
 
     def __post_init__(self) -> None:
         self.teacher.requires_grad_(False)
+        # In float32, in whatever precision its forward is: the optimiser's steps are small.
         self.critic = deepcopy(self.teacher).float().requires_grad_(True)
 
     @property
     def learners(self) -> Sequence[Learner]:
         """The generator, which has gradients every `critic_steps` steps, and the critic."""
+        # Self-Forcing's, without momentum.
         options = {"betas": (0.0, 0.999), "weight_decay": 0.01}
         return (
             Learner("generator", self.generator, options=options),
@@ -126,6 +128,7 @@ class DistributionMatching:
                 made.append(clean)
                 if index == learning:
                     cuts = histories(rollout.session)
+                # Tokens of earlier chunks' commits are what the learning chunk attends; later ones nobody learns from.
                 with torch.set_grad_enabled(learning is not None and index < learning):
                     rollout.commit(clean.detach())
         return torch.cat(made, dim=2), cuts
@@ -137,10 +140,11 @@ class DistributionMatching:
         against = self.negative.to(embeds).expand_as(embeds)
         toward = self._clean(self.teacher, noisy, sigma, embeds)
         away = self._clean(self.teacher, noisy, sigma, against)
+        # Classifier-free guidance, away + scale * (toward - away), of clean predictions.
         real = toward + (self.guidance_scale - 1) * (toward - away)
         with self.autocast():
             fake = self._clean(self.critic, noisy, sigma, embeds)
-        scale = (videos - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+        scale = (videos - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)  # of each video: DMD's L1 weight
         return (fake - real) / scale.clamp(min=1e-6)
 
     def _denoise(
@@ -151,13 +155,14 @@ class DistributionMatching:
         with self.autocast():
             # sigma is [videos, 1, 1, 1, 1], times are [videos]
             velocity = self.trainee.velocity(self.critic, noisy, 1000 * sigma.flatten(), embeds).float()
-        loss = (velocity - (noise - videos)).square().mean()
+        loss = (velocity - (noise - videos)).square().mean()  # flow matching
         backward(loss)
         return float(loss.detach())
 
     def _noised(self, videos: Tensor, source: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         low, high = SIGMAS
         uniform = low + (high - low) * torch.rand(len(videos), 1, 1, 1, 1, generator=source).to(videos)
+        # The flow's time shift.
         sigma, noise = self.shift * uniform / (1 + (self.shift - 1) * uniform), noise_like(videos, source)
         return mixed(videos, noise, sigma), sigma, noise
 

@@ -38,6 +38,7 @@ def noise_levels(scheduler: Any, steps: int) -> list[tuple[float, float]]:
 
 def generator(*seeds: int) -> torch.Generator:
     """Return a generator seeded by a place in a training run, so that a resumed run draws the same numbers."""
+    # Mixed: a sum of the numbers would be the same for two places.
     (state,) = np.random.SeedSequence(seeds).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state))
 

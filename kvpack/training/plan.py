@@ -110,5 +110,6 @@ def training_plan(
         graph_bytes=graph * itemsize * batch,
         kv_bytes=(packed + whole) * geometry.kv_bytes_per_token * batch,
         batch_bytes=(latents.channels * frames * rows * columns * _LATENT_BYTES + kept * itemsize) * batch,
+        # A forward and a backward of what is learned; the rest is forwards alone.
         flops_per_step=(teacher + student + (1 + _BACKWARD) * learned + decoded) * batch,
     )

@@ -60,7 +60,7 @@ class TrainingRecipe:
             multiple: of the learning rate.
         """
         rate = self.learning_rate * multiple
-        unused = torch.optim.AdamW([torch.zeros(())], rate)
+        unused = torch.optim.AdamW([torch.zeros(())], rate)  # get_scheduler wants one; only its formula is taken
         try:
             schedule: Any = get_scheduler(
                 self.schedule, unused, num_warmup_steps=self.warmup, num_training_steps=self.steps

@@ -128,6 +128,7 @@ class Trainer:
         recipe, accelerator = self.recipe, self.accelerator
         totals: dict[str, float] = {}
         for part in range(recipe.accumulation):
+            # The number of a batch in the run, by which its clips and noise are drawn: none comes twice.
             turn = (self.step * recipe.accumulation + part) * accelerator.num_processes + accelerator.process_index
             told = self.objective.backward(
                 self.step,
@@ -147,6 +148,7 @@ class Trainer:
         first, chosen = turn * self.recipe.batch, []
         for index in range(first, first + self.recipe.batch):
             round_, place = divmod(index, len(self.clips))
+            # Of the epoch alone: a resumed run needs no state.
             order = torch.randperm(len(self.clips), generator=generator(self.recipe.seed, 0, round_))
             chosen.append(self.clips[int(order[place])])
         return chosen
@@ -216,7 +218,7 @@ class Trainer:
         data: dict[str, Any] = self._read(recipe, state) if state.exists() else {"step": 0}
         every: Any = self.accelerator.gather(torch.tensor([data["step"]], device=self.accelerator.device))
         steps = every.tolist()
-        if len(set(steps)) > 1:
+        if len(set(steps)) > 1:  # each would wait for the others at another step
             seen = ", ".join(f"process {rank} at step {step}" for rank, step in enumerate(steps))
             raise TrainingError(
                 f"the processes do not see the same {state}: with theirs {seen}; give a folder that all nodes share"
@@ -224,7 +226,7 @@ class Trainer:
         if not data["step"]:
             if self.accelerator.is_main_process:
                 save_bytes(self.about.encode(), recipe)
-                (self.output / LOG).unlink(missing_ok=True)
+                (self.output / LOG).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
             return
         self.step = self.saved_step = data["step"]
         if self.accelerator.scaler is not None:
@@ -233,7 +235,7 @@ class Trainer:
             kept, trained = data["learners"][learner.name], learner.trained
             with torch.no_grad():
                 for name, weights in kept["weights"].items():
-                    trained[name].copy_(weights)
+                    trained[name].copy_(weights)  # in place: the optimiser holds these very tensors
             self.optimisers[learner.name].load_state_dict(kept["optimiser"])
         if self.accelerator.is_main_process:
             cut_log(self.output / LOG, self.step)
