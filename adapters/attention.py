@@ -32,7 +32,7 @@ class ForwardLayers:
     def take(self, index: int) -> AttendingLayer:
         """Return a layer's memory, and raise `UnsupportedPipelineError` the second time."""
         require_thread(self.thread)
-        if index not in self._layers:
+        if index not in self._layers:  # gradient checkpointing, or a block that is called twice
             raise UnsupportedPipelineError("a layer attended twice in one forward, which the memory would count twice")
         return self._layers.pop(index)  # what is left at the end was skipped
 
@@ -138,7 +138,7 @@ def attached(
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         require_thread(layers.thread)  # a hook runs for whoever calls, also for a pipeline that shares the model
-        handed = layers_for(args, kwargs)
+        handed = layers_for(args, kwargs)  # tells the session of the forward, once for all layers
         if not (handed and getattr(handed[0], "differentiable", False)):  # a backward pass is yet to read them
             begin_forward(in_parts)
         layers.hand_out(handed)
@@ -161,6 +161,7 @@ def attached(
 @contextmanager
 def installed(processors: Mapping[Any, Any]) -> Iterator[None]:
     """Give attention modules these processors, and their own back, with the backend that was set meanwhile."""
+    # The objects themselves, which may have options of their own.
     replaced = {attention: attention.processor for attention in processors}
     backends = {attention: getattr(each, "_attention_backend", None) for attention, each in processors.items()}
     try:

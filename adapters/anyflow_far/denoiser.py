@@ -38,6 +38,7 @@ class AnyFlowFARDenoiser(WanDenoiser):
     def forward(self, branch: str, latents: Tensor, timesteps: Tensor) -> Tensor:
         """Return the transformer's output for latents of all branches."""
         frames = latents.shape[2]
+        # Of frames: the model's own forward repeats them for tokens.
         times = timesteps[:, None].expand(-1, frames)
         output, _ = self.transformer(
             hidden_states=latents.transpose(1, 2),  # (b, frames, channels, height, width)

@@ -52,6 +52,7 @@ class SanaWMRun(Run):
                 f"the call in the place of packforcing.first_chunk_frames, got {call['sink_size']}"
             )
         trained = call_signature(pipeline._kvpack_base).parameters["kv_max_frames"].default
+        # Refused and not ignored: it would have no effect here.
         if call["kv_max_frames"] != trained:
             raise InvalidOptionError(
                 f"kv_max_frames is the stock pipeline's window, got {call['kv_max_frames']}, but this pipeline's "
@@ -102,6 +103,7 @@ class SanaWMRun(Run):
             raise InvalidOptionError(f"the refiner's prompt is one text, got {type(prompt).__name__}")
         pipeline, rows = self.pipeline, self.call["sana_latent"].shape[0]
         device, dtype = pipeline._execution_device, pipeline.transformer.dtype
+        # One text for the batch, as the call encodes it.
         embeds, mask = pipeline._encode_prompt(prompt, device=device, dtype=dtype)
         return {BRANCH: Text(embeds.expand(rows, -1, -1), mask.expand(rows, -1))}
 

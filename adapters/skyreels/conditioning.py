@@ -60,7 +60,7 @@ def conditioning_latents(pipeline: Any, call: dict[str, Any], pixels: Tensor, ro
     """
     require_vae(pipeline.vae, "image= or video=")
     shared = {
-        "batch_size": 1,
+        "batch_size": 1,  # encoded once; `expand_batch` repeats it
         "num_channels_latents": pipeline.transformer.config.in_channels,
         "height": pixels.shape[-2],
         "width": pixels.shape[-1],

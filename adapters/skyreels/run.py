@@ -44,6 +44,7 @@ class _OneChunk(PackForcingMixin):
 def text_to_video(pipeline: Any) -> Any:
     """Return the text-to-video pipeline over all of an enabled one: components, hooks, interrupt and progress."""
     base = pipeline._kvpack_base
+    # A subclass of the text-to-video pipeline keeps its own call.
     base = base if issubclass(base, SkyReelsV2DiffusionForcingPipeline) else SkyReelsV2DiffusionForcingPipeline
     view: Any = object.__new__(type(base.__name__, (_OneChunk, base), {"_kvpack_base": base}))
     # The very dictionary: an interrupt of either is one of both.
@@ -91,7 +92,7 @@ class SkyReelsRun(WanRun):
         if given is not None:
             frames = require_int("causal_block_size", given, minimum=1)
         else:
-            frames = trained if trained > 1 else stack.chunk_frames
+            frames = trained if trained > 1 else stack.chunk_frames  # 1 says that it was trained without blocks
         return with_chunk_frames(stack, frames, "causal_block_size")
 
     def denoiser_class(self) -> Callable[..., SkyReelsDenoiser]:
@@ -146,6 +147,7 @@ class SkyReelsRun(WanRun):
     @contextmanager
     def stock(self) -> Iterator[Callable[..., Any]]:
         """Give the text-to-video call, whichever of the three pipelines it is."""
+        # For what it sets up around a call; the call itself is the text-to-video pipeline's.
         with super().stock():
             yield self.noise_pipeline
 

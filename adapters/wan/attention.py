@@ -76,6 +76,7 @@ class _GuidedHook(_BranchHook):
     # Diffusers asks whether a hook has this method, hence a class of its own.
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what `guided` does."""
+        # Of which the prediction of another process has the shape.
         given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         forward = cast(Callable[..., Any], self.fn_ref.original_forward)
         return self.guided(self.manager.context.name, partial(forward, *args, **kwargs), given)

@@ -113,6 +113,7 @@ class WanDenoiser(Denoiser):
 
     def seam(self) -> AbstractContextManager[None]:
         """Put kvpack's processors into the transformer for the block."""
+        # Layers hold the heads that were this process's when the generation began.
         if self.shard != shard_of(self.transformer):
             raise UnsupportedPipelineError("enable_parallelism() was called inside a generation; begin another one")
         guided = None if self.guidance is None else self._guided
@@ -180,6 +181,7 @@ class WanDenoiser(Denoiser):
 
     def forward_clean(self, branch: str, latents: Tensor) -> None:
         """Run a clean chunk at t = 0."""
+        # With the call's attention_kwargs too: a LoRA's scale must be that of the denoising steps.
         self.forward(branch, latents.to(self.geometry.dtype), self._clean_times(latents))
 
     def _clean_times(self, rows: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class ExpertsDenoiser(WanDenoiser):
         if self.writer not in (None, self.transformer):
             raise UnsupportedPipelineError("a writer cannot commit for two experts; set packforcing.writer to None")
         self.second = self.pipeline.transformer_2
-        self.second_prompt = None if self.prompt is None else PromptCache()
+        self.second_prompt = None if self.prompt is None else PromptCache()  # the same text, but projections of its own
         _require_both(self.stack)
         if self.buffer.differentiable:
             raise UnsupportedPipelineError("two experts cannot be trained through; load the pipeline with one of them")

@@ -152,6 +152,7 @@ class _ModularRun:
         guider.set_state(step=i, num_inference_steps=steps, timestep=t)
         batches = guider.prepare_inputs_from_block_state(self.block, {"encoder_hidden_states": tuple(_FIELDS.values())})
         names = [getattr(batch, guider._identifier_key) for batch in batches]
+        # A third prediction, as that of PAG, would need a memory of its own.
         if not set(names) <= set(_FIELDS):
             raise UnsupportedPipelineError(
                 f"{type(guider).__name__} asks for {', '.join(names)}, but kvpack has a memory for each of "

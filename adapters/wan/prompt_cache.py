@@ -107,8 +107,8 @@ class PromptedLayers:
         #: What is to be installed.
         self.processors = {each: PromptWanAttnProcessor(each, self._forward, i) for i, each in enumerate(attentions)}
         self._prompt = prompt
-        #: Whether all of them are computed in every forward.
         # A projection that a forward leaves out would break the order in which streamed groups are fetched ahead.
+        #: Whether all of them are computed in every forward.
         self._anew = bool(attentions) and (_is_hooked(transformer) or _is_fetched_ahead(attentions[0]))
 
     def before_forward(self, branch: str, embeds: Tensor) -> None:
@@ -129,5 +129,5 @@ def _is_hooked(transformer: Any) -> bool:
     """Return whether torch hooks of others run in its forwards, which may change anything in them."""
     kinds = (each for module in transformer.modules() for each in (module._forward_pre_hooks, module._forward_hooks))
     hooks = (hook for each in kinds if each for hook in each.values())
-    # The processors of the block around may have put kvpack's own hooks there already.
+    # Those of kvpack's own, as a SkyReels denoiser's, change nothing of the prompt.
     return any(not getattr(hook, "__module__", "").startswith("kvpack.") for hook in hooks)

@@ -27,7 +27,7 @@ class WanRun(Run):
     """Generates a video chunk by chunk; arguments are those of `Run`."""
 
     output_class = WanPipelineOutput
-    spent = ("image", "video", "video_latents", "last_image")
+    spent = ("image", "video", "video_latents", "last_image")  # large, and not needed again: a snapshot leaves them out
     denoiser: WanDenoiser
 
     def checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class WanRun(Run):
         """Return the noise of a chunk, drawn for it alone: a video's beginning does not depend on its length."""
         given, pipeline = self.call["latents"], self.noise_pipeline
         part = given[:, :, first : first + frames] if given is not None else None
-        if part is not None and part.shape[2] == frames:
+        if part is not None and part.shape[2] == frames:  # given latents go before the generator, as in the call
             return part
         pixel_frames = self.scale * (frames - 1) + 1  # of which prepare_latents makes `frames` latent ones
         shape = self.rows, pipeline.transformer.config.in_channels, *self.frame_size(), pixel_frames

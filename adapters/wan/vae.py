@@ -28,6 +28,7 @@ class StreamingDecoder:
 
     def __init__(self, vae: Any, height: int, width: int) -> None:
         require_own(vae, "decoding chunk by chunk, which a stream and memories that look at pixels do")
+        # As in the VAE's own decode: smaller frames are not tiled.
         if vae.use_tiling and (height > vae.tile_sample_min_height or width > vae.tile_sample_min_width):
             raise UnsupportedPipelineError(
                 "tiled decoding keeps every tile for all time and cannot stream; call pipe.vae.disable_tiling() first, "
