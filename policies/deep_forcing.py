@@ -144,4 +144,5 @@ class DeepForcing(StateMemory):
         first, last = (as_indices(each, len(top), top.device) for each in (range(sink), range(recent, held)))
         # In the order of time, so that the sink stays in front, where slices find it.
         kept = torch.cat([first, top.sort(dim=1).values, last], dim=1)
+        # Their places stay: a chosen token is attended where it was.
         return replace(state, tokens=state.tokens.take(kept), chosen=counts.gather(1, kept))

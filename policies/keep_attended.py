@@ -29,4 +29,5 @@ class AttendedCompressor(KeepCompressor):
             raise TypeError("keep-attended needs the chunk's queries; give the block `queries`")
         some = block.queries.float() / block.keys.shape[-1] ** 0.5
         products = torch.einsum("bihd,bjhd->bhij", some, block.keys.float())
+        # Softmax over the block alone: what else is attended then is not known here.
         return products.softmax(dim=3).mean(dim=(1, 2)).topk(count, dim=1).indices

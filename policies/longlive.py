@@ -73,7 +73,7 @@ class LongLive(StateMemory):
         """Drop all but a global sink that is older than what is forgotten."""
         if self.global_sink and state.full:  # the sink's frames are not among the last ones, which a replay makes anew
             return replace(state, recent=state.recent[:0])
-        sink, recent = shortened((state.sink, state.recent), tokens)
+        sink, recent = shortened((state.sink, state.recent), tokens)  # the sink too, where all of history is made anew
         return LongLiveState(sink, recent)
 
     def _hidden(self, state: LongLiveState, chunk: Chunk) -> int:

@@ -115,6 +115,7 @@ class RollingSink(StateMemory):
         runs: list[list[int]] = []  # shift, index of the first frame among the first or recent ones, frames
         for place, source in state.window:
             index = source if source < self.walked else self.walked + state.frames.index(source)
+            # As few pieces as can be, each a slice; none over the first frames and recent ones, which lie apart.
             if runs and index != self.walked and [runs[-1][0], runs[-1][1] + runs[-1][2]] == [place - source, index]:
                 runs[-1][2] += 1
             else:

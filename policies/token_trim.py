@@ -117,7 +117,7 @@ class TokenTrim(StateMemory):
         return adaptive_avg_pool3d(latents.float(), (1, *state.grid)).flatten(2)  # [rows, channels, places]
 
     def _severity(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        drift = (after - before).norm(dim=1)
+        drift = (after - before).norm(dim=1)  # over channels, at each place
         top = drift.topk(max(1, round(self.share * drift.shape[1])), dim=1)
         return top.values.mean(dim=1), top.indices
 

@@ -107,6 +107,7 @@ class Run(ABC):
     def stock(self) -> Iterator[Callable[..., Any]]:
         """Give the pipeline's own call, for one chunk; it returns latents, or a tuple of them."""
         scheduler = getattr(self.pipeline, "scheduler", None)
+        # Pipelines hand their scheduler no generator: a sampler that draws noise would draw torch's own.
         with getattr(scheduler, "bound_generator", nullcontext)(self.call.get("generator")):
             yield partial(self.pipeline._kvpack_base.__call__, self.pipeline)  # the enabled one begins a generation
 

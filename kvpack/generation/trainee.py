@@ -41,6 +41,7 @@ class Rollout:
             timestep: what the model is told of its noise, in 0..1000.
             step: denoising step; mid blocks are chosen at step 0 and kept in those behind it.
         """
+        # Of floats: a shifted schedule has no whole numbers.
         timesteps = torch.full((noisy.shape[0],), timestep, device=noisy.device)
         return self.denoiser.predict(self.branch, noisy.to(self.denoiser.transformer.dtype), timesteps, step)
 
