@@ -327,6 +327,6 @@ def test_two_thousand_chunks():
 
 
 def test_a_fork_counts_the_archive_of_all_rows():
-    session = Session(registry().stack("packforcing", {"topk": 2, "archive_blocks": 4}), TINY)
+    session = Session(pool_stack(archive_blocks=4), TINY)
     run_session(session, 8, batch=2)
     assert session.snapshot().stats()["archive_bytes"] == session.stats()["archive_bytes"] > 0
