@@ -77,8 +77,8 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     Raises:
         InvalidOptionError: if one does not read so, or comes twice.
 
-    >>> parse_options(["topk=8", "compressor=pool", "archive_blocks=none"])
-    {'topk': 8, 'compressor': 'pool', 'archive_blocks': None}
+    >>> parse_options(["topk=8", "compressor=pool", "archive_blocks=none", "keep_tokens=.5"])
+    {'topk': 8, 'compressor': 'pool', 'archive_blocks': None, 'keep_tokens': 0.5}
     """
     options: dict[str, Any] = {}
     for pair in pairs:
@@ -248,6 +248,7 @@ def progress() -> Iterator[Callable[["Track"], None]]:
 
 
 def _value(text: str) -> Any:
+    text = f"0{text}" if text.startswith(".") and text[1:].isdigit() else text  # .5 is no JSON
     try:
         return json.loads({"none": "null", "true": "true", "false": "false"}.get(text.lower(), text))
     except ValueError:

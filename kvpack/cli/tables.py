@@ -80,7 +80,7 @@ def options(thing: Any) -> list[dict[str, str]]:
 def _archives(factory: Any) -> bool:
     try:
         made = factory()
-    except TypeError:  # it needs options
+    except Exception:  # it needs options, or fails, which is told where it is used
         return False
     return isinstance(made, Stack) and made.archives
 

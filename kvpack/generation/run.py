@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvpack.errors import InvalidOptionError
+from kvpack.errors import InvalidOptionError, UnsupportedPipelineError
 from kvpack.generation.chunks import GeneratedChunk, finite, prolong, require_room, rewinding, trimmed, watched
 from kvpack.generation.denoiser import Denoiser
 from kvpack.generation.phase import Phase
@@ -58,6 +58,9 @@ class Run(ABC):
         decodes = self.stack.needs_pixels or self.output_type != "latent"
         self._decode: Callable[[Tensor], Tensor] | None = self.decoder(height, width) if decodes else None
         self._decodes_in_loop = self.stack.needs_pixels or (decodes and streaming)
+        if self._decodes_in_loop and self._decode is None:
+            who = f"the memory {self.stack.name}" if self.stack.needs_pixels else "a stream of pixels"
+            raise UnsupportedPipelineError(f"{who} needs each chunk decoded, which {adapter.name} cannot do")
         self.denoiser = self.new_denoiser(self.new_geometry(height, width), self.encode(schedule[0].prompt))
         self.scale = adapter.temporal_scale(adapter.configs(pipeline))
         self.conditioning = require_room(self.beginning(), self.total_frames)  # clean latents it begins with

@@ -15,14 +15,14 @@ from kvpack.memory.eviction import Eviction, evicted, grown_slots, merging
 from kvpack.memory.roles import Part, Partitioner, Segment
 
 
-def require_length(frames: int, chunk_frames: int) -> int:
-    """Return `frames` if a chunk can be so long.
+def require_length(frames: int, chunk_frames: int, name: str = "a chunk") -> int:
+    """Return `frames` if a chunk can be so long; `name` says whose length it is.
 
     Raises:
-        InvalidOptionError: if it is longer than the chunks of the stack.
+        InvalidOptionError: if it is no whole number, or longer than the chunks of the stack.
     """
-    if not 1 <= frames <= chunk_frames:
-        raise InvalidOptionError(f"a chunk has 1 to {chunk_frames} latent frames with this stack, got {frames}")
+    if isinstance(frames, bool) or not isinstance(frames, int) or not 1 <= frames <= chunk_frames:
+        raise InvalidOptionError(f"{name} has 1 to {chunk_frames} latent frames with this stack, got {frames!r}")
     return frames
 
 

@@ -216,18 +216,15 @@ class Session:
         return self.layers
 
     def replays(self, coming: int = 0) -> tuple[int, ...]:
-        """Return the frames of each forward of a replay, oldest first.
-
-        Args:
-            coming: frames of a chunk that is not committed yet and is the last of them.
-        """
+        """Return the frames of each forward of a replay, oldest first; the last `coming` are in no history yet."""
         return self.stack.replays(self.past.book, coming)
 
     def rewind(self, frames: int) -> None:
         """Take the last frames out of history; they must be committed again, one of `replays` after the other."""
-        tokens = frames * self.geometry.tokens_per_frame
-        with memory_call(self.stack, "forget", self.policy_seconds):
-            states = tuple(self.stack.forget(state, tokens) for state in self.past.states)
+        tokens, states = frames * self.geometry.tokens_per_frame, self.past.states
+        if tokens:  # in a video's first chunk a joint replay has nothing to forget
+            with memory_call(self.stack, "forget", self.policy_seconds):
+                states = tuple(self.stack.forget(state, tokens) for state in states)
         self.adopt(Past(self.stack.rewound(self.past.book, frames), states))
 
     def notify(self, event: Event) -> None:

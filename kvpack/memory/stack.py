@@ -170,7 +170,8 @@ class Stack(Memory):
     def attend(self, state: StackState, chunk: Chunk) -> Attended:
         """Choose mid blocks and place them between sink and recent blocks."""
         plan, rows = chunk.plan, chunk.queries.shape[0]
-        assert isinstance(plan, StackPlan)
+        if not isinstance(plan, StackPlan):
+            raise PolicyError(f"{self.name} is a Stack, which is no part of another memory; use its policies instead")
         chosen = choose(self.selector, state.archive, chunk, plan)
         if chosen is None or plan.uniform:
             return attended_tokens(state, plan, slice(0, rows), chosen, chunk, chosen)

@@ -77,7 +77,7 @@ def enable(
     own = {"fps": float(settings.fps), "first_chunk_frames": settings.first_chunk_frames}
     kept: dict[str, Any] = own if before is None else {name: getattr(before, name) for name in _KEPT}
     if kept["first_chunk_frames"] is not None:  # of before, maybe longer than the new stack's chunks
-        require_length(kept["first_chunk_frames"], resolved.chunk_frames)
+        require_length(kept["first_chunk_frames"], resolved.chunk_frames, "first_chunk_frames: a chunk")
     adapter.check_stack(pipeline, resolved)
     if not isinstance(pipeline, PackForcingMixin):
         if saved is None:  # kvpack's settings are in folders of causal models only

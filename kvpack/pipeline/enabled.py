@@ -51,8 +51,9 @@ class PackForcing:
 
     @fps.setter
     def fps(self, fps: float) -> None:
-        if not fps > 0:  # so that NaN is refused too
-            raise InvalidOptionError(f"fps must be > 0, got {fps}")
+        fps = plain(fps)
+        if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float("inf"):
+            raise InvalidOptionError(f"fps must be a number > 0, got {fps!r}")
         self._pipeline._kvpack.fps = float(fps)
 
     @property
@@ -103,7 +104,7 @@ class PackForcing:
     def first_chunk_frames(self, frames: int | None) -> None:
         frames = plain(frames)
         if frames is not None:
-            require_length(frames, self.stack.chunk_frames)
+            require_length(frames, self.stack.chunk_frames, "first_chunk_frames: a chunk")
         self._pipeline._kvpack.first_chunk_frames = frames
 
     @property

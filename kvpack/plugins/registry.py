@@ -227,7 +227,11 @@ def require_instance(role: str, given: object) -> None:
             raise InvalidOptionError(
                 f"{type(given).__name__} has no chunk_frames, the latent frames generated together; add the field"
             )
-        require_int(f"chunk_frames of {type(given).__name__}", given.chunk_frames, minimum=1)
+        name = type(given).__name__
+        require_int(f"chunk_frames of {name}", given.chunk_frames, minimum=1)
+        for option, method in (("replay_frames", "forget"), ("max_retries", "veto")):
+            if getattr(given, option) and getattr(type(given), method) is getattr(Memory, method):
+                raise InvalidOptionError(f"{name} has {option}, so it must have {method}(); add the method")
 
 
 def _apart(options: Mapping[str, Any], taken: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -247,6 +251,9 @@ def _call(what: str, factory: Callable[..., Any], options: Mapping[str, Any], be
         raise
     except (TypeError, ValueError) as error:
         raise InvalidOptionError(f"{what}: {error}; options: {', '.join(known)}") from error
+    except Exception as error:
+        error.add_note(f"raised while {what} was made")
+        raise
 
 
 _LOCK = RLock()

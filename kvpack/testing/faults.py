@@ -53,6 +53,18 @@ def named_failure(policy: Policy, dtype: torch.dtype) -> Iterator[None]:
         raise PolicyError(f"{type(policy).__name__} fails in {dtype}: {type(error).__name__}: {what}") from error
 
 
+@contextmanager
+def own_noise(policy: Policy) -> Iterator[None]:
+    """Raise `PolicyError` if torch's global generator is another behind the block."""
+    before = torch.get_rng_state()
+    yield
+    if not torch.equal(before, torch.get_rng_state()):
+        raise PolicyError(
+            f"{type(policy).__name__} draws from torch's global generator, or seeds it, which changes the noise of a "
+            "call without a generator; draw from a torch.Generator of its own"
+        )
+
+
 def _hashable(value: object) -> bool:
     try:
         hash(value)

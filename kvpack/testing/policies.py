@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from kvpack.errors import PolicyError
-from kvpack.memory.base import Memory
+from kvpack.memory.base import Event, Memory
 from kvpack.memory.blocks import LatentChunk
 from kvpack.memory.checks import vetoes
 from kvpack.memory.codec import Codec
@@ -20,7 +20,8 @@ from kvpack.memory.session import Session
 from kvpack.memory.stack import Stack
 from kvpack.plugins.registry import registry, require_instance
 from kvpack.testing.codecs import check_codec
-from kvpack.testing.faults import named_failure, require_data, require_kind
+from kvpack.testing.faults import named_failure, own_noise, require_data, require_kind
+from kvpack.testing.partitions import check_parts
 from kvpack.testing.watching import watched
 
 TINY = Geometry(layers=2, heads=2, head_dim=12, grid=(4, 5), rope_split=(4, 4, 4))
@@ -109,6 +110,8 @@ def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
     require_data(policy)
     if isinstance(policy, Codec):
         check_codec(policy)
+    if isinstance(policy, Partitioner):
+        check_parts(policy, chunk_frames)
     policy = watched(policy)
     for sizes in ((8, 4), (3, 5)):
         stack = _stack_with(policy, sizes, chunk_frames)
@@ -141,7 +144,7 @@ def check_memory(memory: Memory, most_frames: int | None = None) -> None:
     require_instance("memory", memory)
     require_data(memory)
     memory = watched(memory)
-    with named_failure(memory, TINY.dtype):
+    with named_failure(memory, TINY.dtype), own_noise(memory):
         _check_snapshot(memory)
     for dtype in (torch.float32, torch.bfloat16):
         with named_failure(memory, dtype):
@@ -199,6 +202,20 @@ def _check_attended(memory: Memory, most_frames: int | None, session: Session) -
 def _check_replay(memory: Memory, session: Session) -> None:
     """Raise `PolicyError` if a chunk attends more or less after a replay than it would have without."""
     plain = session.snapshot()
+    _replay(session)
+    for each in (plain, session):
+        run_session(each, 1, batch=2)
+    before, after = (each.stats()["attended_tokens"] for each in (plain, session))
+    if before != after:
+        raise PolicyError(f"{type(memory).__name__} attends {after} tokens after a replay, but {before} without one")
+    for seed, event in enumerate(get_args(Event), 1):  # a replay follows, whatever the memory has dropped
+        session.notify(event)
+        _replay(session)
+        run_session(session, 1, batch=2, seed=seed)
+
+
+def _replay(session: Session) -> None:
+    """Commit the last frames anew, as behind a new prompt."""
     plan = session.replays()
     if plan:
         session.rewind(sum(plan))
@@ -209,14 +226,6 @@ def _check_replay(memory: Memory, session: Session) -> None:
             queries, keys, values = torch.ones(shape, dtype=session.geometry.dtype)
             layer.attend(queries, keys, values, lambda queries, keys, values: queries)
         session.finish_commit()
-    for each in (plain, session):
-        run_session(each, 1, batch=2)
-    before, after = (each.stats()["attended_tokens"] for each in (plain, session))
-    if before != after:
-        raise PolicyError(f"{type(memory).__name__} attends {after} tokens after a replay, but {before} without one")
-    session.notify("prompt-changed")
-    session.notify("scene-cut")
-    run_session(session, 1, batch=2)
 
 
 def _check_veto(memory: Memory, session: Session) -> None:
@@ -231,7 +240,7 @@ def _check_veto(memory: Memory, session: Session) -> None:
 def _outputs(stack: Stack, policy: Policy, rows: slice, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Return what a dozen chunks give."""
     before = {f.name: getattr(policy, f.name) for f in fields(policy)}  # type: ignore[arg-type]
-    with named_failure(policy, dtype):
+    with named_failure(policy, dtype), own_noise(policy):
         outputs = run_session(Session(stack, replace(TINY, dtype=dtype)), 12, batch=2, rows=rows)
     if before != {f.name: getattr(policy, f.name) for f in fields(policy)}:  # type: ignore[arg-type]
         raise PolicyError(f"{type(policy).__name__} changed its own fields")

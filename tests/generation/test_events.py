@@ -199,7 +199,7 @@ def test_seconds_are_those_of_fps():
     half = generate(pipe, [(0, FOX), (2.5, DOG)], 8)
     pipe.packforcing.fps = 16
     assert torch.equal(half, generate(pipe, [(0, FOX), (1.25, DOG)], 8))
-    with pytest.raises(InvalidOptionError, match="fps must be > 0, got 0"):
+    with pytest.raises(InvalidOptionError, match="fps must be a number > 0, got 0"):
         pipe.packforcing.fps = 0
 
 

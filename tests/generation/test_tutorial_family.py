@@ -257,6 +257,15 @@ def test_nothing_is_registered(pipe):
         kvpack.enable(pipe)
 
 
+@pytest.mark.parametrize(
+    ("stack", "options"), [("krea", {"chunk_frames": 2, "context_frames": 4}), ("packforcing", {"compressor": "lr"})]
+)
+def test_a_memory_that_needs_pixels_is_refused_by_a_family_that_decodes_no_chunk(pipe, stack, options):
+    kvpack.enable(pipe, stack, adapter=ToyAdapter(), **options)
+    with pytest.raises(UnsupportedPipelineError, match=f"the memory {stack} needs each chunk decoded"):
+        pipe(**call(4))
+
+
 def test_prompts_change_and_a_memory_forgets(pipe):
     kvpack.enable(pipe, "self-forcing", chunk_frames=2, window_frames=4, sink_frames=2, adapter=ToyAdapter())
     pipe.packforcing.fps = 1

@@ -115,3 +115,22 @@ def test_a_seed_is_no_generator(family, wrong):
     ) as e:
         pipe(**call, generator=wrong)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("wrong", [1.5, "2", True, 0, 5])
+def test_a_first_chunk_has_a_whole_number_of_frames(wrong):
+    pipe = tiny_wan_pipeline().enable_packforcing()
+    with pytest.raises(InvalidOptionError, match="first_chunk_frames: a chunk has 1 to 4 latent frames"):
+        pipe.packforcing.first_chunk_frames = wrong
+    pipe.packforcing.first_chunk_frames = np.int64(2)
+    with pytest.raises(InvalidOptionError, match=r"first_chunk_frames: a chunk has 1 to 1 latent frames .* got 2"):
+        pipe.enable_packforcing("self-forcing", chunk_frames=1)
+
+
+@pytest.mark.parametrize("wrong", [None, "x", True, 0, -1.0, float("nan"), float("inf")])
+def test_a_frame_rate_is_a_number(wrong):
+    pipe = tiny_wan_pipeline().enable_packforcing()
+    with pytest.raises(InvalidOptionError, match="fps must be a number > 0, got"):
+        pipe.packforcing.fps = wrong
+    pipe.packforcing.fps = np.float32(24)
+    assert pipe.packforcing.fps == 24.0

@@ -318,13 +318,53 @@ def test_check_policy_finds_what_is_wrong():
         def scores(self, query, candidates):
             return torch.rand_like(super().scores(query, candidates))
 
+    class Fickle(QueryTopK):
+        def scores(self, query, candidates):
+            source = torch.Generator()
+            source.seed()
+            return torch.rand(super().scores(query, candidates).shape, generator=source)
+
     for policy, message in (
         (Mutable(2), "changed its own fields"),
         (Couples(1), "influence each other"),
-        (Random(1), "not deterministic"),
+        (Random(1), "draws from torch's global generator"),
+        (Fickle(1), "not deterministic"),
     ):
         with pytest.raises(PolicyError, match=message):
             check_policy(policy)
+
+
+@dataclass(frozen=True)
+class Parts(SinkMidRecentPartitioner):
+    """One that says another horizon, or brings frames back."""
+
+    horizon: int = 4
+    back: bool = False
+
+    @property
+    def horizon_frames(self):
+        return self.horizon
+
+    def partition(self, history_frames, chunk_frames):
+        parts = super().partition(history_frames, chunk_frames)
+        return tuple(each for each in parts if each.part != "mid" or not self.back or history_frames > 40)
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (
+            Parts(4, 12, horizon=4),
+            r"frame 4 in recent of 16 frames and in mid of 20, .* horizon_frames = 4",
+        ),
+        (Parts(4, 4, horizon=-5), r"horizon_frames is -5, but it must be a whole number of frames >= 0"),
+        (Parts(4, 4, horizon=8, back=True), r"frame 4 in no part of 40 frames and in mid of 44"),
+    ],
+)
+def test_a_horizon_is_held_to_the_parts(policy, said):
+    with pytest.raises(PolicyError, match=said):
+        check_policy(policy)
+    check_policy(Parts(policy.sink_frames, 4, horizon=8))
 
 
 def unchecked(function):

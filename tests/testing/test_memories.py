@@ -1,6 +1,7 @@
 """`check_memory` refuses memories that are wrong where their results alone do not show it."""
 
 from dataclasses import dataclass, field
+from itertools import cycle
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ import torch
 from kvpack.errors import InvalidOptionError, PolicyError
 from kvpack.memory import Attended, StateMemory
 from kvpack.memory.session import Session
+from kvpack.policies import self_forcing
 from kvpack.testing import TINY, check_memory, check_policy, run_session
+
+TURNS = cycle((True, False))
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,8 @@ class Unforgetting(Nameless):
         (Nameless(), InvalidOptionError, "the name of Nameless is None, but it must be kebab-case"),
         (Endless(), InvalidOptionError, "Endless has no chunk_frames, the latent frames generated together"),
         (Last(chunk_frames=0), InvalidOptionError, "chunk_frames of Last must be >= 1, got 0"),
-        (Unforgetting(), PolicyError, r"fails in torch\.float32: NotImplementedError: .* it must have forget\(\)"),
-        (wrong(max_retries=1), PolicyError, r"fails in torch\.float32: NotImplementedError: .* it must have veto\(\)"),
+        (Unforgetting(), InvalidOptionError, r"Unforgetting has replay_frames, so it must have forget\(\)"),
+        (wrong(max_retries=1), InvalidOptionError, r"Wrong has max_retries, so it must have veto\(\)"),
         (wrong(start=lambda *_: {}["lost"]), PolicyError, r"Wrong fails in torch\.float32: KeyError: 'lost'"),
     ],
 )
@@ -137,7 +141,7 @@ def test_what_is_no_memory_is_told_why(check, memory, error, said):
         (lambda *_: torch.zeros(1) > 0, r"torch.bool \(1,\) in layer 0, but rows are torch.bool \(2,\)"),
         (lambda *_: torch.zeros(2), r"returned torch.float32 \(2,\) in layer 0"),
         (lambda *_: False, "returned bool in layer 0"),
-        (lambda state, _: state.keys[:, 0, 0, 0] > 0, "vetoes other rows in one layer than in another"),
+        (lambda *_: torch.full((2,), next(TURNS)), "vetoes other rows in one layer than in another"),
     ],
 )
 @pytest.mark.parametrize("retries", [0, 1])
@@ -145,6 +149,33 @@ def test_a_veto_is_of_rows(veto, said, retries):
     memory = wrong(veto=lambda _, *given: (veto(*given), given[0]), max_retries=retries)
     with pytest.raises(PolicyError, match=said):
         check_memory(memory)
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(1), lambda: torch.manual_seed(0)])
+def test_torchs_global_generator_is_the_users(draw):
+    with pytest.raises(PolicyError, match="Wrong draws from torch's global generator, or seeds it"):
+        check_memory(after("attend", lambda *_: draw()))
+
+
+def test_a_replay_behind_a_cut_is_tried():
+    """What a memory forgets then is more than it has left."""
+
+    def forget(_, state, tokens):
+        return state[: list(range(len(state) + 1)).index(len(state) - tokens)]
+
+    memory = wrong(replay_frames=1, happened=lambda _, state, event: state[:0], forget=forget)
+    with pytest.raises(PolicyError, match=r"Wrong fails in torch.float32: ValueError: -20 is not in list"):
+        check_memory(memory)
+
+
+def test_a_joint_replay_in_the_first_chunk_forgets_nothing():
+    def forget(_, state, tokens):
+        assert state is not None
+        return state[: len(state) - tokens]
+
+    session = Session(wrong(replay_frames=2, replays_always=True, replays_jointly=True, forget=forget), TINY)
+    session.rewind(sum(session.replays(1)) - 1)
+    run_session(session, 2)
 
 
 @pytest.mark.parametrize("made", [None, torch.zeros(2) > 0, (torch.zeros(3) > 0, None)])
@@ -159,3 +190,10 @@ def test_a_state_to_try_again_with_is_tried():
     memory = wrong(veto=lambda _, state, latents: (torch.ones(len(latents)) > 0, "nothing"), max_retries=1)
     with pytest.raises(PolicyError, match=r"Wrong\.attend returned str in layer 0, but it must be Tokens"):
         check_memory(memory)
+
+
+def test_a_stack_is_no_part_of_another_memory():
+    inner = self_forcing(chunk_frames=1, window_frames=4, sink_frames=1)
+    memory = wrong(start=lambda _, *given: inner.start(*given), attend=lambda _, *given: inner.attend(*given))
+    with pytest.raises(PolicyError, match="self-forcing is a Stack, which is no part of another memory"):
+        run_session(Session(memory, TINY), 1)
