@@ -24,10 +24,12 @@ def onload(module: Any) -> None:
 def onloaded(module: Any) -> Iterator[None]:
     """Do as `onload` for the length of a block of code; the module's group goes out again."""
     onload(module)
-    yield
-    group = _offload_group(module)
-    if group is not None:
-        group.offload_()
+    try:
+        yield
+    finally:
+        group = _offload_group(module)
+        if group is not None:
+            group.offload_()
 
 
 def offload(module: Any) -> None:

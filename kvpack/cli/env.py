@@ -39,11 +39,11 @@ def environment() -> dict[str, Any]:
     """Return versions of packages, devices, the attention backends that run on the first of them, and plugins."""
     import torch
 
-    from kvpack.cli.tables import left_out, version
-    from kvpack.plugins.registry import registry
+    from kvpack.cli.tables import left_out
+    from kvpack.plugins.registry import package_version, registry
 
     device = torch.device(default_device())
-    packages = {name: found for name in PACKAGES if (found := version(name))}
+    packages = {name: found for name in PACKAGES if (found := package_version(name))}
     return {
         "python": platform.python_version(),
         "system": platform.platform(),

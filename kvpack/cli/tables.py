@@ -1,6 +1,5 @@
 """Rows of the tables that commands print."""
 
-import importlib.metadata
 import inspect
 import re
 import sys
@@ -16,7 +15,7 @@ from kvpack.planning.cards import Placed
 from kvpack.planning.fit import GIB, Fit
 from kvpack.planning.planner import Plan
 from kvpack.planning.roofline import Roofline
-from kvpack.plugins.registry import registry
+from kvpack.plugins.registry import package_version, registry
 from kvpack.training.plan import TrainingPlan
 
 KINDS = ("stack", "memory", "partitioner", "compressor", "selector", "reindexer", "adapter")
@@ -32,7 +31,7 @@ def installed() -> list[dict[str, str]]:
             "name": name,
             "paper": paper(things[kind, name]),
             "package": found.origins[kind, name],
-            "version": version(found.origins[kind, name]),
+            "version": package_version(found.origins[kind, name]),
             "summary": (inspect.getdoc(things[kind, name]) or "").split("\n")[0],
         }
         for kind, name in order
@@ -105,7 +104,7 @@ def _things() -> dict[tuple[str, str], Any]:
 def left_out() -> list[dict[str, str]]:
     """List the plugins that failed to load."""
     return [
-        {"plugin": each.plugin, "package": each.package, "version": version(each.package), "error": each.error}
+        {"plugin": each.plugin, "package": each.package, "version": package_version(each.package), "error": each.error}
         for each in registry().failures
     ]
 
@@ -123,14 +122,6 @@ def paper(thing: Any) -> str:
     if cited is None:
         return ""
     return f"arXiv {cited[1]}" if cited[1] else cited[2].rstrip(".")
-
-
-def version(package: str) -> str:
-    """Return the version of an installed package, or an empty text for a mere module."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def plan_rows(plan: Plan) -> list[list[str]]:

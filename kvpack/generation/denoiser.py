@@ -212,7 +212,8 @@ class Denoiser(ABC):
     def vetoed(self, latents: Tensor) -> Tensor | None:
         """Return which rows of the chunk the memory wants made anew, `[batch]`; None if it accepts all."""
         vetoes = [session.review(latents) for session in self.sessions.values()]  # all: each gets ready to retry
-        return next((each for each in vetoes if each is not None), None)
+        vetoed = [each for each in vetoes if each is not None]  # branches may veto different rows
+        return torch.stack(vetoed).any(dim=0) if vetoed else None
 
     def commit(self, latents: Tensor, pixels: Tensor | None, *, given: bool = False) -> None:
         """Write a clean chunk into the history of every branch, or of none.

@@ -256,6 +256,14 @@ def _call(what: str, factory: Callable[..., Any], options: Mapping[str, Any], be
         raise
 
 
+def package_version(package: str) -> str:
+    """Return the version of an installed package, or an empty text for a mere module."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 _LOCK = RLock()
 _FOUND: list[Registry] = []  # one, from its first use on
 

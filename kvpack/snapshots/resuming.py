@@ -16,7 +16,7 @@ from kvpack.snapshots.checks import check_attributes, check_moment, check_sessio
 from kvpack.snapshots.fingerprint import fingerprints, model_digests, require_same
 from kvpack.snapshots.folder import SnapshotFolder
 from kvpack.snapshots.reading import TreeReader, explained
-from kvpack.snapshots.saver import GIVEN_AGAIN, versions
+from kvpack.snapshots.saver import GIVEN_AGAIN, plugins, versions
 from kvpack.snapshots.tensors import TensorFiles
 from kvpack.snapshots.types import allowed_classes, policies_of
 from kvpack.snapshots.writing import KIND, TreeWriter
@@ -98,7 +98,7 @@ def _resumed(
     _require_equal("geometry", content["geometry"], run.denoiser.geometry, run)
     check_sessions(run)
     set_own_generators(run, moment)  # torch's own state, so only when nothing can be refused any more
-    _warn_of_versions(content)
+    _warn_of_versions(content, run)
     pipeline._kvpack.choice = choice  # last: a resume that is refused leaves the choice that was there
     return run, str(content["generation"]), content.get("note")
 
@@ -175,10 +175,10 @@ def brief(node: Any) -> str:
     return str(node)[:200]
 
 
-def _warn_of_versions(content: Mapping[str, Any]) -> None:
-    for name, version in versions().items():
-        if content.get(name) != version:
-            message = (
-                f"the generation was saved with {name} {content.get(name)}, and goes on with {version}: bits may differ"
-            )
-            warnings.warn(message, SnapshotWarning, stacklevel=5)
+def _warn_of_versions(content: Mapping[str, Any], run: Run) -> None:
+    others = content.get("plugins")
+    saved = {**content, **(others if isinstance(others, dict) else {})}
+    for name, version in {**versions(), **plugins(run.stack, run.adapter)}.items():
+        if saved.get(name) != version:
+            then = f"the generation was saved with {name} {str(saved.get(name))[:80]}"
+            warnings.warn(f"{then}, and goes on with {version}: bits may differ", SnapshotWarning, stacklevel=5)

@@ -11,10 +11,13 @@ import diffusers
 import torch
 
 from kvpack.errors import OutputError, SnapshotError
+from kvpack.generation.adapter import Adapter
 from kvpack.generation.moment import captured
 from kvpack.generation.run import Run
 from kvpack.media.files import make_folder
+from kvpack.memory.base import Memory
 from kvpack.memory.shard import Shard
+from kvpack.plugins.registry import package_version, registry
 from kvpack.snapshots.fingerprint import fingerprints, model_digests
 from kvpack.snapshots.folder import SnapshotFolder, tensor_files
 from kvpack.snapshots.heads import gathering
@@ -109,6 +112,7 @@ class Saver:
         index, first = run.position or (0, 0)
         content = {
             **versions(),
+            "plugins": plugins(run.stack, run.adapter),
             **fingerprints(run.pipeline, model_digests(run.pipeline)),
             "generation": self.generation,
             "adapter": run.adapter.name,
@@ -143,3 +147,11 @@ def require_json(note: Any) -> None:
 def versions() -> dict[str, str]:
     """Return the versions that a snapshot is written with."""
     return {"kvpack": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+def plugins(stack: Memory, adapter: Adapter) -> dict[str, str]:
+    """Return the versions of the packages, other than kvpack, that a memory, its policies and an adapter are of."""
+    named = {(each.role, each.name) for each in policies_of(stack).values()}
+    named |= {("stack", stack.name), ("adapter", adapter.name)}
+    packages = {package for name, package in registry().origins.items() if name in named} - {"kvpack"}
+    return {package: package_version(package) for package in sorted(packages)}

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers import context, held, ledger, quiet, seeded, state, twins
 from kvpack.adapters.wan import denoiser as wan_denoiser
 from kvpack.adapters.wan.vae import StreamingDecoder
 from kvpack.errors import InvalidOptionError
+from kvpack.generation.denoiser import Denoiser
 from kvpack.generation.prompts import Shot, shots
 from kvpack.memory import StateMemory
 from kvpack.memory.session import Session
@@ -625,3 +627,10 @@ def test_token_trim_does_not_count_a_replay():
     after = state(session)
     assert (after.count, after.mean, after.squares) == (before.count, before.mean, before.squares)
     assert torch.equal(after.summary, before.summary)
+
+
+def test_rows_that_any_branch_vetoes_are_made_anew():
+    made = [torch.tensor([True, False, False]), None, torch.tensor([False, True, False])]
+    sessions = {str(index): SimpleNamespace(review=lambda _, rows=rows: rows) for index, rows in enumerate(made)}
+    vetoed = Denoiser.vetoed(SimpleNamespace(sessions=sessions), torch.zeros(3))
+    assert vetoed.tolist() == [True, True, False]

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from kvpack.cli.tables import installed, paper, version
+from kvpack.cli.tables import installed, paper
 from kvpack.errors import InvalidOptionError, PluginWarning, PolicyError, UnknownNameError
 from kvpack.memory import Attended, StateMemory
 from kvpack.memory.blocks import KVBlock
 from kvpack.memory.session import Session
-from kvpack.plugins.registry import Registry
+from kvpack.plugins.registry import Registry, package_version
 from kvpack.policies import (
     ContiguousReindexer,
     LowResolutionCompressor,
@@ -204,8 +204,8 @@ def test_the_table_has_papers_and_versions():
     assert rows["memory", "memrope"]["paper"] == paper(MemRoPE) == "arXiv 2603.12513"
     assert rows["stack", "streaming-llm"]["paper"] == paper(streaming_llm) == "arXiv 2309.17453"
     assert rows["selector", "topk"]["paper"] == paper(QueryTopK) == "arXiv 2603.25730"
-    assert rows["selector", "topk"]["version"] == version("kvpack") != ""
-    assert version("no-such-package") == ""
+    assert rows["selector", "topk"]["version"] == package_version("kvpack") != ""
+    assert package_version("no-such-package") == ""
 
 
 def test_check_memory_finds_what_breaks_the_contract():

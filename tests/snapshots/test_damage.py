@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from itertools import islice
 
@@ -20,6 +21,7 @@ from kvpack.errors import (
     SnapshotError,
     SnapshotWarning,
 )
+from kvpack.plugins.registry import registry
 from kvpack.snapshots import folder as folders
 from kvpack.snapshots import tensors as files
 from kvpack.testing import tiny_wan_pipeline
@@ -216,6 +218,20 @@ def test_other_versions_warn(pipe, snapshots):
         rewritten(path, lambda content: content.update(torch="1.0"))
     with pytest.warns(SnapshotWarning, match=r"saved with torch 1\.0, and goes on with"):
         pipe.packforcing.resume(snapshots)
+
+
+def test_other_versions_of_plugins_warn(pipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(registry().origins, ("partitioner", "sink-mid-recent"), "acme")
+    for version in ("1.0", "2.0"):
+        monkeypatch.setattr("kvpack.snapshots.saver.package_version", {"acme": version}.get)
+        if version == "1.0":
+            with started(pipe) as stream:
+                next(stream)
+                stream.save(tmp_path)
+            with warnings.catch_warnings(action="error"):
+                pipe.packforcing.resume(tmp_path).close()
+    with pytest.warns(SnapshotWarning, match=r"saved with acme 1\.0, and goes on with 2\.0: bits may differ"):
+        pipe.packforcing.resume(tmp_path).close()
 
 
 def test_functions_are_given_again(pipe, tmp_path, saved):
