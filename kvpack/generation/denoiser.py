@@ -201,8 +201,7 @@ class Denoiser(ABC):
             again: denoises the chunk once more.
         """
         for _ in range(self.stack.max_retries):
-            vetoed = self.vetoed(latents)
-            if vetoed is None:
+            if (vetoed := self.vetoed(latents)) is None:
                 return latents
             latents = torch.where(vetoed[:, None, None, None, None].to(latents.device), again(), latents)
         for session in self.sessions.values():
@@ -212,8 +211,8 @@ class Denoiser(ABC):
     def vetoed(self, latents: Tensor) -> Tensor | None:
         """Return which rows of the chunk the memory wants made anew, `[batch]`; None if it accepts all."""
         vetoes = [session.review(latents) for session in self.sessions.values()]  # all: each gets ready to retry
-        vetoed = [each for each in vetoes if each is not None]  # branches may veto different rows
-        return torch.stack(vetoed).any(dim=0) if vetoed else None
+        made = [each for each in vetoes if each is not None]
+        return torch.stack(made).any(dim=0) if made else None  # branches may veto different rows
 
     def commit(self, latents: Tensor, pixels: Tensor | None, *, given: bool = False) -> None:
         """Write a clean chunk into the history of every branch, or of none.

@@ -34,7 +34,9 @@ def check_codec(codec: Codec) -> None:
 
 def _check_blocks(codec: Codec, dtype: torch.dtype) -> None:
     """Check what it stores of two blocks, and what it gives back of both and of one alone."""
-    name, block = type(codec).__name__, torch.randn(_SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
+    name, (blocks, tokens, heads, channels) = type(codec).__name__, _SHAPE
+    numbers = torch.randn(blocks, heads, tokens, channels, generator=torch.Generator().manual_seed(0))
+    block = numbers.to(dtype).transpose(1, 2)  # keys that a model gives need not be contiguous
     counted = _SHAPE[0] * stored_bytes(codec, *_SHAPE[1:], dtype)  # on tensors without numbers
     stored = [codec.encode_keys(block), codec.encode_values(block)]
     for half, each in zip(_HALVES, stored, strict=True):

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 import torch
 
 from kvpack.errors import InvalidOptionError, KVPackError, PolicyError
+from kvpack.memory.base import StateMemory
 from kvpack.memory.policy import Policy
 
 #: What options may be; a stack has policies for options.
@@ -32,7 +33,8 @@ def require_data(policy: Policy) -> None:
         raise PolicyError(f"{name} must be a frozen dataclass: policies are shared between generations")
     for option in fields(policy):
         value = getattr(policy, option.name)
-        if not isinstance(value, _DATA) or not _hashable(value):
+        lost = isinstance(value, Policy) and isinstance(policy, StateMemory)  # a snapshot holds a stack's alone
+        if not isinstance(value, _DATA) or lost or not _hashable(value):
             raise PolicyError(
                 f"{name} has a field that cannot be written as data, {option.name} = {value!r}; use numbers, text and "
                 "tuples"

@@ -165,6 +165,13 @@ class Flat(Int8Codec):
         return super().decode_keys((codes.unflatten(3, (-1, scales[0].shape[-1])), *scales), tokens, dtype)
 
 
+class Viewing(Int8Codec):
+    """Takes the keys for contiguous, which they need not be."""
+
+    def encode_keys(self, keys):
+        return super().encode_keys(keys.view(*keys.shape[:2], -1).view(keys.shape))
+
+
 class Single(Int8Codec):
     def encode_keys(self, keys):
         return keys.half()
@@ -231,6 +238,7 @@ class Loose(Bare):
         (Bare, "Bare must be a frozen dataclass"),
         (Single, r"Single\.encode_keys must return a tuple of tensors, got a Tensor"),
         (Asking, r"Asking\.encode_keys must work on tensors without numbers .*; leave out \.item\(\)"),
+        (Viewing, r"Viewing fails in torch\.float32: RuntimeError: view size is not compatible"),
         (Zeros, "gives values back that are further off"),
         (Longer, "announces .* bytes for 2 blocks, but stores"),
         (Mixed, "lets blocks influence each other: keys"),

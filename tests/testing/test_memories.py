@@ -98,6 +98,11 @@ class Listing(Last):
 
 
 @dataclass(frozen=True)
+class Nested(Last):
+    inner: Last = field(default_factory=Last)
+
+
+@dataclass(frozen=True)
 class Nameless(StateMemory):
     chunk_frames: int = 1
     attend, remember = Last.attend, Last.remember
@@ -121,6 +126,7 @@ class Unforgetting(Nameless):
         (Bare(), PolicyError, "Bare must be a frozen dataclass"),
         (Thawed(), PolicyError, "Thawed must be a frozen dataclass"),
         (Listing(), PolicyError, r"cannot be written as data, layers = \[1, 2\]; use numbers, text and tuples"),
+        (Nested(), PolicyError, r"cannot be written as data, inner = Last\(.*; use numbers, text and tuples"),
         (Nameless(), InvalidOptionError, "the name of Nameless is None, but it must be kebab-case"),
         (Endless(), InvalidOptionError, "Endless has no chunk_frames, the latent frames generated together"),
         (Last(chunk_frames=0), InvalidOptionError, "chunk_frames of Last must be >= 1, got 0"),
