@@ -286,6 +286,9 @@ def test_a_twin_writes_over_nothing_of_its_chunk(rides):
     given = [torch.randn(3, 1, chunk, TINY.heads, TINY.head_dim) for _ in session.caches]
     for layer, qkv in zip(session.commit(pieces if rides else ()), given, strict=True):
         layer.attend(*(torch.cat([qkv, twins], dim=2) if rides else qkv), attention)
+    if not rides:
+        with pytest.raises(ZeroDivisionError):  # and is done again
+            session.compress(pieces[0])[0].attend(*twins, lambda *_: 1 // 0)
     for layer in () if rides else session.compress(pieces[0]):
         layer.attend(*twins, attention)
     session.finish_commit()

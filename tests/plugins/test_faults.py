@@ -9,6 +9,7 @@ import torch
 
 from kvpack.adapters.wan import WanAdapter
 from kvpack.checkpoints.config import Settings
+from kvpack.cli.tables import described
 from kvpack.errors import InvalidOptionError, PluginWarning, UnusedOptionError
 from kvpack.memory import Attended, StateMemory
 from kvpack.plugins.registry import Registry, registry
@@ -247,3 +248,16 @@ def test_a_video_through_an_instance_of_ones_own():
     call = {"height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 1.0, "max_sequence_length": 16}
     pipe("a red circle", num_frames=125, generator=torch.Generator().manual_seed(0), output_type="latent", **call)
     assert [len(row) for layer in pipe.packforcing.stats()["selected"] for row in layer] == [2, 2]
+
+
+def test_a_factory_that_fails_is_named_and_its_options_are_listed(monkeypatch):
+    def acme(topk=4):
+        return {}[topk]
+
+    monkeypatch.setitem(registry().stacks, "acme", acme)
+    monkeypatch.setitem(registry().origins, ("stack", "acme"), "acme-package")
+    with pytest.raises(KeyError) as caught:
+        registry().stack("acme", {})
+    assert caught.value.__notes__ == ["raised while stack acme was made"]
+    (row,) = described("acme")
+    assert [each["option"] for each in row["options"]] == ["topk"]
