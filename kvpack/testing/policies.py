@@ -110,8 +110,6 @@ def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
     require_data(policy)
     if isinstance(policy, Codec):
         check_codec(policy)
-    if isinstance(policy, Partitioner):
-        check_parts(policy, chunk_frames)
     policy = watched(policy)
     for sizes in ((8, 4), (3, 5)):
         stack = _stack_with(policy, sizes, chunk_frames)
@@ -120,6 +118,8 @@ def check_policy(policy: Policy, chunk_frames: int = 4) -> None:
     if isinstance(policy, Compressor) and policy.merges:
         merging = replace(_stack_with(policy, (8, 4), chunk_frames), archive_blocks=2, eviction="merged")
         _check_same(name, partial(_outputs, merging, policy))
+    if isinstance(policy, Partitioner):
+        check_parts(policy, chunk_frames)
     if isinstance(policy, LatentCompressor):
         _check_tokens(policy, chunk_frames)
 

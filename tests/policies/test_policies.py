@@ -367,6 +367,23 @@ def test_a_horizon_is_held_to_the_parts(policy, said):
     check_policy(Parts(policy.sink_frames, 4, horizon=8))
 
 
+def test_a_partitioner_that_gives_no_segments_is_named():
+    class Nothing(SinkMidRecentPartitioner):
+        def partition(self, history_frames, chunk_frames):
+            return None
+
+    class Lost(SinkMidRecentPartitioner):
+        def partition(self, history_frames, chunk_frames):
+            return {}["lost"]
+
+    for policy, said in (
+        (Nothing(8, 4), "Nothing.partition returned None; it must be a tuple of Segments"),
+        (Lost(8, 4), r"Lost fails in torch.float32: KeyError: 'lost'"),
+    ):
+        with pytest.raises(PolicyError, match=said):
+            check_policy(policy)
+
+
 def unchecked(function):
     """The function as users have it, without the tests' checks of its types."""
     return inspect.unwrap(function)
